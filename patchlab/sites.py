@@ -1,0 +1,201 @@
+"""Sites: the activations that can be read, edited and scored, and the grammar that names them.
+
+A *kind* (``resid_pre``, ``z``, ...) is an activation that every layer has; it carries named axes. A
+:class:`Site` is a kind at a granularity (which axes get a score of their own; the others are patched
+jointly), optionally narrowed to one layer, head or neuron and some positions::
+
+    resid_pre               one score per layer and position (its default granularity)
+    z                       one score per layer and head, all positions jointly
+    z[layer,pos,head]       one score per layer, position and head
+    L9.H6.z@END             head 6 of layer 9 at the named position END
+    L3.resid_pre@4          layer 3, position 4 (negative numbers count from the end)
+    L3.resid_pre@S1,S2      two positions at once
+    L2.N17.mlp_post         neuron 17 of layer 2, all positions
+    L5.H1.pattern@END<S1    the attention of head 1 from END to S1
+"""
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+
+from patchlab.errors import SiteError, unknown
+
+Position = int | str
+
+
+@dataclass(frozen=True)
+class SiteKind:
+    """An activation that a transformer block offers.
+
+    ``axes`` are its named axes in canonical order; ``default`` the axes scored when none are named;
+    ``width`` the name of the vector axis that a score sums over (None for scalar entries).
+    """
+
+    name: str
+    axes: tuple[str, ...]
+    default: tuple[str, ...]
+    width: str | None
+    what: str
+
+
+def _kinds() -> Iterator[SiteKind]:
+    for name, what in {
+        "resid_pre": "residual stream before the block",
+        "resid_mid": "residual stream between attention and MLP",
+        "resid_post": "residual stream after the block",
+        "attn_out": "what the attention adds to the residual stream",
+        "mlp_out": "what the MLP adds to the residual stream",
+    }.items():
+        yield SiteKind(name, ("layer", "pos"), ("layer", "pos"), "d_model", what)
+    yield SiteKind("z", ("layer", "pos", "head"), ("layer", "head"), "d_head", "head output before W_O")
+    yield SiteKind("q", ("layer", "pos", "head"), ("layer", "head"), "d_head", "query, before rotary embedding")
+    yield SiteKind("k", ("layer", "pos", "kv_head"), ("layer", "kv_head"), "d_head", "key, before rotary embedding")
+    yield SiteKind("v", ("layer", "pos", "kv_head"), ("layer", "kv_head"), "d_head", "value")
+    yield SiteKind("pattern", ("layer", "head", "dest", "src"), ("layer", "head"), None, "attention pattern")
+    yield SiteKind("mlp_post", ("layer", "pos", "neuron"), ("layer", "neuron"), None, "MLP neurons")
+
+
+KINDS: dict[str, SiteKind] = {kind.name: kind for kind in _kinds()}
+POSITION_AXES = ("pos", "dest", "src")
+
+_SCORED = re.compile(r"(?P<kind>[a-z_]+)(\[(?P<axes>[^\]]*)\])?")
+_POSITION = r"[A-Za-z0-9_\-]+"
+_NARROWED = re.compile(
+    r"L(?P<layer>\d+)(\.(?P<letter>[HN])(?P<index>\d+))?\.(?P<kind>[a-z_]+)"
+    rf"(@(?P<pos>{_POSITION}(,{_POSITION})*)(<(?P<src>{_POSITION}(,{_POSITION})*))?)?"
+)
+
+
+@dataclass(frozen=True)
+class Site:
+    """An activation kind at a granularity, or narrowed to one part of one layer.
+
+    ``axes`` are the axes that get a score each; the other axes are taken jointly. ``layer``, ``head`` (the
+    KV head for ``k`` and ``v``), ``neuron``, ``pos`` (the destination for ``pattern``) and ``src`` narrow it; None
+    means all. Make one with :func:`parse_site`.
+    """
+
+    kind: str
+    axes: tuple[str, ...]
+    layer: int | None = None
+    head: int | None = None
+    neuron: int | None = None
+    pos: tuple[Position, ...] | None = None
+    src: tuple[Position, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise SiteError(unknown("site", self.kind, KINDS))
+        kind = KINDS[self.kind]
+        bad = [axis for axis in self.axes if axis not in kind.axes]
+        if bad or len(set(self.axes)) != len(self.axes):
+            raise SiteError(
+                f"{self.kind} has the axes {list(kind.axes)}; got {list(self.axes)}. Name each of the axes to score once."
+            )
+        if not self.narrowed and "layer" not in self.axes:
+            raise SiteError(f"the granularity of {self.kind} needs the axis layer; got {list(self.axes)}.")
+        if list(self.axes) != [axis for axis in kind.axes if axis in self.axes]:
+            raise SiteError(f"write the axes of {self.kind} in the order {list(kind.axes)}; got {list(self.axes)}.")
+        if self.head is not None and not {"head", "kv_head"} & set(kind.axes):
+            raise SiteError(f"{self.kind} has no heads; drop H{self.head}. Sites with heads: z, q, k, v, pattern.")
+        if self.neuron is not None and "neuron" not in kind.axes:
+            raise SiteError(f"{self.kind} has no neurons; drop N{self.neuron}. The site with neurons is mlp_post.")
+        if self.src is not None and "src" not in kind.axes:
+            raise SiteError(f"{self.kind} has no source positions; the '<' belongs to pattern, as in L5.H1.pattern@END<S1.")
+
+    @property
+    def narrowed(self) -> bool:
+        """Whether the site names one layer (an address for an edit) rather than a whole sweep."""
+        return self.layer is not None
+
+    @property
+    def head_axis(self) -> str | None:
+        """``head``, ``kv_head`` or None."""
+        return next((axis for axis in KINDS[self.kind].axes if axis in ("head", "kv_head")), None)
+
+    def at(self, layer: int, *, head: int | None = None, neuron: int | None = None) -> "Site":
+        """This kind, narrowed to one layer (and head or neuron), all positions."""
+        return replace(self, axes=(), layer=layer, head=head, neuron=neuron)
+
+    def __str__(self) -> str:
+        if not self.narrowed:
+            return self.kind if self.axes == KINDS[self.kind].default else f"{self.kind}[{','.join(self.axes)}]"
+        text = f"L{self.layer}."
+        if self.head is not None:
+            text += f"H{self.head}."
+        if self.neuron is not None:
+            text += f"N{self.neuron}."
+        text += self.kind
+        if self.pos is not None:
+            text += "@" + ",".join(map(str, self.pos))
+        if self.src is not None:
+            text += ("@*" if self.pos is None else "") + "<" + ",".join(map(str, self.src))
+        return text
+
+
+def _positions(text: str | None) -> tuple[Position, ...] | None:
+    if text is None:
+        return None
+    return tuple(int(part) if re.fullmatch(r"-?\d+", part) else part for part in text.split(","))
+
+
+def parse_site(text: "str | Site") -> Site:
+    """Parse one site name.
+
+    >>> parse_site("z").axes
+    ('layer', 'head')
+    >>> parse_site("L9.H6.z@END").head
+    6
+
+    Raises:
+        SiteError: unknown kind or axis, or text that is not a site.
+    """
+    if isinstance(text, Site):
+        return text
+    if not isinstance(text, str):
+        raise SiteError(f"a site is a string such as 'resid_pre' or 'L9.H6.z@END'; got {text!r}.")
+    compact = text.replace(" ", "")
+    if match := _SCORED.fullmatch(compact):
+        kind = match["kind"]
+        if kind not in KINDS:
+            raise SiteError(unknown("site", kind, KINDS))
+        axes = KINDS[kind].default if match["axes"] is None else tuple(match["axes"].split(","))
+        return Site(kind, axes)
+    if match := _NARROWED.fullmatch(compact):
+        index = None if match["index"] is None else int(match["index"])
+        return Site(
+            match["kind"],
+            (),
+            layer=int(match["layer"]),
+            head=index if match["letter"] == "H" else None,
+            neuron=index if match["letter"] == "N" else None,
+            pos=_positions(match["pos"]),
+            src=_positions(match["src"]),
+        )
+    raise SiteError(
+        f"cannot read the site {text!r}. Write a kind ({', '.join(KINDS)}), a kind with axes (z[layer,pos,head]) or an address (L9.H6.z@END)."
+    )
+
+
+def parse_sites(sites: "str | Site | Iterable[str | Site]") -> tuple[Site, ...]:
+    """Parse the sites of a sweep: a name, a comma-separated list of names, or several names.
+
+    >>> [str(site) for site in parse_sites("resid_pre, z[layer,pos,head]")]
+    ['resid_pre', 'z[layer,pos,head]']
+
+    Raises:
+        SiteError: an empty list, a repeated site, or an address (a sweep scores whole kinds).
+    """
+    if isinstance(sites, Site):
+        sites = [sites]
+    elif isinstance(sites, str):
+        sites = re.split(r",(?![^\[]*\])", sites)
+    parsed = tuple(parse_site(site) for site in sites)
+    if not parsed:
+        raise SiteError(f"no sites given. Name at least one of: {', '.join(KINDS)}.")
+    for site in parsed:
+        if site.narrowed:
+            raise SiteError(f"{site} is an address; a sweep scores a whole kind, such as {site.kind}. Use it in an edit instead.")
+        if parsed.count(site) > 1:
+            raise SiteError(f"the site {site} is named twice; name it once.")
+    return parsed
