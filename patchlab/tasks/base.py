@@ -1,0 +1,276 @@
+"""Tasks: pairs of prompts of equal length, their answers and the metric, as token ids."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from patchlab.errors import TaskError
+from patchlab.metrics import METRICS, Answers, Metric, get_metric
+
+END = "END"
+
+
+@runtime_checkable
+class TaskModel(Protocol):
+    """What a task asks of a model: its tokenizer, its vocabulary size and a forward pass."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def tokenizer(self) -> Any: ...
+    @property
+    def bos_id(self) -> int | None: ...
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def device(self) -> torch.device | str: ...
+    @property
+    def run(self) -> Callable[..., Any]: ...
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One clean prompt, its corrupted twin of the same length, and the answers.
+
+    ``positions`` names token positions of the clean prompt (``END``, the last one, is added where it is missing);
+    pairs of one ``template`` and one length are aligned by index.
+
+    Raises:
+        TaskError: unequal lengths, an empty or identical pair, no correct answer, an answer that is both
+            correct and incorrect, or a position outside the prompt.
+    """
+
+    clean_ids: tuple[int, ...]
+    corrupted_ids: tuple[int, ...]
+    correct: tuple[int, ...]
+    incorrect: tuple[int, ...]
+    positions: Mapping[str, int] = field(default_factory=dict, hash=False)
+    template: str = ""
+
+    def __post_init__(self) -> None:
+        length = len(self.clean_ids)
+        if length != len(self.corrupted_ids):
+            raise TaskError(
+                f"clean has {length} tokens and corrupted {len(self.corrupted_ids)}. Patching needs equal lengths: "
+                f"change the words that differ so that they take the same number of tokens."
+            )
+        if not length:
+            raise TaskError("the prompts have no tokens; a pair needs at least one.")
+        if self.clean_ids == self.corrupted_ids:
+            raise TaskError("clean and corrupted are identical, so no patch can have an effect; change at least one token.")
+        if not self.correct:
+            raise TaskError("there is no correct answer; give at least one.")
+        if both := sorted(set(self.correct) & set(self.incorrect)):
+            raise TaskError(f"the answer ids {both} are both correct and incorrect; each answer belongs on one side.")
+        object.__setattr__(self, "positions", {**self.positions, END: self.positions.get(END, length - 1)})
+        for name, index in self.positions.items():
+            if not 0 <= index < length:
+                raise TaskError(f"position {name} is {index}, outside a prompt of {length} tokens (0 to {length - 1}).")
+        if self.positions[END] != length - 1:
+            raise TaskError(f"position END is {self.positions[END]}; it names the last token, {length - 1}.")
+
+    def __len__(self) -> int:
+        return len(self.clean_ids)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Pairs of one length, as tensors. ``examples`` are their indices in the task."""
+
+    examples: Int[Tensor, " batch"]
+    clean: Int[Tensor, "batch pos"]
+    corrupted: Int[Tensor, "batch pos"]
+    answers: Answers
+
+    def __len__(self) -> int:
+        return self.clean.shape[0]
+
+
+@dataclass(frozen=True)
+class PositionAxis:
+    """How the positions of a task's examples line up.
+
+    Cell p of the axis lies at token ``index[e, p]`` of example e. ``names`` is None where positions are aligned
+    by index; ``tokens[e][p]`` is the text of the clean token there.
+    """
+
+    names: tuple[str, ...] | None
+    index: Int[np.ndarray, "example pos"]
+    tokens: tuple[tuple[str, ...], ...]
+
+    def __len__(self) -> int:
+        return self.index.shape[1]
+
+
+@dataclass(frozen=True)
+class Task:
+    """Pairs of prompts, the metric that reads the answers, and where they come from.
+
+    Make one with :func:`patchlab.load_task`. ``provenance`` is JSON-able: generator or file, options, seed, bos, tokenizer.
+
+    Raises:
+        TaskError: no pairs.
+    """
+
+    name: str
+    pairs: tuple[Pair, ...]
+    metric: Metric
+    provenance: dict[str, Any] = field(default_factory=dict, hash=False)
+    tokenizer: Any = field(default=None, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if not self.pairs:
+            raise TaskError(f"task {self.name} has no pairs; it needs at least one.")
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __repr__(self) -> str:
+        lengths = sorted({len(pair) for pair in self.pairs})
+        tokens = f"{lengths[0]} tokens" if len(lengths) == 1 else f"{lengths[0]} to {lengths[-1]} tokens in {len(lengths)} lengths"
+        templates = len({pair.template for pair in self.pairs})
+        text = f"Task({self.name}[{len(self)}], {self.metric.name}, {tokens}"
+        text += f", {templates} templates" if templates > 1 else ""
+        return f"{text}; positions {' '.join(self.position_names())})"
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the token ids, the answers and the name of the metric."""
+        rows = [[pair.clean_ids, pair.corrupted_ids, pair.correct, pair.incorrect] for pair in self.pairs]
+        return hashlib.sha256(json.dumps([rows, self.metric.name]).encode()).hexdigest()[:16]
+
+    def batches(self, batch_size: int | None = None, device: torch.device | str = "cpu") -> list[Batch]:
+        """The pairs as tensors: grouped by length, then cut into batches (None: one batch per length).
+
+        Raises:
+            TaskError: batch_size < 1.
+        """
+        if batch_size is not None and batch_size < 1:
+            raise TaskError(f"batch_size is {batch_size}; it must be at least 1 (or None for one batch per length).")
+        groups: dict[int, list[int]] = {}
+        for i, pair in enumerate(self.pairs):
+            groups.setdefault(len(pair), []).append(i)
+        batches = []
+        for group in groups.values():
+            size = batch_size or len(group)
+            for chunk in (group[start : start + size] for start in range(0, len(group), size)):
+                pairs = [self.pairs[i] for i in chunk]
+                batches.append(
+                    Batch(
+                        torch.tensor(chunk, device=device),
+                        torch.tensor([pair.clean_ids for pair in pairs], device=device),
+                        torch.tensor([pair.corrupted_ids for pair in pairs], device=device),
+                        Answers.of([list(pair.correct) for pair in pairs], [list(pair.incorrect) for pair in pairs], device),
+                    )
+                )
+        return batches
+
+    def position_names(self) -> tuple[str, ...]:
+        """The named positions that all pairs have, in the order of their mean place."""
+        common = set(self.pairs[0].positions).intersection(*(pair.positions for pair in self.pairs))
+        return tuple(sorted(common, key=lambda name: (sum(pair.positions[name] for pair in self.pairs), name)))
+
+    def position_axis(self) -> PositionAxis:
+        """How positions line up across the examples: by index where the pairs share a length, a template and their roles, else by name.
+
+        Raises:
+            TaskError: the pairs are not aligned by index and share no named position but END.
+        """
+        first = self.pairs[0]
+        aligned = all(
+            len(pair) == len(first) and pair.template == first.template and pair.positions == first.positions for pair in self.pairs
+        )
+        if aligned:
+            names, index = None, np.tile(np.arange(len(first)), (len(self), 1))
+        else:
+            names = self.position_names()
+            if names == (END,):
+                lengths = sorted({len(pair) for pair in self.pairs})
+                raise TaskError(
+                    f"the pairs of {self.name} cannot be lined up by position: lengths {lengths}, {len({p.template for p in self.pairs})} templates, "
+                    f"and no named position in common but END. Give the file a positions column, keep pairs of one length and template "
+                    f"(task.select(...)), or score sites without positions, such as z."
+                )
+            index = np.array([[pair.positions[name] for name in names] for pair in self.pairs])
+        tokens = tuple(
+            tuple(self.token_text(pair.clean_ids[int(p)]) for p in row) for pair, row in zip(self.pairs, index, strict=True)
+        )
+        return PositionAxis(names, index, tokens)
+
+    def token_text(self, token: int) -> str:
+        """The text of a token id (the id in brackets where there is no tokenizer)."""
+        if self.tokenizer is None:
+            return f"[{token}]"
+        return self.tokenizer.decode([token], clean_up_tokenization_spaces=False)
+
+    def select(self, indices: Iterable[int]) -> "Task":
+        """The task with only these pairs, in this order.
+
+        Raises:
+            TaskError: an index out of range, or no index at all.
+        """
+        chosen = [int(i) for i in indices]
+        if bad := [i for i in chosen if not 0 <= i < len(self)]:
+            raise TaskError(f"pairs {bad} are not in {self.name}, which has the pairs 0 to {len(self) - 1}.")
+        return replace(self, pairs=tuple(self.pairs[i] for i in chosen))
+
+    def with_metric(self, metric: str | Metric | Callable[[Tensor, Answers], Tensor]) -> "Task":
+        """The task with another metric: a name, a Metric, or a function of (logits, answers).
+
+        Raises:
+            MetricError: unknown name.
+        """
+        return replace(self, metric=get_metric(metric))
+
+    def _check_vocabulary(self, model: TaskModel) -> None:
+        largest = max(max(*pair.clean_ids, *pair.corrupted_ids, *pair.correct, *pair.incorrect) for pair in self.pairs)
+        if largest >= model.vocab_size:
+            raise TaskError(
+                f"task {self.name} has the token id {largest} and {model.name} a vocabulary of {model.vocab_size}: "
+                f"the task was made for another tokenizer. Load it again with this model."
+            )
+
+    def _values(self, model: TaskModel, metric: Metric, which: Sequence[str]) -> dict[str, Float[np.ndarray, " example"]]:
+        self._check_vocabulary(model)
+        values = {side: np.zeros(len(self)) for side in which}
+        for batch in self.batches(64, model.device):
+            for side in which:
+                with torch.no_grad():
+                    logits = model.run(getattr(batch, side)).logits[:, -1]
+                values[side][batch.examples.cpu().numpy()] = metric(logits, batch.answers).double().cpu().numpy()
+        return values
+
+    def _choice(self) -> Metric:
+        """The metric whose sign says which side the model chose."""
+        if any(not pair.incorrect for pair in self.pairs):
+            return Metric("is_argmax", _is_argmax, "", columns="vocabulary")
+        return METRICS["prob_diff" if self.metric.name == "prob_diff" else "logit_diff"]
+
+    def solved(self, model: TaskModel) -> Bool[np.ndarray, " example"]:
+        """Whether the model prefers the correct answers on each clean prompt.
+
+        Forced choice: mean logit of the correct answers above that of the incorrect ones; total probability for
+        ``prob_diff``; for pairs without incorrect answers the most likely token must be a correct one.
+        """
+        return self._values(model, self._choice(), ("clean",))["clean"] > 0
+
+    def accuracy(self, model: TaskModel) -> dict[str, float]:
+        """The share of pairs where the model prefers the *clean* prompt's correct answers, on either prompt.
+
+        ``clean`` should be near 1; ``corrupted`` is near 0 where the corruption turns the answer round and near 0.5
+        where it takes the information away.
+        """
+        values = self._values(model, self._choice(), ("clean", "corrupted"))
+        return {side: float((value > 0).mean()) for side, value in values.items()}
+
+
+def _is_argmax(logits: Float[Tensor, "batch columns"], answers: Answers) -> Float[Tensor, " batch"]:
+    top = logits.argmax(-1, keepdim=True)
+    return ((answers.correct == top) & answers.correct_mask).any(-1).to(logits.dtype) * 2 - 1
