@@ -1,0 +1,32 @@
+# make demo    the demo: four patching methods on a packaged model, results in patchlab-demo/index.html
+# make test    the tests
+# make check   ruff, pyright and the tests
+# Another interpreter: make PYTHON=python3.12 test
+
+PYTHON ?= python3
+OUT ?= patchlab-demo
+BIN := .venv/bin
+
+.PHONY: demo test check lint clean
+
+demo: .venv/.ok
+	$(BIN)/patchlab demo --force --out "$(OUT)"
+
+test: .venv/.ok
+	$(BIN)/python -m pytest -q
+
+check: lint test
+
+lint: .venv/.ok
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+.venv/.ok: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "patchlab needs Python 3.11 or newer and $(PYTHON) is " + sys.version.split()[0] + ". Name another one: make PYTHON=python3.12")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[test]'
+	@touch $@
+
+clean:
+	rm -rf .venv build dist .pytest_cache .ruff_cache

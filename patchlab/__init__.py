@@ -1,0 +1,86 @@
+"""patchlab: exact, gradient and relevance patching of transformer language models behind one intervention API.
+
+The public names are loaded when they are first used, so that ``import patchlab`` (and ``patchlab --help``) stays light.
+"""
+
+import importlib
+import sys
+import types
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from patchlab import methods as methods
+    from patchlab import plots as plots
+    from patchlab import rules as rules
+    from patchlab.compare import Comparison as Comparison
+    from patchlab.compare import compare as compare
+    from patchlab.errors import PatchlabError as PatchlabError
+    from patchlab.interventions import Edit as Edit
+    from patchlab.interventions import intervene as intervene
+    from patchlab.methods import ActivationPatching as ActivationPatching
+    from patchlab.methods import AttributionPatching as AttributionPatching
+    from patchlab.methods import IntegratedGradients as IntegratedGradients
+    from patchlab.methods import RelevancePatching as RelevancePatching
+    from patchlab.metrics import Metric as Metric
+    from patchlab.models import Model as Model
+    from patchlab.models import load_model as load_model
+    from patchlab.scores import ScoreMap as ScoreMap
+    from patchlab.sites import Site as Site
+    from patchlab.sites import parse_site as parse_site
+    from patchlab.tasks import Task as Task
+    from patchlab.tasks import load_task as load_task
+
+_HOMES = {
+    "methods": "",
+    "plots": "",
+    "rules": "",
+    "Comparison": "compare",
+    "compare": "compare",
+    "PatchlabError": "errors",
+    "Edit": "interventions",
+    "intervene": "interventions",
+    "ActivationPatching": "methods",
+    "AttributionPatching": "methods",
+    "IntegratedGradients": "methods",
+    "RelevancePatching": "methods",
+    "Metric": "metrics",
+    "Model": "models",
+    "load_model": "models",
+    "ScoreMap": "scores",
+    "Site": "sites",
+    "parse_site": "sites",
+    "Task": "tasks",
+    "load_task": "tasks",
+}
+"""Public name -> the module it lives in ("" for a module of its own)."""
+
+__all__ = ["__version__", *_HOMES]  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'patchlab' has no attribute {name!r}")
+    home = _HOMES[name]
+    if not home:
+        return importlib.import_module(f"patchlab.{name}")
+    value = getattr(importlib.import_module(f"patchlab.{home}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+class _Package(types.ModuleType):
+    """Keeps ``patchlab.compare`` the function: importing a submodule binds it over the name it has in its package."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if isinstance(value, types.ModuleType) and _HOMES.get(name):
+            return
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

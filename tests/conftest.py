@@ -1,0 +1,67 @@
+"""Fixtures that several test files share. patchlab is imported inside them: the shape checks must be installed first."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def _missing(variable: str, reason: str) -> None:
+    """Skip for want of something optional, or fail where ``variable`` says that it has to be there."""
+    if os.environ.get(variable) == "1":
+        pytest.fail(f"{reason} ({variable}=1 requires it)")
+    pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> Path:
+    """The folder with task data and reference numbers, beside the repository."""
+    folder = ROOT.parent / "shared"
+    if not folder.is_dir():
+        _missing("PATCHLAB_REQUIRE_REFERENCE", "the reference data (../shared) is not part of the repository and is not here")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def reference_dir(shared_dir: Path) -> Path:
+    """Outputs of published implementations on small models."""
+    return shared_dir / "reference"
+
+
+@pytest.fixture(scope="session")
+def browser() -> str:
+    """A Chromium or Chrome, which PNG export needs."""
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+    found = os.environ.get("BROWSER_PATH") or next(filter(None, map(shutil.which, names)), None)
+    if found is None:
+        _missing("PATCHLAB_REQUIRE_IMAGES", "no Chromium or Chrome here, which PNG export needs")
+    return str(found)
+
+
+@pytest.fixture(scope="session")
+def demo_gpt2():
+    """The packaged 12-layer model."""
+    import patchlab as pl
+
+    return pl.load_model("demo-gpt2", device="cpu")
+
+
+@pytest.fixture(scope="session")
+def demo_gpt2_4l():
+    """The packaged 4-layer model, for tests where depth does not matter."""
+    import patchlab as pl
+
+    return pl.load_model("demo-gpt2-4l", device="cpu")
+
+
+@pytest.fixture(scope="session")
+def demo_llama():
+    """The packaged Llama-style model (RoPE, RMSNorm, gated MLP, grouped KV heads)."""
+    import patchlab as pl
+
+    return pl.load_model("demo-llama", device="cpu")
