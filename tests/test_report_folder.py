@@ -1,0 +1,108 @@
+"""The result folder: refused before computing, whole or absent, and never at the cost of earlier results."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from patchlab.errors import OutputError
+from patchlab.report.folder import result_folder
+
+
+def write(folder: Path, **files: str) -> None:
+    names = {name.replace("__", "."): text for name, text in files.items()}
+    for name, text in names.items():
+        (folder / name).write_text(text)
+    (folder / "run.json").write_text(json.dumps({"files": sorted([*names, "run.json"])}))
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {path.name: path.read_text() for path in folder.iterdir() if path.name != "run.json"}
+
+
+def test_results_appear_in_a_new_folder_and_in_an_empty_one(tmp_path):
+    for target in (tmp_path / "new" / "deep", tmp_path / "empty"):
+        if target.name == "empty":
+            target.mkdir()
+        with result_folder(target) as folder:
+            write(folder, a__txt="1")
+            assert not (target / "a.txt").exists(), "files show up only when all are there"
+        assert contents(target) == {"a.txt": "1"}
+
+
+def test_an_exception_leaves_everything_as_it_was(tmp_path):
+    with pytest.raises(ZeroDivisionError), result_folder(tmp_path / "new" / "deep") as folder:
+        write(folder, a__txt="1")
+        raise ZeroDivisionError
+    assert list(tmp_path.iterdir()) == []
+    with result_folder(tmp_path / "out") as folder:
+        write(folder, a__txt="old")
+    with pytest.raises(ZeroDivisionError), result_folder(tmp_path / "out", force=True) as folder:
+        write(folder, a__txt="new")
+        raise ZeroDivisionError
+    assert contents(tmp_path / "out") == {"a.txt": "old"}
+
+
+def test_earlier_results_are_kept_without_force(tmp_path):
+    with result_folder(tmp_path) as folder:
+        write(folder, a__txt="old")
+    with pytest.raises(OutputError, match=r"already holds results; choose another folder with --out, or .* --force"), result_folder(tmp_path):
+        pytest.fail("must be refused before anything is computed")
+    assert contents(tmp_path) == {"a.txt": "old"}
+
+
+def test_a_folder_with_other_files_is_refused_too(tmp_path):
+    (tmp_path / "thesis.tex").write_text("x")
+    with pytest.raises(OutputError, match=r"is not empty \(it holds thesis.tex\)"), result_folder(tmp_path):
+        pytest.fail("must be refused")
+
+
+def test_force_replaces_all_earlier_results_and_nothing_else(tmp_path):
+    with result_folder(tmp_path) as folder:
+        write(folder, a__txt="old", b__txt="old")
+    (tmp_path / "notes.md").write_text("mine")
+    with result_folder(tmp_path, force=True) as folder:
+        write(folder, a__txt="new", c__txt="new")
+    assert contents(tmp_path) == {"a.txt": "new", "c.txt": "new", "notes.md": "mine"}
+
+
+def test_a_listed_name_outside_the_folder_is_not_touched(tmp_path):
+    (tmp_path / "precious.txt").write_text("x")
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "run.json").write_text(json.dumps({"files": ["../precious.txt", "run.json"]}))
+    with result_folder(out, force=True) as folder:
+        write(folder, a__txt="new")
+    assert (tmp_path / "precious.txt").exists()
+
+
+def test_results_that_appear_in_the_meantime_win(tmp_path):
+    with pytest.raises(OutputError, match="already holds results"), result_folder(tmp_path) as folder:
+        write(folder, a__txt="second")
+        with result_folder(tmp_path) as faster:
+            write(faster, a__txt="first")
+    assert contents(tmp_path) == {"a.txt": "first"}
+
+
+def test_a_failed_move_puts_the_earlier_results_back(tmp_path, monkeypatch):
+    with result_folder(tmp_path) as folder:
+        write(folder, a__txt="old", b__txt="old")
+    rename = Path.rename
+
+    def failing(self, target):
+        if Path(target) == tmp_path / "b.txt" and self.read_text() == "new":
+            raise OSError(28, "No space left on device")
+        return rename(self, target)
+
+    with pytest.raises(OutputError, match=r"No space left on device\); what was there is untouched"), result_folder(tmp_path, force=True) as folder:
+        write(folder, a__txt="new", b__txt="new")
+        monkeypatch.setattr(Path, "rename", failing)
+    assert contents(tmp_path) == {"a.txt": "old", "b.txt": "old"}
+    assert json.loads((tmp_path / "run.json").read_text())["files"] == ["a.txt", "b.txt", "run.json"]
+
+
+def test_a_file_and_an_unwritable_place_are_named(tmp_path):
+    (tmp_path / "file").write_text("x")
+    for place, message in ((tmp_path / "file", "is a file; results go into a folder"), (Path("/proc/patchlab"), "cannot write to /proc/patchlab")):
+        with pytest.raises(OutputError, match=message), result_folder(place):
+            pytest.fail("must be refused")
