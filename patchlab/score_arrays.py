@@ -1,0 +1,119 @@
+"""The arrays of a score map: their checks, their names, their position labels."""
+
+import json
+from collections.abc import Mapping
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import xarray as xr
+
+from patchlab.errors import ScoreError
+from patchlab.sites import POSITION_AXES, parse_site
+
+
+@runtime_checkable
+class PositionLabels(Protocol):
+    """What a score map takes from a task's position axis: ``names`` per cell (or None) and ``tokens`` per example and cell."""
+
+    @property
+    def names(self) -> Any:
+        """Name of each cell, or None where positions are aligned by index."""
+
+    @property
+    def tokens(self) -> Any:
+        """Token text per example and cell."""
+
+
+def label_of(what: str, axis: str) -> str:
+    """Name of the coordinate that labels a position axis.
+
+    >>> label_of("token", "pos"), label_of("token", "dest")
+    ('token', 'dest_token')
+    """
+    return what if axis == "pos" else f"{axis}_{what}"
+
+
+def plain(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """Provenance as it comes back from a file: plain JSON values."""
+    try:
+        return json.loads(json.dumps(dict(provenance)))
+    except (TypeError, ValueError) as error:
+        raise ScoreError(f"provenance must be JSON (strings, numbers, lists, dicts): {error}. Convert it first.") from error
+
+
+def axes_of(name: str) -> tuple[str, ...]:
+    """The axes of a site name that may key a score map."""
+    site = parse_site(name)
+    short = site.kind if site.narrowed else str(site)
+    if short != name:
+        raise ScoreError(f"score maps are keyed by whole sites in their short form; got {name!r}, expected {short!r}.")
+    return site.axes
+
+
+def check_rows(scores: Mapping[str, np.ndarray], live: Mapping[str, np.ndarray], index: np.ndarray, clean: np.ndarray, corrupted: np.ndarray) -> None:
+    """One row per example in everything, and the same sites on both sides."""
+    if not scores or set(scores) != set(live):
+        raise ScoreError(f"scores and live must name the same sites, at least one; got {sorted(scores)} and {sorted(live)}.")
+    if index.ndim != 1 or not index.size or len(set(index.tolist())) != len(index):
+        raise ScoreError(f"examples must be a list of distinct task indices, at least one; got {index.tolist()}.")
+    if len(clean) != len(index) or len(corrupted) != len(index):
+        raise ScoreError(f"there are {len(index)} examples, but metric_clean has {len(clean)} values and metric_corrupted {len(corrupted)}.")
+    if not (np.isfinite(clean).all() and np.isfinite(corrupted).all()):
+        raise ScoreError("metric_clean and metric_corrupted must be finite; check the model's logits (dtype overflow?).")
+
+
+def check_shape(name: str, axes: tuple[str, ...], values: np.ndarray, live: np.ndarray, sizes: dict[str, int]) -> None:
+    """Floats with a dim per axis; adds the axes' sizes to ``sizes`` or holds them against it."""
+    dims = ("example", *axes)
+    if values.ndim != len(dims) or values.dtype.kind != "f" or live.shape != values.shape[1:]:
+        raise ScoreError(
+            f"{name}: got {values.dtype} scores of shape {list(values.shape)} and a live mask of shape {list(live.shape)}; "
+            f"expected floats with the dims {list(dims)} and the mask without example."
+        )
+    for dim, size in zip(dims, values.shape, strict=True):
+        if sizes.setdefault(dim, size) != size:
+            raise ScoreError(f"{name} has {size} along {dim}, the other sites {sizes[dim]}; all sites of a map share their axes.")
+
+
+def check_finite(name: str, axes: tuple[str, ...], values: np.ndarray, record: Mapping[str, Any]) -> None:
+    """A site is scored throughout, or not scored and listed with its reason."""
+    bad, skipped = ~np.isfinite(values), name in record.get("not_scored", {})
+    if skipped and not np.isnan(values).all():
+        raise ScoreError(f"{name} is in not_scored but has values; fill it with NaN or take it out of not_scored.")
+    if bad.any() and not skipped:
+        where = ", ".join(f"{dim} {i}" for dim, i in zip(("row", *axes), np.argwhere(bad)[0], strict=True))
+        raise ScoreError(
+            f"{name}: {bad.sum()} of {bad.size} scores are not finite, the first at {where}. A site is scored throughout, "
+            f"or NaN throughout with a reason in provenance['not_scored']."
+        )
+
+
+def position_coords(labels: PositionLabels | None, examples: np.ndarray, sizes: Mapping[str, int]) -> dict[str, Any]:
+    """Token text and names of the positions, as coordinates that are never an index."""
+    coords: dict[str, Any] = {}
+    if labels is None:
+        return coords
+    for axis in POSITION_AXES:
+        if axis not in sizes:
+            continue
+        rows = [labels.tokens[e] for e in examples] if examples.max() < len(labels.tokens) else []
+        if not rows or {len(row) for row in rows} != {sizes[axis]} or len(labels.names or rows[0]) != sizes[axis]:
+            raise ScoreError(
+                f"the task's position axis has {len(labels.tokens)} examples of {len(labels.tokens[0])} positions; "
+                f"the scores have {sizes[axis]} along {axis} and examples up to {examples.max()}. Build both from one task."
+            )
+        # HDF5 text ends at the first NUL, which byte-level vocabularies do contain
+        coords[label_of("token", axis)] = (("example", axis), np.array([[text.replace("\0", "\\0") for text in row] for row in rows], dtype=str))
+        if labels.names is not None:
+            coords[label_of("position", axis)] = (axis, np.array(labels.names, dtype=str))
+    return coords
+
+
+def frozen(dataset: xr.Dataset) -> xr.Dataset:
+    """The same dataset on arrays of its own that cannot be written to, text as fixed-width strings."""
+    parts = {}
+    for name, part in dataset.variables.items():
+        values = np.array(part.to_numpy(), dtype=str if part.dtype.kind in "OTU" else part.dtype)
+        values.setflags(write=False)
+        parts[name] = (part.dims, values, part.attrs)
+    return xr.Dataset({name: parts[name] for name in dataset.data_vars}, coords={name: parts[name] for name in dataset.coords}, attrs=dataset.attrs)

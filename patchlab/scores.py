@@ -1,0 +1,288 @@
+"""ScoreMap: what a patching method found, one effect per example and cell, with named axes, provenance and cost."""
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+from jaxtyping import Float
+
+from patchlab.bootstrap import interval, resampling_weights
+from patchlab.errors import ScoreError, SiteError, unknown
+from patchlab.output import writing
+from patchlab.score_arrays import PositionLabels, axes_of, check_finite, check_rows, check_shape, frozen, label_of, plain, position_coords
+from patchlab.sites import POSITION_AXES, Site, parse_site
+
+FORMAT = 1
+_ATTRIBUTE = "patchlab_scoremap"
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a result cost to compute.
+
+    Args:
+        forwards: forward passes of a batch.
+        backwards: backward passes of a batch.
+        positions: rows × token positions that went through the model.
+        seconds: wall time.
+        predicted_bytes: the memory that was predicted before the run, where it was.
+        cuda_peak_bytes: the most memory allocated on the CUDA device, where there is one.
+    """
+
+    forwards: int
+    backwards: int
+    positions: int
+    seconds: float
+    predicted_bytes: int | None = None
+    cuda_peak_bytes: int | None = None
+
+    def __str__(self) -> str:
+        parts = [_counted(self.forwards, "forward"), _counted(self.backwards, "backward"), f"{self.seconds:.1f} s"]
+        return ", ".join(parts)
+
+
+@dataclass(frozen=True, eq=False)
+class Normalised:
+    """Mean effects as a share of the gap between clean and corrupted, each with a 95 % interval over examples.
+
+    ``value``, ``low`` and ``high`` are Datasets like the map's, without the example axis (no unit: 1 is the whole gap);
+    ``gap`` is mean m_clean − mean m_corrupted in metric units. With one example there are no intervals (NaN).
+    """
+
+    value: xr.Dataset
+    low: xr.Dataset
+    high: xr.Dataset
+    gap: float
+    gap_interval: tuple[float, float]
+
+
+@dataclass(frozen=True, eq=False)
+class ScoreMap:
+    """The effect of patching each cell of some sites, per example, in metric units.
+
+    A method makes it (through :meth:`build`); its arrays are read-only.
+
+    Args:
+        data: an xarray Dataset with one variable per site, named as the site is written (``"resid_pre"``,
+            ``"z[layer,pos,head]"``), dims ``("example", *axes)``. A site that is NaN throughout was not scored;
+            ``provenance["not_scored"]`` says why. Coordinates: ``example`` (index in the task), one integer index per
+            axis, ``metric_clean`` and ``metric_corrupted`` per example, and the clean tokens as ``token(example, pos)``
+            (``dest_token``, ``src_token``), and ``position(pos)`` where positions have names.
+        live: bool, the same variables without the example axis; False marks a structural zero, a cell that cannot matter.
+        provenance: what made it: method, task, model, direction, metric, versions, notes; JSON-able.
+        cost: what it cost.
+
+    Example:
+        >>> relp = pl.RelevancePatching().run(model, task, ["resid_pre", "z"])  # doctest: +SKIP
+        >>> relp.mean("z").argmax(["layer", "head"])  # doctest: +SKIP
+    """
+
+    data: xr.Dataset
+    live: xr.Dataset
+    provenance: dict[str, Any]
+    cost: Cost
+
+    @staticmethod
+    def build(
+        scores: Mapping[str, np.ndarray],
+        live: Mapping[str, np.ndarray],
+        *,
+        task_axis: PositionLabels | None,
+        examples: Sequence[int] | np.ndarray,
+        metric_clean: Float[np.ndarray, " example"],
+        metric_corrupted: Float[np.ndarray, " example"],
+        provenance: Mapping[str, Any],
+        cost: Cost,
+    ) -> "ScoreMap":
+        """Check the arrays of a method's result and name their axes.
+
+        Args:
+            scores: per site the effects ``[example, *axes]`` in metric units.
+            live: per site a bool array ``[*axes]``; False = structural zero.
+            task_axis: names and tokens of the positions (rows are looked up by example index); None leaves them bare.
+            examples: the task's index of each row; rows are put in that order.
+            metric_clean: metric of the unpatched clean run.
+            metric_corrupted: metric of the unpatched corrupted run.
+            provenance: see the class.
+            cost: see the class.
+
+        Raises:
+            ScoreError: shapes that do not fit together, values that are not finite in a scored site, a site that is NaN
+                without a reason in ``provenance["not_scored"]``, or provenance that is not JSON.
+        """
+        record = plain(provenance)
+        index = np.asarray(examples, dtype=np.int64)
+        order = np.argsort(index, kind="stable")
+        check_rows(scores, live, index, metric_clean, metric_corrupted)
+        sizes: dict[str, int] = {"example": len(index)}
+        variables, masks = {}, {}
+        for name, values in scores.items():
+            axes = axes_of(name)
+            check_shape(name, axes, values, live[name], sizes)
+            check_finite(name, axes, values, record)
+            variables[name] = (("example", *axes), values[order], {"units": str(record.get("metric_unit", ""))})
+            masks[name] = (axes, live[name].astype(bool))
+        coords: dict[str, Any] = {axis: np.arange(size) for axis, size in sizes.items()}
+        coords["example"] = index[order]
+        coords["metric_clean"] = ("example", metric_clean[order].astype(np.float64))
+        coords["metric_corrupted"] = ("example", metric_corrupted[order].astype(np.float64))
+        coords |= position_coords(task_axis, index[order], sizes)
+        data = xr.Dataset(variables, coords=coords)
+        bare = {name: coord for name, coord in data.coords.items() if "example" not in coord.dims}
+        return ScoreMap(frozen(data), frozen(xr.Dataset(masks, coords=bare)), record, cost)
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """Names of the sites, as they are written."""
+        return tuple(str(name) for name in self.data.data_vars)
+
+    @property
+    def not_scored(self) -> dict[str, str]:
+        """The sites that were not scored, with the reason."""
+        return {site: why for site, why in self.provenance.get("not_scored", {}).items() if site in self.data.data_vars}
+
+    @property
+    def gap(self) -> float:
+        """Mean m_clean − mean m_corrupted, in metric units."""
+        return float((self.data["metric_clean"] - self.data["metric_corrupted"]).mean())
+
+    def gap_interval(self, *, n_boot: int = 1000, seed: int = 0) -> tuple[float, float]:
+        """95 % bootstrap interval of the gap over examples (NaN with one example)."""
+        low, high = interval(self._draws(n_boot, seed) @ (self.data["metric_clean"] - self.data["metric_corrupted"]).to_numpy())
+        return float(low), float(high)
+
+    def mean(self, site: str | Site) -> xr.DataArray:
+        """Mean effect over examples, dims = the site's axes, in metric units (NaN where the site was not scored).
+
+        Raises:
+            ScoreError: the map has no such site.
+        """
+        return self.data[self.site_name(site)].astype(np.float64).mean("example", skipna=False, keep_attrs=True)
+
+    def site_name(self, site: str | Site) -> str:
+        """The name of a site in this map, however it was written.
+
+        Raises:
+            ScoreError: the map has no such site.
+        """
+        try:
+            name = str(parse_site(site))
+        except SiteError:
+            name = str(site)
+        if name not in self.data.data_vars:
+            raise ScoreError(unknown("site of this score map", name, self.sites))
+        return name
+
+    def normalised(self, *, n_boot: int = 1000, seed: int = 0) -> Normalised:
+        """Mean effect / (mean m_clean − mean m_corrupted): a ratio of batch means, bootstrapped jointly over examples.
+
+        Never a mean of per-example ratios, which single examples with a small gap would dominate.
+
+        Raises:
+            ScoreError: the 95 % interval of the gap contains 0.
+        """
+        gaps = (self.data["metric_clean"] - self.data["metric_corrupted"]).to_numpy()
+        low, high = self.gap_interval(n_boot=n_boot, seed=seed)
+        if low <= 0 <= high or self.gap == 0:
+            where = f"95 % CI [{low:.3g}, {high:.3g}]" if np.isfinite(low) else "one example, no CI"
+            raise ScoreError(
+                f"cannot normalise: the gap mean m_clean − mean m_corrupted is {self.gap:.3g} ({where}), not distinguishable from 0 "
+                f"over {len(gaps)} examples. Use the effects as they are, more examples, or only pairs that the model solves (only_correct=True)."
+            )
+        weights = self._draws(n_boot, seed)
+        bottom = (weights @ gaps)[:, None]
+        parts: dict[str, dict[str, Any]] = {"value": {}, "low": {}, "high": {}}
+        for site in self.sites:
+            mean = self.mean(site)
+            parts["value"][site] = mean / self.gap
+            flat = self.data[site].to_numpy().reshape(len(gaps), -1).astype(np.float64)
+            bounds = [interval(weights @ flat[:, part] / bottom) for part in _parts(flat.shape[1], len(weights))]
+            for which, pieces in zip(("low", "high"), zip(*bounds, strict=True), strict=True):
+                parts[which][site] = mean.copy(data=np.concatenate(pieces).reshape(mean.shape))
+        datasets = {name: frozen(xr.Dataset(variables).drop_attrs()) for name, variables in parts.items()}
+        return Normalised(**datasets, gap=self.gap, gap_interval=(low, high))
+
+    def _draws(self, n_boot: int, seed: int) -> Float[np.ndarray, "draw example"]:
+        n = self.data.sizes["example"]
+        return resampling_weights(n, n_boot if n > 1 else 0, seed)
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """A long table with one row per score.
+
+        Columns: ``site``, ``example``, the axes that occur (``<NA>`` where a site lacks one), ``token`` and ``position``
+        beside ``pos`` (``dest_token``, ... beside ``dest`` and ``src``), ``effect`` in metric units, ``live``.
+        """
+        frames = []
+        for site in self.sites:
+            array = self.data[site]
+            grid = dict(zip(array.dims, np.indices(array.shape), strict=True))
+            columns: dict[str, Any] = {"site": np.full(array.size, site)}
+            for dim, index in grid.items():
+                columns[str(dim)] = pd.array(array[dim].to_numpy()[index].ravel(), dtype="Int64")
+                for label in (label_of("token", str(dim)), label_of("position", str(dim))):
+                    if dim in POSITION_AXES and label in array.coords:
+                        coord = array[label]
+                        columns[label] = coord.to_numpy()[tuple(grid[d] for d in coord.dims)].ravel()
+            columns["effect"] = array.to_numpy().ravel()
+            columns["live"] = np.broadcast_to(self.live[site].to_numpy(), array.shape).ravel()
+            frames.append(pd.DataFrame(columns))
+        table = pd.concat(frames, ignore_index=True)
+        return table[[*(name for name in table.columns if name not in ("effect", "live")), "effect", "live"]]
+
+    def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+        """Write one netCDF file (the effects, ``live`` as a group, the rest as JSON), whole or not at all.
+
+        Raises:
+            OutputError: the file exists and ``overwrite`` is False, or it cannot be written there.
+        """
+        record = json.dumps({"format": FORMAT, "provenance": self.provenance, "cost": asdict(self.cost)})
+        with writing(path, overwrite=overwrite) as temporary:
+            for dataset, group, mode in ((self.data.assign_attrs({_ATTRIBUTE: record}), None, "w"), (self.live, "live", "a")):
+                plain = {name: {"_FillValue": None} for name, part in dataset.variables.items() if part.dtype.kind == "f"}
+                dataset.to_netcdf(temporary, engine="h5netcdf", group=group, mode=mode, encoding=plain)
+
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> "ScoreMap":
+        """Read a map that :meth:`save` wrote; equal to it in every value.
+
+        Raises:
+            ScoreError: no such file, a damaged one, one that is no score map, or one of a newer patchlab.
+        """
+        if not Path(path).is_file():
+            raise ScoreError(f"there is no score map {path}. Give the path of a .nc file that ScoreMap.save wrote.")
+        try:
+            data, live = (xr.load_dataset(path, engine="h5netcdf", group=group) for group in (None, "live"))
+            record = json.loads(data.attrs.pop(_ATTRIBUTE))
+        except KeyError as error:
+            raise ScoreError(f"{path} is not a patchlab score map: {error} is missing. Give a .nc file that ScoreMap.save wrote.") from error
+        except (OSError, ValueError, RuntimeError) as error:
+            raise ScoreError(f"cannot read the score map {path}: {error}. It is damaged or not a score map; compute it again.") from error
+        if record["format"] > FORMAT:
+            raise ScoreError(f"{path} has the format {record['format']} and this patchlab reads up to {FORMAT}. Update patchlab.")
+        return ScoreMap(frozen(data), frozen(live), record["provenance"], Cost(**record["cost"]))
+
+    def __repr__(self) -> str:
+        about, skipped = self.provenance, self.not_scored
+        what = f"{about.get('model', '?')} × {about.get('task', '?')}[{self.data.sizes['example']}]"
+        sites = []
+        for site in self.sites:
+            shape = ", ".join(f"{axis} {self.live.sizes[axis]}" for axis in self.live[site].dims)
+            sites.append(f"{parse_site(site).kind}[{shape}]" + (" (not scored)" if site in skipped else ""))
+        head = ", ".join(str(about.get(key, "?")) for key in ("method", "direction", "metric"))
+        return f"ScoreMap({head}, {what}) {' '.join(sites)}; {self.cost}"
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("" if number == 1 else "s")
+
+
+def _parts(cells: int, draws: int, limit: int = 4_000_000) -> Iterator[slice]:
+    """Cut the cells so that no [draw, cell] matrix has more than ``limit`` entries."""
+    step = max(1, limit // max(1, draws))
+    return (slice(start, start + step) for start in range(0, cells, step))
