@@ -1,0 +1,154 @@
+"""The command line: parse, call, print. Heavy modules are imported inside the commands, so ``--help`` is quick."""
+
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from patchlab import __version__
+from patchlab.errors import PatchlabError
+
+METHODS = "exact,atp,ig:5,relp"
+SITES = "resid_pre,attn_out,mlp_out,z"
+N = 32
+
+
+class _Group(TyperGroup):
+    """Turns the package's own errors into one line on stderr and exit status 1."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except PatchlabError as error:
+            typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+            raise typer.Exit(1) from error
+
+
+app = typer.Typer(cls=_Group, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"patchlab {__version__}")
+        raise typer.Exit
+
+
+@app.callback(help="Compare exact, gradient and relevance patching of transformer language models.")
+def _main(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False) -> None:
+    pass
+
+
+Force = Annotated[bool, typer.Option("--force", help="Replace the results of an earlier run in the folder.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout (everything else goes to stderr).")]
+
+
+@app.command(help="The packaged demo: four methods on a 12-layer model that does indirect object identification.")
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("patchlab-demo"),
+    n: Annotated[int, typer.Option(help="Number of prompt pairs.")] = N,
+    force: Force = False,
+    json_: Json = False,
+) -> None:
+    _compare("demo-gpt2", "ioi", METHODS, SITES, out=out, n=n, force=force, as_json=json_)
+
+
+@app.command(help="Run several methods on one task and compare them with exact patching.")
+def compare(
+    model: Annotated[str, typer.Option(help="A packaged model (patchlab models), a local Hugging Face folder, or a hub name.")],
+    task: Annotated[str, typer.Option(help="A generator (patchlab tasks) or a JSONL or CSV file.")],
+    out: Annotated[Path, typer.Option(help="Folder for the results.")],
+    methods: Annotated[str, typer.Option(help="Comma-separated (patchlab methods); exact is the reference.")] = METHODS,
+    sites: Annotated[str, typer.Option(help="Comma-separated (patchlab sites), with axes where not the default: z[layer,pos,head].")] = SITES,
+    direction: Annotated[str, typer.Option(help="denoising or noising.")] = "denoising",
+    n: Annotated[int | None, typer.Option(help=f"Number of pairs [default: {N}; all rows of a file].", show_default=False)] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the task's generator.")] = 0,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ... [default: CUDA if present].", show_default=False)] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Examples per batch [default: chosen].", show_default=False)] = None,
+    option: Annotated[list[str] | None, typer.Option(help="An option of the task, key=value; repeat for several.", show_default=False)] = None,
+    force: Force = False,
+    json_: Json = False,
+) -> None:
+    options = dict(_option(text) for text in option or [])
+    _compare(model, task, methods, sites, out=out, direction=direction, n=n, seed=seed, device=device, batch_size=batch_size,
+             options=options, force=force, as_json=json_)  # fmt: skip
+
+
+def _option(text: str) -> tuple[str, Any]:
+    """``key=value``, where the value is JSON (true, 3, "x") or else a plain string."""
+    key, equals, value = text.partition("=")
+    if not (key.isidentifier() and equals):
+        raise typer.BadParameter(f"{text!r} is not of the form key=value.", param_hint="--option")
+    try:
+        return key, json.loads(value)
+    except json.JSONDecodeError:
+        return key, value
+
+
+def _compare(model: str, task: str, methods: str, sites: str, *, out: Path, force: bool, as_json: bool, n: int | None = None, **settings: Any) -> None:
+    from rich.console import Console
+
+    from patchlab import report
+
+    say = Console(stderr=True, highlight=False).print
+    job = report.Job(model=model, task=task, methods=tuple(methods.split(",")), sites=sites, n=n, **settings)
+    with report.result_folder(out, force=force) as folder:
+        results = report.run(job, say=say, progress=sys.stderr.isatty())
+        say("writing tables and plots")
+        run = report.write(folder, results, say=say)
+    target = out.expanduser().resolve()
+    say(f"done: open {target / 'index.html'}")
+    if as_json:
+        typer.echo(json.dumps({"out": str(target), **run}, allow_nan=False))
+    else:
+        Console(highlight=False).print(report.console_table(results.comparison))
+
+
+@app.command(help="The task generators.")
+def tasks(json_: Json = False) -> None:
+    from patchlab.tasks import GENERATORS
+
+    _listing(((name, generator.description) for name, generator in GENERATORS.items()), json_)
+
+
+@app.command(help="The packaged models; local Hugging Face folders and hub names work as well.")
+def models(json_: Json = False) -> None:
+    from patchlab.models import DEMO_MODELS
+
+    _listing(((name, str(folder)) for name, folder in DEMO_MODELS.items()), json_)
+
+
+@app.command(help="The methods.")
+def methods(json_: Json = False) -> None:
+    from patchlab.methods import METHODS
+
+    _listing(METHODS.items(), json_)
+
+
+@app.command(help="The sites, with their axes (the default granularity in brackets).")
+def sites(json_: Json = False) -> None:
+    from patchlab.sites import KINDS
+
+    _listing(((kind.name, f"{kind.what} [{','.join(kind.default)}]") for kind in KINDS.values()), json_)
+
+
+def _listing(rows: Iterable[tuple[str, str]], as_json: bool) -> None:
+    rows = dict(rows)
+    if as_json:
+        typer.echo(json.dumps(rows))
+        return
+    width = max(map(len, rows), default=0)
+    for name, what in rows.items():
+        typer.echo(f"{name:<{width}}  {what}")
+
+
+def main() -> None:
+    """Entry point of the ``patchlab`` command."""
+    app(prog_name="patchlab")
+
+
+if __name__ == "__main__":
+    main()
