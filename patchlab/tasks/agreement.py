@@ -10,10 +10,10 @@ from patchlab.tasks.words import ADVERBS, PEOPLE, PREPOSITIONS, RELATIVE_VERBS, 
 
 # SUBJECT is the noun the verb agrees with, OTHER a noun it does not; the adverb keeps the verb from following a noun directly
 TEMPLATES = {
-    "simple": "The {SUBJECT} {ADVERB}",
-    "within_rc": "The {OTHER} that the {SUBJECT} {ADVERB}",
-    "across_rc": "The {SUBJECT} that the {OTHER} {RC_VERB} {ADVERB}",
-    "across_pp": "The {SUBJECT} {PREP} the {OTHER} {ADVERB}",
+    "simple": "The {SUBJECT} {adverb}",
+    "within_rc": "The {OTHER} that the {SUBJECT} {adverb}",
+    "across_rc": "The {SUBJECT} that the {OTHER} {RC_VERB} {adverb}",
+    "across_pp": "The {SUBJECT} {PREP} the {OTHER} {adverb}",
 }
 
 
@@ -27,7 +27,7 @@ def agreement(words: Lexicon, rng: Random, *, variant: str = "across_rc") -> Ite
     """
     one_of("variant", variant, tuple(TEMPLATES))
     nouns, verbs = words.couples(PEOPLE, "people"), words.couples(VERBS, "verbs", at_least=1)
-    fillers = {"ADVERB": words.words(ADVERBS, "adverbs", at_least=1)}
+    fillers = {"adverb": words.words(ADVERBS, "adverbs", at_least=1)}
     if variant == "across_pp":
         fillers["PREP"] = words.words(PREPOSITIONS, "prepositions", at_least=1)
     rc_verbs = words.couples(RELATIVE_VERBS, "verbs", at_least=1) if variant == "across_rc" else [("", "")]

@@ -19,20 +19,37 @@ END = "END"
 
 @runtime_checkable
 class TaskModel(Protocol):
-    """What a task asks of a model: its tokenizer, its vocabulary size and a forward pass."""
+    """What a task asks of a model: its tokenizer, its vocabulary size and a forward pass, ``run(tokens).logits``."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """As it appears in messages."""
+        ...
+
     @property
-    def tokenizer(self) -> Any: ...
+    def tokenizer(self) -> Any:
+        """A Hugging Face tokenizer, or None."""
+        ...
+
     @property
-    def bos_id(self) -> int | None: ...
+    def bos_id(self) -> int | None:
+        """The token that begins a prompt, or None."""
+        ...
+
     @property
-    def vocab_size(self) -> int: ...
+    def vocab_size(self) -> int:
+        """Number of logits."""
+        ...
+
     @property
-    def device(self) -> torch.device | str: ...
+    def device(self) -> torch.device | str:
+        """Where tokens must be."""
+        ...
+
     @property
-    def run(self) -> Callable[..., Any]: ...
+    def run(self) -> Callable[..., Any]:
+        """A forward pass: ``run(tokens).logits`` is [batch, pos, vocab]."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -175,7 +192,7 @@ class Task:
     def position_names(self) -> tuple[str, ...]:
         """The named positions that all pairs have, in the order of their mean place."""
         common = set(self.pairs[0].positions).intersection(*(pair.positions for pair in self.pairs))
-        return tuple(sorted(common, key=lambda name: (sum(pair.positions[name] for pair in self.pairs), name)))
+        return tuple(sorted(common, key=lambda name: (sum(pair.positions[name] for pair in self.pairs), name == END, name)))
 
     def position_axis(self) -> PositionAxis:
         """How positions line up across the examples: by index where the pairs share a length, a template and their roles, else by name.
@@ -184,9 +201,7 @@ class Task:
             TaskError: the pairs are not aligned by index and share no named position but END.
         """
         first = self.pairs[0]
-        aligned = all(
-            len(pair) == len(first) and pair.template == first.template and pair.positions == first.positions for pair in self.pairs
-        )
+        aligned = all(len(pair) == len(first) and pair.template == first.template and pair.positions == first.positions for pair in self.pairs)
         if aligned:
             names, index = None, np.tile(np.arange(len(first)), (len(self), 1))
         else:
@@ -199,9 +214,7 @@ class Task:
                     f"(task.select(...)), or score sites without positions, such as z."
                 )
             index = np.array([[pair.positions[name] for name in names] for pair in self.pairs])
-        tokens = tuple(
-            tuple(self.token_text(pair.clean_ids[int(p)]) for p in row) for pair, row in zip(self.pairs, index, strict=True)
-        )
+        tokens = tuple(tuple(self.token_text(pair.clean_ids[int(p)]) for p in row) for pair, row in zip(self.pairs, index, strict=True))
         return PositionAxis(names, index, tokens)
 
     def token_text(self, token: int) -> str:

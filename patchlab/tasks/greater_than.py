@@ -8,7 +8,7 @@ from patchlab.tasks.lexicon import Lexicon
 from patchlab.tasks.registry import generator
 from patchlab.tasks.words import CENTURIES, EVENTS, YEARS
 
-TEMPLATE = "The {EVENT} lasted from the year {XX}{YY} to the year {XX2}"
+TEMPLATE = "The {EVENT} lasted from the year {XX}{YY} to the year {xx}"
 
 
 @generator("greater_than", metric="prob_diff")
@@ -23,5 +23,5 @@ def greater_than(words: Lexicon, rng: Random) -> Iterator[Pair]:
     while True:
         start = rng.randrange(2, 99)
         century = rng.choice(centuries)
-        clean = {"EVENT": rng.choice(events), "XX": century, "YY": years[start], "XX2": century}
+        clean = {"EVENT": rng.choice(events), "XX": century, "YY": years[start], "xx": century}
         yield words.pair(TEMPLATE, clean, {"YY": "01"}, years[start + 1 :], years[: start + 1], name="years")

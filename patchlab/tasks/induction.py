@@ -15,12 +15,12 @@ def induction(words: Lexicon, rng: Random, *, length: int = 8, repeat: int = 4) 
     """Repeats: "wall tree door bird stone ... wall tree door" -> bird.
 
     ``length`` random common words, then the first ``repeat`` of them again; the answer is the word that came next. The corruption puts
-    another word there, so the answer turns round. Positions: A1 and A2 are the last word's first and second place, B1 the answer's.
+    another word there, so the answer turns round. Positions: A1 is the last word's first place, B1 the answer's.
     """
     if not 1 <= repeat < length:
         raise TaskError(f"induction needs 1 <= repeat < length; got repeat={repeat} and length={length}.")
     common = words.words([*COMMON, *PLACES, *OBJECTS], "common words", at_least=length + 1)
-    roles = {repeat: "A1", repeat + 1: "B1", length + repeat: "A2"}
+    roles = {repeat: "A1", repeat + 1: "B1"}
     slots = [roles.get(i, f"w{i}") for i in range(1, length + repeat + 1)]
     template = "".join(f" {{{slot}}}" for slot in slots)
     while True:

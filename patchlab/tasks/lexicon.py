@@ -120,7 +120,9 @@ class Lexicon:
             return ()
         ids = self.encode(text)
         if ids is None:
-            raise TaskError(f"the tokenizer of {self.model_name} has no tokens for the template text {text.strip()!r}; use another task for this model.")
+            raise TaskError(
+                f"the tokenizer of {self.model_name} has no tokens for the template text {text.strip()!r}; use another task for this model."
+            )
         return ids
 
     def pair(

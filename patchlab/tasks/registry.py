@@ -56,14 +56,16 @@ class Generator:
                 return
 
     def take(self, words: Lexicon, n: int, seed: int, options: Mapping[str, Any]) -> tuple[Pair, ...]:
-        """n distinct pairs.
+        """The first n distinct pairs.
 
         Raises:
             TaskError: the word lists do not give as many.
         """
         pairs = tuple(itertools.islice(self.distinct(words, seed, options), n))
         if len(pairs) < n:
-            raise TaskError(f"task {self.name} gives only {len(pairs)} distinct pairs with the tokenizer of {words.model_name}; got n={n}. Ask for fewer.")
+            raise TaskError(
+                f"task {self.name} gives only {len(pairs)} distinct pairs with the tokenizer of {words.model_name}; got n={n}. Ask for fewer."
+            )
         return pairs
 
 

@@ -4,6 +4,8 @@ Short everyday words: each list is cut to the words that are one token for the m
 one tokenizer needs. Only words that begin with a consonant follow "a" in a template.
 """
 
+# ruff: noqa: SIM905  (a list of forty words reads better as one string)
+
 WOMEN = (
     "Mary Anna Lisa Emma Laura Sarah Julia Maria Alice Rachel Emily Amy Jane Kate Linda Susan Karen Helen Nancy Diana Rose Lucy Claire Grace"
 ).split()

@@ -1,0 +1,255 @@
+"""Reading task files: patchlab's own JSONL and CSV, EAP-IG's CSV and feature-circuits' JSONL."""
+
+import csv
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from patchlab.errors import PatchlabError, TaskError, unknown
+from patchlab.tasks.base import Pair, TaskModel
+from patchlab.tasks.formats import Row, recognise
+from patchlab.tasks.lexicon import Lexicon
+
+ON_MISMATCH = ("raise", "drop")
+SUFFIXES = (".csv", ".json", ".jsonl")
+
+
+@dataclass(frozen=True)
+class TaskFile:
+    """The pairs of a file, the metric it asks for (None: the default), and what there is to say about how it was read."""
+
+    pairs: tuple[Pair, ...]
+    metric: str | None
+    provenance: dict[str, Any]
+
+
+def read_rows(path: Path) -> list[tuple[int, dict[str, Any]]]:
+    """The rows of a CSV or JSON-lines file as (line number, fields).
+
+    Raises:
+        TaskError: the file is missing, unreadable, empty, or has a malformed line.
+    """
+    if path.suffix not in SUFFIXES:
+        raise TaskError(f"{path} ends in {path.suffix!r}; a task file is one of {', '.join(SUFFIXES)} (.json with one object per line).")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise TaskError(f"cannot read the task file {path}: {error}. Check the path; it must be UTF-8 text.") from error
+    rows = _csv_rows(path, text) if path.suffix == ".csv" else _json_rows(path, text)
+    if not rows:
+        raise TaskError(f"{path} is empty; a task file has one pair per line.")
+    return rows
+
+
+def _json_rows(path: Path, text: str) -> list[tuple[int, dict[str, Any]]]:
+    rows = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise TaskError(f"{path.name}, line {number}: not JSON ({error}). Each line is one object.") from error
+        if not isinstance(row, dict):
+            raise TaskError(f"{path.name}, line {number}: expected an object with the fields of one pair; got {type(row).__name__}.")
+        rows.append((number, row))
+    return rows
+
+
+def _csv_rows(path: Path, text: str) -> list[tuple[int, dict[str, Any]]]:
+    reader = csv.DictReader(text.splitlines(keepends=True), strict=True)
+    rows = []
+    try:
+        for fields in reader:
+            if None in fields or None in fields.values():
+                raise TaskError(
+                    f"{path.name}, line {reader.line_num}: expected {len(reader.fieldnames or ())} cells, as in the header. Quote cells with commas."
+                )
+            rows.append((reader.line_num, {key: value for key, value in fields.items() if value != ""}))
+    except csv.Error as error:
+        raise TaskError(f"{path.name}, line {reader.line_num}: not CSV ({error}).") from error
+    return rows
+
+
+def load_file(path: Path, model: TaskModel, *, bos: bool, corrupted: str = "corrupted", on_mismatch: str = "raise") -> TaskFile:
+    """Read a task file for a model's tokenizer.
+
+    ``bos`` puts the model's bos in front of prompts given as text; ids are used as they are. ``corrupted`` names the column of
+    the corrupted prompt (EAP-IG's IOI file has two). ``on_mismatch="drop"`` leaves out pairs of unequal length.
+
+    Raises:
+        TaskError: anything wrong with the file; the message names the pair.
+    """
+    if on_mismatch not in ON_MISMATCH:
+        raise TaskError(unknown("on_mismatch", on_mismatch, ON_MISMATCH))
+    rows = read_rows(path)
+    format_ = recognise(path.name, rows, corrupted)
+    raw = [format_.read(_where(path, i, number), fields, corrupted) for i, (number, fields) in enumerate(rows)]
+    notes: list[str] = []
+    if format_.check is not None:
+        notes += format_.check(path.name, raw)
+    words = Lexicon.of(model, bos) if model.tokenizer is not None else None
+    encoder = _Encoder(path.name, model, words, notes)
+    pairs, dropped = [], 0
+    for row in raw:
+        clean, corrupted_ids = encoder.prompt(row, "clean"), encoder.prompt(row, "corrupted")
+        if len(clean) != len(corrupted_ids):
+            if on_mismatch == "drop":
+                dropped += 1
+                continue
+            raise TaskError(encoder.mismatch(row, clean, corrupted_ids))
+        correct, incorrect = encoder.answers(row, "correct"), encoder.answers(row, "incorrect")
+        try:
+            pairs.append(Pair(clean, corrupted_ids, correct, incorrect, encoder.positions(row, clean), row.template))
+        except PatchlabError as error:
+            raise TaskError(f"{row.where}: {error}") from error
+    if not pairs:
+        raise TaskError(f"{path.name}: no pair is left of {len(raw)}; all have unequal lengths with the tokenizer of {model.name}.")
+    if dropped:
+        notes.append(f"{dropped} of {len(raw)} pairs dropped: unequal lengths")
+    provenance = {
+        "file": path.name,
+        "format": format_.name,
+        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        "corrupted_column": corrupted,
+        "notes": list(dict.fromkeys(notes)),
+    }
+    return TaskFile(tuple(pairs), _metric(path.name, raw, format_.metric), provenance)
+
+
+def _where(path: Path, i: int, number: int) -> str:
+    return f"pair {i} of {path.name} (line {number})"
+
+
+def _metric(name: str, rows: list[Row], default: str | None) -> str | None:
+    metrics = {row.metric for row in rows}
+    if len(metrics) > 1:
+        raise TaskError(f"{name} asks for the metrics {sorted(map(str, metrics))}; a task has one, so write the same in every row.")
+    return metrics.pop() or default
+
+
+@dataclass(frozen=True)
+class _Encoder:
+    """Turns the texts and ids of a row into checked token ids."""
+
+    file: str
+    model: TaskModel
+    words: Lexicon | None
+    notes: list[str]
+
+    def _in_vocabulary(self, row: Row, what: str, ids: tuple[int, ...]) -> tuple[int, ...]:
+        if bad := [i for i in ids if not 0 <= i < self.model.vocab_size]:
+            raise TaskError(
+                f"{row.where}: {what} has the ids {bad[:5]}, outside the vocabulary of {self.model.name} (0 to {self.model.vocab_size - 1}). "
+                f"They belong to another tokenizer; give the text instead."
+            )
+        return ids
+
+    def _same_text(self, row: Row, what: str, ids: tuple[int, ...], text: str) -> None:
+        """Ids that stand beside a text must spell it."""
+        if self.words is None:
+            return
+        kept = [i for i in ids if i != self.model.bos_id]
+        spelt = self.words.tokenizer.decode(kept, clean_up_tokenization_spaces=False)
+        if "".join(spelt.split()) != "".join(text.split()):
+            raise TaskError(
+                f"{row.where}: the ids of {what} spell {spelt!r} with the tokenizer of {self.model.name}, and the text says {text!r}. "
+                f"The ids belong to another tokenizer; remove the id columns to use the text."
+            )
+
+    def _need_words(self, row: Row, what: str) -> Lexicon:
+        if self.words is None:
+            raise TaskError(
+                f"{row.where}: {what} is text, and {self.model.name} has no tokenizer; give clean_ids, corrupted_ids, correct_id and incorrect_id."
+            )
+        return self.words
+
+    def prompt(self, row: Row, side: str) -> tuple[int, ...]:
+        """The token ids of one side; ids win over text."""
+        ids, text = row.ids[side], row.texts[side]
+        if ids is not None:
+            self._in_vocabulary(row, side, ids)
+            if text is not None:
+                self._same_text(row, side, ids, text)
+            return ids
+        words = self._need_words(row, side)
+        encoded = words.encode(text or "")
+        if encoded is None:
+            missing = [word for word in (text or "").split() if words.encode(word) is None]
+            raise TaskError(
+                f"{row.where}: {side} has words that are not in the vocabulary of {self.model.name}: {', '.join(map(repr, missing[:5]))}. "
+                f"Use words of its vocabulary, or a model with a sub-word tokenizer."
+            )
+        return encoded if words.bos_id is None or words.bos_id in encoded[:1] else (words.bos_id, *encoded)
+
+    def answers(self, row: Row, side: str) -> tuple[int, ...]:
+        """The ids of the correct or the incorrect answers; ids win over text."""
+        ids, texts = row.answer_ids[side], row.answer_texts[side]
+        if ids is not None:
+            self._in_vocabulary(row, side, ids)
+            if texts is not None:
+                if len(texts) != len(ids):
+                    raise TaskError(f"{row.where}: {side} has {len(texts)} texts and {len(ids)} ids; give one id per text.")
+                for one, text in zip(ids, texts, strict=True):
+                    self._same_text(row, f"{side} answer", (one,), text)
+            return ids
+        words = self._need_words(row, side)
+        return tuple(self._answer(row, words, side, text) for text in texts or ())
+
+    def _answer(self, row: Row, words: Lexicon, side: str, text: str) -> int:
+        piece = self._with_space(row, words, text)
+        encoded = words.encode(piece)
+        if encoded is None:
+            raise TaskError(f"{row.where}: the {side} answer {text!r} is not in the vocabulary of {self.model.name}; choose a word that is.")
+        if len(encoded) != 1:
+            parts = [words.tokenizer.decode([i], clean_up_tokenization_spaces=False) for i in encoded]
+            raise TaskError(
+                f"{row.where}: the {side} answer {piece!r} is {len(encoded)} tokens ({', '.join(map(repr, parts))}) with the tokenizer of "
+                f"{self.model.name}; an answer is one token. Choose a shorter word, or give its id."
+            )
+        return encoded[0]
+
+    def _with_space(self, row: Row, words: Lexicon, text: str) -> str:
+        """An answer word that would be glued to the prompt's last word gets the space that a continuation has; digits after digits don't."""
+        prompt = row.texts["clean"] or words.tokenizer.decode(list(row.ids["clean"] or ()), clean_up_tokenization_spaces=False)
+        last, first = prompt[-1:], text[:1]
+        if not first.isalnum() or not (last.isalnum() or last in ",.;:!?\"'") or (last.isdigit() and first.isdigit()):
+            return text
+        if words.encode(" " + text) != words.encode(text):
+            self.notes.append("answers without a leading space were given one")
+        return " " + text
+
+    def positions(self, row: Row, clean: tuple[int, ...]) -> dict[str, int]:
+        """The named positions; negative ones count from the end. A name given by a word is left out if the word is not one token."""
+        named = {name: place + len(clean) if place < 0 else place for name, place in row.positions.items()}
+        for name, (word, which) in row.words.items():
+            ids = {encoded[0] for text in (word, " " + word) if self.words and (encoded := self.words.encode(text)) and len(encoded) == 1}
+            places = [place for place, token in enumerate(clean) if token in ids]
+            if len(places) > which:
+                named[name] = places[which]
+        return named
+
+    def mismatch(self, row: Row, clean: tuple[int, ...], corrupted: tuple[int, ...]) -> str:
+        """The message for unequal lengths, with the words that make the difference."""
+        why = ""
+        if self.words is not None and row.texts["clean"] and row.texts["corrupted"]:
+            why = _difference(self.words.encode, row.texts["clean"], row.texts["corrupted"])
+        return (
+            f"{row.where}: clean has {len(clean)} tokens and corrupted {len(corrupted)}{why}. Patching needs equal lengths: "
+            f'choose words of equally many tokens, or drop the pair with on_mismatch="drop".'
+        )
+
+
+def _difference(encode: Callable[[str], tuple[int, ...] | None], clean: str, corrupted: str) -> str:
+    one, two = clean.split(), corrupted.split()
+    if len(one) != len(two):
+        return f" ({len(one)} and {len(two)} words)"
+    for i, (a, b) in enumerate(zip(one, two, strict=True)):
+        lengths = [len(encode((" " if i else "") + word) or ()) for word in (a, b)]
+        if lengths[0] != lengths[1]:
+            said = [f'"{word}" is {"one token" if k == 1 else f"{k} tokens"}' for word, k in zip((a, b), lengths, strict=True)]
+            return f" ({', '.join(said)})"
+    return ""

@@ -1,0 +1,222 @@
+"""The columns of the task files that patchlab reads, and what each row says, before any tokenizer is asked."""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from patchlab.errors import TaskError
+
+Fields = Mapping[str, Any]
+_NAME = re.compile(r"\b[A-Z][a-z]+\b")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One pair as its file gives it: texts, ids or both. ``where`` names it in messages.
+
+    ``words`` names positions by a word of the clean text and which of its occurrences is meant: ``{"S2": ("John", 1)}``.
+    ``foreign_ids`` are answer ids of a tokenizer that the file does not name.
+    """
+
+    where: str
+    texts: Mapping[str, str | None]
+    ids: Mapping[str, tuple[int, ...] | None]
+    answer_texts: Mapping[str, tuple[str, ...] | None]
+    answer_ids: Mapping[str, tuple[int, ...] | None]
+    positions: Mapping[str, int] = field(default_factory=dict)
+    words: Mapping[str, tuple[str, int]] = field(default_factory=dict)
+    foreign_ids: tuple[int, int] | None = None
+    template: str = ""
+    metric: str | None = None
+
+
+@dataclass(frozen=True)
+class Format:
+    """A kind of task file: the columns it is recognised by, how a row is read, and a check over all rows that returns notes."""
+
+    name: str
+    columns: tuple[str, ...]
+    read: Callable[[str, Fields, str], Row]
+    metric: str | None = None
+    check: Callable[[str, list[Row]], list[str]] | None = None
+
+
+def recognise(name: str, rows: list[tuple[int, dict[str, Any]]], corrupted: str) -> Format:
+    """The format of a file, from its columns.
+
+    Raises:
+        TaskError: no format has these columns.
+    """
+    columns = set(rows[0][1])
+
+    def chosen(column: str) -> str:
+        return corrupted if column == "corrupted" else column
+
+    missing = [chosen(column) for column, either in _OWN.items() if not columns & {chosen(column), either}]
+    for format_ in FORMATS[1:]:
+        if missing and {chosen(column) for column in format_.columns} <= columns:
+            return format_
+    if missing:
+        others = "; ".join(f"{format_.name}: {', '.join(format_.columns)}" for format_ in FORMATS[1:])
+        raise TaskError(
+            f"{name} lacks the column{'s' if len(missing) > 1 else ''} {', '.join(missing)}; it has {', '.join(sorted(columns)) or 'none'}. "
+            f"A task file has clean, corrupted, correct and incorrect (as text, or as clean_ids, corrupted_ids, correct_id, incorrect_id). "
+            f"Also read: {others}."
+        )
+    return FORMATS[0]
+
+
+# --- values of cells -------------------------------------------------------------------------------------------------
+
+
+def _text(where: str, fields: Fields, column: str) -> str | None:
+    value = fields.get(column)
+    if value is None:
+        return None
+    if not isinstance(value, str) or not value:
+        raise TaskError(f"{where}: {column} must be a text that is not empty; got {value!r}.")
+    return value
+
+
+def _needed(where: str, fields: Fields, column: str) -> str:
+    value = _text(where, fields, column)
+    if value is None:
+        raise TaskError(f"{where}: {column} is missing; every pair needs it.")
+    return value
+
+
+def _list(where: str, fields: Fields, column: str) -> list[Any] | None:
+    """A cell with one value or several; a CSV cell with several is a JSON list."""
+    value = fields.get(column)
+    if value is None:
+        return None
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        value = _json(where, column, value)
+    return value if isinstance(value, list) else [value]
+
+
+def _json(where: str, column: str, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise TaskError(f"{where}: {column} looks like JSON and is not ({error}).") from error
+
+
+def _texts(where: str, fields: Fields, column: str) -> tuple[str, ...] | None:
+    values = _list(where, fields, column)
+    if values is not None and not all(isinstance(value, str) and value for value in values):
+        raise TaskError(f"{where}: {column} must be a text or a list of texts; got {fields[column]!r}.")
+    return None if values is None else tuple(values)
+
+
+def _ids(where: str, fields: Fields, column: str) -> tuple[int, ...] | None:
+    values = _list(where, fields, column)
+    if values is None:
+        return None
+    numbers = [int(value) if isinstance(value, str) and value.strip().isdigit() else value for value in values]
+    if not all(isinstance(value, int) and not isinstance(value, bool) for value in numbers):
+        raise TaskError(f"{where}: {column} must be a token id or a list of them; got {fields[column]!r}.")
+    return tuple(numbers)
+
+
+# --- patchlab's own --------------------------------------------------------------------------------------------------
+
+_OWN = {"clean": "clean_ids", "corrupted": "corrupted_ids", "correct": "correct_id", "incorrect": "incorrect_id"}
+
+
+def _read_own(where: str, fields: Fields, corrupted: str) -> Row:
+    for column, either in _OWN.items():
+        column = corrupted if column == "corrupted" else column
+        if fields.get(column) is None and fields.get(either) is None:
+            raise TaskError(f"{where}: {column} is missing; every pair needs it (or {either}).")
+    positions = fields.get("positions") or {}
+    if isinstance(positions, str):
+        positions = _json(where, "positions", positions)
+    if not isinstance(positions, dict) or not all(isinstance(place, int) and not isinstance(place, bool) for place in positions.values()):
+        raise TaskError(f'{where}: positions must map names to token indices, as in {{"S1": 4}}; got {fields["positions"]!r}.')
+    # ids belong to the column "corrupted": with another column chosen they say nothing about it
+    other_ids = _ids(where, fields, "corrupted_ids") if corrupted == "corrupted" else None
+    return Row(
+        where,
+        {"clean": _text(where, fields, "clean"), "corrupted": _text(where, fields, corrupted)},
+        {"clean": _ids(where, fields, "clean_ids"), "corrupted": other_ids},
+        {side: _texts(where, fields, side) for side in ("correct", "incorrect")},
+        {side: _ids(where, fields, f"{side}_id") for side in ("correct", "incorrect")},
+        positions,
+        template=_text(where, fields, "template") or "",
+        metric=_text(where, fields, "metric"),
+    )
+
+
+def _of_text(where: str, clean: str, corrupted: str, correct: list[str], incorrect: list[str], **more: Any) -> Row:
+    nothing = {"clean": None, "corrupted": None}
+    answers = {"correct": tuple(correct), "incorrect": tuple(incorrect)}
+    return Row(where, {"clean": clean, "corrupted": corrupted}, nothing, answers, {"correct": None, "incorrect": None}, **more)
+
+
+# --- EAP-IG ----------------------------------------------------------------------------------------------------------
+
+
+def _read_eap_ioi(where: str, fields: Fields, corrupted: str) -> Row:
+    """The answers come from the text: the ids in these files are those of whatever tokenizer the file was made for."""
+    clean = _needed(where, fields, "clean")
+    counts = Counter(_NAME.findall(clean))
+    repeated = [word for word, count in counts.items() if count == 2]
+    partners = [
+        other for s in repeated for other, count in counts.items() if count == 1 and re.search(rf"\b({s} and {other}|{other} and {s})\b", clean)
+    ]
+    if len(repeated) != 1 or len(partners) != 1:
+        raise TaskError(
+            f"{where}: correct_idx and incorrect_idx are ids of a tokenizer that the file does not name, and the text does not say which answers "
+            f"they are (one name once and another twice, joined by 'and'). Write the answers as text, in columns correct and incorrect."
+        )
+    subject, indirect = repeated[0], partners[0]
+    ids = _ids(where, fields, "correct_idx"), _ids(where, fields, "incorrect_idx")
+    if ids[0] is None or ids[1] is None:
+        raise TaskError(f"{where}: correct_idx or incorrect_idx is missing; every pair needs both.")
+    roles = {"IO": (indirect, 0), "S1": (subject, 0), "S2": (subject, 1)}
+    other = _needed(where, fields, corrupted)
+    return _of_text(where, clean, other, [" " + indirect], [" " + subject], words=roles, foreign_ids=(ids[0][0], ids[1][0]))
+
+
+def _check_eap_ioi(name: str, rows: list[Row]) -> list[str]:
+    """Each id of the file must stand for one name, else the names read from the text are not the file's answers."""
+    meaning: dict[int, str] = {}
+    for row in rows:
+        for side, one in zip(("correct", "incorrect"), row.foreign_ids or (), strict=False):
+            text = (row.answer_texts[side] or ("",))[0]
+            if meaning.setdefault(one, text) != text:
+                raise TaskError(
+                    f"{row.where}: {side}_idx is {one}, which stood for {meaning[one].strip()!r} before; the text says {text.strip()!r}. "
+                    f"Write the answers of {name} as text, in columns correct and incorrect."
+                )
+    return ["correct_idx, incorrect_idx not used (ids of an unnamed tokenizer): the answers are the name that occurs once, the one that occurs twice"]
+
+
+def _read_eap_years(where: str, fields: Fields, corrupted: str) -> Row:
+    label = str(fields.get("label"))
+    if not re.fullmatch(r"\d\d?", label) or int(label) > 98:
+        raise TaskError(f"{where}: label must be the two last digits of the first year, 00 to 98; got {label!r}.")
+    years = [f"{year:02d}" for year in range(100)]
+    above = int(label) + 1
+    return _of_text(where, _needed(where, fields, "clean"), _needed(where, fields, corrupted), years[above:], years[:above])
+
+
+# --- feature-circuits ------------------------------------------------------------------------------------------------
+
+
+def _read_feature_circuits(where: str, fields: Fields, corrupted: str) -> Row:
+    columns = ("clean_prefix", "patch_prefix", "clean_answer", "patch_answer")
+    clean, patch, right, wrong = (_needed(where, fields, column) for column in columns)
+    return _of_text(where, clean, patch, [right], [wrong])
+
+
+FORMATS = (
+    Format("patchlab", ("clean", "corrupted", "correct", "incorrect"), _read_own),
+    Format("EAP-IG", ("clean", "corrupted", "correct_idx", "incorrect_idx"), _read_eap_ioi, check=_check_eap_ioi),
+    Format("EAP-IG greater-than", ("clean", "corrupted", "label"), _read_eap_years, metric="prob_diff"),
+    Format("feature-circuits", ("clean_prefix", "patch_prefix", "clean_answer", "patch_answer"), _read_feature_circuits),
+)

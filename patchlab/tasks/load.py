@@ -1,0 +1,152 @@
+"""load_task: a task by the name of its generator or the path of its file."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from patchlab.errors import TaskError, unknown
+from patchlab.metrics import METRICS, Answers, Metric, get_metric
+from patchlab.tasks.base import Pair, Task, TaskModel
+from patchlab.tasks.files import SUFFIXES, load_file
+from patchlab.tasks.lexicon import Lexicon
+from patchlab.tasks.registry import GENERATORS, Generator
+
+DEFAULT_N = 64
+_CANDIDATES = 10  # with only_correct, a generator draws at most this many candidates per pair asked for
+_FILE_OPTIONS = ("corrupted", "on_mismatch")
+
+
+def load_task(
+    name_or_path: str | Path,
+    model: TaskModel,
+    *,
+    n: int | None = None,
+    seed: int = 0,
+    bos: bool | None = None,
+    only_correct: bool = False,
+    metric: str | Metric | Callable[[Tensor, Answers], Tensor] | None = None,
+    **options: Any,
+) -> Task:
+    """Prompt pairs as token ids for a model: from a generator or from a JSONL or CSV file.
+
+    Args:
+        name_or_path: a name of :data:`TASKS`, or a file with clean, corrupted, correct and incorrect (text or ids).
+        model: its tokenizer makes the ids; nothing is run unless ``only_correct`` or a metric of your own asks for it.
+        n: how many pairs. None means 64 from a generator and all rows of a file; of a file the first n are taken.
+        seed: of the generator; the same seed gives the same pairs.
+        bos: put the model's bos in front of every prompt. None: where the model has one. Token ids in a file are used as they are.
+        only_correct: keep only pairs whose clean prompt the model solves (see :meth:`Task.solved`), still n of them.
+        metric: instead of the task's own: a name, a Metric, or a function of (logits, answers) with one value per example.
+        options: of the generator (``order="BABA"``), or of a file: ``corrupted`` (the column to use), ``on_mismatch`` ("raise" or "drop").
+
+    Raises:
+        TaskError: unknown task or option, bad n, too few pairs, or a file that cannot be used; the message names the pair.
+        MetricError: unknown metric, or one that mixes examples.
+
+    Example:
+        >>> load_task("ioi", model, n=32, order="BABA")  # doctest: +SKIP
+        Task(ioi[32], logit_diff, 15 tokens; positions S1 AFTER_S1 IO PLACE S2 OBJECT END)
+    """
+    if n is not None and (isinstance(n, bool) or n < 1):
+        raise TaskError(f"n is {n}; a task needs at least 1 pair.")
+    if bos and model.bos_id is None:
+        raise TaskError(f"bos=True, and {model.name} has no bos token; leave bos out or set it to False.")
+    with_bos = model.bos_id is not None if bos is None else bos
+    common = {"seed": seed, "bos": with_bos, "tokenizer": _tokenizer(model), "only_correct": only_correct}
+    path = Path(name_or_path)
+    if str(name_or_path) in GENERATORS:
+        task = _generated(GENERATORS[str(name_or_path)], model, DEFAULT_N if n is None else n, seed, with_bos, only_correct, options)
+    elif path.suffix in SUFFIXES or path.exists():
+        if bad := [option for option in options if option not in _FILE_OPTIONS]:
+            raise TaskError(unknown("option of a task file", bad[0], _FILE_OPTIONS))
+        task = _from_file(path, model, n, with_bos, only_correct, options)
+        del common["seed"]
+    else:
+        raise TaskError(unknown("task", str(name_or_path), GENERATORS, more=f"Or the path of a file ending in {', '.join(SUFFIXES)}."))
+    task.provenance.update(common)
+    if metric is not None:
+        task = task.with_metric(metric)
+    return _checked(task, model)
+
+
+def _generated(generator: Generator, model: TaskModel, n: int, seed: int, bos: bool, only_correct: bool, options: dict[str, Any]) -> Task:
+    words = Lexicon.of(model, bos)
+    provenance: dict[str, Any] = {"generator": generator.name, "options": generator.options(options), "n": n}
+
+    def task(pairs: tuple[Pair, ...]) -> Task:
+        return Task(generator.name, pairs, generator.metric_object(), provenance, model.tokenizer)
+
+    if not only_correct:
+        return task(generator.take(words, n, seed, options))
+    candidates = islice(generator.distinct(words, seed, options), _CANDIDATES * n)
+    solved: list[Pair] = []
+    drawn = 0
+    while len(solved) < n and (chunk := tuple(islice(candidates, max(n, DEFAULT_N)))):
+        part = task(chunk)
+        for good, pair in zip(part.solved(model), chunk, strict=True):
+            if len(solved) < n:
+                drawn += 1
+                solved += [pair] * bool(good)
+    if len(solved) < n:
+        raise TaskError(
+            f"{model.name} solves {len(solved)} of {drawn} pairs of {generator.name}; got n={n} with only_correct. "
+            f"Ask for fewer pairs, or use a model that does the task."
+        )
+    provenance["candidates"] = drawn
+    return task(tuple(solved))
+
+
+def _from_file(path: Path, model: TaskModel, n: int | None, bos: bool, only_correct: bool, options: dict[str, Any]) -> Task:
+    file = load_file(path, model, bos=bos, **options)
+    task = Task(path.stem, file.pairs, get_metric(file.metric or "logit_diff"), dict(file.provenance), model.tokenizer)
+    if only_correct:
+        good = [i for i, ok in enumerate(task.solved(model)) if ok]
+        task.provenance["candidates"] = len(task)
+        if not good:
+            raise TaskError(
+                f"{model.name} solves none of the {len(task)} pairs of {path.name}; only_correct leaves nothing. Use a model that does the task."
+            )
+        task = task.select(good)
+    if n is not None and n > len(task):
+        kept = f" that {model.name} solves" if only_correct else ""
+        raise TaskError(f"{path.name} has {len(task)} pairs{kept}; got n={n}. Ask for fewer, or leave n out for all of them.")
+    return task if n is None else task.select(range(n))
+
+
+def _tokenizer(model: TaskModel) -> dict[str, Any] | None:
+    """Which tokenizer made the ids: a hash of its vocabulary."""
+    if model.tokenizer is None:
+        return None
+    vocabulary = sorted(model.tokenizer.get_vocab().items())
+    return {"model": model.name, "size": len(vocabulary), "sha256": hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()[:16]}
+
+
+def _checked(task: Task, model: TaskModel) -> Task:
+    """What needs the final metric: incorrect answers where it compares, independence where it is not one of ours."""
+    compares = task.metric.name in ("logit_diff", "logprob_diff", "prob_diff")
+    for i, pair in enumerate(task.pairs):
+        if compares and not pair.incorrect:
+            raise TaskError(
+                f"pair {i} of {task.name} has no incorrect answer, and {task.metric.name} compares with it; give one or use another metric."
+            )
+    if METRICS.get(task.metric.name) is not task.metric:
+        first = task.select(_of_one_length(task)).batches(device=model.device)[0]
+        with torch.no_grad():
+            logits = model.run(first.clean).logits
+        logits = logits[:, -1] if task.metric.reads == "answer" else logits
+        answers = first.answers
+        if task.metric.needs_clean:
+            answers = Answers(answers.correct, answers.correct_mask, answers.incorrect, answers.incorrect_mask, logits)
+        task.metric.check_independent(logits, answers)
+    return task
+
+
+def _of_one_length(task: Task) -> Iterator[int]:
+    length = len(task.pairs[0])
+    return islice((i for i, pair in enumerate(task.pairs) if len(pair) == length), 4)
