@@ -5,6 +5,7 @@ A *kind* (``resid_pre``, ``z``, ...) is an activation that every layer has; it c
 jointly), optionally narrowed to one layer, head or neuron and some positions::
 
     resid_pre               one score per layer and position (its default granularity)
+    input                   the token embedding: one score per position (it has no layer)
     z                       one score per layer and head, all positions jointly
     z[layer,pos,head]       one score per layer, position and head
     L9.H6.z@END             head 6 of layer 9 at the named position END
@@ -39,6 +40,7 @@ class SiteKind:
 
 
 def _kinds() -> Iterator[SiteKind]:
+    yield SiteKind("input", ("pos",), ("pos",), "d_model", "token embedding, before positional embeddings")
     for name, what in {
         "resid_pre": "residual stream before the block",
         "resid_mid": "residual stream between attention and MLP",
@@ -59,9 +61,9 @@ KINDS: dict[str, SiteKind] = {kind.name: kind for kind in _kinds()}
 POSITION_AXES = ("pos", "dest", "src")
 
 _SCORED = re.compile(r"(?P<kind>[a-z_]+)(\[(?P<axes>[^\]]*)\])?")
-_POSITION = r"[A-Za-z0-9_\-]+"
+_POSITION = r"[A-Za-z0-9_\-*]+"
 _NARROWED = re.compile(
-    r"L(?P<layer>\d+)(\.(?P<letter>[HN])(?P<index>\d+))?\.(?P<kind>[a-z_]+)"
+    r"(L(?P<layer>\d+)\.)?((?P<letter>[HN])(?P<index>\d+)\.)?(?P<kind>[a-z_]+)"
     rf"(@(?P<pos>{_POSITION}(,{_POSITION})*)(<(?P<src>{_POSITION}(,{_POSITION})*))?)?"
 )
 
@@ -92,10 +94,12 @@ class Site:
             raise SiteError(
                 f"{self.kind} has the axes {list(kind.axes)}; got {list(self.axes)}. Name each of the axes to score once."
             )
-        if not self.narrowed and "layer" not in self.axes:
-            raise SiteError(f"the granularity of {self.kind} needs the axis layer; got {list(self.axes)}.")
+        if not self.narrowed and kind.axes[0] not in self.axes:
+            raise SiteError(f"the granularity of {self.kind} needs the axis {kind.axes[0]}; got {list(self.axes)}.")
         if list(self.axes) != [axis for axis in kind.axes if axis in self.axes]:
             raise SiteError(f"write the axes of {self.kind} in the order {list(kind.axes)}; got {list(self.axes)}.")
+        if (self.layer is not None and self.axes) or (self.layer is not None and "layer" not in kind.axes):
+            raise SiteError(f"{self.kind} with the axes {list(self.axes)} takes no layer; got layer {self.layer}.")
         if self.head is not None and not {"head", "kv_head"} & set(kind.axes):
             raise SiteError(f"{self.kind} has no heads; drop H{self.head}. Sites with heads: z, q, k, v, pattern.")
         if self.neuron is not None and "neuron" not in kind.axes:
@@ -105,22 +109,27 @@ class Site:
 
     @property
     def narrowed(self) -> bool:
-        """Whether the site names one layer (an address for an edit) rather than a whole sweep."""
-        return self.layer is not None
+        """Whether the site is an address for an edit (one layer, or the input) rather than a whole sweep."""
+        return not self.axes
 
     @property
     def head_axis(self) -> str | None:
         """``head``, ``kv_head`` or None."""
         return next((axis for axis in KINDS[self.kind].axes if axis in ("head", "kv_head")), None)
 
-    def at(self, layer: int, *, head: int | None = None, neuron: int | None = None) -> "Site":
+    @property
+    def whole(self) -> bool:
+        """Whether nothing is narrowed but the layer: all positions, heads and neurons."""
+        return self.pos is None and self.src is None and self.head is None and self.neuron is None
+
+    def at(self, layer: int | None, *, head: int | None = None, neuron: int | None = None) -> "Site":
         """This kind, narrowed to one layer (and head or neuron), all positions."""
         return replace(self, axes=(), layer=layer, head=head, neuron=neuron)
 
     def __str__(self) -> str:
         if not self.narrowed:
             return self.kind if self.axes == KINDS[self.kind].default else f"{self.kind}[{','.join(self.axes)}]"
-        text = f"L{self.layer}."
+        text = "" if self.layer is None else f"L{self.layer}."
         if self.head is not None:
             text += f"H{self.head}."
         if self.neuron is not None:
@@ -134,7 +143,7 @@ class Site:
 
 
 def _positions(text: str | None) -> tuple[Position, ...] | None:
-    if text is None:
+    if text is None or text == "*":
         return None
     return tuple(int(part) if re.fullmatch(r"-?\d+", part) else part for part in text.split(","))
 
@@ -162,11 +171,13 @@ def parse_site(text: "str | Site") -> Site:
         axes = KINDS[kind].default if match["axes"] is None else tuple(match["axes"].split(","))
         return Site(kind, axes)
     if match := _NARROWED.fullmatch(compact):
+        if match["layer"] is None and "layer" in KINDS.get(match["kind"], KINDS["input"]).axes:
+            raise SiteError(f"the address {text!r} lacks its layer; write L0.{compact} (or another layer).")
         index = None if match["index"] is None else int(match["index"])
         return Site(
             match["kind"],
             (),
-            layer=int(match["layer"]),
+            layer=None if match["layer"] is None else int(match["layer"]),
             head=index if match["letter"] == "H" else None,
             neuron=index if match["letter"] == "N" else None,
             pos=_positions(match["pos"]),

@@ -1,0 +1,92 @@
+"""The facts about an architecture that everything else asks for."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from patchlab.adapters.lenses import Lens, make_lenses
+from patchlab.adapters.places import Place, find_places
+from patchlab.errors import SiteError, unknown
+from patchlab.sites import KINDS, Site
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Sizes, block form, lenses and places of one model.
+
+    ``absent`` maps a site kind that this model lacks to the reason. ``parallel`` is True where attention and MLP read the
+    same residual stream (GPT-NeoX's default).
+    """
+
+    family: str
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    d_model: int
+    d_head: int
+    d_mlp: int | None
+    vocab_size: int
+    n_positions: int | None
+    parallel: bool
+    lenses: dict[str, Lens] = field(repr=False)
+    places: tuple[Place, ...] = field(repr=False)
+    absent: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """The site kinds that this model has."""
+        return tuple(kind for kind in KINDS if kind not in self.absent)
+
+    def size(self, axis: str) -> int:
+        """Length of a model axis: layer, head, kv_head or neuron."""
+        sizes = {"layer": self.n_layers, "head": self.n_heads, "kv_head": self.n_kv_heads, "neuron": self.d_mlp or 0}
+        return sizes[axis]
+
+    def check(self, site: Site) -> None:
+        """Check that the model has this site.
+
+        Raises:
+            SiteError: the kind is absent here, or the layer, head or neuron does not exist.
+        """
+        if site.kind not in KINDS:
+            raise SiteError(unknown("site", site.kind, self.sites))
+        if site.kind in self.absent:
+            raise SiteError(f"{self.family} has no site {site.kind}: {self.absent[site.kind]}. Sites of this model: {', '.join(self.sites)}.")
+        for what, value, axis in (("layer", site.layer, "layer"), ("head", site.head, site.head_axis), ("neuron", site.neuron, "neuron")):
+            if value is not None and axis is not None and not 0 <= value < self.size(axis):
+                raise SiteError(f"{site} names {what} {value}, but this model has {self.size(axis)} ({axis} 0 to {self.size(axis) - 1}).")
+
+
+def describe(bridge: Any, *, vocab_size: int) -> Architecture:
+    """Read the facts off a bridge. Whether each site works is found out by the self-test afterwards."""
+    cfg = bridge.cfg
+    n_layers = int(cfg.n_layers)
+    n_heads = int(cfg.n_heads)
+    n_kv_heads = int(getattr(cfg, "n_key_value_heads", None) or n_heads)
+    lenses = make_lenses(n_heads, n_kv_heads)
+    parallel = bool(getattr(cfg, "parallel_attn_mlp", False))
+    absent: dict[str, str] = {}
+    for kind, lens in lenses.items():
+        layers: list[int | None] = [None] if "layer" not in KINDS[kind].axes else list(range(n_layers))
+        missing = [layer for layer in layers if lens.host(layer) not in bridge.hook_dict]
+        if kind == "resid_mid" and parallel:
+            absent[kind] = "attention and MLP run in parallel, so there is no stream between them"
+        elif kind == "resid_mid" and f"blocks.0.{'hook_mlp_out'}" not in bridge.hook_dict:
+            absent[kind] = "its blocks have no MLP, so there is no stream between attention and MLP"
+        elif missing:
+            where = "it" if missing == layers else f"layers {missing}"
+            absent[kind] = f"{where} lacks the hook {lens.host(missing[0])}"
+    return Architecture(
+        family=str(getattr(cfg, "architecture", None) or type(bridge).__name__),
+        n_layers=n_layers,
+        n_heads=n_heads,
+        n_kv_heads=n_kv_heads,
+        d_model=int(cfg.d_model),
+        d_head=int(cfg.d_head),
+        d_mlp=None if getattr(cfg, "d_mlp", None) is None else int(cfg.d_mlp),
+        vocab_size=vocab_size,
+        n_positions=getattr(cfg, "n_ctx", None),
+        parallel=parallel,
+        lenses=lenses,
+        places=find_places(bridge, n_layers),
+        absent=absent,
+    )

@@ -1,0 +1,183 @@
+"""The literal engine: one forward pass of the bridged model, with hooks for what the program says.
+
+At every hook the order is rule, edits, capture. Hooks return new tensors and are removed at the end, also after an
+exception. Each must fire exactly once, or the run raises: a hook that stays silent is a wrong result.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from patchlab.engine.program import Program, Result, Target
+from patchlab.errors import InterventionError, MetricError, ModelError
+from patchlab.interventions import Edit
+from patchlab.rules.composites import Recorded
+
+
+@dataclass
+class _Hook:
+    """What happens at one hook of the Bridge during one run."""
+
+    rules: list[Callable[[Tensor, Recorded], Tensor]] = field(default_factory=list)
+    edits: list[Edit] = field(default_factory=list)
+    keep: list[Target] = field(default_factory=list)
+    gradients: list[Target] = field(default_factory=list)
+    recorded: bool = False
+    fired: int = 0
+
+
+def run(model: Any, program: Program) -> Result:
+    """Run one program literally: one forward pass, and one backward pass if it asks for gradients.
+
+    Raises:
+        SiteError: a site that this model lacks.
+        InterventionError: an edit that does not fit, or a hook that did not fire once.
+        RuleError: a composite that cannot cover a module.
+        MetricError: non-finite values, or a metric of the wrong shape.
+    """
+    edits = model.ambient + program.edits
+    for edit in edits:
+        model.arch.check(edit.address)
+    plan = _plan(model, program, edits)
+    recorded: Recorded = {}
+    activations: dict[Target, Tensor] = {}
+    leaves: dict[Target, Tensor] = {}
+
+    def at_hook(name: str, hook: _Hook, value: Tensor) -> Tensor:
+        hook.fired += 1
+        for rule in hook.rules:
+            value = rule(value, recorded)
+        for edit in hook.edits:
+            site = edit.address
+            lens, companion = model.arch.lenses[site.kind], _companion(model, site.kind, site.layer, recorded)
+            own = lens.read(value, companion)
+            value = lens.write(value, companion, edit.apply(own, program.examples, program.positions))
+        if hook.gradients:
+            if not value.requires_grad:
+                value = value.detach().requires_grad_()
+            leaves.update(dict.fromkeys(hook.gradients, value))
+        for kind, layer in hook.keep:
+            lens = model.arch.lenses[kind]
+            activations[kind, layer] = lens.read(value, _companion(model, kind, layer, recorded)).detach().clone()
+        if hook.recorded:
+            recorded[name] = value
+        return value
+
+    with torch.set_grad_enabled(bool(program.gradients)), _hooked(model.bridge, plan, at_hook):
+        logits = _forward(model, program)
+        for name, hook in plan.items():
+            if hook.fired != 1:
+                raise InterventionError(f"the hook {name} fired {hook.fired} times in one forward pass of {model.name}; a site must be computed exactly once.")
+        values = None if program.metric is None else _evaluate(model, program, logits)
+        gradients = _gradients(model, values, leaves)
+    kept = {"all": logits, "answer": logits[:, -1], "none": None}[program.logits]
+    rows, length = program.tokens.shape
+    return Result(
+        program.examples,
+        None if kept is None else kept.detach(),
+        None if values is None else values.detach(),
+        activations,
+        gradients,
+        (1, 1 if gradients else 0, rows * length),
+    )
+
+
+def _plan(model: Any, program: Program, edits: tuple[Edit, ...]) -> dict[str, _Hook]:
+    plan: dict[str, _Hook] = {}
+
+    def hook(name: str) -> _Hook:
+        # aliases of one hook share one entry, so that the order rule, edits, capture holds across them
+        canonical = str(model.bridge.hook_dict[name].name)
+        return plan.setdefault(canonical, _Hook())
+
+    def host(kind: str, layer: int | None) -> _Hook:
+        lens = model.arch.lenses[kind]
+        companion = lens.companion(layer)
+        if companion is not None:
+            hook(companion).recorded = True
+        return hook(lens.host(layer))
+
+    if program.rules is not None:
+        for attachment in program.rules.attach(model.arch.places):
+            hook(attachment.at).rules.append(_renamed(model, attachment.apply, attachment.reads))
+            for name in attachment.reads:
+                hook(name).recorded = True
+    for edit in edits:
+        host(edit.address.kind, edit.address.layer).edits.append(edit)
+    for target in program.keep:
+        host(*target).keep.append(target)
+    for target in program.gradients:
+        host(*target).gradients.append(target)
+    return plan
+
+
+def _renamed(model: Any, apply: Callable[[Tensor, Recorded], Tensor], reads: tuple[str, ...]) -> Callable[[Tensor, Recorded], Tensor]:
+    canonical = {name: str(model.bridge.hook_dict[name].name) for name in reads}
+    return lambda value, recorded: apply(value, {name: recorded[canonical[name]] for name in reads})
+
+
+def _companion(model: Any, kind: str, layer: int | None, recorded: Recorded) -> Tensor | None:
+    name = model.arch.lenses[kind].companion(layer)
+    return None if name is None else recorded[str(model.bridge.hook_dict[name].name)]
+
+
+@contextmanager
+def _hooked(bridge: Any, plan: dict[str, _Hook], at_hook: Callable[[str, _Hook, Tensor], Tensor]) -> Iterator[None]:
+    """Put the plan's hooks on the bridge for the duration of the block."""
+
+    def forward_hook(name: str, hook: _Hook) -> Callable[[Any, Any, Any], Tensor]:
+        return lambda module, inputs, output: at_hook(name, hook, output)
+
+    handles = []
+    try:
+        for name, hook in plan.items():
+            handles.append(bridge.hook_dict[name].register_forward_hook(forward_hook(name, hook)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _forward(model: Any, program: Program) -> Float[Tensor, "row pos vocab"]:
+    needs_all = program.logits == "all" or (program.metric is not None and program.metric.reads == "all")
+    options = {} if needs_all or not model.keeps_logits else {"logits_to_keep": 1}
+    return model.bridge(program.tokens, return_type="logits", use_cache=False, **options)
+
+
+def _evaluate(model: Any, program: Program, logits: Float[Tensor, "row pos vocab"]) -> Float[Tensor, " row"]:
+    metric, answers = program.metric, program.answers
+    if metric is None or answers is None:
+        raise InterventionError("a metric needs the answers of its rows; give Program(answers=...).")
+    read = logits[:, -1] if metric.reads == "answer" else logits
+    if not bool(torch.isfinite(read).all()):
+        bad = int((~torch.isfinite(read.flatten(1)).all(1)).sum())
+        raise ModelError(
+            f"{model.name} gave non-finite logits (NaN or infinity) for {bad} of {read.shape[0]} rows in {model.dtype}. "
+            f"Load it in another dtype (dtype='float32'), or check the edits."
+        )
+    values = metric(read, answers)
+    if not bool(torch.isfinite(values).all()):
+        raise MetricError(f"metric {metric.name!r} is not finite for {int((~torch.isfinite(values)).sum())} of {values.shape[0]} rows, though the logits are.")
+    return values
+
+
+def _gradients(model: Any, values: Tensor | None, leaves: dict[Target, Tensor]) -> dict[Target, Tensor]:
+    """Gradients of the summed metric: examples do not interact, so each row is its own example's gradient."""
+    if not leaves or values is None:
+        return {}
+    if not values.requires_grad:
+        raise InterventionError("the metric does not depend on the sites whose gradient is asked for (it must be differentiable in the logits).")
+    unique = list({id(leaf): leaf for leaf in leaves.values()}.values())
+    found = dict(zip(map(id, unique), torch.autograd.grad(values.sum(), unique, allow_unused=True), strict=True))
+    gradients = {}
+    for (kind, layer), leaf in leaves.items():
+        gradient = found[id(leaf)]
+        if gradient is None:
+            raise InterventionError(f"no gradient reaches {kind} of layer {layer}; under these rules it cannot be scored.")
+        gradients[kind, layer] = model.arch.lenses[kind].shape(gradient)
+    return gradients

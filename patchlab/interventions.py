@@ -1,0 +1,332 @@
+"""Interventions: an edit puts values from a source into a site of a run.
+
+    >>> import patchlab as pl
+    >>> edit = pl.Edit("L9.H6.z@END", pl.zero())
+    >>> str(edit.address)
+    'L9.H6.z@END'
+
+Edits are values: nothing happens until a run carries them (``model.run(tokens, edits=[...])``) or a
+``with pl.intervene(model, [...])`` block surrounds runs and methods.
+"""
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from patchlab.errors import InterventionError
+from patchlab.sites import Position, Site, parse_site
+
+Operation = Literal["replace", "add", "scale"]
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Where an edit's values come from."""
+
+    def values(self, site: Site, own: Float[Tensor, "row *site"], examples: Int[Tensor, " row"]) -> Float[Tensor, "*values"]:
+        """Values that broadcast to ``own``, the site's current value, for rows that belong to the given examples."""
+        ...
+
+
+@dataclass(frozen=True)
+class Zero:
+    """Zeros."""
+
+    def values(self, site: Site, own: Float[Tensor, "row *site"], examples: Int[Tensor, " row"]) -> Float[Tensor, "*values"]:
+        return torch.zeros_like(own)
+
+
+@dataclass(frozen=True)
+class Constant:
+    """A given number or tensor.
+
+    A tensor has the shape of the site (``[row, pos, head, d_head]`` for z, ...) or broadcasts to it; where the address names
+    one head, neuron or position, that axis may be left out, and so may the rows.
+    """
+
+    value: float | Tensor
+
+    def values(self, site: Site, own: Float[Tensor, "row *site"], examples: Int[Tensor, " row"]) -> Float[Tensor, "*values"]:
+        if not isinstance(self.value, Tensor):
+            return torch.full_like(own, self.value)
+        value = self.value.to(device=own.device, dtype=own.dtype)
+        single = _single_axes(site)
+        kept = [dim for dim in range(1, own.ndim) if dim not in single]
+        if value.ndim != own.ndim and value.ndim in (len(kept), len(kept) + 1):
+            for dim in sorted(single):
+                value = value.unsqueeze(dim if value.ndim > len(kept) else dim - 1)
+        try:
+            return torch.broadcast_to(value, own.shape)
+        except RuntimeError as error:
+            raise InterventionError(
+                f"a tensor of shape {list(self.value.shape)} does not fit {site}, whose activation is {list(own.shape)} here; "
+                f"give that shape, or drop the axes that the address fixes."
+            ) from error
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Gaussian noise of the given standard deviation, the same for the same (seed, example, site) whatever the batch."""
+
+    std: float
+    seed: int = 0
+
+    def values(self, site: Site, own: Float[Tensor, "row *site"], examples: Int[Tensor, " row"]) -> Float[Tensor, "*values"]:
+        rows = []
+        for example in examples.tolist():
+            key = f"{self.seed}/{example}/{site.layer}/{site.kind}".encode()
+            generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key).digest()[:7], "big"))
+            rows.append(torch.randn(own.shape[1:], generator=generator))
+        return torch.stack(rows).to(device=own.device, dtype=own.dtype) * self.std
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The activations of another run, matched by example.
+
+    ``activations`` maps ``(kind, layer)`` to ``[example, ...]``; ``examples`` says which example each row is. A run of one
+    row serves every row.
+    """
+
+    activations: Mapping[tuple[str, int | None], Tensor] = field(repr=False)
+    examples: Int[Tensor, " row"] = field(repr=False)
+
+    def values(self, site: Site, own: Float[Tensor, "row *site"], examples: Int[Tensor, " row"]) -> Float[Tensor, "*values"]:
+        key = (site.kind, site.layer)
+        if key not in self.activations:
+            kept = ", ".join(str(address(*k)) for k in self.activations) or "nothing"
+            raise InterventionError(f"the source run did not keep {address(*key)}; it kept {kept}. Add it to keep=[...] of that run.")
+        value = self.activations[key]
+        if value.shape[0] != 1 and not torch.equal(self.examples, examples):
+            value = value[self._rows(examples)]
+        if value.shape[1:] != own.shape[1:]:
+            raise InterventionError(
+                f"the source run has {site.kind} of shape {list(value.shape[1:])} per row and this run {list(own.shape[1:])}; "
+                f"patching needs prompts of the same number of tokens on the same model."
+            )
+        return value.to(device=own.device, dtype=own.dtype)
+
+    def _rows(self, examples: Int[Tensor, " row"]) -> Int[Tensor, " row"]:
+        where = {example: row for row, example in enumerate(self.examples.tolist())}
+        missing = [example for example in examples.tolist() if example not in where]
+        if missing:
+            raise InterventionError(
+                f"the source run has no row for example {missing[0]} (it has {len(where)}, this run {examples.shape[0]}). Run the source on the same "
+                f"prompts, or on one prompt that serves all."
+            )
+        return torch.tensor([where[example] for example in examples.tolist()], device=self.examples.device)
+
+
+@dataclass(frozen=True)
+class Average:
+    """Mean activations, ``(kind, layer)`` to a tensor without rows; one position stands for all unless the mean is positional."""
+
+    means: Mapping[tuple[str, int | None], Tensor] = field(repr=False)
+    positional: bool = False
+
+    def values(self, site: Site, own: Float[Tensor, "row *site"], examples: Int[Tensor, " row"]) -> Float[Tensor, "*values"]:
+        mean = self.means[site.kind, site.layer].to(device=own.device, dtype=own.dtype)
+        if self.positional and mean.shape != own.shape[1:]:
+            raise InterventionError(f"the positional mean of {site.kind} has shape {list(mean.shape)} and this run {list(own.shape[1:])} per row.")
+        return torch.broadcast_to(mean, own.shape)
+
+
+@dataclass(frozen=True)
+class Own:
+    """The site's current value (useful in a blend)."""
+
+    def values(self, site: Site, own: Float[Tensor, "row *site"], examples: Int[Tensor, " row"]) -> Float[Tensor, "*values"]:
+        return own
+
+
+@dataclass(frozen=True)
+class Blend:
+    """``(1 - weight) · first + weight · second``."""
+
+    first: Source
+    second: Source
+    weight: float
+
+    def values(self, site: Site, own: Float[Tensor, "row *site"], examples: Int[Tensor, " row"]) -> Float[Tensor, "*values"]:
+        first, second = (source.values(site, own, examples) for source in (self.first, self.second))
+        return torch.lerp(torch.broadcast_to(first, own.shape), torch.broadcast_to(second, own.shape), self.weight)
+
+
+def zero() -> Zero:
+    """A source of zeros."""
+    return Zero()
+
+
+def noise(std: float, seed: int = 0) -> Noise:
+    """A source of Gaussian noise keyed by (seed, example, site); mostly used with ``op="add"``."""
+    return Noise(std, seed)
+
+
+def blend(first: Any, second: Any, weight: float) -> Blend:
+    """A source that mixes two: ``(1 - weight) · first + weight · second``."""
+    return Blend(as_source(first), as_source(second), weight)
+
+
+def mean_of(run: Any, *, positional: bool = False) -> Average:
+    """The mean of a run's kept activations over its rows, and over positions unless ``positional``.
+
+    Heads and neurons are never averaged over. A pattern has no mean over positions.
+    """
+    kept = as_source(run)
+    if not isinstance(kept, Kept):
+        raise InterventionError(f"mean_of takes a run with kept activations; got {type(run).__name__}. Use model.run(tokens, keep=[...]).")
+    means: dict[tuple[str, int | None], Tensor] = {}
+    for (kind, layer), value in kept.activations.items():
+        if kind == "pattern" and not positional:
+            raise InterventionError("the mean of a pattern over positions is not an attention pattern; use positional=True.")
+        mean = value.double().mean(0)
+        means[kind, layer] = mean if positional else mean.mean(0, keepdim=True)
+    return Average(means, positional)
+
+
+def as_source(value: Any) -> Source:
+    """A source from what people write: a source, a kept run, a number or a tensor.
+
+    Raises:
+        InterventionError: anything else.
+    """
+    if isinstance(value, (int, float, Tensor)):
+        return Constant(value)
+    if hasattr(value, "as_source"):
+        return value.as_source()
+    if isinstance(value, Source):
+        return value
+    raise InterventionError(f"a source is a run with kept activations, pl.zero(), pl.noise(...), a tensor or a number; got {type(value).__name__}.")
+
+
+def address(kind: str, layer: int | None) -> Site:
+    """The address of a whole site."""
+    return Site(kind, (), layer=layer)
+
+
+def _single_axes(site: Site) -> set[int]:
+    """Dimensions of ``[row, ...]`` that the address fixes to one entry."""
+    single: set[int] = set()
+    if site.kind == "pattern":
+        fixed = [(site.head is not None, 1), (site.pos is not None and len(site.pos) == 1, 2), (site.src is not None and len(site.src) == 1, 3)]
+    else:
+        fixed = [(site.pos is not None and len(site.pos) == 1, 1), (site.head is not None or site.neuron is not None, 2)]
+    single |= {dim for yes, dim in fixed if yes}
+    return single
+
+
+@dataclass(frozen=True)
+class Edit:
+    """Put a source's values into a site.
+
+    Args:
+        site: an address such as ``"L9.H6.z@END"`` or ``"L3.resid_pre"`` (all positions).
+        source: a run with kept activations, ``pl.zero()``, ``pl.noise(...)``, ``pl.mean_of(...)``, a tensor or a number.
+        op: ``replace`` the value, ``add`` to it, or ``scale`` it.
+        rows: which rows of the run it applies to (boolean, one per row); None means all.
+    """
+
+    site: Site | str
+    source: Any
+    op: Operation = "replace"
+    rows: Bool[Tensor, " row"] | None = None
+
+    def __post_init__(self) -> None:
+        if self.op not in ("replace", "add", "scale"):
+            raise InterventionError(f"an edit's op is 'replace', 'add' or 'scale'; got {self.op!r}.")
+        _ = self.address, self.values_from
+
+    @cached_property
+    def address(self) -> Site:
+        """The parsed address."""
+        site = parse_site(self.site)
+        if site.kind == "input" and not site.narrowed:
+            site = address("input", None)
+        if not site.narrowed:
+            raise InterventionError(f"an edit needs an address with a layer, such as L3.{site.kind}@END; got {str(site)!r}.")
+        return site
+
+    @cached_property
+    def values_from(self) -> Source:
+        """The source as an object."""
+        return as_source(self.source)
+
+    def apply(
+        self, own: Float[Tensor, "row *site"], examples: Int[Tensor, " row"], positions: Mapping[str, Int[Tensor, " row"]]
+    ) -> Float[Tensor, "row *site"]:
+        """The site's new value."""
+        values = self.values_from.values(self.address, own, examples)
+        if self.op == "add":
+            values = own + values
+        elif self.op == "scale":
+            values = own * values
+        values = torch.broadcast_to(values, own.shape)
+        mask = self._mask(own, positions)
+        return values.clone() if mask is None else torch.where(mask, values, own)
+
+    def _mask(self, own: Float[Tensor, "row *site"], positions: Mapping[str, Int[Tensor, " row"]]) -> Bool[Tensor, "row *site"] | None:
+        site = self.address
+        if site.whole and self.rows is None:
+            return None
+        mask = torch.ones(own.shape, dtype=torch.bool, device=own.device)
+        if self.rows is not None:
+            if self.rows.shape != own.shape[:1]:
+                raise InterventionError(f"rows has {self.rows.shape[0]} entries and the run {own.shape[0]} rows; give one boolean per row.")
+            mask &= _along(self.rows.to(own.device), 0, own.ndim)
+        pos_dim, head_dim, src_dim = (2, 1, 3) if site.kind == "pattern" else (1, 2, None)
+        if site.pos is not None:
+            mask &= _positions_mask(site, site.pos, own, pos_dim, positions)
+        if site.src is not None and src_dim is not None:
+            mask &= _positions_mask(site, site.src, own, src_dim, positions)
+        index = site.head if site.head is not None else site.neuron
+        if index is not None:
+            mask &= _along(torch.arange(own.shape[head_dim], device=own.device) == index, head_dim, own.ndim)
+        return mask
+
+
+def _along(vector: Tensor, dim: int, ndim: int) -> Tensor:
+    return vector.reshape([-1 if d == dim else 1 for d in range(ndim)])
+
+
+def _positions_mask(site: Site, wanted: tuple[Position, ...], own: Tensor, dim: int, named: Mapping[str, Tensor]) -> Tensor:
+    length = own.shape[dim]
+    everywhere = torch.arange(length, device=own.device)
+    chosen = torch.zeros(own.shape[0], length, dtype=torch.bool, device=own.device)
+    for position in wanted:
+        if isinstance(position, str) and position not in named:
+            raise InterventionError(f"{site} names the position {position!r}; this run knows {', '.join(sorted(named)) or 'no names'} and integers.")
+        if isinstance(position, int) and not -length <= position < length:
+            raise InterventionError(f"{site} names position {position}, but the run has {length} positions (0 to {length - 1}).")
+        index = named[position] if isinstance(position, str) else torch.full((own.shape[0],), position % length)
+        chosen |= everywhere[None, :] == index.to(own.device)[:, None]
+    return chosen.reshape([own.shape[0], *[length if d == dim else 1 for d in range(1, own.ndim)]])
+
+
+@contextmanager
+def intervene(model: Any, edits: Edit | Iterable[Edit]) -> Iterator[None]:
+    """Apply edits to every ``model.run`` and every method inside the block; nested blocks compose, outer first.
+
+    Nothing is left behind when the block ends, also after an exception.
+
+    Example:
+        >>> with pl.intervene(model, pl.Edit("L0.attn_out", pl.zero())):  # doctest: +SKIP
+        ...     scores = pl.ActivationPatching().run(model, task, "resid_pre")
+    """
+    new = (edits,) if isinstance(edits, Edit) else tuple(edits)
+    for edit in new:
+        if not isinstance(edit, Edit):
+            raise InterventionError(f"intervene takes Edits; got {type(edit).__name__}. Write pl.Edit(site, source).")
+        model.arch.check(edit.address)
+    outer = model.ambient
+    model.ambient = outer + new
+    try:
+        yield
+    finally:
+        model.ambient = outer

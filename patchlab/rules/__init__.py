@@ -1,0 +1,30 @@
+"""Backward rules for layer-wise relevance propagation, and composites that say which rule goes where."""
+
+from patchlab.rules.composites import PRESETS, Composite, Coverage, coverage, get_composite
+from patchlab.rules.linear import EpsilonRule, GammaRule
+from patchlab.rules.nonlinear import AHRule, ConstantGateRule, HalfRule, IdentityRule, LNRule, TemperatureRule, UniformRule
+from patchlab.rules.rule import ActivationRule, LinearRule, NormRule, PatternRule, ProductRule, graft, scale_gradient
+
+__all__ = [
+    "PRESETS",
+    "AHRule",
+    "ActivationRule",
+    "Composite",
+    "ConstantGateRule",
+    "Coverage",
+    "EpsilonRule",
+    "GammaRule",
+    "HalfRule",
+    "IdentityRule",
+    "LNRule",
+    "LinearRule",
+    "NormRule",
+    "PatternRule",
+    "ProductRule",
+    "TemperatureRule",
+    "UniformRule",
+    "coverage",
+    "get_composite",
+    "graft",
+    "scale_gradient",
+]
