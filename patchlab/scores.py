@@ -233,7 +233,7 @@ class ScoreMap:
             columns["live"] = np.broadcast_to(self.live[site].to_numpy(), array.shape).ravel()
             frames.append(pd.DataFrame(columns))
         table = pd.concat(frames, ignore_index=True)
-        return table[[*(name for name in table.columns if name not in ("effect", "live")), "effect", "live"]]
+        return table.reindex(columns=[*table.columns.drop(["effect", "live"]), "effect", "live"])
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
         """Write one netCDF file (the effects, ``live`` as a group, the rest as JSON), whole or not at all.
@@ -243,9 +243,9 @@ class ScoreMap:
         """
         record = json.dumps({"format": FORMAT, "provenance": self.provenance, "cost": asdict(self.cost)})
         with writing(path, overwrite=overwrite) as temporary:
-            for dataset, group, mode in ((self.data.assign_attrs({_ATTRIBUTE: record}), None, "w"), (self.live, "live", "a")):
-                plain = {name: {"_FillValue": None} for name, part in dataset.variables.items() if part.dtype.kind == "f"}
-                dataset.to_netcdf(temporary, engine="h5netcdf", group=group, mode=mode, encoding=plain)
+            encoding = {name: {"_FillValue": None} for name, part in self.data.variables.items() if part.dtype.kind == "f"}
+            self.data.assign_attrs({_ATTRIBUTE: record}).to_netcdf(temporary, engine="h5netcdf", encoding=encoding)
+            self.live.to_netcdf(temporary, engine="h5netcdf", group="live", mode="a")
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> "ScoreMap":

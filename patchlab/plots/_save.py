@@ -1,0 +1,87 @@
+"""Writing figures: HTML that needs no network, or an image where kaleido and a Chromium are there."""
+
+import os
+import warnings
+from pathlib import Path
+from typing import Literal
+
+import plotly.graph_objects as go
+from plotly.offline import get_plotlyjs
+
+from patchlab.errors import OutputError
+from patchlab.output import writing
+
+HTML = (".html", ".htm")
+IMAGES = (".png", ".svg", ".pdf", ".jpg", ".jpeg", ".webp")
+
+
+def save(
+    figure: go.Figure,
+    path: str | os.PathLike[str],
+    *,
+    include_plotlyjs: Literal[True, "directory"] = True,
+    overwrite: bool = False,
+    scale: float = 2.0,
+) -> Path:
+    """Write a figure as ``.html`` or as an image (``.png``, ``.svg``, ``.pdf``, ``.jpg``, ``.webp``).
+
+    Args:
+        figure: what a function of :mod:`patchlab.plots` returned, or any plotly figure.
+        path: the ending says the format.
+        include_plotlyjs: for HTML; True puts plotly's JavaScript into the file (5 MB, stands alone), ``"directory"`` puts it
+            once beside the files of a folder, as ``plotly.min.js``. Neither needs a network.
+        overwrite: replace an existing file.
+        scale: pixels of an image per pixel of the figure.
+
+    Returns:
+        The file written: ``path``, or the HTML beside it where an image could not be made (a warning says why).
+
+    Raises:
+        OutputError: unknown ending, existing file, or a place that cannot be written to.
+
+    Example:
+        >>> pl.plots.save(pl.plots.heatmaps(relp), "relp.png")  # doctest: +SKIP
+    """
+    path = Path(path)
+    kind = path.suffix.lower()
+    if kind not in (*HTML, *IMAGES):
+        raise OutputError(f"cannot tell the format of {path.name!r} from its ending {kind!r}; use one of {', '.join((*HTML, *IMAGES))}.")
+    if include_plotlyjs not in (True, "directory"):
+        raise OutputError(f'include_plotlyjs is {include_plotlyjs!r}; expected True (one file) or "directory" (one copy per folder).')
+    if kind in IMAGES:
+        try:
+            image = _image(figure, kind, scale)
+        except Exception as error:  # whatever keeps the browser from drawing, the figure is not lost
+            path = path.with_suffix(".html")
+            _write_html(figure, path, include_plotlyjs, overwrite)
+            warnings.warn(
+                f"wrote {path} instead of a {kind} image, which needs kaleido and Chromium or Chrome "
+                f"(pip install 'patchlab[images]', and a browser from your system's packages): {_first_line(error)}",
+                UserWarning,
+                stacklevel=2,
+            )
+            return path
+        with writing(path, overwrite=overwrite) as temporary:
+            temporary.write_bytes(image)
+        return path
+    _write_html(figure, path, include_plotlyjs, overwrite)
+    return path
+
+
+def _image(figure: go.Figure, kind: str, scale: float) -> bytes:
+    return figure.to_image(format=kind.lstrip("."), scale=scale)
+
+
+def _write_html(figure: go.Figure, path: Path, include_plotlyjs: Literal[True, "directory"], overwrite: bool) -> None:
+    text = figure.to_html(include_plotlyjs=include_plotlyjs, config={"displaylogo": False})
+    with writing(path, overwrite=overwrite) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    script = path.parent / "plotly.min.js"
+    if include_plotlyjs == "directory" and not script.exists():
+        with writing(script) as temporary:
+            temporary.write_text(get_plotlyjs(), encoding="utf-8")
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,139 @@
+"""What the figures share: one look, a page laid out in pixels, and text that plotly shows as it is."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from textwrap import wrap
+from typing import Any
+
+import plotly.graph_objects as go
+
+from patchlab.scores import ScoreMap
+
+INK, MUTED, GREY, PALE = "#1f2328", "#636c76", "#dcdfe3", "#f3f4f6"
+FONT = "Helvetica Neue, Helvetica, Arial, Liberation Sans, DejaVu Sans, sans-serif"
+RED_BLUE = "RdBu"
+"""Red below 0, blue above, white at 0: the scale of the patching literature."""
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255", "#999933")
+"""Okabe and Ito's palette (2008), told apart with colour-blind eyes, extended by two of Tol's."""
+
+_AXIS = {
+    "showgrid": False,
+    "zeroline": False,
+    "showline": True,
+    "linecolor": MUTED,
+    "linewidth": 1,
+    "ticks": "outside",
+    "ticklen": 3,
+    "tickcolor": MUTED,
+    "tickfont": {"size": 11, "color": INK},
+    "title": {"font": {"size": 12, "color": INK}, "standoff": 6},
+}
+TEMPLATE = go.layout.Template(
+    layout={
+        "font": {"family": FONT, "size": 12, "color": INK},
+        "paper_bgcolor": "white",
+        "plot_bgcolor": "white",
+        "margin": {"l": 0, "r": 0, "t": 0, "b": 0},
+        "xaxis": _AXIS,
+        "yaxis": _AXIS,
+        "hoverlabel": {"font": {"family": FONT, "size": 12}, "align": "left"},
+        "colorway": list(COLOURS),
+    }
+)
+
+
+@dataclass(frozen=True)
+class Box:
+    """A panel's place on the page, in pixels from its top left corner."""
+
+    left: float
+    top: float
+    width: float
+    height: float
+
+
+class Page:
+    """A figure of fixed size on which panels are placed in pixels, so that cells keep their shape whatever the number of panels."""
+
+    def __init__(self, width: float, height: float, title: str, subtitle: str) -> None:
+        self.figure, self.width, self.height, self.panels = go.Figure(), width, height, 0
+        self.figure.update_layout(template=TEMPLATE, width=width, height=height, showlegend=False)
+        self.note(16, 14, f"<b>{escape(title, quote=False)}</b>", size=16)
+        self.note(16, 38, subtitle, size=12, colour=MUTED)
+
+    def note(self, left: float, top: float, text: str, *, size: float = 12, colour: str = INK, **options: Any) -> None:
+        """Text (plotly's HTML) whose top left corner is at this pixel, unless the options anchor it otherwise."""
+        place = {"xref": "paper", "yref": "paper", "x": left / self.width, "y": 1 - top / self.height, "xanchor": "left", "yanchor": "top"}
+        self.figure.add_annotation({**place, "text": text, "showarrow": False, "align": "left", "font": {"size": size, "color": colour}, **options})
+
+    def panel(self, box: Box, xaxis: dict[str, Any], yaxis: dict[str, Any]) -> dict[str, str]:
+        """Add a pair of axes in the box; returns the names that traces use to be drawn there."""
+        self.panels += 1
+        number = "" if self.panels == 1 else str(self.panels)
+        across = [box.left / self.width, (box.left + box.width) / self.width]
+        up = [1 - (box.top + box.height) / self.height, 1 - box.top / self.height]
+        self.figure.update_layout({f"xaxis{number}": {"domain": across, "anchor": f"y{number}", **xaxis}})
+        self.figure.update_layout({f"yaxis{number}": {"domain": up, "anchor": f"x{number}", **yaxis}})
+        return {"xaxis": f"x{number}", "yaxis": f"y{number}"}
+
+
+def heading(title: str, description: str, width: float) -> str:
+    """A panel's heading: its name, and below it what it is, broken to fit."""
+    lines = [f"<b>{escape(title, quote=False)}</b>"]
+    small = f"font-size:11px;color:{MUTED}"
+    return "<br>".join(lines + [f'<span style="{small}">{escape(line, quote=False)}</span>' for line in _broken(description, width)])
+
+
+def heading_height(description: str, width: float) -> int:
+    """Pixels that a heading takes."""
+    return 26 + 15 * len(_broken(description, width))
+
+
+def _broken(text: str, width: float) -> list[str]:
+    return wrap(text, max(18, int(width / 5.6)))
+
+
+def shown(token: str, limit: int = 14) -> str:
+    r"""A token as tick text: without its leading space, control characters visible, nothing that plotly takes for a tag.
+
+    >>> shown(" the"), shown("<bos>"), shown("\n")
+    ('the', '&lt;bos&gt;', '↵')
+    """
+    text = token.strip(" ") or "␣" * len(token)
+    for raw, visible in (("\n", "↵"), ("\t", "⇥"), ("\r", "␍")):
+        text = text.replace(raw, visible)
+    text = text if len(text) <= limit else text[: limit - 1] + "…"
+    return escape(text, quote=False)
+
+
+def about(scores: ScoreMap) -> str:
+    """What was patched, in one line: ``demo-gpt2 × ioi[32], denoising``."""
+    record = scores.provenance
+    text = f"{record.get('model', '?')} × {record.get('task', '?')}[{scores.data.sizes['example']}], {record.get('direction', '?')}"
+    return escape(text, quote=False)
+
+
+def sparse_ticks(count: int, most: int) -> list[int]:
+    """Indices to label so that at most ``most`` labels are drawn, in steps of 1, 2, 5, 10, ...
+
+    >>> sparse_ticks(12, 12) == list(range(12)), sparse_ticks(48, 12)
+    (True, [0, 5, 10, 15, 20, 25, 30, 35, 40, 45])
+    """
+    steps = (digit * 10**power for power in range(8) for digit in (1, 2, 5))
+    return list(range(0, count, next(step for step in steps if count <= most * step)))
+
+
+def flow(sizes: Sequence[float], limit: float) -> list[list[int]]:
+    """Indices of panels of these widths, in rows no wider than ``limit`` (a wider panel has a row of its own).
+
+    >>> flow([40, 40, 40], 100)
+    [[0, 1], [2]]
+    """
+    rows: list[list[int]] = []
+    for i, size in enumerate(sizes):
+        if rows and sum(sizes[j] for j in rows[-1]) + size <= limit:
+            rows[-1].append(i)
+        else:
+            rows.append([i])
+    return rows
