@@ -18,7 +18,11 @@ if TYPE_CHECKING:
     from patchlab.compare import compare as compare
     from patchlab.errors import PatchlabError as PatchlabError
     from patchlab.interventions import Edit as Edit
+    from patchlab.interventions import blend as blend
     from patchlab.interventions import intervene as intervene
+    from patchlab.interventions import mean_of as mean_of
+    from patchlab.interventions import noise as noise
+    from patchlab.interventions import zero as zero
     from patchlab.methods import ActivationPatching as ActivationPatching
     from patchlab.methods import AttributionPatching as AttributionPatching
     from patchlab.methods import IntegratedGradients as IntegratedGradients
@@ -40,7 +44,11 @@ _HOMES = {
     "compare": "compare",
     "PatchlabError": "errors",
     "Edit": "interventions",
+    "blend": "interventions",
     "intervene": "interventions",
+    "mean_of": "interventions",
+    "noise": "interventions",
+    "zero": "interventions",
     "ActivationPatching": "methods",
     "AttributionPatching": "methods",
     "IntegratedGradients": "methods",

@@ -88,13 +88,18 @@ def _option(text: str) -> tuple[str, Any]:
         return key, value
 
 
-def _compare(model: str, task: str, methods: str, sites: str, *, out: Path, force: bool, as_json: bool, n: int | None = None, **settings: Any) -> None:
+def _compare(
+    model: str, task: str, methods: str, sites: str, *, out: Path, force: bool, as_json: bool, n: int | None = None, **settings: Any
+) -> None:
     from rich.console import Console
+    from transformers.utils.logging import disable_progress_bar
 
     from patchlab import report
+    from patchlab.sites import parse_sites
 
-    say = Console(stderr=True, highlight=False).print
-    job = report.Job(model=model, task=task, methods=tuple(methods.split(",")), sites=sites, n=n, **settings)
+    disable_progress_bar()  # for files that load in a second
+    say = Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print
+    job = report.Job(model, task, tuple(methods.split(",")), tuple(map(str, parse_sites(sites))), n=n, **settings)
     with report.result_folder(out, force=force) as folder:
         results = report.run(job, say=say, progress=sys.stderr.isatty())
         say("writing tables and plots")
@@ -104,7 +109,7 @@ def _compare(model: str, task: str, methods: str, sites: str, *, out: Path, forc
     if as_json:
         typer.echo(json.dumps({"out": str(target), **run}, allow_nan=False))
     else:
-        Console(highlight=False).print(report.console_table(results.comparison))
+        typer.echo(results.comparison.summary())
 
 
 @app.command(help="The task generators.")

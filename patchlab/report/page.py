@@ -1,0 +1,170 @@
+"""The page that shows a comparison: one HTML file beside ``plotly.min.js``, which needs no network."""
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from importlib.resources import files
+from typing import Any
+
+import pandas as pd
+
+from patchlab.compare import CELLS, STATISTICS
+from patchlab.report.job import REFERENCE, Results
+
+DIRECTIONS = {
+    "denoising": "clean activations are moved into the corrupted run",
+    "noising": "corrupted activations are moved into the clean run",
+}
+COSTS = {
+    "forwards": "forward passes",
+    "backwards": "backward passes",
+    "positions": "rows × positions",
+    "seconds": "seconds",
+    "predicted_bytes": "predicted MB",
+    "cuda_peak_bytes": "CUDA peak MB",
+}
+
+
+def render(results: Results, figures: Mapping[str, str], written: Iterable[str], run: Mapping[str, Any]) -> str:
+    """The whole page.
+
+    Args:
+        results: what was computed.
+        figures: plotly's HTML (a ``<div>`` with its script) of ``comparison``, ``agreement`` and ``heatmaps``.
+        written: names of the other files of the folder, linked at the end.
+        run: the contents of ``run.json``.
+    """
+    title = f"{results.task.name} on {results.model.name}: patching methods compared"
+    sections = {
+        "Agreement": _agreement(results),
+        "Cost": _costs(results),
+        "Intervals": _figure(figures["comparison"], "The table, drawn: each bar is a statistic with its 95 % interval."),
+        "Cell by cell": _figure(figures["agreement"], "Each point is one cell of the example-mean map: the approximation against the exact effect."),
+        "Heatmaps": _figure(figures["heatmaps"], "Example-mean effect of patching each cell; the methods of a site share a colour scale."),
+        "Provenance": _provenance(results, run),
+        "Files": "<ul>" + "".join(f'<li><a href="{escape(name)}">{escape(name)}</a></li>' for name in sorted(written) if name != "index.html") + "</ul>",
+    }
+    anchors = {name: name.lower().replace(" ", "-") for name in sections}
+    css = files("patchlab.report").joinpath("page.css").read_text(encoding="utf-8")
+    return "\n".join(
+        [
+            "<!doctype html>",
+            '<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">',
+            f"<title>{escape(title)}</title>",
+            f"<style>\n{css}</style>",
+            '<script src="plotly.min.js"></script></head>',
+            f"<body><main><h1>{escape(title)}</h1>",
+            _introduction(results),
+            "<nav>" + "".join(f'<a href="#{anchor}">{name}</a>' for name, anchor in anchors.items()) + "</nav>",
+            *(f'<section id="{anchors[name]}"><h2>{name}</h2>{body}</section>' for name, body in sections.items()),
+            "</main></body></html>\n",
+        ]
+    )
+
+
+def _introduction(results: Results) -> str:
+    job, exact, about = results.job, results.maps[REFERENCE], results.comparison.setting
+    clean, corrupted = (float(exact.data[name].mean()) for name in ("metric_clean", "metric_corrupted"))
+    unit = f" {about['metric_unit']}" if about["metric_unit"] else ""
+    others = [name for name in results.maps if name != REFERENCE]
+    return _paragraph(
+        f"{len(results.task)} pairs of a clean and a corrupted prompt; {results.model.name} prefers the clean answer on "
+        f"{results.accuracy['clean']:.0%} of the clean and {results.accuracy['corrupted']:.0%} of the corrupted prompts. "
+        f"Direction {job.direction}: {DIRECTIONS.get(job.direction, '')}, one cell at a time, and a score is the effect of that on "
+        f"{about['metric']}, whose mean is {clean:.2f}{unit} on clean and {corrupted:.2f}{unit} on corrupted prompts. "
+        f"Exact patching is the reference that {' and '.join([', '.join(others[:-1])] * bool(others[1:]) + others[-1:])} approximate{'s' * (len(others) == 1)}."
+    )
+
+
+def _agreement(results: Results) -> str:
+    comparison = results.comparison
+    about = comparison.setting
+    parts = [
+        _paragraph(
+            f"On example-mean maps, with 95 % bootstrap intervals over examples ({about['n_boot']} draws, the same for all methods). "
+            "Slope is through the origin: approximation = slope · exact. Sign agreement counts cells whose exact effect exceeds 1 % of the gap. "
+            "Top-k recall asks how many of the k largest exact effects are among the k largest of the approximation."
+        )
+    ]
+    for cells, what in CELLS.items():
+        table = _statistics(comparison.table[comparison.table["cells"] == cells])
+        rows = comparison.reliability[comparison.reliability["cells"] == cells]
+        reliability = ", ".join(f"{site} {_number(value)}" for site, value in zip(rows["site"], rows["reliability"], strict=True))
+        body = table + _paragraph(f"Split-half reliability of the exact map (Spearman–Brown): {reliability}.", "muted")
+        title = f"Over {escape(what)}"
+        parts.append(f"<h3>{title}</h3>{body}" if cells == "live" else f"<details><summary>{title}</summary>{body}</details>")
+    return "".join(parts + [_paragraph(f"Note: {note}") for note in comparison.notes])
+
+
+def _statistics(table: pd.DataFrame) -> str:
+    rows = []
+    for site, group in table.groupby("site", sort=False):
+        for row in group.to_dict("records"):
+            values = (_with_interval(*(row[f"{name}{end}"] for end in ("", "_lo", "_hi"))) for name in STATISTICS)
+            rows.append([escape(str(site)), escape(str(row["method"])), *values, str(row["k"]), str(row["n_cells"])])
+    return _table(["site", "method", *STATISTICS.values(), "k", "cells"], rows, text_columns=2)
+
+
+def _costs(results: Results) -> str:
+    costs = results.comparison.costs.dropna(axis="columns", how="all")
+    shown = [name for name in COSTS if name in costs.columns]
+    reference = float(costs["positions"].iloc[0])
+    rows = []
+    for row in costs.to_dict("records"):
+        values = [_number(row[name], 2) if name == "seconds" else _count(row[name], name) for name in shown]
+        rows.append([escape(str(row["method"])), *values, _number(reference / row["positions"] if row["positions"] else math.nan, 1)])
+    return _table(["method", *(COSTS[name] for name in shown), "exact does × as many positions"], rows)
+
+
+def _provenance(results: Results, run: Mapping[str, Any]) -> str:
+    exact = results.maps[REFERENCE].provenance
+    facts = {
+        "command": run["command"],
+        "model": f"{results.model.name} (fingerprint {exact.get('model_fingerprint', '?')})",
+        "task": f"{results.task!r} (fingerprint {exact.get('task_fingerprint', '?')})",
+        "device, dtype": f"{exact.get('device', '?')}, {exact.get('dtype', '?')}",
+        "versions": ", ".join(f"{name} {version}" for name, version in run["versions"].items()),
+        "seconds": ", ".join(f"{step} {seconds:.1f}" for step, seconds in run["seconds"].items()),
+        "finished": run["finished"],
+    }
+    facts |= {f"note, {name}": " ".join(map(str, scores.provenance["notes"])) for name, scores in results.maps.items() if scores.provenance.get("notes")}
+    listed = "".join(f"<dt>{escape(name)}</dt><dd>{escape(str(value))}</dd>" for name, value in facts.items())
+    records = {name: scores.provenance for name, scores in results.maps.items()}
+    full = escape(json.dumps(records, indent=2, ensure_ascii=False))
+    return f"<dl>{listed}</dl><details><summary>Everything, per method</summary><pre>{full}</pre></details>"
+
+
+def _figure(html: str, caption: str) -> str:
+    return f"<figure><figcaption>{escape(caption)}</figcaption>{html}</figure>"
+
+
+def _paragraph(text: str, kind: str = "") -> str:
+    return f'<p class="{kind}">{escape(text)}</p>' if kind else f"<p>{escape(text)}</p>"
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]], *, text_columns: int = 1) -> str:
+    """A table of cells that are HTML already; rows whose first cell repeats are one group, which names it once."""
+    kinds = [' class="text"' if column < text_columns else "" for column in range(len(head))]
+    body, group = [], None
+    for row in rows:
+        first, group = row[0] != group, row[0]
+        cells = [row[0] if first else "", *row[1:]]
+        body.append(f"<tr{' class=first' if first else ''}>" + "".join(f"<td{kind}>{cell}</td>" for kind, cell in zip(kinds, cells, strict=True)) + "</tr>")
+    top = "".join(f"<th{kind}>{escape(name)}</th>" for kind, name in zip(kinds, head, strict=True))
+    return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
+
+
+def _with_interval(value: float, low: float, high: float) -> str:
+    interval = "" if math.isnan(low) else f'<span class="ci">{_number(low)} to {_number(high)}</span>'
+    return _number(value) + interval
+
+
+def _count(value: float, name: str) -> str:
+    if value is None or math.isnan(value):
+        return "–"
+    return f"{value / 1e6:,.0f}" if name.endswith("_bytes") else f"{value:,.0f}"
+
+
+def _number(value: float, digits: int = 2) -> str:
+    return "–" if math.isnan(value) else f"{value:.{digits}f}".replace("-", "−")

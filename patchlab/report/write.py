@@ -1,0 +1,97 @@
+"""Writing what a job gave into a folder: score maps, tables, plots, the page, and ``run.json`` that lists them."""
+
+import json
+import shlex
+import warnings
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import plotly.graph_objects as go
+
+from patchlab import __version__, plots
+from patchlab.errors import OutputError
+from patchlab.report.folder import INDEX
+from patchlab.report.job import REFERENCE, Job, Results
+from patchlab.report.page import render
+
+
+def scores_file(method: str) -> str:
+    """File name of a method's score map.
+
+    >>> scores_file("relp+ig:5")
+    'scores.relp-ig-5.nc'
+    """
+    return f"scores.{method.replace(':', '-').replace('+', '-')}.nc"
+
+
+def write(folder: Path, results: Results, *, say: Callable[[str], Any] = lambda _: None) -> dict[str, Any]:
+    """Write everything into a fresh folder; returns what ``run.json`` holds, with the comparison.
+
+    Args:
+        folder: see :func:`patchlab.report.result_folder`.
+        results: of :func:`patchlab.report.run`.
+        say: told, in a line, when no PNG files could be made.
+
+    Raises:
+        OutputError: the folder cannot be written to.
+    """
+    for name, scores in results.maps.items():
+        scores.save(folder / scores_file(name))
+    results.comparison.to_csv(folder / "comparison.csv")
+    results.comparison.to_json(folder / "comparison.json")
+    methods = {name: scores for name, scores in results.maps.items() if name != REFERENCE}
+    figures = {
+        "comparison": plots.comparison(results.comparison),
+        "agreement": plots.agreement(results.maps[REFERENCE], methods),
+        "heatmaps": plots.heatmaps(results.maps),
+    }
+    for name, figure in figures.items():
+        plots.save(figure, folder / f"{name}.html", include_plotlyjs="directory")
+    if reason := _images(figures, folder):
+        say(f"no PNG files: {reason}")
+    run = _record(results, [*(path.name for path in folder.iterdir()), "index.html", INDEX])
+    inline = {name: figure.to_html(full_html=False, include_plotlyjs=False, div_id=f"figure-{name}", config={"displaylogo": False}) for name, figure in figures.items()}
+    try:
+        (folder / "index.html").write_text(render(results, inline, run["files"], run), encoding="utf-8")
+        (folder / INDEX).write_text(json.dumps(run, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"cannot write to {folder} ({error.strerror}); make room, or choose another folder with --out.") from error
+    return run | {"comparison": results.comparison.to_dict()}
+
+
+def _images(figures: dict[str, go.Figure], folder: Path) -> str:
+    """PNG files where kaleido and a browser are there; otherwise none, and the reason."""
+    for name, figure in figures.items():
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            written = plots.save(figure, folder / f"{name}.png", include_plotlyjs="directory", overwrite=True)
+        if written.suffix != ".png":  # save() leaves the HTML, which is here already
+            return str(caught[-1].message).partition(", which needs ")[2]
+    return ""
+
+
+def _record(results: Results, files: list[str]) -> dict[str, Any]:
+    provenance = results.maps[REFERENCE].provenance
+    return {
+        "patchlab": __version__,
+        "command": command(results.job),
+        "job": results.job.as_dict(),
+        "model": {"name": results.model.name, "fingerprint": results.model.fingerprint},
+        "task": {"name": results.task.name, "pairs": len(results.task), "fingerprint": results.task.fingerprint, **results.task.provenance},
+        "accuracy": results.accuracy,
+        "versions": provenance.get("versions", {}),
+        "seconds": results.seconds,
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "files": sorted(files),
+    }
+
+
+def command(job: Job) -> str:
+    """The command line that repeats a job (less ``--out``)."""
+    options = {"model": job.model, "task": job.task, "methods": ",".join(job.methods), "sites": ",".join(job.sites), "direction": job.direction}
+    options |= {"n": job.n, "seed": job.seed, "device": job.device, "batch-size": job.batch_size}
+    words = [word for name, value in options.items() if value is not None for word in (f"--{name}", str(value))]
+    words += [word for key, value in job.options.items() for word in ("--option", f"{key}={value if isinstance(value, str) else json.dumps(value)}")]
+    return shlex.join(["patchlab", "compare", *words])
