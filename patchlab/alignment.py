@@ -50,6 +50,11 @@ def check_alike(reference_name: str, reference: ScoreMap, name: str, other: Scor
     for key, (what, remedy) in _ALIKE.items():
         if here.get(key) != there.get(key):
             raise refuse(f"the {what}s", _described(here, key, what), _described(there, key, what), remedy)
+    sources = [(record.get("method_options") or {}).get("source", "paired") for record in (here, there)]
+    if sources[0] != sources[1]:
+        raise refuse("the sources", sources[0], sources[1], "patch in the same thing with both")
+    if here.get("ambient", []) != there.get("ambient", []):
+        raise refuse("the surrounding interventions", _shortened(here.get("ambient", [])), _shortened(there.get("ambient", [])), "run both alike")
     examples, others = (scores.data["example"].to_numpy() for scores in (reference, other))
     if not np.array_equal(examples, others):
         raise refuse("the examples", _shortened(examples), _shortened(others), "score the same pairs (task.select)")
@@ -91,5 +96,5 @@ def _described(record: dict[str, Any], key: str, what: str) -> str:
 
 
 def _shortened(values: Any) -> str:
-    text = "none" if values is None else ", ".join(map(str, values))
+    text = "none" if values is None or not len(values) else ", ".join(map(str, values))
     return text if len(text) < 60 else text[:56] + " ..."

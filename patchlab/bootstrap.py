@@ -29,7 +29,7 @@ def interval(values: Float[np.ndarray, "draw ..."]) -> tuple[Float[np.ndarray, "
     >>> float(low), float(high)
     (2.5, 97.5)
     """
-    flat = values.reshape(len(values), -1)
+    flat = values.reshape(len(values), int(np.prod(values.shape[1:])))
     bounds = np.full((2, flat.shape[1]), np.nan)
     for column in np.flatnonzero(np.isnan(flat).any(axis=0)):
         defined = flat[~np.isnan(flat[:, column]), column]

@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -102,7 +102,7 @@ class Comparison:
     def _heading(self) -> str:
         about = self.setting
         gap = f"gap {about['gap']:.3g} {_bracket(about['gap_lo'], about['gap_hi'])} {about['metric_unit']}".rstrip()
-        what = f"{about['model']} × {about['task']}[{about['n_examples']}], {about['direction']}, {about['metric']}, {gap}"
+        what = f"{about['subject']}, {about['direction']}, {about['metric']}, {gap}"
         return f"Reference {about['reference']}: {what}. Value [95 % CI over examples, {about['n_boot']} draws, seed {about['seed']}]."
 
     def _reliability_line(self, cells: str) -> str:
@@ -112,7 +112,7 @@ class Comparison:
 
     def _readable(self, cells: str) -> pd.DataFrame:
         rows = self.table[self.table["cells"] == cells]
-        columns: dict[str, Any] = {"method": rows["method"], "site": rows["site"], "cells": rows["n_cells"]}
+        columns: dict[str, Any] = {"method": rows["method"], "site": rows["site"], "n": rows["n_cells"]}
         for name, title in STATISTICS.items():
             bounds = zip(rows[name], rows[f"{name}_lo"], rows[f"{name}_hi"], strict=True)
             columns[title] = [f"{_number(value)} {_bracket(low, high)}" for value, low, high in bounds]
@@ -165,20 +165,22 @@ def compare(reference: ScoreMap, methods: Mapping[str, ScoreMap], *, n_boot: int
         exact, live = _cells(reference, site), reference.live[site].to_numpy().ravel()
         k = max(1, int(live.sum()) // TOP_SHARE)
         for cells, chosen in (("all", np.ones_like(live)), ("live", live)):
-            values = _statistics(exact[:, chosen], {name: other[:, chosen] for name, other in maps.items()}, weights, floor, k)
-            for name, statistics in values.items():
-                rows.append({"method": name, "site": site, "cells": cells, "n_cells": int(chosen.sum()), "k": k, **statistics})
-            reliability.append({"site": site, "cells": cells, "n_cells": int(chosen.sum()), **_reliability(exact[:, chosen], halves)})
+            if cells == "all" or not live.all():  # without structural zeros the two sets are one
+                values = _statistics(exact[:, chosen], {name: other[:, chosen] for name, other in maps.items()}, weights, floor, k)
+                stable = _reliability(exact[:, chosen], halves)
+            about = {"site": site, "cells": cells, "n_cells": int(chosen.sum())}
+            rows += [{"method": name, **about, "k": k, **statistics} for name, statistics in values.items()]
+            reliability.append({**about, **stable})
     if not rows:
         raise ScoreError(f"there is nothing to compare: no site is scored both by {name_of_reference} and by one of {', '.join(methods)}.")
     about = {key: reference.provenance.get(key, "") for key in ("task", "model", "direction", "metric", "metric_unit")}
-    about |= {"reference": name_of_reference, "methods": list(methods), "n_examples": n, "n_boot": n_boot, "seed": seed}
+    about |= {"subject": reference.subject, "reference": name_of_reference, "methods": list(methods), "n_examples": n, "n_boot": n_boot, "seed": seed}
     about |= {"gap": float(gaps[0]), "gap_lo": low, "gap_hi": high, "sign_floor": float(floor[0]), "splits": SPLITS}
     table = pd.DataFrame(rows)
     order = {name: i for i, name in enumerate(methods)}
     table = table.sort_values(by="method", key=lambda column: column.map(order), kind="stable", ignore_index=True)
     costs = [{"method": name, **asdict(scores.cost)} for name, scores in {name_of_reference: reference, **methods}.items()]
-    return Comparison(table, pd.DataFrame(costs), pd.DataFrame(reliability), about, tuple(notes))
+    return Comparison(table, _costs_table(costs), pd.DataFrame(reliability), about, tuple(notes))
 
 
 def _cells(scores: ScoreMap, site: str) -> Float[np.ndarray, "example cell"]:
@@ -246,6 +248,10 @@ def _notes(reference: ScoreMap, name_of_reference: str, methods: Mapping[str, Sc
     return notes
 
 
+def _costs_table(costs: list[dict[str, Any]]) -> pd.DataFrame:
+    return pd.DataFrame(costs).astype({"predicted_bytes": "Int64", "cuda_peak_bytes": "Int64"})
+
+
 def _known(cells: str) -> str:
     if cells not in CELLS:
         raise ScoreError(unknown("set of cells", cells, CELLS))
@@ -261,19 +267,23 @@ def _bracket(low: float, high: float) -> str:
 
 
 def _text(frame: pd.DataFrame) -> str:
-    return frame.to_string(index=False, justify="left", na_rep="-")
+    """The frame in columns: names to the left, numbers to the right."""
+    texts = frame.astype(object).where(frame.notna(), "-").astype(str)
+    widths = {name: max(len(name), int(texts[name].str.len().max())) for name in texts}
+    numeric = {name: all(part.isdigit() for part in texts[name]) for name in texts}
+    rows = [dict(zip(texts, texts, strict=True)), *texts.to_dict("records")]
+    lines = ("  ".join(row[name].rjust(widths[name]) if numeric[name] else row[name].ljust(widths[name]) for name in texts) for row in rows)
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def _escaped(text: str) -> str:
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
-_PLAIN: Callable[[Any], Any] = lambda value: None if isinstance(value, float) and not math.isfinite(value) else value  # noqa: E731
-
-
 def _json_able(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: _PLAIN(value) for key, value in values.items()}
+    return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()}
 
 
 def _records(frame: pd.DataFrame) -> list[dict[str, Any]]:
-    return [_json_able(row) for row in frame.astype(object).to_dict("records")]
+    frame = frame.astype(object)
+    return [_json_able(row) for row in frame.where(frame.notna(), None).to_dict("records")]

@@ -148,6 +148,12 @@ class ScoreMap:
         return {site: why for site, why in self.provenance.get("not_scored", {}).items() if site in self.data.data_vars}
 
     @property
+    def subject(self) -> str:
+        """Model and task with its number of examples: ``demo-gpt2 × ioi[32]``."""
+        task = str(self.provenance.get("task", "?"))
+        return f"{self.provenance.get('model', '?')} × {task}" + ("" if task.endswith("]") else f"[{self.data.sizes['example']}]")
+
+    @property
     def gap(self) -> float:
         """Mean m_clean − mean m_corrupted, in metric units."""
         return float((self.data["metric_clean"] - self.data["metric_corrupted"]).mean())
@@ -269,13 +275,12 @@ class ScoreMap:
 
     def __repr__(self) -> str:
         about, skipped = self.provenance, self.not_scored
-        what = f"{about.get('model', '?')} × {about.get('task', '?')}[{self.data.sizes['example']}]"
         sites = []
         for site in self.sites:
             shape = ", ".join(f"{axis} {self.live.sizes[axis]}" for axis in self.live[site].dims)
             sites.append(f"{parse_site(site).kind}[{shape}]" + (" (not scored)" if site in skipped else ""))
         head = ", ".join(str(about.get(key, "?")) for key in ("method", "direction", "metric"))
-        return f"ScoreMap({head}, {what}) {' '.join(sites)}; {self.cost}"
+        return f"ScoreMap({head}, {self.subject}) {' '.join(sites)}; {self.cost}"
 
 
 def _counted(number: int, noun: str) -> str:

@@ -65,7 +65,7 @@ def _prepare_comparison(comparison: Comparison, *, cells: str = "live") -> Compa
         )
     )
     setting = comparison.setting
-    what = f"{setting['model']} × {setting['task']}[{setting['n_examples']}], {setting['direction']}, {setting['metric']}"
+    what = f"{setting['subject']}, {setting['direction']}, {setting['metric']}"
     subtitle = f"{what} · {CELLS[cells]} · whiskers: 95 % CI over examples"
     return ComparisonData(
         f"Agreement with {setting['reference']} patching", subtitle, methods, sites, panels, tuple(half[site] for site in sites), costs

@@ -109,8 +109,7 @@ def shown(token: str, limit: int = 14) -> str:
 
 def about(scores: ScoreMap) -> str:
     """What was patched, in one line: ``demo-gpt2 × ioi[32], denoising``."""
-    record = scores.provenance
-    text = f"{record.get('model', '?')} × {record.get('task', '?')}[{scores.data.sizes['example']}], {record.get('direction', '?')}"
+    text = f"{scores.subject}, {scores.provenance.get('direction', '?')}"
     return escape(text, quote=False)
 
 

@@ -1,0 +1,76 @@
+"""Small score maps made by hand, for the tests of scores, comparisons and plots."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from patchlab.scores import Cost, ScoreMap
+from patchlab.sites import parse_site
+
+COST = Cost(2, 1, 60, 0.5)
+TOKENS = ("<bos>", " the", " cat", " saw", " the", " dog")
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The part of a position axis that a score map reads."""
+
+    names: tuple[str, ...] | None
+    tokens: tuple[tuple[str, ...], ...]
+
+
+def provenance(**changes: Any) -> dict[str, Any]:
+    about = {"method": "exact", "task": "toy", "task_fingerprint": "t0", "model": "tiny", "model_fingerprint": "m0"}
+    about |= {"direction": "denoising", "metric": "logit_diff", "metric_unit": "logits", "dtype": "float32"}
+    return {**about, "method_options": {"source": "paired"}, "not_scored": {}, "notes": [], **changes}
+
+
+def make_map(
+    scores: Mapping[str, np.ndarray],
+    *,
+    live: Mapping[str, np.ndarray] | None = None,
+    labels: Labels | None = None,
+    examples: Sequence[int] | None = None,
+    clean: np.ndarray | None = None,
+    corrupted: np.ndarray | None = None,
+    cost: Cost = COST,
+    **changes: Any,
+) -> ScoreMap:
+    """A map of these effects; every cell is live and the gap is 2 logits unless something else is asked for."""
+    n = len(next(iter(scores.values())))
+    live = {site: np.ones(values.shape[1:], dtype=bool) for site, values in scores.items()} | dict(live or {})
+    return ScoreMap.build(
+        scores,
+        live,
+        task_axis=labels,
+        examples=list(range(n)) if examples is None else examples,
+        metric_clean=np.linspace(1.4, 1.6, n) if clean is None else clean,
+        metric_corrupted=np.full(n, -0.5) if corrupted is None else corrupted,
+        provenance=provenance(**changes),
+        cost=cost,
+    )
+
+
+def random_map(*sites: str, n: int = 8, seed: int = 0, n_layers: int = 3, n_pos: int = len(TOKENS), named: bool = False, **options: Any) -> ScoreMap:
+    """Random effects at these sites; position 0 is a structural zero, the last token differs between examples."""
+    rng = np.random.default_rng(seed)
+    sizes = {"layer": n_layers, "pos": n_pos, "dest": n_pos, "src": n_pos, "head": 4, "kv_head": 2, "neuron": 40}
+    scores, live = {}, {}
+    for site in sites:
+        axes = parse_site(site).axes
+        shape = tuple(sizes[axis] for axis in axes)
+        live[site] = np.ones(shape, dtype=bool)
+        if "pos" in axes:
+            live[site] &= np.indices(shape)[axes.index("pos")] > 0
+        scores[site] = ((rng.normal(size=shape) + 0.3 * rng.normal(size=(n, *shape))) * live[site]).astype(np.float32)
+    tokens = tuple((*TOKENS[:n_pos][:-1], (" dog", " cow")[e % 2]) for e in range(n + 1))
+    names = tuple(f"P{i}" for i in range(n_pos)) if named else None
+    return make_map(scores, live=live, labels=Labels(names, tokens), **options)
+
+
+def altered(scores: ScoreMap, change: Any, *, cost: Cost = COST, **changes: Any) -> ScoreMap:
+    """The same map with other effects, ``change(site, values)``, and other provenance."""
+    data = scores.data.copy(data={site: change(site, scores.data[site].to_numpy()) for site in scores.sites})
+    return ScoreMap(data, scores.live, {**scores.provenance, **changes}, cost)

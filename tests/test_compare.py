@@ -1,0 +1,360 @@
+"""Agreement statistics against slow twins, the bootstrap, and what a comparison refuses."""
+
+import json
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+from score_maps import altered, make_map, random_map
+
+from patchlab import agreement as stats
+from patchlab.alignment import check_names
+from patchlab.compare import STATISTICS, Comparison, compare
+from patchlab.errors import OutputError, ScoreError
+from patchlab.scores import Cost
+
+SITES = ("resid_pre", "z")
+
+
+def noisy(scores, seed: int = 1, scale: float = 0.8, noise: float = 0.5, **changes):
+    rng = np.random.default_rng(seed)
+
+    def change(site: str, values: np.ndarray) -> np.ndarray:
+        live = scores.live[site].to_numpy()
+        return ((scale * values + noise * rng.normal(size=values.shape)) * live).astype(values.dtype)
+
+    return altered(scores, change, **{"method": "atp", **changes})
+
+
+def same(site: str, values: np.ndarray) -> np.ndarray:
+    return values
+
+
+@pytest.fixture(scope="module")
+def exact():
+    return random_map(*SITES, cost=Cost(40, 0, 9000, 3.0))
+
+
+@pytest.fixture(scope="module")
+def comparison(exact) -> Comparison:
+    return compare(exact, {"AtP": noisy(exact), "RelP": noisy(exact, 2, 1.1, 0.1)}, n_boot=200)
+
+
+def row(comparison: Comparison, method: str, site: str, cells: str = "live") -> pd.Series:
+    table = comparison.table
+    found = table[(table["method"] == method) & (table["site"] == site) & (table["cells"] == cells)]
+    assert len(found) == 1
+    return found.iloc[0]
+
+
+# statistics against literal twins
+
+
+def literal_ranks(values: np.ndarray) -> np.ndarray:
+    return np.array([np.mean([place for place, other in enumerate(sorted(values)) if other == value]) for value in values])
+
+
+def literal(exact: np.ndarray, other: np.ndarray, gap: float, k: int) -> dict[str, float]:
+    """Every statistic on one pair of mean maps without ties at the k-th place, one cell at a time."""
+    top = [set(np.argsort(-np.abs(values))[:k].tolist()) for values in (exact, other)]
+    counted = [(e, a) for e, a in zip(exact, other, strict=True) if abs(e) > 0.01 * abs(gap)]
+    return {
+        "pearson": np.corrcoef(exact, other)[0, 1],
+        "spearman": np.corrcoef(literal_ranks(exact), literal_ranks(other))[0, 1],
+        "slope": sum(e * a for e, a in zip(exact, other, strict=True)) / sum(e * e for e in exact),
+        "sign_agreement": np.mean([np.sign(e) == np.sign(a) for e, a in counted]),
+        "topk_recall": len(top[0] & top[1]) / k,
+    }
+
+
+@pytest.mark.parametrize("cells", ["all", "live"])
+@pytest.mark.parametrize("site", SITES)
+def test_every_statistic_equals_its_literal_twin(exact, comparison, site, cells):
+    chosen = exact.live[site].to_numpy() if cells == "live" else np.ones(exact.live[site].shape, dtype=bool)
+    other = noisy(exact)
+    k = max(1, int(exact.live[site].to_numpy().sum()) // 10)
+    expected = literal(exact.mean(site).to_numpy()[chosen], other.mean(site).to_numpy()[chosen], exact.gap, k)
+    found = row(comparison, "AtP", site, cells)
+    assert found["n_cells"] == chosen.sum()
+    assert found["k"] == k
+    for name, value in expected.items():
+        assert found[name] == pytest.approx(value, abs=1e-10), name
+
+
+def test_intervals_equal_a_literal_bootstrap(exact):
+    other, n = noisy(exact), exact.data.sizes["example"]
+    found = row(compare(exact, {"AtP": other}, n_boot=50, seed=4), "AtP", "z")
+    draws = np.random.default_rng(4).integers(n, size=(50, n))
+    gaps = (exact.data["metric_clean"] - exact.data["metric_corrupted"]).to_numpy()
+    values = {name: [] for name in STATISTICS}
+    for draw in draws:
+        means = [scores.data["z"].to_numpy()[draw].astype(float).mean(0).ravel() for scores in (exact, other)]
+        for name, value in literal(*means, gaps[draw].mean(), found["k"]).items():
+            values[name].append(value)
+    for name in STATISTICS:
+        assert found[f"{name}_lo"] == pytest.approx(np.quantile(values[name], 0.025), abs=1e-10), name
+        assert found[f"{name}_hi"] == pytest.approx(np.quantile(values[name], 0.975), abs=1e-10), name
+
+
+def test_ranks_average_ties():
+    values = np.array([[3.0, 1.0, 3.0, 2.0, 3.0], [0.0, 0.0, -1.0, 0.0, 5.0]])
+    for got, given in zip(stats.ranks(values), values, strict=True):
+        assert got.tolist() == literal_ranks(given).tolist()
+
+
+def test_structural_zeros_tie_in_spearman():
+    exact, other = np.array([[0.0, 0.0, 1.0, 2.0]]), np.array([[0.0, 0.0, 2.0, 1.0]])
+    assert stats.spearman(exact, other)[0] == pytest.approx(np.corrcoef([0.5, 0.5, 2, 3], [0.5, 0.5, 3, 2])[0, 1])
+
+
+@pytest.mark.parametrize(
+    "constant", [np.zeros((1, 5)), np.full((1, 5), 0.1), 0.1 + 1e-17 * np.arange(5.0)[None], np.full((1, 5), 1 / 3) * np.ones((1, 5))]
+)
+def test_correlations_with_a_constant_map_are_undefined_without_a_warning(constant):
+    varying = np.arange(5.0)[None]
+    for statistic in (stats.pearson, stats.spearman):
+        assert np.isnan(statistic(varying, constant)[0])
+        assert np.isnan(statistic(constant, varying)[0])
+
+
+def test_correlation_does_not_depend_on_the_unit():
+    a, b = np.random.default_rng(0).normal(size=(2, 1, 50))
+    for statistic in (stats.pearson, stats.spearman):
+        assert statistic(1e-9 * a, 1e9 * b)[0] == pytest.approx(statistic(a, b)[0])
+
+
+def test_slope_is_of_the_approximation_on_the_exact_effect(exact):
+    found = compare(exact, {"half": altered(exact, lambda site, values: 0.5 * values)}, n_boot=10)
+    assert row(found, "half", "z")["slope"] == pytest.approx(0.5)
+
+
+def test_sign_agreement_counts_only_effects_above_one_percent_of_the_gap():
+    # gap 2: effects up to 0.02 do not count; an approximation of 0 has no sign
+    exact = make_map({"z": np.tile([[1.0, -1.0, 0.5, 0.02, 0.021]], (4, 1, 1))}, clean=np.full(4, 1.5), corrupted=np.full(4, -0.5))
+    other = altered(exact, lambda site, values: np.tile([[3.0, 1.0, 0.0, -9.0, 0.1]], (4, 1, 1)))
+    found = compare(exact, {"x": other}, n_boot=10)
+    assert row(found, "x", "z")["sign_agreement"] == 0.5
+    assert found.setting["sign_floor"] == pytest.approx(0.02)
+
+
+def test_topk_recall_is_by_size_and_shares_ties():
+    assert stats.topk_recall(np.array([[-3.0, 2.0, 1.0]]), np.array([[9.0, 0.0, -8.0]]), 2)[0] == 0.5
+    # three cells tie for the one place: each has a third of it
+    assert stats.topk_recall(np.array([[1.0, 1.0, 1.0]]), np.array([[1.0, 0.0, 0.0]]), 1)[0] == pytest.approx(1 / 3)
+    assert stats.topk_recall(np.array([[4.0, 3.0]]), np.array([[4.0, 3.0]]), 1)[0] == 1
+
+
+def test_k_is_ten_percent_of_the_live_cells_at_least_one(comparison):
+    assert set(comparison.table.query("site == 'resid_pre'")["k"]) == {1}  # 15 live cells of 18
+    assert row(compare(random_map("mlp_post"), {"x": random_map("mlp_post", seed=3)}, n_boot=2), "x", "mlp_post")["k"] == 12  # of 120
+
+
+# the comparison
+
+
+def test_a_map_agrees_perfectly_with_itself(exact):
+    found = compare(exact, {"itself": altered(exact, same)}, n_boot=20)
+    for name in STATISTICS:
+        assert found.table[[name, f"{name}_lo", f"{name}_hi"]].to_numpy() == pytest.approx(1), name
+
+
+def test_all_methods_and_sites_see_the_same_draws(exact):
+    other = noisy(exact)
+    alone = compare(exact, {"AtP": other}, n_boot=50)
+    together = compare(exact, {"RelP": noisy(exact, 2), "AtP": other, "copy": other}, n_boot=50)
+    for site in SITES:
+        a, b, c = row(alone, "AtP", site), row(together, "AtP", site), row(together, "copy", site)
+        pd.testing.assert_series_equal(a.drop("method"), b.drop("method"), check_names=False)
+        pd.testing.assert_series_equal(b.drop("method"), c.drop("method"), check_names=False)
+
+
+def test_the_seed_decides_the_draws(exact):
+    other = noisy(exact)
+    first, again, second = (row(compare(exact, {"x": other}, n_boot=30, seed=seed), "x", "z") for seed in (0, 0, 1))
+    assert first["pearson_lo"] == again["pearson_lo"] != second["pearson_lo"]
+    assert first["pearson"] == second["pearson"]
+
+
+def test_large_maps_are_cut_into_chunks_without_changing_a_digit(exact, monkeypatch):
+    other = noisy(exact)
+    whole = compare(exact, {"x": other}, n_boot=40)
+    monkeypatch.setattr(sys.modules["patchlab.compare"], "_LIMIT", 60)
+    chunked = compare(exact, {"x": other}, n_boot=40)
+    pd.testing.assert_frame_equal(whole.table, chunked.table, rtol=1e-12)
+    pd.testing.assert_frame_equal(whole.reliability, chunked.reliability, rtol=1e-12)
+
+
+def test_table_lists_both_sets_of_cells_and_the_methods_in_order(comparison):
+    table = comparison.table
+    assert list(table["method"].unique()) == ["AtP", "RelP"]
+    assert len(table) == 2 * len(SITES) * 2
+    assert list(table.columns[:5]) == ["method", "site", "cells", "n_cells", "k"]
+    assert row(comparison, "AtP", "resid_pre", "all")["n_cells"] == 18
+    assert row(comparison, "AtP", "resid_pre", "live")["n_cells"] == 15
+
+
+def test_a_site_without_live_cells_is_undefined_not_zero():
+    exact = make_map({"z": np.zeros((4, 1, 3))}, live={"z": np.zeros((1, 3), dtype=bool)})
+    found = row(compare(exact, {"x": altered(exact, same)}, n_boot=5), "x", "z")
+    assert found["n_cells"] == 0
+    assert found[list(STATISTICS)].isna().all()
+
+
+def test_costs_start_with_the_reference(comparison):
+    assert comparison.costs["method"].tolist() == ["exact", "AtP", "RelP"]
+    assert comparison.costs[["forwards", "backwards", "positions"]].to_numpy().tolist() == [[40, 0, 9000], [2, 1, 60], [2, 1, 60]]
+    assert comparison.costs["seconds"].tolist() == [3.0, 0.5, 0.5]
+
+
+def test_sites_that_were_not_scored_are_left_out_with_a_note(exact):
+    ah = altered(exact, lambda site, values: values if site == "resid_pre" else np.full_like(values, np.nan), not_scored={"z": "pattern is constant"})
+    found = compare(exact, {"AH": ah, "AtP": noisy(exact)}, n_boot=10)
+    assert set(found.table.query("method == 'AH'")["site"]) == {"resid_pre"}
+    assert set(found.table.query("method == 'AtP'")["site"]) == set(SITES)
+    assert found.notes == ("AH: z not scored and left out (pattern is constant).",)
+    assert "Note: AH: z not scored" in found.summary()
+    nothing = altered(exact, lambda site, values: np.full_like(values, np.nan), not_scored=dict.fromkeys(SITES, "why"))
+    with pytest.raises(ScoreError, match="nothing to compare: no site is scored both by exact and by one of AH"):
+        compare(exact, {"AH": nothing})
+
+
+def test_split_half_reliability_tells_signal_from_noise():
+    rng = np.random.default_rng(0)
+    signal, noise = rng.normal(size=(1, 4, 30)), rng.normal(size=(40, 4, 30))
+    stable = compare(make_map({"z": signal + 0.1 * noise}), {"x": make_map({"z": signal + noise})}, n_boot=5).reliability
+    unstable = compare(make_map({"z": noise}), {"x": make_map({"z": signal + noise})}, n_boot=5).reliability
+    assert stable["reliability"].min() > 0.99
+    assert abs(unstable["half_pearson"]).max() < 0.25
+    mixed = compare(make_map({"z": signal + 4 * noise}), {"x": make_map({"z": noise})}, n_boot=5).reliability.iloc[0]
+    # half-means have noise variance 16/20 beside signal variance of about 1
+    assert mixed["half_pearson"] == pytest.approx(1 / 1.8, abs=0.12)
+    assert mixed["reliability"] == pytest.approx(2 * mixed["half_pearson"] / (1 + mixed["half_pearson"]))
+
+
+def test_halves_are_halves_of_the_examples():
+    effects = np.array([[0.0, 1.0, 5.0], [1.0, 0.0, 2.0], [2.0, 2.0, 0.0]])
+    split = np.array([[True, False, False]])
+    expected = np.corrcoef(effects[0], effects[1:].mean(0))[0, 1]
+    assert stats.split_half(effects, split)[0] == pytest.approx(expected)
+
+
+def test_one_example_has_no_intervals():
+    exact = random_map(*SITES, n=1)
+    found = compare(exact, {"x": noisy(exact)})
+    assert found.table[[f"{name}_{end}" for name in STATISTICS for end in ("lo", "hi")]].isna().all(axis=None)
+    assert found.table["pearson"].notna().all()
+    assert found.reliability["reliability"].isna().all()
+    assert "One example: there are no intervals and no reliability." in found.notes
+    assert "[" not in found.summary().split("Agreement over")[1].split("Cost")[0].replace("[95 % CI", "")
+
+
+def test_sign_agreement_is_undefined_where_the_gap_may_be_zero():
+    exact = random_map("z", clean=np.array([1.0, -1.0] * 4), corrupted=np.zeros(8))
+    found = compare(exact, {"x": noisy(exact)}, n_boot=20)
+    assert found.table[["sign_agreement", "sign_agreement_lo"]].isna().all(axis=None)
+    assert found.table["pearson"].notna().all()
+    assert any("not distinguishable from 0" in note for note in found.notes)
+    assert "undefined" in found.summary()
+
+
+def test_summary_reads_well(comparison):
+    text = comparison.summary()
+    assert text.startswith("Reference exact: tiny × toy[8], denoising, logit_diff, gap 2")
+    assert "Agreement over live cells:" in text
+    assert f"{row(comparison, 'AtP', 'z')['pearson']:.2f} [" in text
+    assert "Split-half reliability of exact (Spearman–Brown): resid_pre 0.9" in text
+    assert "all cells, structural zeros included" in comparison.summary("all")
+    assert repr(comparison) == text
+    html = comparison._repr_html_()
+    assert html.count("<table") == 3
+    with pytest.raises(ScoreError, match="unknown set of cells 'dead'; Valid: all, live"):
+        comparison.summary("dead")
+
+
+def test_html_escapes_names(exact):
+    assert "&lt;b&gt;x" in compare(exact, {"<b>x": noisy(exact)}, n_boot=2)._repr_html_()
+
+
+def test_files_hold_the_table_in_full_precision(comparison, tmp_path):
+    comparison.to_csv(tmp_path / "a.csv")
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "a.csv"), comparison.table, check_dtype=False, rtol=1e-15)
+    comparison.to_json(tmp_path / "a.json")
+    record = json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))
+    assert record == comparison.to_dict()
+    assert set(record) == {"setting", "table", "costs", "reliability", "notes"}
+    assert record["table"][0]["pearson"] == comparison.table["pearson"].iloc[0]
+    assert record["costs"][0]["predicted_bytes"] is None
+    for write, name in ((comparison.to_csv, "a.csv"), (comparison.to_json, "a.json")):
+        with pytest.raises(OutputError, match="not overwritten"):
+            write(tmp_path / name)
+        write(tmp_path / name, overwrite=True)
+
+
+def test_undefined_values_are_null_in_json(tmp_path):
+    exact = random_map("z", n=1)
+    compare(exact, {"x": noisy(exact)}).to_json(tmp_path / "a.json")
+    assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))["table"][0]["pearson_lo"] is None
+
+
+# what is refused
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"task_fingerprint": "t1"}, r"cannot compare AtP with exact: the tasks differ \(toy t1 against toy t0\)"),
+        ({"model_fingerprint": "m1", "model": "huge"}, r"the models differ \(huge m1 against tiny m0\)"),
+        ({"direction": "noising"}, r"the directions differ \(noising against denoising\)"),
+        ({"metric": "prob_diff"}, r"the metrics differ \(prob_diff against logit_diff\)"),
+        ({"method_options": {"source": "zero"}}, r"the sources differ \(zero against paired\)"),
+        ({"ambient": ["zero L0.z"]}, r"the surrounding interventions differ \(zero L0\.z against none\)"),
+    ],
+)
+def test_unlike_provenance_is_refused(exact, changes, message):
+    with pytest.raises(ScoreError, match=message):
+        compare(exact, {"AtP": altered(exact, same, **changes)})
+
+
+def test_unlike_maps_are_refused(exact):
+    def refused(message: str, other) -> None:
+        with pytest.raises(ScoreError, match=message):
+            compare(exact, {"AtP": other})
+
+    refused(r"the examples differ \(0, 1, 2, 3, 4, 5, 6 against 0, 1", random_map(*SITES, n=7))
+    refused(r"the examples differ \(1, 2, 3, 4, 5, 6, 7, 8 against", random_map("z", "resid_pre", examples=range(1, 9)))
+    refused(r"the sites differ \(z against resid_pre, z\)", random_map("z"))
+    refused(r"the axes of resid_pre differ", random_map(*SITES, n_layers=4))
+    refused(r"the position coordinates of resid_pre differ \(P0, P1, .* against none\)", random_map(*SITES, named=True))
+    base = exact.data.metric_clean.to_numpy()
+    refused(r"the unpatched metrics \[clean, corrupted\] differ", random_map(*SITES, clean=base + 0.1))
+    live = {site: mask.to_numpy().copy() for site, mask in exact.live.items()}
+    live["z"][0, 1] = False
+    refused("structural zeros of z differ in 1 cells", make_map({site: exact.data[site].to_numpy() for site in SITES}, live=live))
+
+
+def test_small_differences_of_the_baselines_are_rounding(exact):
+    base = exact.data["metric_clean"].to_numpy()
+    compare(exact, {"x": random_map(*SITES, clean=base + 1e-5)}, n_boot=2)
+    half = {"clean": base + 0.05, "dtype": "bfloat16"}
+    compare(exact, {"x": random_map(*SITES, **half)}, n_boot=2)
+
+
+@pytest.mark.parametrize("name", ["", "  ", 3, None])
+def test_a_method_needs_a_name(name):
+    with pytest.raises(ScoreError, match="a method needs a name to appear under; got"):
+        check_names("exact", ["AtP", name])
+
+
+def test_names_are_taken_once(exact):
+    with pytest.raises(ScoreError, match=r"the name 'exact' is taken \(the reference has it\)"):
+        compare(exact, {"exact": exact})
+    with pytest.raises(ScoreError, match=r"the name 'AtP ' is taken \(it is given twice\)"):
+        compare(exact, {"AtP": exact, "AtP ": exact})
+    with pytest.raises(ScoreError, match="nothing to compare with the reference"):
+        compare(exact, {})
+
+
+def test_n_boot_must_be_positive(exact):
+    with pytest.raises(ScoreError, match="n_boot is 0; it must be at least 1"):
+        compare(exact, {"x": exact}, n_boot=0)
