@@ -13,7 +13,7 @@ from plotly.colors import sample_colorscale
 from patchlab.agreement import pearson, slope
 from patchlab.alignment import check_alike, check_names
 from patchlab.plots._facets import cell_texts
-from patchlab.plots._style import INK, MUTED, PALE, Box, Page, about, heading
+from patchlab.plots._style import INK, MUTED, PALE, Box, Page, about, heading, words_width
 from patchlab.scores import ScoreMap
 
 PANEL, GAP_X, GAP_Y = 200, 58, 64
@@ -79,7 +79,7 @@ def _scatter(reference: ScoreMap, other: ScoreMap, method: str, site: str) -> Sc
     pair = exact[None, chosen], approximation[None, chosen]
     r, s = (float(statistic(*pair)[0]) if chosen.any() else float("nan") for statistic in (pearson, slope))
     skipped = reference.not_scored.get(site) or other.not_scored.get(site)
-    return Scatter(site, method, exact, approximation, chosen, layer, cell_texts(reference, site).ravel(), r, s, skipped)
+    return Scatter(site, method, exact, approximation, chosen, layer, cell_texts(reference, site), r, s, skipped)
 
 
 def agreement(reference: ScoreMap, methods: Mapping[str, ScoreMap]) -> go.Figure:
@@ -99,7 +99,7 @@ def agreement(reference: ScoreMap, methods: Mapping[str, ScoreMap]) -> go.Figure
 
 def _draw(data: AgreementData) -> go.Figure:
     n_rows, n_columns = len(data.rows), len(data.rows[0])
-    width = max(620, 70 + n_columns * (PANEL + GAP_X) + 60)
+    width = max(words_width(data.title, data.subtitle + _legend(data)), 70 + n_columns * (PANEL + GAP_X) + 60)
     page = Page(width, 80 + n_rows * (PANEL + GAP_Y), data.title, data.subtitle + _legend(data))
     unit = f" ({escape(data.unit, quote=False)})" if data.unit else ""
     for i, (row, span) in enumerate(zip(data.rows, data.ranges, strict=True)):
@@ -111,7 +111,15 @@ def _draw(data: AgreementData) -> go.Figure:
             up = {**shared, "title": {"text": f"approximation{unit}" if j == 0 else ""}}
             _draw_scatter(page, scatter, box, page.panel(box, across, up), span)
     layers = 1 + max(int(scatter.layer.max()) for row in data.rows for scatter in row)
-    bar = {"x": 1 - 66 / width, "y": 1 - 92 / page.height, "yanchor": "top", "xanchor": "left", "lenmode": "pixels", "len": PANEL, "thickness": 10}
+    bar = {
+        "x": (44 + n_columns * (PANEL + GAP_X)) / width,
+        "y": 1 - 92 / page.height,
+        "yanchor": "top",
+        "xanchor": "left",
+        "lenmode": "pixels",
+        "len": PANEL,
+        "thickness": 10,
+    }
     bar |= {"outlinewidth": 0, "ypad": 0, "xpad": 0, "nticks": 6, "title": {"text": "layer", "font": {"size": 12}}}
     page.figure.update_layout(coloraxis={"colorscale": LAYERS, "cmin": 0, "cmax": max(1, layers - 1), "colorbar": bar})
     return page.figure

@@ -10,7 +10,7 @@ from jaxtyping import Float
 
 from patchlab.compare import CELLS, STATISTICS, Comparison
 from patchlab.errors import ScoreError, unknown
-from patchlab.plots._style import COLOURS, INK, MUTED, Box, Page
+from patchlab.plots._style import COLOURS, INK, MUTED, Box, Page, words_width
 
 PANEL_HEIGHT, GAP_X, GAP_Y, BAR = 190, 70, 92, 17
 _TITLES = {
@@ -95,7 +95,7 @@ def _draw(data: ComparisonData) -> go.Figure:
     panel = max(260, len(data.sites) * (len(data.methods) * BAR + 20))
     columns = max(1, min(3, int(1300 // (panel + GAP_X))))
     n_rows = math.ceil((len(data.panels) + 1) / columns)
-    width = max(640, 60 + columns * (panel + GAP_X))
+    width = max(words_width(data.title, data.subtitle), 60 + columns * (panel + GAP_X))
     page = Page(width, 112 + n_rows * (PANEL_HEIGHT + GAP_Y) - 20, data.title, escape(data.subtitle, quote=False))
     keys = [f'<span style="color:{colour}">■</span> {escape(name, quote=False)}' for name, colour in colours.items()]
     page.note(16, 60, " &nbsp; ".join([*keys, f'<span style="color:{INK}">┄</span> split-half correlation of the reference']), size=13)

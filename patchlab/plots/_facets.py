@@ -1,16 +1,16 @@
-"""From a site's mean map, of two to four axes, to panels of two: which axis runs down, which across, and what their ticks say."""
+"""From a site's mean map, of one to four axes, to panels of two: which axis runs down, which across, and what their ticks say."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Any
 
 import numpy as np
 import xarray as xr
-from jaxtyping import Bool, Float, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 
-from patchlab.plots._style import heading_height, shown, sparse_ticks
+from patchlab.plots._style import Pixels, heading_height, shown, sparse_ticks
 from patchlab.score_arrays import label_of
 from patchlab.scores import ScoreMap
 from patchlab.sites import KINDS, POSITION_AXES, parse_site
@@ -21,12 +21,13 @@ _TITLES = {"pos": "position", "dest": "destination", "src": "source", "kv_head":
 
 @dataclass(frozen=True)
 class Axis:
-    """Numeric places with text; ``angle`` turns the text."""
+    """Numeric places with text; ``angle`` turns the text, ``breaks`` are places between which a line is drawn."""
 
     title: str
     places: tuple[int, ...]
     texts: tuple[str, ...]
     angle: int = 0
+    breaks: tuple[float, ...] = ()
 
     def layout(self) -> dict[str, Any]:
         """For plotly: an array of ticks on a linear axis, so that equal texts stay apart."""
@@ -34,7 +35,7 @@ class Axis:
         return {**ticks, "title": {"text": self.title}}
 
     @property
-    def extent(self) -> float:
+    def extent(self) -> Pixels:
         """Pixels that the tick texts need."""
         longest = max((len(text.replace("&lt;", "<").replace("&gt;", ">")) for text in self.texts), default=0)
         return 6.2 * longest
@@ -42,7 +43,10 @@ class Axis:
 
 @dataclass(frozen=True)
 class Facet:
-    """One panel: values in metric units (or shares of the gap), structural zeros, the hover text of every cell."""
+    """One panel: values in metric units (or shares of the gap), structural zeros, the hover text of every cell.
+
+    ``room`` is the width in pixels it should try to keep to; ``first`` is False where the panel to its left has the same rows.
+    """
 
     site: str
     title: str
@@ -54,29 +58,39 @@ class Facet:
     rows: Axis
     columns: Axis
     not_scored: str | None = None
-    breaks: tuple[float, ...] = ()
-    """Places between rows where a line is drawn."""
+    room: Pixels = 330
+    first: bool = True
 
     @property
-    def size(self) -> tuple[float, float]:
+    def size(self) -> tuple[Pixels, Pixels]:
         """Pixels of the cells' area."""
         n_rows, n_columns = self.values.shape
         least = 14 if len(self.rows.places) == n_rows else 5 if n_rows > 60 else 9
-        return max(132, n_columns * _between(13, 330 / n_columns, 24)), max(110, n_rows * _between(least, 264 / n_rows, 22))
+        return max(132, n_columns * _between(13, self.room / n_columns, 24)), max(110, n_rows * _between(least, 264 / n_rows, 22))
 
     @property
-    def margins(self) -> tuple[float, float, float]:
+    def margins(self) -> tuple[Pixels, Pixels, Pixels]:
         """Pixels left of, above and below the cells."""
         below = 40 + 0.9 * self.columns.extent if self.columns.angle else 46
-        return 34 + self.rows.extent, heading_height(self.description, self.size[0]), below
+        return 34 + self.rows.extent if self.first else 6, heading_height(self.description, self.size[0]), below
 
     @property
     def line(self) -> int:
         """Pixels between cells: none where cells are small."""
-        return int(min(self.size[0] / self.values.shape[1], self.size[1] / self.values.shape[0]) >= 9)
+        return int(min(self.size[0] / self.values.shape[1], self.size[1] / self.values.shape[0]) >= 12)
 
 
-def facets_of(scores: ScoreMap, mean: xr.DataArray, *, ranked_by: ScoreMap, heading: str, unit: str, most: int) -> list[Facet]:
+def facets_of(
+    scores: ScoreMap,
+    mean: xr.DataArray,
+    *,
+    ranked_by: ScoreMap,
+    heading: str = "",
+    unit: str = "",
+    most: int = 6,
+    room: Pixels = 330,
+    first: bool = True,
+) -> list[Facet]:
     """The panels of one site.
 
     Args:
@@ -86,119 +100,98 @@ def facets_of(scores: ScoreMap, mean: xr.DataArray, *, ranked_by: ScoreMap, head
         heading: the name of the map where a figure has several.
         unit: of the values, for the hover text.
         most: at most this many panels for a site that needs one per head.
+        room: see :class:`Facet`.
+        first: see :class:`Facet`.
     """
     site = str(mean.name)
-    cells = _Cells(scores, site, mean, scores.live[site].to_numpy(), unit)
+    cells = _Cells(scores, site, mean)
     size = np.nan_to_num(np.abs(ranked_by.mean(site).to_numpy()))
-    axes = [str(axis) for axis in mean.dims]
-    breaks: tuple[float, ...] = ()
-    description = KINDS[parse_site(site).kind].what
+    axes = cells.axes
+    values, live = mean.to_numpy().ravel(), scores.live[site].to_numpy().ravel()
+    shape = "position" if axes[-1] in POSITION_AXES else "neuron" if "neuron" in axes else "head"
+    group = shape if len(axes) <= 2 else site
+    what = KINDS[parse_site(site).kind].what
+    facets = []
+    for name, note, index, rows, columns in _layout(cells, size, most):
+        title = " · ".join(part for part in (heading, site + name) if part)
+        texts = np.array([cells.hover(i, unit) for i in index.ravel().tolist()], dtype=object).reshape(index.shape)
+        panel = (values[index], live[index], texts)
+        facets.append(Facet(site, title, what + note if first else "", group, *panel, rows, columns, scores.not_scored.get(site), room, first))
+    return facets
+
+
+_Panel = tuple[str, str, Int[np.ndarray, "row column"], Axis, Axis]
+
+
+def _layout(cells: "_Cells", size: np.ndarray, most: int) -> Iterator[_Panel]:
+    """Name, note, indices of the cells (into the flattened map), and the two axes of every panel."""
+    axes, index = cells.axes, np.arange(size.size).reshape(size.shape)
     if "dest" in axes and "src" in axes:
         lead = axes[:-2]
         chosen = _largest(size.max((-1, -2)), most)
-        panels = [(index, cells.at(index), f" {_short(lead, index)}") for index in chosen]
-        description += f"; the {len(chosen)} of {size[..., 0, 0].size} {lead[-1]}s with the largest effect"
-        layout = [(panel, cells.axis("dest", down=True), cells.axis("src"), name) for _, panel, name in panels]
+        note = f"; the {len(chosen)} of {size[..., 0, 0].size} {lead[-1]}s with the largest effect"
+        for place in chosen:
+            yield f" {_short(lead, place)}", note, index[place], cells.axis("dest", down=True), cells.axis("src")
     elif "neuron" in axes and len(axes) == 3:
         chosen = _largest(size.max(1), TOP_NEURONS)
-        panel = _Panel.stacked([cells.at((layer, slice(None), neuron)) for layer, neuron in chosen])
-        names = Axis("neuron", tuple(range(len(chosen))), tuple(_short(["layer", "neuron"], index) for index in chosen))
-        layout = [(panel, names, cells.axis("pos"), "")]
-        description += f"; the {len(chosen)} of {size[:, 0].size} with the largest effect"
+        names = Axis("neuron", tuple(range(len(chosen))), tuple(_short(("layer", "neuron"), place) for place in chosen))
+        note = f"; the {len(chosen)} of {size[:, 0].size} with the largest effect"
+        yield "", note, np.stack([index[layer, :, neuron] for layer, neuron in chosen]), names, cells.axis("pos")
     elif "neuron" in axes:
         order = np.argsort(-size, axis=1, kind="stable")[:, :TOP_NEURONS]
-        panel = cells.at(()).taken(order)
-        ranks = Axis(
-            f"rank among the layer's {size.shape[1]}", tuple(range(0, order.shape[1], 5)), tuple(str(i + 1) for i in range(0, order.shape[1], 5))
-        )
-        layout = [(panel, cells.axis("layer", down=True), ranks, "")]
-        description += ", by |effect| in their layer"
+        places = tuple(range(0, order.shape[1], 5))
+        ranks = Axis(f"rank among the layer's {size.shape[1]}", places, tuple(str(i + 1) for i in places))
+        yield "", ", by |effect| in their layer", np.take_along_axis(index, order, axis=1), cells.axis("layer", down=True), ranks
     elif len(axes) == 1:
-        layout = [(cells.at(()).reshaped((-1, 1)), cells.axis("layer", down=True), Axis("all positions", (), ()), "")]
+        yield "", "", index[:, None], cells.axis("layer", down=True), Axis("all positions", (), ())
     elif len(axes) == 2:
-        layout = [(cells.at(()), cells.axis("layer", down=True), cells.axis(axes[1]), "")]
+        yield "", "", index, cells.axis("layer", down=True), cells.axis(axes[1])
     else:
-        head, position = (axis for axis in sorted(axes[1:], key=lambda axis: axis in POSITION_AXES))
-        panel = cells.at(()).moved(axes.index(position)).reshaped((-1, mean.sizes[position]))
-        starts = range(0, mean.sizes["layer"] * mean.sizes[head], mean.sizes[head])
-        middle = (mean.sizes[head] - 1) // 2
-        rows = Axis(f"layer (one row per {_TITLES.get(head, head)})", tuple(i + middle for i in starts), tuple(map(str, range(len(starts)))))
-        breaks = tuple(i - 0.5 for i in starts[1:])
-        layout = [(panel, rows, cells.axis(position), "")]
-    across = axes[-1] if len(axes) > 1 else "layer"
-    shape = "position" if across in POSITION_AXES else "neuron" if "neuron" in axes else "head"
-    group = shape if len(axes) <= 2 else site
-    prefix = f"{heading} · " if heading else ""
-    return [
-        Facet(
-            site,
-            f"{prefix}{site}{name}",
-            description,
-            group,
-            panel.values,
-            panel.live,
-            panel.hover,
-            rows,
-            columns,
-            scores.not_scored.get(site),
-            breaks,
+        head, position = sorted(axes[1:], key=lambda axis: axis in POSITION_AXES)
+        n_layers, n_heads = size.shape[0], size.shape[axes.index(head)]
+        starts = range(0, n_layers * n_heads, n_heads)
+        middles = tuple(start + (n_heads - 1) // 2 for start in starts)
+        rows = Axis(
+            f"layer (a row per {_TITLES.get(head, head)})", middles, tuple(map(str, range(n_layers))), breaks=tuple(i - 0.5 for i in starts[1:])
         )
-        for panel, rows, columns, name in layout
-    ]
+        yield "", "", np.moveaxis(index, axes.index(position), -1).reshape(n_layers * n_heads, -1), rows, cells.axis(position)
 
 
-def cell_texts(scores: ScoreMap, site: str) -> Shaped[np.ndarray, "..."]:
-    """For every cell of a site, where it is: layer, head, position with its tokens; in plotly's HTML."""
-    return _Cells(scores, site, scores.mean(site), scores.live[site].to_numpy(), "").places()
-
-
-@dataclass(frozen=True)
-class _Panel:
-    values: np.ndarray
-    live: np.ndarray
-    hover: np.ndarray
-
-    def _each(self, change: Any) -> "_Panel":
-        return _Panel(change(self.values), change(self.live), change(self.hover))
-
-    def reshaped(self, shape: tuple[int, ...]) -> "_Panel":
-        return self._each(lambda part: part.reshape(shape))
-
-    def moved(self, axis: int) -> "_Panel":
-        """This axis last."""
-        return self._each(lambda part: np.moveaxis(part, axis, -1))
-
-    def taken(self, order: np.ndarray) -> "_Panel":
-        return self._each(lambda part: np.take_along_axis(part, order, axis=1))
-
-    @staticmethod
-    def stacked(panels: "Sequence[_Panel]") -> "_Panel":
-        return _Panel(*(np.stack([getattr(panel, name) for panel in panels]) for name in ("values", "live", "hover")))
-
-
-@dataclass(frozen=True)
 class _Cells:
-    """The cells of a site with their labels."""
+    """The cells of a site, with their labels."""
 
-    scores: ScoreMap
-    site: str
-    mean: xr.DataArray
-    live: np.ndarray
-    unit: str
-
-    def at(self, index: tuple) -> _Panel:
-        return _Panel(self.mean.to_numpy()[index], self.live[index], self.hover()[index])
+    def __init__(self, scores: ScoreMap, site: str, mean: xr.DataArray) -> None:
+        self.scores, self.site, self.mean = scores, site, mean
+        self.axes = tuple(str(dim) for dim in mean.dims)
+        self._values, self._live = mean.to_numpy().ravel(), scores.live[site].to_numpy().ravel()
+        self._lines = [self._axis_lines(axis) for axis in self.axes]
 
     def axis(self, name: str, *, down: bool = False) -> Axis:
-        size = self.mean.sizes[name]
-        title = _TITLES.get(name, name)
+        """Ticks of an axis: tokens of positions, else indices."""
+        size, title = self.mean.sizes[name], _TITLES.get(name, name)
         if name in POSITION_AXES:
-            texts = [label for label, _ in self.positions(name)]
-            return Axis(title, tuple(range(size)), tuple(texts), 0 if down else -60)
+            texts = tuple(label for label, _ in self._positions(name))
+            return Axis(title, tuple(range(size)), texts, 0 if down else -60)
         places = sparse_ticks(size, 16)
         return Axis(title, tuple(places), tuple(str(self.mean[name].to_numpy()[i]) for i in places))
 
-    def positions(self, name: str) -> list[tuple[str, str]]:
+    def place(self, cell: int) -> str:
+        """Where a cell is: its site, and a line per axis."""
+        index = np.unravel_index(cell, self.mean.shape)
+        return f"<b>{escape(self.site)}</b>" + "".join(lines[i] for lines, i in zip(self._lines, index, strict=True))
+
+    def hover(self, cell: int, unit: str) -> str:
+        """Where a cell is, and its value."""
+        zero = "" if self._live[cell] else "<br>structural zero: cannot affect the metric"
+        return f"{self.place(cell)}<br>effect {self._values[cell]:.3g} {escape(unit)}{zero}"
+
+    def _axis_lines(self, axis: str) -> list[str]:
+        lines = [f"<br>{_TITLES.get(axis, axis)} {index}" for index in self.mean[axis].to_numpy()]
+        if axis in POSITION_AXES:
+            lines = [f"{line} {tokens}" for line, (_, tokens) in zip(lines, self._positions(axis), strict=True)]
+        return lines
+
+    def _positions(self, name: str) -> list[tuple[str, str]]:
         """Per cell of a position axis: its tick text, and the tokens found there."""
         token, position = (self.scores.data.coords.get(label_of(what, name)) for what in ("token", "position"))
         labels = []
@@ -211,22 +204,11 @@ class _Cells:
             labels.append((text, f"“{only}”" if only else common + (", …" if len(found) > 3 else "")))
         return labels
 
-    def places(self) -> np.ndarray:
-        """One line per axis, per cell."""
-        texts = np.full(self.mean.shape, f"<b>{escape(self.site)}</b>", dtype=object)
-        for place, axis in enumerate(str(dim) for dim in self.mean.dims):
-            lines = [f"<br>{_TITLES.get(axis, axis)} {index}" for index in self.mean[axis].to_numpy()]
-            if axis in POSITION_AXES:
-                lines = [f"{line} {tokens}" for line, (_, tokens) in zip(lines, self.positions(axis), strict=True)]
-            texts = texts + np.array(lines, dtype=object).reshape([-1 if i == place else 1 for i in range(texts.ndim)])
-        return texts
 
-    def hover(self) -> np.ndarray:
-        """Where the cell is, and its value."""
-        values = self.mean.to_numpy()
-        ends = np.array([f"<br>effect {value:.3g} {self.unit}" for value in values.ravel()], dtype=object).reshape(values.shape)
-        zeros = np.where(self.live, "", "<br>structural zero: cannot affect the metric").astype(object)
-        return self.places() + ends + zeros
+def cell_texts(scores: ScoreMap, site: str) -> Shaped[np.ndarray, " cell"]:
+    """For every cell of a site (flattened), where it is: layer, head, position with its tokens; in plotly's HTML."""
+    cells = _Cells(scores, site, scores.mean(site))
+    return np.array([cells.place(i) for i in range(scores.live[site].size)], dtype=object)
 
 
 def _largest(size: np.ndarray, most: int) -> list[tuple[int, ...]]:
@@ -237,8 +219,8 @@ def _largest(size: np.ndarray, most: int) -> list[tuple[int, ...]]:
 
 def _short(axes: Sequence[str], index: Sequence[int]) -> str:
     """L5.H1, as the site grammar writes it."""
-    return ".".join(f"{axis[0].upper() if axis != 'kv_head' else 'H'}{i}" for axis, i in zip(axes, index, strict=True))
+    return ".".join(f"{'H' if axis == 'kv_head' else axis[0].upper()}{i}" for axis, i in zip(axes, index, strict=True))
 
 
-def _between(low: float, value: float, high: float) -> float:
+def _between(low: Pixels, value: Pixels, high: Pixels) -> Pixels:
     return max(low, min(value, high))

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from html import escape
+from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
@@ -10,10 +11,10 @@ import plotly.graph_objects as go
 from patchlab.alignment import check_alike
 from patchlab.errors import ScoreError
 from patchlab.plots._facets import Facet, facets_of
-from patchlab.plots._style import GREY, MUTED, PALE, RED_BLUE, Box, Page, about, flow, heading
+from patchlab.plots._style import GREY, MUTED, PALE, RED_BLUE, Box, Page, Pixels, about, flow, heading, words_width
 from patchlab.scores import ScoreMap
 
-PANELS_WIDTH = 1240
+WIDTH = 1240
 """Pixels that the panels of a row may take together, before the next row starts."""
 _HATCHED = 3000
 """Beyond this many structural zeros in a panel the hatching is left out; the grey stays."""
@@ -39,10 +40,12 @@ def _prepare_heatmaps(scores: ScoreMap | Mapping[str, ScoreMap], *, normalised: 
         check_alike(first_name, first, name, other)
     record = first.provenance
     unit = "of the gap" if normalised else str(record.get("metric_unit", ""))
+    room = 330 if len(maps) == 1 else max(160.0, min(330.0, WIDTH / len(maps) - 40))
     panels = {}
     for name, each in maps.items():
         values = each.normalised().value if normalised else {site: each.mean(site) for site in each.sites}
-        panels[name] = [facets_of(each, values[site], ranked_by=first, heading=name, unit=unit, most=3 if name else 6) for site in first.sites]
+        options: dict[str, Any] = {"ranked_by": first, "heading": name, "unit": unit, "room": room, "first": each is first}
+        panels[name] = [facets_of(each, values[site], most=6 if each is scores else 3, **options) for site in first.sites]
     if isinstance(scores, ScoreMap):
         rows = _grouped(panels[""])
     else:
@@ -59,7 +62,7 @@ def _grouped(sites: list[list[Facet]]) -> list[list[Facet]]:
     groups: dict[str, list[Facet]] = {}
     for facet in (facet for site in sites for facet in site):
         groups.setdefault(facet.group, []).append(facet)
-    return [[group[i] for i in row] for group in groups.values() for row in flow([_outer(facet)[0] for facet in group], PANELS_WIDTH)]
+    return [[group[i] for i in row] for group in groups.values() for row in flow([_outer(facet)[0] for facet in group], WIDTH)]
 
 
 def _limits(rows: list, *, by_site: bool) -> tuple[float, ...]:
@@ -94,7 +97,7 @@ def heatmaps(scores: ScoreMap | Mapping[str, ScoreMap], *, normalised: bool = Fa
     return _draw(_prepare_heatmaps(scores, normalised=normalised))
 
 
-def _outer(facet: Facet) -> tuple[float, float]:
+def _outer(facet: Facet) -> tuple[Pixels, Pixels]:
     """Width and height of a panel with its heading and tick labels, in pixels."""
     left, top, bottom = facet.margins
     return left + facet.size[0] + 26, top + facet.size[1] + bottom
@@ -102,7 +105,7 @@ def _outer(facet: Facet) -> tuple[float, float]:
 
 def _draw(data: HeatmapData) -> go.Figure:
     sizes = [[_outer(facet) for facet in row] for row in data.rows]
-    width = max(560, 16 + max(sum(w for w, _ in row) for row in sizes) + 80)
+    width = max(words_width(data.title, _subtitle(data)), 16 + max(sum(w for w, _ in row) for row in sizes) + 80)
     page = Page(width, 66 + sum(max(h for _, h in row) for row in sizes) + 10, data.title, _subtitle(data))
     top = 66.0
     for number, (row, row_sizes, limit) in enumerate(zip(data.rows, sizes, data.limits, strict=True), start=1):
@@ -126,7 +129,7 @@ def _subtitle(data: HeatmapData) -> str:
 def _draw_facet(page: Page, facet: Facet, box: Box, scale: str) -> None:
     n_rows, n_columns = facet.values.shape
     across = {"range": [-0.5, n_columns - 0.5], **facet.columns.layout()}
-    down = {"range": [n_rows - 0.5, -0.5], **facet.rows.layout()}
+    down = {"range": [n_rows - 0.5, -0.5], **facet.rows.layout(), **({} if facet.first else {"showticklabels": False, "title": {"text": ""}})}
     where = page.panel(box, across | {"mirror": True}, down | {"mirror": True})
     if facet.not_scored is not None:
         page.figure.add_trace(go.Scatter(x=[None], y=[None], hoverinfo="skip", **where))  # axes without a trace are not drawn
@@ -148,7 +151,7 @@ def _draw_facet(page: Page, facet: Facet, box: Box, scale: str) -> None:
     values = np.where(facet.live, facet.values, np.nan)
     common = {"text": facet.hover, "hovertemplate": "%{text}<extra></extra>", "xgap": facet.line, "ygap": facet.line, **where}
     page.figure.add_trace(go.Heatmap(z=values, coloraxis=scale, hoverongaps=False, **common))
-    for place in facet.breaks:
+    for place in facet.rows.breaks:
         line = {"color": MUTED, "width": 0.5}
         page.figure.add_shape(type="line", xref=f"{where['xaxis']} domain", yref=where["yaxis"], x0=0, x1=1, y0=place, y1=place, line=line)
     if facet.live.all():

@@ -21,7 +21,7 @@ def save(
     *,
     include_plotlyjs: Literal[True, "directory"] = True,
     overwrite: bool = False,
-    scale: float = 2.0,
+    scale: float | int = 2,
 ) -> Path:
     """Write a figure as ``.html`` or as an image (``.png``, ``.svg``, ``.pdf``, ``.jpg``, ``.webp``).
 
@@ -68,7 +68,7 @@ def save(
     return path
 
 
-def _image(figure: go.Figure, kind: str, scale: float) -> bytes:
+def _image(figure: go.Figure, kind: str, scale: float | int) -> bytes:
     return figure.to_image(format=kind.lstrip("."), scale=scale)
 
 

@@ -1,5 +1,6 @@
 """What the figures share: one look, a page laid out in pixels, and text that plotly shows as it is."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -9,6 +10,8 @@ from typing import Any
 import plotly.graph_objects as go
 
 from patchlab.scores import ScoreMap
+
+Pixels = float | int
 
 INK, MUTED, GREY, PALE = "#1f2328", "#636c76", "#dcdfe3", "#f3f4f6"
 FONT = "Helvetica Neue, Helvetica, Arial, Liberation Sans, DejaVu Sans, sans-serif"
@@ -47,22 +50,22 @@ TEMPLATE = go.layout.Template(
 class Box:
     """A panel's place on the page, in pixels from its top left corner."""
 
-    left: float
-    top: float
-    width: float
-    height: float
+    left: Pixels
+    top: Pixels
+    width: Pixels
+    height: Pixels
 
 
 class Page:
     """A figure of fixed size on which panels are placed in pixels, so that cells keep their shape whatever the number of panels."""
 
-    def __init__(self, width: float, height: float, title: str, subtitle: str) -> None:
+    def __init__(self, width: Pixels, height: Pixels, title: str, subtitle: str) -> None:
         self.figure, self.width, self.height, self.panels = go.Figure(), width, height, 0
         self.figure.update_layout(template=TEMPLATE, width=width, height=height, showlegend=False)
         self.note(16, 14, f"<b>{escape(title, quote=False)}</b>", size=16)
         self.note(16, 38, subtitle, size=12, colour=MUTED)
 
-    def note(self, left: float, top: float, text: str, *, size: float = 12, colour: str = INK, **options: Any) -> None:
+    def note(self, left: Pixels, top: Pixels, text: str, *, size: Pixels = 12, colour: str = INK, **options: Any) -> None:
         """Text (plotly's HTML) whose top left corner is at this pixel, unless the options anchor it otherwise."""
         place = {"xref": "paper", "yref": "paper", "x": left / self.width, "y": 1 - top / self.height, "xanchor": "left", "yanchor": "top"}
         self.figure.add_annotation({**place, "text": text, "showarrow": False, "align": "left", "font": {"size": size, "color": colour}, **options})
@@ -78,19 +81,25 @@ class Page:
         return {"xaxis": f"x{number}", "yaxis": f"y{number}"}
 
 
-def heading(title: str, description: str, width: float) -> str:
+def words_width(title: str, subtitle: str) -> Pixels:
+    """Pixels that a figure's title and subtitle need."""
+    plain = re.sub(r"<[^>]*>|&nbsp;", "", subtitle)
+    return 32 + max(10 * len(title), 6.3 * len(plain))
+
+
+def heading(title: str, description: str, width: Pixels) -> str:
     """A panel's heading: its name, and below it what it is, broken to fit."""
     lines = [f"<b>{escape(title, quote=False)}</b>"]
     small = f"font-size:11px;color:{MUTED}"
     return "<br>".join(lines + [f'<span style="{small}">{escape(line, quote=False)}</span>' for line in _broken(description, width)])
 
 
-def heading_height(description: str, width: float) -> int:
+def heading_height(description: str, width: Pixels) -> int:
     """Pixels that a heading takes."""
     return 26 + 15 * len(_broken(description, width))
 
 
-def _broken(text: str, width: float) -> list[str]:
+def _broken(text: str, width: Pixels) -> list[str]:
     return wrap(text, max(18, int(width / 5.6)))
 
 
@@ -123,7 +132,7 @@ def sparse_ticks(count: int, most: int) -> list[int]:
     return list(range(0, count, next(step for step in steps if count <= most * step)))
 
 
-def flow(sizes: Sequence[float], limit: float) -> list[list[int]]:
+def flow(sizes: Sequence[Pixels], limit: Pixels) -> list[list[int]]:
     """Indices of panels of these widths, in rows no wider than ``limit`` (a wider panel has a row of its own).
 
     >>> flow([40, 40, 40], 100)
