@@ -47,17 +47,17 @@ class Answers:
     @staticmethod
     def of(correct: list[list[int]], incorrect: list[list[int]], device: torch.device | str = "cpu") -> "Answers":
         """Build from token ids per example."""
+        return Answers(*_padded(correct, device), *_padded(incorrect, device))
 
-        def padded(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
-            width = max((len(row) for row in rows), default=0)
-            ids = torch.zeros(len(rows), width, dtype=torch.long)
-            mask = torch.zeros(len(rows), width, dtype=torch.bool)
-            for i, row in enumerate(rows):
-                ids[i, : len(row)] = torch.tensor(row, dtype=torch.long)
-                mask[i, : len(row)] = True
-            return ids.to(device), mask.to(device)
 
-        return Answers(*padded(correct), *padded(incorrect))
+def _padded(rows: list[list[int]], device: torch.device | str) -> tuple[Tensor, Tensor]:
+    width = max((len(row) for row in rows), default=0)
+    ids = torch.zeros(len(rows), width, dtype=torch.long)
+    mask = torch.zeros(len(rows), width, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = torch.tensor(row, dtype=torch.long)
+        mask[i, : len(row)] = True
+    return ids.to(device), mask.to(device)
 
 
 MetricFunction = Callable[[Tensor, Answers], Tensor]

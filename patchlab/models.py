@@ -4,7 +4,8 @@ import hashlib
 import os
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -188,7 +189,8 @@ def _load_folder(folder: Path, name: str, device: torch.device, dtype: torch.dty
     from transformers import AutoModelForCausalLM
 
     try:
-        module: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager", local_files_only=True)
+        with _quiet_transformers():
+            module: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager", local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"{name}: the files in {folder} could not be loaded as a causal language model: {_first_line(error)}") from error
     module.to(device)
@@ -198,6 +200,20 @@ def _load_folder(folder: Path, name: str, device: torch.device, dtype: torch.dty
     except (ValueError, KeyError, NotImplementedError, AttributeError) as error:
         raise ModelError(f"{name}: TransformerLens cannot bridge {type(module).__name__}: {_first_line(error)}") from error
     return Model(bridge, name, tokenizer)
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """No progress bar for loading weights; the user's setting comes back afterwards."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _tokenizer(folder: Path, name: str) -> Any:

@@ -6,6 +6,7 @@ an activation function). ``problem`` says why no rule can be put there; a compos
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -171,10 +172,11 @@ def find_places(bridge: Any, n_layers: int) -> tuple[Place, ...]:
     return tuple(places + list(_linears(bridge)))
 
 
-def activation_slope_at_zero(activation: Activation, like: Tensor) -> tuple[float, float]:
+@lru_cache(maxsize=64)
+def value_and_slope_at_zero(activation: Activation, device: torch.device) -> tuple[float, float]:
     """``f(0)`` and ``f'(0)`` of an elementwise activation, the latter by automatic differentiation."""
     with torch.enable_grad():
-        zero = torch.zeros(1, dtype=torch.float32, device=like.device, requires_grad=True)
+        zero = torch.zeros(1, device=device, requires_grad=True)
         value = activation(zero)
         (slope,) = torch.autograd.grad(value.sum(), zero)
-    return float(value), float(slope)
+    return float(value.detach()), float(slope)

@@ -7,16 +7,18 @@ exception. Each must fire exactly once, or the run raises: a hook that stays sil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from patchlab.adapters import Lens
 from patchlab.engine.program import Program, Result, Target
 from patchlab.errors import InterventionError, MetricError, ModelError
 from patchlab.interventions import Edit
-from patchlab.rules.composites import Recorded
+from patchlab.rules.composites import Attachment, Recorded
 
 
 @dataclass
@@ -38,105 +40,115 @@ def run(model: Any, program: Program) -> Result:
         SiteError: a site that this model lacks.
         InterventionError: an edit that does not fit, or a hook that did not fire once.
         RuleError: a composite that cannot cover a module.
+        ModelError: non-finite logits.
         MetricError: non-finite values, or a metric of the wrong shape.
     """
     edits = model.ambient + program.edits
     for edit in edits:
         model.arch.check(edit.address)
     plan = _plan(model, program, edits)
-    recorded: Recorded = {}
-    activations: dict[Target, Tensor] = {}
-    leaves: dict[Target, Tensor] = {}
-
-    def at_hook(name: str, hook: _Hook, value: Tensor) -> Tensor:
-        hook.fired += 1
-        for rule in hook.rules:
-            value = rule(value, recorded)
-        for edit in hook.edits:
-            site = edit.address
-            lens, companion = model.arch.lenses[site.kind], _companion(model, site.kind, site.layer, recorded)
-            own = lens.read(value, companion)
-            value = lens.write(value, companion, edit.apply(own, program.examples, program.positions))
-        if hook.gradients:
-            if not value.requires_grad:
-                value = value.detach().requires_grad_()
-            leaves.update(dict.fromkeys(hook.gradients, value))
-        for kind, layer in hook.keep:
-            lens = model.arch.lenses[kind]
-            activations[kind, layer] = lens.read(value, _companion(model, kind, layer, recorded)).detach().clone()
-        if hook.recorded:
-            recorded[name] = value
-        return value
-
-    with torch.set_grad_enabled(bool(program.gradients)), _hooked(model.bridge, plan, at_hook):
+    execution = _Execution(model, program)
+    with torch.set_grad_enabled(bool(program.gradients)), _hooked(model.bridge, plan, execution):
         logits = _forward(model, program)
         for name, hook in plan.items():
             if hook.fired != 1:
                 raise InterventionError(f"the hook {name} fired {hook.fired} times in one forward pass of {model.name}; a site must be computed exactly once.")
         values = None if program.metric is None else _evaluate(model, program, logits)
-        gradients = _gradients(model, values, leaves)
+        gradients = _gradients(model, values, execution.leaves)
     kept = {"all": logits, "answer": logits[:, -1], "none": None}[program.logits]
     rows, length = program.tokens.shape
     return Result(
         program.examples,
         None if kept is None else kept.detach(),
         None if values is None else values.detach(),
-        activations,
+        execution.activations,
         gradients,
         (1, 1 if gradients else 0, rows * length),
     )
 
 
+@dataclass
+class _Execution:
+    """What one forward pass collects, and what it does when a hook fires."""
+
+    model: Any
+    program: Program
+    recorded: Recorded = field(default_factory=dict)
+    activations: dict[Target, Tensor] = field(default_factory=dict)
+    leaves: dict[Target, Tensor] = field(default_factory=dict)
+
+    def at_hook(self, name: str, hook: _Hook, module: Any, inputs: Any, value: Tensor) -> Tensor:
+        """Rule, edits, capture; returns the tensor that flows on."""
+        hook.fired += 1
+        for rule in hook.rules:
+            value = rule(value, self.recorded)
+        for edit in hook.edits:
+            lens, companion = self._lens(edit.address.kind, edit.address.layer)
+            own = lens.read(value, companion)
+            value = lens.write(value, companion, edit.apply(own, self.program.examples, self.program.positions))
+        if hook.gradients:
+            if not value.requires_grad:
+                value = value.detach().requires_grad_()
+            self.leaves.update(dict.fromkeys(hook.gradients, value))
+        for target in hook.keep:
+            lens, companion = self._lens(*target)
+            self.activations[target] = lens.read(value, companion).detach().clone()
+        if hook.recorded:
+            self.recorded[name] = value
+        return value
+
+    def _lens(self, kind: str, layer: int | None) -> tuple[Lens, Tensor | None]:
+        lens = self.model.arch.lenses[kind]
+        name = lens.companion(layer)
+        return lens, None if name is None else self.recorded[_canonical(self.model, name)]
+
+
+def _canonical(model: Any, name: str) -> str:
+    """The hook's own name; several names can lead to one hook."""
+    return str(model.bridge.hook_dict[name].name)
+
+
+def _hook(plan: dict[str, _Hook], model: Any, name: str) -> _Hook:
+    # aliases of one hook share one entry, so that the order rule, edits, capture holds across them
+    return plan.setdefault(_canonical(model, name), _Hook())
+
+
+def _host(plan: dict[str, _Hook], model: Any, kind: str, layer: int | None) -> _Hook:
+    lens = model.arch.lenses[kind]
+    companion = lens.companion(layer)
+    if companion is not None:
+        _hook(plan, model, companion).recorded = True
+    return _hook(plan, model, lens.host(layer))
+
+
 def _plan(model: Any, program: Program, edits: tuple[Edit, ...]) -> dict[str, _Hook]:
     plan: dict[str, _Hook] = {}
-
-    def hook(name: str) -> _Hook:
-        # aliases of one hook share one entry, so that the order rule, edits, capture holds across them
-        canonical = str(model.bridge.hook_dict[name].name)
-        return plan.setdefault(canonical, _Hook())
-
-    def host(kind: str, layer: int | None) -> _Hook:
-        lens = model.arch.lenses[kind]
-        companion = lens.companion(layer)
-        if companion is not None:
-            hook(companion).recorded = True
-        return hook(lens.host(layer))
-
     if program.rules is not None:
         for attachment in program.rules.attach(model.arch.places):
-            hook(attachment.at).rules.append(_renamed(model, attachment.apply, attachment.reads))
+            reads = {name: _canonical(model, name) for name in attachment.reads}
+            _hook(plan, model, attachment.at).rules.append(partial(_apply_rule, attachment, reads))
             for name in attachment.reads:
-                hook(name).recorded = True
+                _hook(plan, model, name).recorded = True
     for edit in edits:
-        host(edit.address.kind, edit.address.layer).edits.append(edit)
+        _host(plan, model, edit.address.kind, edit.address.layer).edits.append(edit)
     for target in program.keep:
-        host(*target).keep.append(target)
+        _host(plan, model, *target).keep.append(target)
     for target in program.gradients:
-        host(*target).gradients.append(target)
+        _host(plan, model, *target).gradients.append(target)
     return plan
 
 
-def _renamed(model: Any, apply: Callable[[Tensor, Recorded], Tensor], reads: tuple[str, ...]) -> Callable[[Tensor, Recorded], Tensor]:
-    canonical = {name: str(model.bridge.hook_dict[name].name) for name in reads}
-    return lambda value, recorded: apply(value, {name: recorded[canonical[name]] for name in reads})
-
-
-def _companion(model: Any, kind: str, layer: int | None, recorded: Recorded) -> Tensor | None:
-    name = model.arch.lenses[kind].companion(layer)
-    return None if name is None else recorded[str(model.bridge.hook_dict[name].name)]
+def _apply_rule(attachment: Attachment, reads: dict[str, str], value: Tensor, recorded: Recorded) -> Tensor:
+    return attachment.apply(value, {name: recorded[canonical] for name, canonical in reads.items()})
 
 
 @contextmanager
-def _hooked(bridge: Any, plan: dict[str, _Hook], at_hook: Callable[[str, _Hook, Tensor], Tensor]) -> Iterator[None]:
+def _hooked(bridge: Any, plan: dict[str, _Hook], execution: _Execution) -> Iterator[None]:
     """Put the plan's hooks on the bridge for the duration of the block."""
-
-    def forward_hook(name: str, hook: _Hook) -> Callable[[Any, Any, Any], Tensor]:
-        return lambda module, inputs, output: at_hook(name, hook, output)
-
     handles = []
     try:
         for name, hook in plan.items():
-            handles.append(bridge.hook_dict[name].register_forward_hook(forward_hook(name, hook)))
+            handles.append(bridge.hook_dict[name].register_forward_hook(partial(execution.at_hook, name, hook)))
         yield
     finally:
         for handle in handles:

@@ -6,6 +6,7 @@ found by patching a site with another prompt's values and comparing the next qua
 """
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -157,7 +158,7 @@ def _tested(model: Any, place: Place, tokens: Int[Tensor, "row pos"]) -> Place:
     if place.problem is not None or not isinstance(place, (NormPlace, MLPPlace)):
         return place
     seen: dict[str, Tensor] = {}
-    handles = [model.bridge.hook_dict[name].register_forward_hook(_recorder(seen, name)) for name in (*place.reads, place.at)]
+    handles = [model.bridge.hook_dict[name].register_forward_hook(partial(_record, seen, name)) for name in (*place.reads, place.at)]
     try:
         with torch.no_grad():
             model.bridge(tokens, return_type="logits", use_cache=False)
@@ -188,11 +189,8 @@ def _tested(model: Any, place: Place, tokens: Int[Tensor, "row pos"]) -> Place:
     return place if worst <= _tolerance(model) else replace(place, problem=f"{what} (off by {worst:.2g})")
 
 
-def _recorder(seen: dict[str, Tensor], name: str) -> Any:
-    def record(module: Any, inputs: Any, output: Tensor) -> None:
-        seen[name] = output
-
-    return record
+def _record(seen: dict[str, Tensor], name: str, module: Any, inputs: Any, output: Tensor) -> None:
+    seen[name] = output
 
 
 def _edits(where: tuple[Target, ...], source: Kept) -> tuple[Edit, ...]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -96,52 +97,41 @@ class Composite:
 
     def _attachments(self, place: Place) -> list[Attachment]:
         if isinstance(place, NormPlace):
-            return [Attachment(place.at, place.reads, self._norm(place))]
+            return [Attachment(place.at, place.reads, partial(self._at_norm, place))]
         if isinstance(place, MLPPlace):
-            return [Attachment(place.at, place.reads, self._mlp(place))]
+            return [Attachment(place.at, place.reads, partial(self._at_mlp, place))]
         if isinstance(place, LinearPlace):
-            return [Attachment(place.at, place.reads, self._linear(place))]
+            return [Attachment(place.at, place.reads, partial(self._at_linear, place))]
         if isinstance(place, AttentionPlace):
-            return self._attention(place)
+            found = [Attachment(place.at, (), self._at_pattern)]
+            return found if self.bilinear is None else [*found, Attachment(place.z, (), self._at_z)]
         raise RuleError(f"no rule is known for {type(place).__name__} {place.name}.")
 
-    def _norm(self, place: NormPlace) -> BackwardHook:
-        rule, (x, scale) = self.norm, place.reads
-        assert rule is not None
-        return lambda value, seen: graft(value, rule.surrogate(place, seen[x], seen[scale]).to(value.dtype))
+    def _at_norm(self, place: NormPlace, value: Tensor, seen: Recorded) -> Tensor:
+        x, scale = (seen[name] for name in place.reads)
+        return value if self.norm is None else graft(value, self.norm.surrogate(place, x, scale).to(value.dtype))
 
-    def _mlp(self, place: MLPPlace) -> BackwardHook:
-        f = place.activation
-        assert f is not None
+    def _at_mlp(self, place: MLPPlace, value: Tensor, seen: Recorded) -> Tensor:
+        g, f = seen[place.pre], place.activation
+        if f is None:
+            return value
+        surrogate = f(g) if self.activation is None else self.activation.surrogate(f, g)
+        if place.linear is not None:
+            u = seen[place.linear]
+            surrogate = surrogate * u if self.product is None else self.product.surrogate(surrogate, u)
+        return graft(value, surrogate)
 
-        def apply(value: Tensor, seen: Recorded) -> Tensor:
-            g = seen[place.pre]
-            surrogate = f(g) if self.activation is None else self.activation.surrogate(f, g)
-            if place.linear is not None:
-                u = seen[place.linear]
-                surrogate = surrogate * u if self.product is None else self.product.surrogate(surrogate, u)
-            return graft(value, surrogate)
+    def _at_pattern(self, value: Tensor, seen: Recorded) -> Tensor:
+        if self.pattern is not None:
+            value = graft(value, self.pattern.surrogate(value))
+        return value if self.bilinear is None else scale_gradient(value, self.bilinear.share)
 
-        return apply
+    def _at_z(self, value: Tensor, seen: Recorded) -> Tensor:
+        return value if self.bilinear is None else scale_gradient(value, self.bilinear.share)
 
-    def _attention(self, place: AttentionPlace) -> list[Attachment]:
-        pattern, bilinear = self.pattern, self.bilinear
-
-        def at_pattern(value: Tensor, seen: Recorded) -> Tensor:
-            if pattern is not None:
-                value = graft(value, pattern.surrogate(value))
-            return value if bilinear is None else scale_gradient(value, bilinear.share)
-
-        found = [Attachment(place.at, (), at_pattern)]
-        if bilinear is not None:
-            share = bilinear.share
-            found.append(Attachment(place.z, (), lambda value, seen: scale_gradient(value, share)))
-        return found
-
-    def _linear(self, place: LinearPlace) -> BackwardHook:
-        rule, (x,) = self.linear, place.reads
-        assert rule is not None
-        return lambda value, seen: graft(value, rule.surrogate(place, seen[x], value))
+    def _at_linear(self, place: LinearPlace, value: Tensor, seen: Recorded) -> Tensor:
+        (x,) = place.reads
+        return value if self.linear is None else graft(value, self.linear.surrogate(place, seen[x], value))
 
     @staticmethod
     def _field(place: Place) -> str:

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from patchlab.adapters import NormPlace
-from patchlab.adapters.places import Activation, activation_slope_at_zero
+from patchlab.adapters.places import Activation, value_and_slope_at_zero
 from patchlab.errors import RuleError
 from patchlab.rules.rule import ActivationRule, NormRule, PatternRule, ProductRule, scale_gradient
 
@@ -38,7 +38,7 @@ class IdentityRule(ActivationRule):
     """
 
     def surrogate(self, f: Activation, g: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-        at_zero, slope = activation_slope_at_zero(f, g)
+        at_zero, slope = value_and_slope_at_zero(f, g.device)
         if at_zero != 0:
             raise RuleError(f"the Identity-rule needs an activation with f(0) = 0; this one has f(0) = {at_zero:g}. Use a composite without it.")
         x = g.detach()

@@ -1,0 +1,17 @@
+"""Patching methods: each scores every cell of the sites it is given."""
+
+from patchlab.methods.base import Method
+from patchlab.methods.exact import ActivationPatching
+from patchlab.methods.linearized import AttributionPatching, IntegratedGradients, LinearizedPatching, RelevancePatching
+from patchlab.methods.registry import METHODS, get_method
+
+__all__ = [
+    "METHODS",
+    "ActivationPatching",
+    "AttributionPatching",
+    "IntegratedGradients",
+    "LinearizedPatching",
+    "Method",
+    "RelevancePatching",
+    "get_method",
+]

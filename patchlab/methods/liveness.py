@@ -1,0 +1,63 @@
+"""Structural zeros: the cells that cannot matter, decided from token ids and the computational graph."""
+
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool
+
+from patchlab.adapters import Architecture
+from patchlab.sites import KINDS, Site
+from patchlab.tasks.base import PositionAxis, Task
+
+_LOCAL_IN_FIRST_LAYER = ("input", "resid_pre", "q", "k", "v")
+_LOCAL_IF_PARALLEL = ("mlp_out", "mlp_post")
+_FEEDS_ATTENTION = ("resid_pre", "k", "v")
+
+
+def live_cells(arch: Architecture, site: Site, task: Task, axis: PositionAxis | None, *, paired: bool) -> Bool[np.ndarray, "*cells"]:
+    """Which cells of a site can matter for at least one example; False marks a structural zero.
+
+    A cell is a structural zero if nothing that the metric reads depends on it (positions other than the answer's, after
+    the last attention layer), or, with a ``paired`` source, if for every example the tokens up to it are unchanged, or it is a
+    position-local activation of layer 0 at an unchanged token.
+    """
+    shape = cell_shape(arch, site, axis)
+    live = np.zeros(shape, dtype=bool)
+    for example, pair in enumerate(task.pairs):
+        changed = np.asarray(pair.clean_ids) != np.asarray(pair.corrupted_ids)
+        if not paired:
+            changed = np.ones_like(changed)
+        live |= _one_example(arch, site, changed, None if axis is None else axis.index[example], task.metric.reads == "answer")
+    return live
+
+
+def cell_shape(arch: Architecture, site: Site, axis: PositionAxis | None) -> tuple[int, ...]:
+    """Length of each scored axis of a site."""
+    return tuple(len(axis) if name in ("pos", "dest", "src") and axis is not None else arch.size(name) for name in site.axes)
+
+
+def _one_example(arch: Architecture, site: Site, changed: Bool[np.ndarray, " pos"], index: Any, reads_answer: bool) -> Bool[np.ndarray, "*cells"]:
+    kind = KINDS[site.kind]
+    length = len(changed)
+    prefix = np.logical_or.accumulate(changed)
+    layers = arch.n_layers if "layer" in kind.axes else 1
+    by_pos = np.tile(prefix, (layers, 1))  # layer, position
+    if site.kind in _LOCAL_IN_FIRST_LAYER or (arch.parallel and site.kind in _LOCAL_IF_PARALLEL):
+        by_pos[0] = changed
+    if reads_answer and "layer" in kind.axes and site.kind not in _FEEDS_ATTENTION:
+        by_pos[-1, : length - 1] = False
+    live = by_pos
+    names = ["layer", "pos"]
+    if site.kind == "pattern":
+        live = by_pos[:, :, None] & np.tri(length, dtype=bool)
+        names = ["layer", "dest", "src"]
+    for dim, name in enumerate(names):
+        if name in site.axes and name != "layer" and index is not None:
+            live = live.take(index, axis=dim)
+    joint = tuple(dim for dim, name in enumerate(names) if name not in site.axes)
+    live = live.any(axis=joint)
+    kept = [name for name in names if name in site.axes]
+    for dim, name in enumerate(site.axes):
+        if name not in kept:
+            live = np.repeat(np.expand_dims(live, dim), arch.size(name), axis=dim)
+    return live

@@ -1,0 +1,40 @@
+"""Methods by name, as the command line writes them."""
+
+from patchlab.errors import MethodError, unknown
+from patchlab.methods.base import Method
+from patchlab.methods.exact import ActivationPatching
+from patchlab.methods.linearized import AttributionPatching, RelevancePatching, parse_path_method
+from patchlab.rules import PRESETS
+
+METHODS: dict[str, str] = {
+    "exact": "activation patching: one patched forward pass per cell; the ground truth",
+    "atp": "attribution patching: gradient at the baseline",
+    "ig:N": "integrated gradients over the inputs, N points (midpoint rule)",
+    "relp": "relevance patching: LN-, Identity- and Half-rule",
+    "relp-ah": "relp with the attention pattern held constant (q and k are not scored)",
+    "attnlrp": "relp with the uniform rule on attention's bilinear maps",
+    "cp-lrp": "LN- and Identity-rule, attention pattern and gates held constant",
+    "gim": "LN-rule, softmax temperature 2, uniform rule, gate and up ½ each",
+    "PRESET+ig:N": "integrated relevance: a rule preset at N points, e.g. relp+ig:5",
+}
+
+
+def get_method(name: str) -> Method:
+    """The method that a name stands for.
+
+    >>> get_method("relp+ig:5").name
+    'relp+ig:5'
+
+    Raises:
+        MethodError: unknown name.
+        RuleError: an unknown preset before ``+ig:N``.
+    """
+    if name == "exact":
+        return ActivationPatching()
+    if name == "atp":
+        return AttributionPatching()
+    if name in PRESETS and name != "gradient":
+        return RelevancePatching(name)
+    if (method := parse_path_method(name)) is not None:
+        return method
+    raise MethodError(unknown("method", name, METHODS))
