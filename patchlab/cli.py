@@ -31,10 +31,11 @@ class _Group(TyperGroup):
 app = typer.Typer(cls=_Group, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
-def _version(asked: bool) -> None:
+def _version(asked: bool) -> bool:
     if asked:
         typer.echo(f"patchlab {__version__}")
         raise typer.Exit
+    return asked
 
 
 @app.callback(help="Compare exact, gradient and relevance patching of transformer language models.")
@@ -46,17 +47,21 @@ Force = Annotated[bool, typer.Option("--force", help="Replace the results of an 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout (everything else goes to stderr).")]
 
 
-@app.command(help="The packaged demo: four methods on a 12-layer model that does indirect object identification.")
+@app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("patchlab-demo"),
     n: Annotated[int, typer.Option(help="Number of prompt pairs.")] = N,
     force: Force = False,
     json_: Json = False,
 ) -> None:
+    """Compare four methods on a packaged model.
+
+    The model has 12 layers and does indirect object identification.
+    """
     _compare("demo-gpt2", "ioi", METHODS, SITES, out=out, n=n, force=force, as_json=json_)
 
 
-@app.command(help="Run several methods on one task and compare them with exact patching.")
+@app.command()
 def compare(
     model: Annotated[str, typer.Option(help="A packaged model (patchlab models), a local Hugging Face folder, or a hub name.")],
     task: Annotated[str, typer.Option(help="A generator (patchlab tasks) or a JSONL or CSV file.")],
@@ -72,6 +77,7 @@ def compare(
     force: Force = False,
     json_: Json = False,
 ) -> None:
+    """Compare methods with exact patching on one task."""
     options = dict(_option(text) for text in option or [])
     _compare(model, task, methods, sites, out=out, direction=direction, n=n, seed=seed, device=device, batch_size=batch_size,
              options=options, force=force, as_json=json_)  # fmt: skip
@@ -112,32 +118,45 @@ def _compare(
         typer.echo(results.comparison.summary())
 
 
-@app.command(help="The task generators.")
+@app.command()
 def tasks(json_: Json = False) -> None:
+    """The task generators."""
     from patchlab.tasks import GENERATORS
 
     _listing(((name, generator.description) for name, generator in GENERATORS.items()), json_)
 
 
-@app.command(help="The packaged models; local Hugging Face folders and hub names work as well.")
+@app.command()
 def models(json_: Json = False) -> None:
+    """The packaged models.
+
+    Local Hugging Face folders and hub names work as well.
+    """
     from patchlab.models import DEMO_MODELS
 
-    _listing(((name, str(folder)) for name, folder in DEMO_MODELS.items()), json_)
+    _listing(((name, _described(folder)) for name, folder in DEMO_MODELS.items()), json_)
 
 
-@app.command(help="The methods.")
+@app.command()
 def methods(json_: Json = False) -> None:
+    """The methods."""
     from patchlab.methods import METHODS
 
     _listing(METHODS.items(), json_)
 
 
-@app.command(help="The sites, with their axes (the default granularity in brackets).")
+@app.command()
 def sites(json_: Json = False) -> None:
+    """The sites, with the default granularity in brackets."""
     from patchlab.sites import KINDS
 
     _listing(((kind.name, f"{kind.what} [{','.join(kind.default)}]") for kind in KINDS.values()), json_)
+
+
+def _described(folder: Path) -> str:
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    layers, width = (config[old if old in config else new] for old, new in (("n_layer", "num_hidden_layers"), ("n_embd", "hidden_size")))
+    return f"{config['model_type']}, {layers} layers, d_model {width}, {config['vocab_size']} words"
 
 
 def _listing(rows: Iterable[tuple[str, str]], as_json: bool) -> None:

@@ -102,7 +102,15 @@ def test_import_order_check_sees_every_form_of_import(tmp_path, monkeypatch):
     monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
     path = tmp_path / "patchlab" / "rules" / "x.py"
     path.parent.mkdir(parents=True)
-    path.write_text("import patchlab.a.b\nfrom patchlab import c\nfrom patchlab.d import e\ndef f():\n    from ..g import h\n    from . import i\nimport os")
+    forms = [
+        "import patchlab.a.b",
+        "from patchlab import c",
+        "from patchlab.d import e",
+        "def f(): from ..g import h",
+        "from . import i",
+        "import os",
+    ]
+    path.write_text("\n".join(forms))
     assert {noun(name) for name in imported(path)} == {"a", "c", "d", "g", "rules"}
 
 
@@ -169,7 +177,12 @@ def test_names_for_type_checkers_are_the_lazy_names():
     import patchlab as pl
 
     block = next(node for node in tree(PACKAGE / "__init__.py").body if isinstance(node, ast.If))
-    named = {alias.asname: (node.module or "").removeprefix("patchlab").removeprefix(".") for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names}
+    named = {
+        alias.asname: (node.module or "").removeprefix("patchlab").removeprefix(".")
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
     assert named == pl._HOMES
 
 

@@ -2,6 +2,6 @@
 
 from patchlab.report.folder import result_folder
 from patchlab.report.job import Job, Results, run
-from patchlab.report.write import write
+from patchlab.report.files import write
 
 __all__ = ["Job", "Results", "result_folder", "run", "write"]

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from patchlab.compare import Comparison, compare
-from patchlab.errors import MethodError
+from patchlab.errors import MethodError, TaskError
 from patchlab.methods import get_method
 from patchlab.models import Model, load_model
 from patchlab.scores import ScoreMap
@@ -15,6 +15,7 @@ from patchlab.tasks import GENERATORS, Task, load_task
 
 REFERENCE = "exact"
 DEFAULT_N = 32
+OWN_FIELDS = {"model", "n", "seed", "task"}
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,8 @@ class Job:
     ``n`` None means 32 pairs of a generator, and all rows of a file; ``options`` go to the task.
 
     Raises:
-        PatchlabError: an unknown method or site, a method named twice, or no method beside ``exact`` to compare with it.
+        PatchlabError: an unknown method or site, a method named twice, no method beside ``exact`` to compare with it, or
+            an option that is a setting of its own.
     """
 
     model: str
@@ -47,6 +49,8 @@ class Job:
                 f"a comparison needs {REFERENCE} (the reference) and at least one other method; got {', '.join(names)}. "
                 f"For instance: {REFERENCE},atp,relp."
             )
+        if own := sorted(OWN_FIELDS & set(self.options)):
+            raise TaskError(f"{own[0]} is not an option of a task but a setting of its own (--{own[0]}).")
         object.__setattr__(self, "methods", (REFERENCE, *(name for name in names if name != REFERENCE)))
         object.__setattr__(self, "sites", tuple(map(str, parse_sites(self.sites))))
 
@@ -96,9 +100,7 @@ def run(job: Job, *, say: Callable[[str], Any] = lambda _: None, progress: bool 
     say(f"{model.name}: {task}, accuracy {', '.join(f'{value:.2f} on {side}' for side, value in accuracy.items())}")
     maps: dict[str, ScoreMap] = {}
     for name in job.methods:
-        maps[name] = get_method(name).run(
-            model, task, list(job.sites), direction=job.direction, batch_size=job.batch_size, progress=progress
-        )
+        maps[name] = get_method(name).run(model, task, list(job.sites), direction=job.direction, batch_size=job.batch_size, progress=progress)
         done(name)
         say(f"{name}: {maps[name].cost.seconds:.1f} s")
     comparison = compare(maps[REFERENCE], {name: maps[name] for name in job.methods if name != REFERENCE})

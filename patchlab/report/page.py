@@ -43,7 +43,7 @@ def render(results: Results, figures: Mapping[str, str], written: Iterable[str],
         "Cell by cell": _figure(figures["agreement"], "Each point is one cell of the example-mean map: the approximation against the exact effect."),
         "Heatmaps": _figure(figures["heatmaps"], "Example-mean effect of patching each cell; the methods of a site share a colour scale."),
         "Provenance": _provenance(results, run),
-        "Files": "<ul>" + "".join(f'<li><a href="{escape(name)}">{escape(name)}</a></li>' for name in sorted(written) if name != "index.html") + "</ul>",
+        "Files": _files(name for name in written if name != "index.html"),
     }
     anchors = {name: name.lower().replace(" ", "-") for name in sections}
     css = files("patchlab.report").joinpath("page.css").read_text(encoding="utf-8")
@@ -73,7 +73,7 @@ def _introduction(results: Results) -> str:
         f"{results.accuracy['clean']:.0%} of the clean and {results.accuracy['corrupted']:.0%} of the corrupted prompts. "
         f"Direction {job.direction}: {DIRECTIONS.get(job.direction, '')}, one cell at a time, and a score is the effect of that on "
         f"{about['metric']}, whose mean is {clean:.2f}{unit} on clean and {corrupted:.2f}{unit} on corrupted prompts. "
-        f"Exact patching is the reference that {' and '.join([', '.join(others[:-1])] * bool(others[1:]) + others[-1:])} approximate{'s' * (len(others) == 1)}."
+        f"Exact patching is the reference; approximated by {', '.join(others)}."
     )
 
 
@@ -88,8 +88,8 @@ def _agreement(results: Results) -> str:
         )
     ]
     for cells, what in CELLS.items():
-        table = _statistics(comparison.table[comparison.table["cells"] == cells])
-        rows = comparison.reliability[comparison.reliability["cells"] == cells]
+        table = _statistics(comparison.table.query("cells == @cells"))
+        rows = comparison.reliability.query("cells == @cells")
         reliability = ", ".join(f"{site} {_number(value)}" for site, value in zip(rows["site"], rows["reliability"], strict=True))
         body = table + _paragraph(f"Split-half reliability of the exact map (Spearman–Brown): {reliability}.", "muted")
         title = f"Over {escape(what)}"
@@ -128,11 +128,17 @@ def _provenance(results: Results, run: Mapping[str, Any]) -> str:
         "seconds": ", ".join(f"{step} {seconds:.1f}" for step, seconds in run["seconds"].items()),
         "finished": run["finished"],
     }
-    facts |= {f"note, {name}": " ".join(map(str, scores.provenance["notes"])) for name, scores in results.maps.items() if scores.provenance.get("notes")}
+    for name, scores in results.maps.items():
+        if notes := scores.provenance.get("notes"):
+            facts[f"note, {name}"] = "; ".join(map(str, notes))
     listed = "".join(f"<dt>{escape(name)}</dt><dd>{escape(str(value))}</dd>" for name, value in facts.items())
     records = {name: scores.provenance for name, scores in results.maps.items()}
     full = escape(json.dumps(records, indent=2, ensure_ascii=False))
     return f"<dl>{listed}</dl><details><summary>Everything, per method</summary><pre>{full}</pre></details>"
+
+
+def _files(names: Iterable[str]) -> str:
+    return "<ul>" + "".join(f'<li><a href="{escape(name)}">{escape(name)}</a></li>' for name in sorted(names)) + "</ul>"
 
 
 def _figure(html: str, caption: str) -> str:
@@ -150,21 +156,22 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]], *, text_columns: 
     for row in rows:
         first, group = row[0] != group, row[0]
         cells = [row[0] if first else "", *row[1:]]
-        body.append(f"<tr{' class=first' if first else ''}>" + "".join(f"<td{kind}>{cell}</td>" for kind, cell in zip(kinds, cells, strict=True)) + "</tr>")
+        columns = "".join(f"<td{kind}>{cell}</td>" for kind, cell in zip(kinds, cells, strict=True))
+        body.append(f"<tr{' class=first' if first else ''}>{columns}</tr>")
     top = "".join(f"<th{kind}>{escape(name)}</th>" for kind, name in zip(kinds, head, strict=True))
     return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
 
 
-def _with_interval(value: float, low: float, high: float) -> str:
+def _with_interval(value: float | int, low: float | int, high: float | int) -> str:
     interval = "" if math.isnan(low) else f'<span class="ci">{_number(low)} to {_number(high)}</span>'
     return _number(value) + interval
 
 
-def _count(value: float, name: str) -> str:
+def _count(value: float | int | None, name: str) -> str:
     if value is None or math.isnan(value):
         return "–"
     return f"{value / 1e6:,.0f}" if name.endswith("_bytes") else f"{value:,.0f}"
 
 
-def _number(value: float, digits: int = 2) -> str:
+def _number(value: float | int, digits: int = 2) -> str:
     return "–" if math.isnan(value) else f"{value:.{digits}f}".replace("-", "−")

@@ -52,13 +52,17 @@ def write(folder: Path, results: Results, *, say: Callable[[str], Any] = lambda 
     if reason := _images(figures, folder):
         say(f"no PNG files: {reason}")
     run = _record(results, [*(path.name for path in folder.iterdir()), "index.html", INDEX])
-    inline = {name: figure.to_html(full_html=False, include_plotlyjs=False, div_id=f"figure-{name}", config={"displaylogo": False}) for name, figure in figures.items()}
+    inline = {name: _inline(name, figure) for name, figure in figures.items()}
     try:
         (folder / "index.html").write_text(render(results, inline, run["files"], run), encoding="utf-8")
         (folder / INDEX).write_text(json.dumps(run, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
     except OSError as error:
         raise OutputError(f"cannot write to {folder} ({error.strerror}); make room, or choose another folder with --out.") from error
     return run | {"comparison": results.comparison.to_dict()}
+
+
+def _inline(name: str, figure: go.Figure) -> str:
+    return figure.to_html(full_html=False, include_plotlyjs=False, div_id=f"figure-{name}", config={"displaylogo": False})
 
 
 def _images(figures: dict[str, go.Figure], folder: Path) -> str:

@@ -1,0 +1,343 @@
+"""The command line and the folder it leaves: what is in it, what is refused, and how errors read."""
+
+import json
+import re
+import shlex
+import warnings
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from typer.testing import CliRunner
+
+from patchlab import cli, plots, report
+from patchlab.errors import MethodError, OutputError, PatchlabError, SiteError
+from patchlab.report.files import command, scores_file
+from patchlab.scores import ScoreMap
+
+ARGUMENTS = [
+    "compare",
+    "--model",
+    "demo-gpt2-4l",
+    "--task",
+    "ioi",
+    "--methods",
+    "relp+ig:2,atp,exact",
+    "--sites",
+    "resid_pre,attn_out[layer]",
+    "--n",
+    "6",
+]
+
+
+def patchlab(*arguments: str):
+    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments], prog_name="patchlab")
+
+
+def error_of(*arguments: str) -> str:
+    """The one line that a command fails with."""
+    result = patchlab(*arguments)
+    assert result.exit_code == 1
+    assert isinstance(result.exception, SystemExit), result.exception
+    assert result.stdout == ""
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("error: ")
+    return last
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """One real comparison: its folder, what it printed, and the JSON object on stdout."""
+    out = tmp_path_factory.mktemp("cli") / "deep" / "out"
+    result = patchlab(*ARGUMENTS, "--out", out, "--json")
+    assert result.exit_code == 0, result.output
+    return out, result, json.loads(result.stdout)
+
+
+def test_folder_holds_scores_tables_plots_page_and_a_list_of_them(done):
+    out, _, printed = done
+    names = {path.name for path in out.iterdir()}
+    wanted = {
+        "scores.exact.nc",
+        "scores.atp.nc",
+        "scores.relp-ig-2.nc",
+        "comparison.csv",
+        "comparison.json",
+        "index.html",
+        "run.json",
+        "plotly.min.js",
+    }
+    wanted |= {f"{name}.html" for name in ("heatmaps", "agreement", "comparison")}
+    assert wanted <= names
+    run = json.loads((out / "run.json").read_text())
+    assert set(run["files"]) == names
+    assert run["job"]["methods"] == ["exact", "relp+ig:2", "atp"], "the reference comes first"
+    assert {"load model", "load task", "exact", "atp", "compare"} <= set(run["seconds"])
+    assert run["versions"]["patchlab"] == run["patchlab"]
+    assert printed == {"out": str(out), **run, "comparison": json.loads((out / "comparison.json").read_text())}
+
+
+def test_saved_scores_are_the_ones_compared(done):
+    out, _, _ = done
+    exact, atp = (ScoreMap.load(out / scores_file(name)) for name in ("exact", "atp"))
+    assert exact.sites == ("resid_pre", "attn_out[layer]")
+    assert exact.data.sizes["example"] == 6
+    table = pd.read_csv(out / "comparison.csv").query("method == 'atp' and cells == 'all'").set_index("site")
+    for site in exact.sites:
+        a, b = (pd.Series(scores.mean(site).to_numpy().ravel()) for scores in (exact, atp))
+        assert table.loc[site, "pearson"] == pytest.approx(a.corr(b), abs=1e-6)
+
+
+def test_progress_goes_to_stderr_and_says_where_to_look(done):
+    out, result, _ = done
+    assert len(result.stdout.splitlines()) == 1
+    assert re.search(r"^demo-gpt2-4l: .*accuracy", result.stderr, re.M)
+    assert f"done: open {out / 'index.html'}" in result.stderr
+
+
+class Page(HTMLParser):
+    """Collects references, ids and text, and checks that tags close in order."""
+
+    VOID = frozenset({"meta", "link", "br", "img", "hr", "input"})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.references: list[str] = []
+        self.ids: list[str] = []
+        self.text: list[str] = []
+
+    def handle_starttag(self, tag, attrs):
+        if tag not in self.VOID:
+            self.open.append(tag)
+        self.references += [value for name, value in attrs if name in ("src", "href")]
+        self.ids += [value for name, value in attrs if name == "id"]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if not {"script", "style"} & set(self.open):
+            self.text.append(data)
+
+
+def parsed(path: Path) -> Page:
+    page = Page()
+    page.feed(path.read_text(encoding="utf-8"))
+    page.close()
+    assert page.open == []
+    return page
+
+
+def test_page_needs_no_network_and_its_links_lead_somewhere(done):
+    out, _, _ = done
+    page = parsed(out / "index.html")
+    assert len(page.ids) == len(set(page.ids)), "a figure and a section with one id land in one place"
+    assert "plotly.min.js" in page.references
+    for reference in page.references:
+        assert reference.removeprefix("#") in page.ids if reference.startswith("#") else (out / reference).is_file(), reference
+    assert {"figure-comparison", "figure-agreement", "figure-heatmaps"} <= set(page.ids)
+    markup = re.sub(r"<script.*?</script>", "", (out / "index.html").read_text(), flags=re.S)
+    assert "http" not in markup
+
+
+def test_page_shows_the_numbers_of_the_comparison(done):
+    out, _, printed = done
+    text = " ".join(parsed(out / "index.html").text)
+    for row in printed["comparison"]["table"]:
+        for part in ("site", "method"):
+            assert row[part] in text
+        assert f"{row['pearson']:.2f}".replace("-", "−") in text
+    assert printed["task"]["fingerprint"] in text
+    assert printed["command"] in text
+
+
+def test_images_are_written_where_a_browser_is(done, browser):
+    out, result, _ = done
+    assert "no PNG files" not in result.stderr
+    for name in ("heatmaps", "agreement", "comparison"):
+        assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_repeating_the_recorded_command_is_the_same_job(done):
+    _, _, printed = done
+    words = shlex.split(printed["command"])
+    assert words[:2] == ["patchlab", "compare"]
+    assert words[words.index("--sites") + 1] == "resid_pre,attn_out[layer]"
+    job = report.Job("m", "t", ("exact", "atp"), ("z",), n=3, batch_size=2, options={"order": "BABA", "bos": True, "names": "a b"})
+    assert command(job).endswith("""--n 3 --seed 0 --batch-size 2 --option order=BABA --option bos=true --option 'names=a b'""")
+    given = dict(cli._option(word) for word in ("order=BABA", "bos=true", "names=a b"))
+    assert given == job.options
+
+
+def test_existing_results_stay_without_force_and_nothing_is_computed(done, monkeypatch):
+    out, _, _ = done
+    before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
+    monkeypatch.setattr(report, "run", lambda *_, **__: pytest.fail("computed before the folder was checked"))
+    assert re.search(r"already holds results; choose another folder with --out, or .*--force", error_of(*ARGUMENTS, "--out", out))
+    assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == before
+
+
+@pytest.fixture
+def captured(monkeypatch):
+    """Jobs as the commands make them; running one ends there."""
+    jobs = []
+
+    def run(job, **_):
+        jobs.append(job)
+        raise PatchlabError("stop\nhere")
+
+    monkeypatch.setattr(report, "run", run)
+    return jobs
+
+
+def test_demo_is_ioi_on_the_packaged_model_with_four_methods(captured, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert error_of("demo") == "error: stop here", "a message of two lines becomes one"
+    assert captured == [report.Job("demo-gpt2", "ioi", ("exact", "atp", "ig:5", "relp"), ("resid_pre", "attn_out", "mlp_out", "z"), n=32)]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_option_reaches_the_job(captured, tmp_path):
+    options = {"model": "m", "task": "t", "methods": "exact, relp", "sites": "attn_out[layer],q", "direction": "noising", "n": 5, "seed": 3}
+    options |= {"device": "cpu", "batch-size": 2, "out": tmp_path / "o"}
+    error_of(
+        "compare",
+        *(word for name, value in options.items() for word in (f"--{name}", value)),
+        "--option",
+        "order=BABA",
+        "--option",
+        "only_correct=true",
+    )
+    wanted = report.Job("m", "t", ("exact", "relp"), ("attn_out[layer]", "q"), "noising", 5, 3, "cpu", 2, {"order": "BABA", "only_correct": True})
+    assert captured == [wanted]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--model", "demo-gtp2"], "unknown model 'demo-gtp2'; did you mean 'demo-gpt2'"),
+        (["--task", "iio"], "unknown task 'iio'; did you mean 'ioi'"),
+        (["--task", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--methods", "exact,realp"], "unknown method 'realp'; did you mean 'relp'"),
+        (["--methods", "atp,relp"], "a comparison needs exact (the reference) and at least one other method; got atp, relp"),
+        (["--methods", "exact"], "a comparison needs exact (the reference) and at least one other method; got exact"),
+        (["--methods", "exact,atp,atp"], "the method atp is named twice"),
+        (["--sites", "resid_pst"], "unknown site 'resid_pst'; did you mean"),
+        (["--sites", "L3.z"], "L3.z is an address"),
+        (["--direction", "noisy"], "unknown direction 'noisy'; did you mean 'noising'"),
+        (["--n", "0"], "n is 0; a task needs at least 1 pair"),
+        (["--batch-size", "0"], "batch_size is 0"),
+        (["--device", "abacus"], "unknown device 'abacus'"),
+        (["--option", "n=3"], "n is not an option of a task but a setting of its own (--n)"),
+        (["--option", "oder=BABA"], "unknown option of the task ioi 'oder'; did you mean 'order'"),
+    ],
+)
+def test_wrong_names_and_numbers_are_one_line_that_helps(change, message, tmp_path):
+    assert message in error_of(*ARGUMENTS, *change, "--out", tmp_path / "out")
+    assert list(tmp_path.iterdir()) == [], "nothing is left behind"
+
+
+def test_a_place_that_cannot_be_written_to_is_found_out_before_computing(captured, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert f"{tmp_path / 'file'} is a file" in error_of(*ARGUMENTS, "--out", tmp_path / "file")
+    assert "cannot write to" in error_of(*ARGUMENTS, "--out", tmp_path / "file" / "out")
+    assert captured == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["compare", "--task", "ioi", "--out", "x"], "--model"),
+        ([*ARGUMENTS], "--out"),
+        ([*ARGUMENTS, "--out", "x", "--option", "order"], "'order' is not of the form key=value"),
+        ([*ARGUMENTS, "--out", "x", "--n", "many"], "--n"),
+        (["paint"], "paint"),
+    ],
+)
+def test_usage_errors_exit_with_2(arguments, message):
+    result = patchlab(*arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("listing", "name"), [("tasks", "greater_than"), ("models", "demo-llama"), ("methods", "PRESET+ig:N"), ("sites", "mlp_post")]
+)
+def test_listings_name_and_describe(listing, name):
+    text, as_json = patchlab(listing), patchlab(listing, "--json")
+    assert text.exit_code == as_json.exit_code == 0
+    described = json.loads(as_json.stdout)
+    assert len(described[name]) > 10
+    assert [line.split(maxsplit=1) for line in text.stdout.splitlines()] == [[key, what] for key, what in described.items()]
+
+
+def test_version_and_help():
+    import patchlab as pl
+
+    assert patchlab("--version").stdout == f"patchlab {pl.__version__}\n"
+    assert {"demo", "compare", "tasks", "models", "methods", "sites"} <= set(patchlab("--help").stdout.split())
+
+
+# -- the parts below the command line
+
+
+def test_job_checks_its_names_when_it_is_made():
+    with pytest.raises(MethodError, match="unknown method"):
+        report.Job("m", "t", ("exact", "x"), ("z",))
+    with pytest.raises(SiteError, match="no sites given"):
+        report.Job("m", "t", ("exact", "atp"), ())
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """A finished job on a task file whose name, and so everything that shows it, is markup."""
+    folder = tmp_path_factory.mktemp("file")
+    import patchlab as pl
+
+    model = pl.load_model("demo-gpt2-4l", device="cpu")
+    pairs = pl.load_task("ioi", model, n=3).pairs
+    rows = [{"clean_ids": p.clean_ids, "corrupted_ids": p.corrupted_ids, "correct_id": p.correct, "incorrect_id": p.incorrect} for p in pairs]
+    path = folder / "<b>bold & 'x'.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return report.run(report.Job("demo-gpt2-4l", str(path), ("exact", "atp"), ("z",)))
+
+
+@pytest.fixture
+def no_images(monkeypatch):
+    """Images take seconds; one test makes them."""
+    monkeypatch.setattr("patchlab.report.files._images", lambda *_: "")
+
+
+@pytest.mark.usefixtures("no_images")
+def test_a_file_gives_all_its_rows_and_its_name_is_escaped(results, tmp_path):
+    assert len(results.task) == 3
+    report.write(tmp_path, results)
+    page = parsed(tmp_path / "index.html")
+    assert "<b>bold & 'x' on demo-gpt2-4l: patching methods compared" in page.text
+    assert "<b>bold" not in (tmp_path / "index.html").read_text().partition("<script")[0]
+
+
+def test_without_a_browser_the_rest_is_written_and_the_reason_given(results, tmp_path, monkeypatch):
+    save = plots.save
+
+    def without_browser(figure, path, **options):
+        if Path(path).suffix == ".png":
+            warnings.warn("wrote a instead of a .png image, which needs kaleido and Chromium: there is none", stacklevel=2)
+            return save(figure, Path(path).with_suffix(".html"), **options)
+        return save(figure, path, **options)
+
+    monkeypatch.setattr(plots, "save", without_browser)
+    said: list[str] = []
+    report.write(tmp_path, results, say=said.append)
+    assert said == ["no PNG files: kaleido and Chromium: there is none"]
+    assert not list(tmp_path.glob("*.png"))
+    assert (tmp_path / "heatmaps.html").is_file()
+
+
+@pytest.mark.usefixtures("no_images")
+def test_a_page_that_cannot_be_written_is_an_error_of_ours(results, tmp_path):
+    (tmp_path / "index.html").mkdir()
+    with pytest.raises(OutputError, match="cannot write to"):
+        report.write(tmp_path, results)
