@@ -223,12 +223,16 @@ class Task:
             return f"[{token}]"
         return self.tokenizer.decode([token], clean_up_tokenization_spaces=False)
 
-    def select(self, indices: Iterable[int]) -> "Task":
-        """The task with only these pairs, in this order.
+    def select(self, indices: Iterable[int] | Int[np.ndarray, " n"] | Bool[np.ndarray, " n"]) -> "Task":
+        """The task with only these pairs, in this order; or those where a mask such as ``task.solved(model)`` is True.
 
         Raises:
-            TaskError: an index out of range, or no index at all.
+            TaskError: an index out of range, a mask of another length, or nothing left.
         """
+        if isinstance(indices, np.ndarray) and indices.dtype == bool:
+            if len(indices) != len(self):
+                raise TaskError(f"a mask of {len(indices)} values cannot select from the {len(self)} pairs of {self.name}; give one value per pair.")
+            indices = np.flatnonzero(indices)
         chosen = [int(i) for i in indices]
         if bad := [i for i in chosen if not 0 <= i < len(self)]:
             raise TaskError(f"pairs {bad} are not in {self.name}, which has the pairs 0 to {len(self) - 1}.")

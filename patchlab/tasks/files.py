@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import io
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -60,7 +61,7 @@ def _json_rows(path: Path, text: str) -> list[tuple[int, dict[str, Any]]]:
 
 
 def _csv_rows(path: Path, text: str) -> list[tuple[int, dict[str, Any]]]:
-    reader = csv.DictReader(text.splitlines(keepends=True), strict=True)
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     rows = []
     try:
         for fields in reader:
@@ -70,7 +71,7 @@ def _csv_rows(path: Path, text: str) -> list[tuple[int, dict[str, Any]]]:
                 )
             rows.append((reader.line_num, {key: value for key, value in fields.items() if value != ""}))
     except csv.Error as error:
-        raise TaskError(f"{path.name}, line {reader.line_num}: not CSV ({error}).") from error
+        raise TaskError(f"{path.name}, line {reader.line_num + 1}: not CSV ({error}).") from error
     return rows
 
 

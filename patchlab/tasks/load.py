@@ -67,6 +67,7 @@ def load_task(
             raise TaskError(unknown("option of a task file", bad[0], _FILE_OPTIONS))
         task = _from_file(path, model, n, with_bos, only_correct, options)
         del common["seed"]
+        common["bos"] = model.bos_id is not None and all(pair.clean_ids[0] == model.bos_id for pair in task.pairs)
     else:
         raise TaskError(unknown("task", str(name_or_path), GENERATORS, more=f"Or the path of a file ending in {', '.join(SUFFIXES)}."))
     task.provenance.update(common)
@@ -106,9 +107,9 @@ def _from_file(path: Path, model: TaskModel, n: int | None, bos: bool, only_corr
     file = load_file(path, model, bos=bos, **options)
     task = Task(path.stem, file.pairs, get_metric(file.metric or "logit_diff"), dict(file.provenance), model.tokenizer)
     if only_correct:
-        good = [i for i, ok in enumerate(task.solved(model)) if ok]
+        good = task.solved(model)
         task.provenance["candidates"] = len(task)
-        if not good:
+        if not good.any():
             raise TaskError(
                 f"{model.name} solves none of the {len(task)} pairs of {path.name}; only_correct leaves nothing. Use a model that does the task."
             )
