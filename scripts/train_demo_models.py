@@ -308,7 +308,7 @@ def make(name: str, tokenizer: PreTrainedTokenizerFast, data: tuple[Tensor, Tens
     start = time.perf_counter()
 
     def progress(step: int, loss: float) -> None:
-        if step % 250 == 0:
+        if step % 500 == 0:
             model.eval()
             short = {label: round(value, 3) for label, (value, _, _) in measure(model, lexicon, 100).items()}
             model.train()
