@@ -7,7 +7,7 @@ an activation function). ``problem`` says why no rule can be put there; a compos
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -100,9 +100,9 @@ class LinearPlace(Place):
 
 def _activation(component: Any) -> Activation | None:
     for name in ("act_fn", "act", "activation_fn", "activation", "activation_func", "nonlinearity"):
-        found = getattr(component, name, None)
+        found: Any = getattr(component, name, None)
         if callable(found):
-            return found
+            return cast(Activation, found)
     return None
 
 

@@ -166,6 +166,7 @@ def _evaluate(model: Any, program: Program, logits: Float[Tensor, "row pos vocab
     if metric is None or answers is None:
         raise InterventionError("a metric needs the answers of its rows; give Program(answers=...).")
     read = logits[:, -1] if metric.reads == "answer" else logits
+    read = read.float() if read.dtype in (torch.float16, torch.bfloat16) else read
     if not bool(torch.isfinite(read).all()):
         bad = int((~torch.isfinite(read.flatten(1)).all(1)).sum())
         raise ModelError(

@@ -5,85 +5,27 @@ effects of one batch are found.
 """
 
 import importlib.metadata
+import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from patchlab.engine import Program, Result, Target, run
-from patchlab.engine.program import targets
+from patchlab.engine import Target
 from patchlab.errors import MethodError, unknown
-from patchlab.interventions import Average, Kept, Source, Zero
 from patchlab.methods.liveness import cell_shape, live_cells
-from patchlab.metrics import METRICS, Answers
+from patchlab.methods.runs import DIRECTIONS, SOURCES, Meter, Runs, Setting, check_metric, mean_source, unpatched
+from patchlab.metrics import METRICS
 from patchlab.models import Model
 from patchlab.scores import Cost, ScoreMap
 from patchlab.sites import POSITION_AXES, Site, parse_sites
-from patchlab.tasks.base import Batch, PositionAxis, Task
-
-Direction = Literal["denoising", "noising"]
-DIRECTIONS = ("denoising", "noising")
-SOURCES = ("paired", "zero", "mean", "mean_positional")
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What one run of a method is about; ``axis`` is None where no site is scored by position."""
-
-    model: Model
-    task: Task
-    sites: tuple[Site, ...]
-    direction: Direction
-    axis: PositionAxis | None
-    live: dict[str, Bool[np.ndarray, "*cells"]]
-    mean: Average | None = None
-
-    @property
-    def targets(self) -> tuple[Target, ...]:
-        """Every (kind, layer) that the sites need."""
-        return tuple(dict.fromkeys(t for site in self.sites for t in targets(site.kind, self.model.arch.n_layers)))
-
-
-@dataclass(frozen=True)
-class Runs:
-    """The unpatched runs of one batch, with the source run's activations at the sites."""
-
-    batch: Batch
-    answers: Answers
-    baseline_tokens: Int[Tensor, "batch pos"]
-    clean: Tensor
-    corrupted: Tensor
-    source: Source
-    positions: dict[str, Int[Tensor, " batch"]]
-    baseline: Result
-
-    @property
-    def baseline_values(self) -> Tensor:
-        """The metric before patching."""
-        return self.baseline.values if self.baseline.values is not None else self.clean
-
-
-class Meter:
-    """Counts what was computed."""
-
-    def __init__(self, bar: Any) -> None:
-        self.forwards = self.backwards = self.positions = 0
-        self.bar = bar
-
-    def run(self, model: Model, program: Program) -> Result:
-        """Run a program and count its work."""
-        result = run(model, program)
-        forwards, backwards, positions = result.work
-        self.forwards, self.backwards, self.positions = self.forwards + forwards, self.backwards + backwards, self.positions + positions
-        self.bar.update(forwards)
-        return result
+from patchlab.tasks.base import Batch, Task
 
 
 @dataclass(frozen=True)
@@ -148,9 +90,10 @@ class Method(ABC):
             sites: such as ``"resid_pre"`` or ``["resid_pre", "z[layer,pos,head]"]``.
             direction: ``denoising`` (clean activations into the corrupted run; effect over the corrupted metric) or
                 ``noising`` (corrupted into clean; effect over the clean metric).
-            batch_size: examples per batch; default all of one length. Results do not depend on it.
+            batch_size: examples per batch; default as many of one length as fit in memory. Results do not depend on it.
             progress: show a progress bar on stderr.
-            max_memory: refuse to start if more bytes than this are predicted.
+            max_memory: most bytes to use for activations; default half of what is free. A run that is
+                predicted to need more than a given max_memory does not start.
 
         Returns:
             Effects in the metric's unit.
@@ -171,17 +114,24 @@ class Method(ABC):
         axis = task.position_axis() if needs_axis else None
         paired = self.source == "paired"
         live = {
-            str(site): np.ones(cell_shape(model.arch, site, axis), dtype=bool) if model.ambient else live_cells(model.arch, site, task, axis, paired=paired)
+            str(site): np.ones(cell_shape(model.arch, site, axis), dtype=bool)
+            if model.ambient
+            else live_cells(model.arch, site, task, axis, paired=paired)
             for site in parsed
         }
         setting = Setting(model, task, parsed, "denoising" if direction == "denoising" else "noising", axis, live)
         self.check(setting)
-        batches = task.batches(batch_size, model.device)
+        budget = _free_bytes(model.device) // 2 if max_memory is None else max_memory
+        longest = max(len(pair) for pair in task.pairs)
+        rows = batch_size
+        if rows is None:
+            rows = max(1, min(len(task), int(budget // max(1, self.predicted_bytes(setting, 1, longest)))))
+        batches = task.batches(rows, model.device)
         predicted = max(self.predicted_bytes(setting, *batch.clean.shape) for batch in batches)
         if max_memory is not None and predicted > max_memory:
             raise MethodError(
-                f"{self.name} is predicted to need {predicted / 1e6:.1f} MB for a batch of {len(batches[0])} examples, and max_memory is {max_memory / 1e6:.1f} MB. "
-                f"Lower batch_size, ask for fewer sites, or raise max_memory."
+                f"{self.name} is predicted to need {_megabytes(predicted)} for a batch of {max(map(len, batches))} examples, "
+                f"and max_memory is {_megabytes(max_memory)}. Lower batch_size, ask for fewer sites, or raise max_memory."
             )
         return self._run(setting, batches, predicted, progress)
 
@@ -198,11 +148,13 @@ class Method(ABC):
         with tqdm(total=total, desc=self.name, unit="forward", disable=not progress, leave=False) as bar:
             meter = Meter(bar)
             if self.source.startswith("mean"):
-                setting = replace(setting, mean=self._mean(setting, batches, meter))
+                mean = mean_source(setting, batches, meter, at=self.source_targets(setting), positional=self.source == "mean_positional")
+                setting = replace(setting, mean=mean)
             for batch in batches:
-                runs = self._unpatched(setting, batch, meter)
+                at, baseline = self.source_targets(setting), self.baseline_options(setting)
+                runs = unpatched(setting, batch, meter, source=self.source, at=at, baseline=baseline)
                 if task.metric.name not in METRICS and not metrics:
-                    _check_metric(setting, runs, meter)
+                    check_metric(setting, runs, meter)
                 parts.append(self.score(setting, runs, meter, notes))
                 metrics.append((runs.clean, runs.corrupted))
         skipped = self.not_scored(setting)
@@ -227,64 +179,9 @@ class Method(ABC):
             ),
         )
 
-    def _mean(self, setting: Setting, batches: list[Batch], meter: Meter) -> Average:
-        """Mean activations of the source prompts over the whole task, summed in float64."""
-        positional = self.source == "mean_positional"
-        wanted = self.source_targets(setting)
-        if not positional and any(kind == "pattern" for kind, _ in wanted):
-            raise MethodError("the mean of a pattern over positions is not an attention pattern; use source='mean_positional' or leave pattern out.")
-        if positional and setting.task.position_axis().names is not None:
-            raise MethodError("positional means need examples of one length and template; this task has several. Use source='mean'.")
-        sums: dict[Target, Tensor] = {}
-        count = 0
-        for batch in batches:
-            tokens = batch.clean if setting.direction == "denoising" else batch.corrupted
-            kept = meter.run(setting.model, Program(tokens, batch.examples, self._positions(setting, batch), keep=wanted)).activations
-            for key, value in kept.items():
-                total = value.double().sum(0) if positional else value.double().sum((0, 1))[None]
-                sums[key] = total if key not in sums else sums[key] + total
-            count += tokens.shape[0] if positional else tokens.numel()
-        return Average({key: total / count for key, total in sums.items()}, positional)
-
     def source_targets(self, setting: Setting) -> tuple[Target, ...]:
         """Where the source's activations are needed."""
         return setting.targets
-
-    def _positions(self, setting: Setting, batch: Batch) -> dict[str, Tensor]:
-        pairs = [setting.task.pairs[i] for i in batch.examples.tolist()]
-        names = set(pairs[0].positions).intersection(*(pair.positions for pair in pairs))
-        return {name: torch.tensor([pair.positions[name] for pair in pairs], device=setting.model.device) for name in names}
-
-    def _unpatched(self, setting: Setting, batch: Batch, meter: Meter) -> Runs:
-        """Run the clean, then the corrupted prompts; one of them is the baseline, the other the source."""
-        metric, answers = setting.task.metric, batch.answers
-        denoising = setting.direction == "denoising"
-        keep = self.source_targets(setting) if self.source == "paired" else ()
-        shared: dict[str, Any] = {"examples": batch.examples, "positions": self._positions(setting, batch)}
-        results: dict[str, Result] = {}
-        for which, tokens in (("clean", batch.clean), ("corrupted", batch.corrupted)):
-            is_baseline = (which == "corrupted") == denoising
-            options = self.baseline_options(setting) if is_baseline else {"keep": keep}
-            if which == "clean" and metric.needs_clean:
-                # the clean run is its own reference; only a metric whose gradient is not asked for here can need it
-                reads = "answer" if metric.reads == "answer" else "all"
-                result = meter.run(setting.model, Program(tokens, logits=reads, **shared, **options))
-                answers = replace(answers, clean_logits=result.logits)
-                if result.logits is not None:
-                    result = replace(result, values=metric(result.logits, answers))
-            else:
-                result = meter.run(setting.model, Program(tokens, metric=metric, answers=answers, **shared, **options))
-            results[which] = result
-        clean, corrupted = results["clean"], results["corrupted"]
-        baseline, other = (corrupted, clean) if denoising else (clean, corrupted)
-        source: Source
-        if self.source == "paired":
-            source = Kept(other.activations, batch.examples)
-        else:
-            source = Zero() if self.source == "zero" else _required(setting.mean)
-        values = (_required(clean.values), _required(corrupted.values))
-        tokens = batch.corrupted if denoising else batch.clean
-        return Runs(batch, answers, tokens, *values, source, shared["positions"], baseline)
 
     def _provenance(self, setting: Setting, skipped: dict[str, str], notes: dict[str, Any]) -> dict[str, Any]:
         model, task = setting.model, setting.task
@@ -312,11 +209,17 @@ class Method(ABC):
         }
 
 
-def program(setting: Setting, runs: Runs, **options: Any) -> Program:
-    """A program on the baseline prompts of a batch that evaluates the task's metric."""
-    return Program(
-        runs.baseline_tokens, runs.batch.examples, positions=runs.positions, metric=setting.task.metric, answers=runs.answers, **options
-    )
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, AttributeError, OSError):  # not every system tells
+        return 4 * 2**30
+
+
+def _megabytes(count: float) -> str:
+    return f"{count / 1e6:,.1f} MB" if count >= 1e5 else f"{count:,.0f} bytes"
 
 
 def _check_tokens(model: Model, task: Task) -> None:
@@ -326,18 +229,6 @@ def _check_tokens(model: Model, task: Task) -> None:
     longest = max(len(pair) for pair in task.pairs)
     if model.arch.n_positions is not None and longest > model.arch.n_positions:
         raise MethodError(f"task {task.name} has prompts of {longest} tokens, but {model.name} reads {model.arch.n_positions} at most.")
-
-
-def _check_metric(setting: Setting, runs: Runs, meter: Meter) -> None:
-    reads = "answer" if setting.task.metric.reads == "answer" else "all"
-    logits = meter.run(setting.model, replace(program(setting, runs), metric=None, answers=None, logits=reads)).logits
-    setting.task.metric.check_independent(_required(logits), runs.answers)
-
-
-def _required(value: Any) -> Any:
-    if value is None:
-        raise MethodError("a run did not return what was asked of it.")
-    return value
 
 
 def _plain(value: Any) -> Any:

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
 from patchlab.interventions import Edit
-from patchlab.methods.base import Meter, Method, Runs, Setting, program
+from patchlab.methods.base import Method
+from patchlab.methods.runs import Meter, Runs, Setting, activation_bytes, itemsize, program
 from patchlab.sites import Position, Site
 
 
@@ -31,7 +31,7 @@ class ActivationPatching(Method):
         return 2 + sum(int(live.sum()) for live in setting.live.values())
 
     def predicted_bytes(self, setting: Setting, rows: int, length: int) -> int:
-        return activation_bytes(setting, rows, length) + rows * setting.model.vocab_size * _itemsize(setting)
+        return activation_bytes(setting, rows, length) + rows * setting.model.vocab_size * itemsize(setting)
 
     def score(self, setting: Setting, runs: Runs, meter: Meter, notes: dict[str, Any]) -> dict[str, np.ndarray]:
         scores = {}
@@ -69,23 +69,3 @@ def _cells(setting: Setting, site: Site, live: np.ndarray) -> Iterator[tuple[tup
                 src=position(index, "src"),
             ),
         )
-
-
-def activation_bytes(setting: Setting, rows: int, length: int) -> int:
-    """Bytes of the activations at every site of a setting, for a batch of rows."""
-    arch = setting.model.arch
-    widths = {"z": arch.n_heads, "q": arch.n_heads, "k": arch.n_kv_heads, "v": arch.n_kv_heads}
-    total = 0
-    for kind, _ in setting.targets:
-        if kind == "pattern":
-            width = arch.n_heads * length
-        elif kind == "mlp_post":
-            width = arch.d_mlp or 0
-        else:
-            width = widths[kind] * arch.d_head if kind in widths else arch.d_model
-        total += rows * length * width
-    return total * _itemsize(setting)
-
-
-def _itemsize(setting: Setting) -> int:
-    return torch.empty(0, dtype=setting.model.dtype).element_size()

@@ -17,8 +17,8 @@ from torch import Tensor
 from patchlab.engine import Target
 from patchlab.errors import MethodError
 from patchlab.interventions import Blend, Edit, Own, address
-from patchlab.methods.base import Meter, Method, Runs, Setting, program
-from patchlab.methods.exact import activation_bytes
+from patchlab.methods.base import Method
+from patchlab.methods.runs import Meter, Runs, Setting, activation_bytes, itemsize, program
 from patchlab.rules import Composite, get_composite
 from patchlab.sites import KINDS, Site
 
@@ -65,7 +65,8 @@ class LinearizedPatching(Method):
     def check(self, setting: Setting) -> None:
         if setting.task.metric.vanishes_at_clean and setting.direction == "noising" and self.n_steps is None:
             raise MethodError(
-                f"the gradient of {setting.task.metric.name} vanishes at the clean run, so {self.name} in the noising direction would score everything zero. "
+                f"the gradient of {setting.task.metric.name} vanishes at the clean run, so {self.name} in the noising direction "
+                f"would score everything zero. "
                 f"Use direction='denoising', integrated gradients, or another metric."
             )
         self.composite.attach(setting.model.arch.places)
@@ -82,9 +83,10 @@ class LinearizedPatching(Method):
     def predicted_bytes(self, setting: Setting, rows: int, length: int) -> int:
         # both runs' activations and the gradients, and what the backward pass of each block holds on to
         arch = setting.model.arch
-        size = torch.empty(0, dtype=setting.model.dtype).element_size()
         per_block = rows * length * (12 * arch.d_model + 4 * (arch.d_mlp or 0) + 3 * arch.n_heads * length)
-        return 3 * activation_bytes(setting, rows, length) + size * (arch.n_layers * per_block + 2 * rows * length * setting.model.vocab_size)
+        return 3 * activation_bytes(setting, rows, length) + itemsize(setting) * (
+            arch.n_layers * per_block + 2 * rows * length * setting.model.vocab_size
+        )
 
     def source_targets(self, setting: Setting) -> tuple[Target, ...]:
         scored = self._scored(setting)
@@ -198,7 +200,9 @@ class AttributionPatching(LinearizedPatching):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.composite.plain or self.n_steps is not None:
-            raise MethodError("AttributionPatching is the plain gradient at one point; use RelevancePatching(rules=...) or IntegratedGradients(n_steps=...).")
+            raise MethodError(
+                "AttributionPatching is the plain gradient at one point; use RelevancePatching(rules=...) or IntegratedGradients(n_steps=...)."
+            )
 
 
 @dataclass(frozen=True, init=False)
@@ -215,7 +219,9 @@ class IntegratedGradients(LinearizedPatching):
         'relp+ig:5'
     """
 
-    def __init__(self, n_steps: int = 5, over: Literal["inputs", "activations"] = "inputs", *, rules: str | Composite = "gradient", source: str = "paired") -> None:
+    def __init__(
+        self, n_steps: int = 5, over: Literal["inputs", "activations"] = "inputs", *, rules: str | Composite = "gradient", source: str = "paired"
+    ) -> None:
         _set(self, n_steps=n_steps, over=over, rules=rules, source=source)
 
 
@@ -245,5 +251,3 @@ def parse_path_method(name: str) -> LinearizedPatching | None:
     """``ig:5`` or ``relp+ig:5``; None if the name is neither."""
     match = _IG.fullmatch(name)
     return None if match is None else IntegratedGradients(int(match["steps"]), rules=match["rules"] or "gradient")
-
-

@@ -55,7 +55,7 @@ def _one_example(arch: Architecture, site: Site, changed: Bool[np.ndarray, " pos
         if name in site.axes and name != "layer" and index is not None:
             live = live.take(index, axis=dim)
     joint = tuple(dim for dim, name in enumerate(names) if name not in site.axes)
-    live = live.any(axis=joint)
+    live = np.asarray(live.any(axis=joint))
     kept = [name for name in names if name in site.axes]
     for dim, name in enumerate(site.axes):
         if name not in kept:

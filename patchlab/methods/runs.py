@@ -1,0 +1,185 @@
+"""The unpatched runs that every method starts from, and where the patched-in values come from."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from patchlab.engine import Program, Result, Target, run
+from patchlab.engine.program import targets
+from patchlab.errors import MethodError
+from patchlab.interventions import Average, Kept, Source, Zero
+from patchlab.metrics import Answers
+from patchlab.models import Model
+from patchlab.sites import Site
+from patchlab.tasks.base import Batch, PositionAxis, Task
+
+Direction = Literal["denoising", "noising"]
+DIRECTIONS = ("denoising", "noising")
+SOURCES = ("paired", "zero", "mean", "mean_positional")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What one run of a method is about; ``axis`` is None where no site is scored by position."""
+
+    model: Model
+    task: Task
+    sites: tuple[Site, ...]
+    direction: Direction
+    axis: PositionAxis | None
+    live: dict[str, Bool[np.ndarray, "*cells"]]
+    mean: Average | None = None
+
+    @property
+    def targets(self) -> tuple[Target, ...]:
+        """Every (kind, layer) that the sites need."""
+        return tuple(dict.fromkeys(t for site in self.sites for t in targets(site.kind, self.model.arch.n_layers)))
+
+
+@dataclass(frozen=True)
+class Runs:
+    """The unpatched runs of one batch, with the source run's activations at the sites."""
+
+    batch: Batch
+    answers: Answers
+    baseline_tokens: Int[Tensor, "batch pos"]
+    clean: Tensor
+    corrupted: Tensor
+    source: Source
+    positions: dict[str, Int[Tensor, " batch"]]
+    baseline: Result
+
+    @property
+    def baseline_values(self) -> Tensor:
+        """The metric before patching."""
+        return self.baseline.values if self.baseline.values is not None else self.clean
+
+
+class Meter:
+    """Counts what was computed."""
+
+    def __init__(self, bar: Any) -> None:
+        self.forwards = self.backwards = self.positions = 0
+        self.bar = bar
+
+    def run(self, model: Model, program: Program) -> Result:
+        """Run a program and count its work."""
+        result = run(model, program)
+        forwards, backwards, positions = result.work
+        self.forwards, self.backwards, self.positions = self.forwards + forwards, self.backwards + backwards, self.positions + positions
+        self.bar.update(forwards)
+        return result
+
+
+def unpatched(setting: Setting, batch: Batch, meter: Meter, *, source: str, at: tuple[Target, ...], baseline: Mapping[str, Any]) -> Runs:
+    """Run the clean, then the corrupted prompts; one of them is the baseline, the other the source.
+
+    Args:
+        setting: what the method was asked.
+        batch: pairs of one length.
+        meter: counts the work.
+        source: ``paired``, or a source that does not come from this batch.
+        at: where a paired source's activations are kept.
+        baseline: extra fields of the program of the baseline run.
+    """
+    denoising = setting.direction == "denoising"
+    kept = {"keep": at if source == "paired" else ()}
+    clean = _run_clean(setting, batch, meter, kept if denoising else baseline)
+    answers = batch.answers
+    if setting.task.metric.needs_clean:
+        # the clean run is its own reference
+        answers = replace(answers, clean_logits=clean.logits)
+        clean = replace(clean, values=setting.task.metric(required(clean.logits), answers))
+    extra = baseline if denoising else kept
+    corrupted = meter.run(setting.model, _program(setting, batch, batch.corrupted, extra, metric=setting.task.metric, answers=answers))
+    base, other = (corrupted, clean) if denoising else (clean, corrupted)
+    patched_in: Source = Kept(other.activations, batch.examples)
+    if source != "paired":
+        patched_in = Zero() if source == "zero" else required(setting.mean)
+    tokens = batch.corrupted if denoising else batch.clean
+    return Runs(batch, answers, tokens, required(clean.values), required(corrupted.values), patched_in, named_positions(setting, batch), base)
+
+
+def _run_clean(setting: Setting, batch: Batch, meter: Meter, extra: Mapping[str, Any]) -> Result:
+    metric = setting.task.metric
+    if metric.needs_clean:
+        return meter.run(setting.model, _program(setting, batch, batch.clean, extra, logits="answer" if metric.reads == "answer" else "all"))
+    return meter.run(setting.model, _program(setting, batch, batch.clean, extra, metric=metric, answers=batch.answers))
+
+
+def _program(setting: Setting, batch: Batch, tokens: Int[Tensor, "batch pos"], extra: Mapping[str, Any], **options: Any) -> Program:
+    return Program(tokens, batch.examples, positions=named_positions(setting, batch), **options, **extra)
+
+
+def program(setting: Setting, runs: Runs, **options: Any) -> Program:
+    """A program on the baseline prompts of a batch that evaluates the task's metric."""
+    return Program(runs.baseline_tokens, runs.batch.examples, positions=runs.positions, metric=setting.task.metric, answers=runs.answers, **options)
+
+
+def named_positions(setting: Setting, batch: Batch) -> dict[str, Int[Tensor, " batch"]]:
+    """The named positions that all pairs of a batch have."""
+    pairs = [setting.task.pairs[i] for i in batch.examples.tolist()]
+    names = set(pairs[0].positions).intersection(*(pair.positions for pair in pairs))
+    return {name: torch.tensor([pair.positions[name] for pair in pairs], device=setting.model.device) for name in names}
+
+
+def mean_source(setting: Setting, batches: list[Batch], meter: Meter, *, at: tuple[Target, ...], positional: bool) -> Average:
+    """Mean activations of the source prompts over the whole task, summed in float64; never over heads or neurons.
+
+    Raises:
+        MethodError: a pattern without ``positional``, or positional means of several lengths or templates.
+    """
+    if not positional and any(kind == "pattern" for kind, _ in at):
+        raise MethodError("the mean of a pattern over positions is not an attention pattern; use source='mean_positional' or leave pattern out.")
+    if positional and setting.task.position_axis().names is not None:
+        raise MethodError("positional means need examples of one length and template; this task has several. Use source='mean'.")
+    sums: dict[Target, Tensor] = {}
+    count = 0
+    for batch in batches:
+        tokens = batch.clean if setting.direction == "denoising" else batch.corrupted
+        kept = meter.run(setting.model, _program(setting, batch, tokens, {}, keep=at)).activations
+        for key, value in kept.items():
+            total = value.double().sum(0) if positional else value.double().sum((0, 1))[None]
+            sums[key] = total if key not in sums else sums[key] + total
+        count += tokens.shape[0] if positional else tokens.numel()
+    return Average({key: total / count for key, total in sums.items()}, positional)
+
+
+def check_metric(setting: Setting, runs: Runs, meter: Meter) -> None:
+    """Check a user's metric for independence between examples, on the baseline run of one batch."""
+    reads = "answer" if setting.task.metric.reads == "answer" else "all"
+    logits = meter.run(setting.model, replace(program(setting, runs), metric=None, answers=None, logits=reads)).logits
+    setting.task.metric.check_independent(required(logits), runs.answers)
+
+
+def required(value: Any) -> Any:
+    """A part of a result that was asked for."""
+    if value is None:
+        raise MethodError("a run did not return what was asked of it.")
+    return value
+
+
+def activation_bytes(setting: Setting, rows: int, length: int) -> int:
+    """Bytes of the activations at every site of a setting, for a batch of rows."""
+    arch = setting.model.arch
+    widths = {"z": arch.n_heads, "q": arch.n_heads, "k": arch.n_kv_heads, "v": arch.n_kv_heads}
+    total = 0
+    for kind, _ in setting.targets:
+        if kind == "pattern":
+            width = arch.n_heads * length
+        elif kind == "mlp_post":
+            width = arch.d_mlp or 0
+        else:
+            width = widths[kind] * arch.d_head if kind in widths else arch.d_model
+        total += rows * length * width
+    return total * itemsize(setting)
+
+
+def itemsize(setting: Setting) -> int:
+    """Bytes of one number of the model's dtype."""
+    return torch.empty(0, dtype=setting.model.dtype).element_size()
