@@ -293,6 +293,7 @@ def test_bos_and_provenance(demo_gpt2_4l):
         ("docstring", {"corruption": "x"}, "unknown corruption 'x'.*Valid: rename, swap"),
         ("facts", {"relation": "x"}, "unknown relation 'x'.*Valid: capital, language, mixed"),
         ("facts", {"n": 10_000}, "gives only 380 distinct pairs with the tokenizer of demo-gpt2-4l; got n=10000"),
+        ("induction", {"length": "8"}, "length of the task induction is of type int, such as 8; got '8'"),
         ("induction", {"length": 4, "repeat": 4}, "1 <= repeat < length; got repeat=4 and length=4"),
         ("induction", {"length": 500}, "common words are single tokens.*this task needs 501"),
         ("ioi", {"metric": "logit_dif"}, "unknown metric 'logit_dif'; did you mean 'logit_diff'"),

@@ -115,12 +115,14 @@ class PositionAxis:
     """How the positions of a task's examples line up.
 
     Cell p of the axis lies at token ``index[e, p]`` of example e. ``names`` is None where positions are aligned
-    by index; ``tokens[e][p]`` is the text of the clean token there.
+    by index; ``tokens[e][p]`` is the text of the clean token there, and ``roles[p]`` the cell's named position ("" where it has
+    none), also on an axis aligned by index.
     """
 
     names: tuple[str, ...] | None
     index: Int[np.ndarray, "example pos"]
     tokens: tuple[tuple[str, ...], ...]
+    roles: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return self.index.shape[1]
@@ -215,7 +217,9 @@ class Task:
                 )
             index = np.array([[pair.positions[name] for name in names] for pair in self.pairs])
         tokens = tuple(tuple(self.token_text(pair.clean_ids[int(p)]) for p in row) for pair, row in zip(self.pairs, index, strict=True))
-        return PositionAxis(names, index, tokens)
+        by_place = {place: name for name, place in first.positions.items()}
+        roles = tuple(by_place.get(place, "") for place in range(len(first))) if names is None else names
+        return PositionAxis(names, index, tokens, roles)
 
     def token_text(self, token: int) -> str:
         """The text of a token id (the id in brackets where there is no tokenizer)."""

@@ -116,7 +116,7 @@ def _ids(where: str, fields: Fields, column: str) -> tuple[int, ...] | None:
     values = _list(where, fields, column)
     if values is None:
         return None
-    numbers = [int(value) if isinstance(value, str) and value.strip().isdigit() else value for value in values]
+    numbers: list[Any] = [int(value) if isinstance(value, str) and value.strip().isdigit() else value for value in values]
     if not all(isinstance(value, int) and not isinstance(value, bool) for value in numbers):
         raise TaskError(f"{where}: {column} must be a token id or a list of them; got {fields[column]!r}.")
     return tuple(numbers)

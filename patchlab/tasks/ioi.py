@@ -42,6 +42,6 @@ def ioi(words: Lexicon, rng: Random, *, order: str = "ABBA", corruption: str = "
         which = rng.choice(list(TEMPLATES)) if template == "mixed" else template
         io, s, *others = rng.sample(names, 5)
         clean = {"IO": io, "S1": s, "S2": s, "PLACE": rng.choice(places), "OBJECT": rng.choice(objects)}
-        corrupted = {"S2": io} if corruption == "s2_io" else dict(zip(("IO", "S1", "S2"), others, strict=True))
+        corrupted = {"S2": io} if corruption == "s2_io" else {"IO": others[0], "S1": others[1], "S2": others[2]}
         text = _ordered(TEMPLATES[which], this)
         yield words.pair(text, clean, corrupted, [" " + io], [" " + s], name=f"{which}.{this}", after={"AFTER_S1": "S1"})

@@ -34,11 +34,13 @@ class Generator:
         """All options, with the defaults where none are given.
 
         Raises:
-            TaskError: an option that the generator does not have.
+            TaskError: an option that the generator does not have, or a value of another type than its default.
         """
-        for option in given:
+        for option, value in given.items():
             if option not in self.defaults:
                 raise TaskError(unknown(f"option of the task {self.name}", option, self.defaults))
+            if type(value) is not type(default := self.defaults[option]):
+                raise TaskError(f"{option} of the task {self.name} is of type {type(default).__name__}, such as {default!r}; got {value!r}.")
         return {**self.defaults, **given}
 
     def distinct(self, words: Lexicon, seed: int, options: Mapping[str, Any]) -> Iterator[Pair]:
