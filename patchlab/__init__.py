@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from patchlab.metrics import Metric as Metric
     from patchlab.models import Model as Model
     from patchlab.models import load_model as load_model
+    from patchlab.models import wrap_bridge as wrap_bridge
     from patchlab.scores import ScoreMap as ScoreMap
     from patchlab.sites import Site as Site
     from patchlab.sites import parse_site as parse_site
@@ -56,6 +57,7 @@ _HOMES = {
     "Metric": "metrics",
     "Model": "models",
     "load_model": "models",
+    "wrap_bridge": "models",
     "ScoreMap": "scores",
     "Site": "sites",
     "parse_site": "sites",

@@ -62,13 +62,7 @@ class Constant:
         if value.ndim != own.ndim and value.ndim in (len(kept), len(kept) + 1):
             for dim in sorted(single):
                 value = value.unsqueeze(dim if value.ndim > len(kept) else dim - 1)
-        try:
-            return torch.broadcast_to(value, own.shape)
-        except RuntimeError as error:
-            raise InterventionError(
-                f"a tensor of shape {list(self.value.shape)} does not fit {site}, whose activation is {list(own.shape)} here; "
-                f"give that shape, or drop the axes that the address fixes."
-            ) from error
+        return _fitted(value, site, own, f"a tensor of shape {list(self.value.shape)}")
 
 
 @dataclass(frozen=True)
@@ -101,8 +95,9 @@ class Kept:
     def values(self, site: Site, own: Float[Tensor, "row *site"], examples: Int[Tensor, " row"]) -> Float[Tensor, "*values"]:
         key = (site.kind, site.layer)
         if key not in self.activations:
-            kept = ", ".join(str(address(*k)) for k in self.activations) or "nothing"
-            raise InterventionError(f"the source run did not keep {address(*key)}; it kept {kept}. Add it to keep=[...] of that run.")
+            raise InterventionError(
+                f"the source run did not keep {address(*key)}; it kept {_listed(self.activations)}. Add it to keep=[...] of that run."
+            )
         value = self.activations[key]
         if value.shape[0] != 1 and not torch.equal(self.examples, examples):
             value = value[self._rows(examples)]
@@ -132,9 +127,17 @@ class Average:
     positional: bool = False
 
     def values(self, site: Site, own: Float[Tensor, "row *site"], examples: Int[Tensor, " row"]) -> Float[Tensor, "*values"]:
-        mean = self.means[site.kind, site.layer].to(device=own.device, dtype=own.dtype)
-        if self.positional and mean.shape != own.shape[1:]:
-            raise InterventionError(f"the positional mean of {site.kind} has shape {list(mean.shape)} and this run {list(own.shape[1:])} per row.")
+        key = (site.kind, site.layer)
+        if key not in self.means:
+            raise InterventionError(
+                f"the mean has no {address(*key)}; it has {_listed(self.means)}. Add it to keep=[...] of the run that the mean is taken of."
+            )
+        mean = self.means[key].to(device=own.device, dtype=own.dtype)
+        if mean.shape != (own.shape[1:] if self.positional else (1, *own.shape[2:])):
+            which = "positional mean" if self.positional else "mean"
+            raise InterventionError(
+                f"the {which} of {site.kind} has shape {list(mean.shape)} and does not fit this run's {list(own.shape[1:])} per row."
+            )
         return torch.broadcast_to(mean, own.shape)
 
 
@@ -155,8 +158,8 @@ class Blend:
     weight: float
 
     def values(self, site: Site, own: Float[Tensor, "row *site"], examples: Int[Tensor, " row"]) -> Float[Tensor, "*values"]:
-        first, second = (source.values(site, own, examples) for source in (self.first, self.second))
-        return torch.lerp(torch.broadcast_to(first, own.shape), torch.broadcast_to(second, own.shape), self.weight)
+        first, second = (_fitted(source.values(site, own, examples), site, own) for source in (self.first, self.second))
+        return torch.lerp(first, second, self.weight)
 
 
 def zero() -> Zero:
@@ -201,7 +204,7 @@ def as_source(value: Any) -> Source:
         return Constant(value)
     if hasattr(value, "as_source"):
         return value.as_source()
-    if isinstance(value, Source):
+    if isinstance(value, Source) and not isinstance(value, (type, Mapping)):  # a dict has values() too
         return value
     raise InterventionError(f"a source is a run with kept activations, pl.zero(), pl.noise(...), a tensor or a number; got {type(value).__name__}.")
 
@@ -209,6 +212,21 @@ def as_source(value: Any) -> Source:
 def address(kind: str, layer: int | None) -> Site:
     """The address of a whole site."""
     return Site(kind, (), layer=layer)
+
+
+def _listed(activations: Mapping[tuple[str, int | None], Tensor]) -> str:
+    return ", ".join(str(address(*key)) for key in activations) or "nothing"
+
+
+def _fitted(values: Tensor, site: Site, own: Tensor, what: str | None = None) -> Tensor:
+    """Values in the shape, dtype and place of the site's own value."""
+    try:
+        return torch.broadcast_to(values.to(own), own.shape)
+    except RuntimeError as error:
+        what = what or f"a value of shape {list(values.shape)}"
+        raise InterventionError(
+            f"{what} does not fit {site}, whose activation is {list(own.shape)} here; give that shape, or drop the axes that the address fixes."
+        ) from error
 
 
 def _single_axes(site: Site) -> set[int]:
@@ -262,12 +280,11 @@ class Edit:
         self, own: Float[Tensor, "row *site"], examples: Int[Tensor, " row"], positions: Mapping[str, Int[Tensor, " row"]]
     ) -> Float[Tensor, "row *site"]:
         """The site's new value."""
-        values = self.values_from.values(self.address, own, examples)
+        values = _fitted(self.values_from.values(self.address, own, examples), self.address, own)
         if self.op == "add":
             values = own + values
         elif self.op == "scale":
             values = own * values
-        values = torch.broadcast_to(values, own.shape)
         mask = self._mask(own, positions)
         return values.clone() if mask is None else torch.where(mask, values, own)
 
@@ -309,6 +326,19 @@ def _positions_mask(site: Site, wanted: tuple[Position, ...], own: Tensor, dim: 
     return chosen.reshape([own.shape[0], *[length if d == dim else 1 for d in range(1, own.ndim)]])
 
 
+def as_edits(edits: Any) -> tuple[Edit, ...]:
+    """One edit or several, as a tuple.
+
+    Raises:
+        InterventionError: anything else.
+    """
+    several = (edits,) if isinstance(edits, Edit) or not isinstance(edits, Iterable) else tuple(edits)
+    for edit in several:
+        if not isinstance(edit, Edit):
+            raise InterventionError(f"edits are pl.Edit(site, source), one or a list of them; got {type(edit).__name__}.")
+    return several
+
+
 @contextmanager
 def intervene(model: Any, edits: Edit | Iterable[Edit]) -> Iterator[None]:
     """Apply edits to every ``model.run`` and every method inside the block; nested blocks compose, outer first.
@@ -319,10 +349,8 @@ def intervene(model: Any, edits: Edit | Iterable[Edit]) -> Iterator[None]:
         >>> with pl.intervene(model, pl.Edit("L0.attn_out", pl.zero())):  # doctest: +SKIP
         ...     scores = pl.ActivationPatching().run(model, task, "resid_pre")
     """
-    new = (edits,) if isinstance(edits, Edit) else tuple(edits)
+    new = as_edits(edits)
     for edit in new:
-        if not isinstance(edit, Edit):
-            raise InterventionError(f"intervene takes Edits; got {type(edit).__name__}. Write pl.Edit(site, source).")
         model.arch.check(edit.address)
     outer = model.ambient
     model.ambient = outer + new

@@ -1,9 +1,6 @@
 """Models: a thin wrapper around a TransformerLens bridge, loaded from the package, a directory or the hub."""
 
 import hashlib
-import os
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,16 +12,16 @@ from torch import Tensor, nn
 
 from patchlab.adapters import describe
 from patchlab.engine import Program, Result, run
-from patchlab.engine.program import targets
+from patchlab.engine.program import row_numbers, targets
 from patchlab.engine.selftest import self_test
 from patchlab.errors import InterventionError, ModelError, unknown
-from patchlab.interventions import Edit
+from patchlab.hub import hub_folder
+from patchlab.interventions import Edit, as_edits
 from patchlab.sites import Site
 
 _FOLDER = Path(__file__).parent / "demo_models"
 DEMO_MODELS: dict[str, Path] = {path.name: path for path in sorted(_FOLDER.glob("*/")) if (path / "config.json").is_file()}
-HUB_TIMEOUT = 2.0
-"""Seconds to wait for the hub's answer about a model that is not in the cache."""
+_DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 
 class Model:
@@ -104,16 +101,11 @@ class Model:
             >>> model.run("When ...", edits=[pl.Edit("L9.H6.z@END", clean)]).logits.shape  # doctest: +SKIP
         """
         ids = self._tokens(tokens)
-        rows = ids.shape[0]
-        named = {"END": ids.shape[1] - 1} | dict(positions or {})
-        indices = {
-            name: index.to(self.device) if isinstance(index, Tensor) else torch.full((rows,), int(index), device=self.device) for name, index in named.items()
-        }
         program = Program(
             ids,
-            torch.arange(rows, device=self.device),
-            positions=indices,
-            edits=(edits,) if isinstance(edits, Edit) else tuple(edits),
+            row_numbers(ids),
+            positions={name: self._position(name, index, ids) for name, index in ({"END": -1} | dict(positions or {})).items()},
+            edits=as_edits(edits),
             keep=self._targets(keep),
             logits="all",
         )
@@ -125,19 +117,32 @@ class Model:
             self.arch.check(Site(kind, (), layer=layer))
         return found
 
+    def _position(self, name: str, index: Any, ids: Int[Tensor, "row pos"]) -> Int[Tensor, " row"]:
+        rows, length = ids.shape
+        given = torch.as_tensor(index, device=self.device)
+        if given.shape not in ((), (rows,)) or given.is_floating_point():
+            raise InterventionError(f"the named position {name!r} is one index, or one per row ({rows} here); got {index!r}.")
+        if not -length <= int(given.min()) <= int(given.max()) < length:
+            raise InterventionError(f"the named position {name!r} is {index!r}, but the run has {length} positions (0 to {length - 1}).")
+        return (given % length).expand(rows)
+
     def _tokens(self, tokens: Any) -> Int[Tensor, "row pos"]:
         if isinstance(tokens, str):
             tokens = [tokens]
         if isinstance(tokens, Tensor):
-            ids = tokens if tokens.ndim == 2 else tokens[None]
+            ids = tokens[None] if tokens.ndim == 1 else tokens
+            if ids.ndim != 2 or 0 in ids.shape or ids.is_floating_point() or ids.dtype == torch.bool:
+                raise InterventionError(f"token ids are whole numbers of shape [row, pos]; got shape {list(tokens.shape)} of {tokens.dtype}.")
         else:
             rows = [self.to_ids(row) if isinstance(row, str) else row for row in tokens]
             rows = [rows] if rows and isinstance(rows[0], int) else rows
             lengths = sorted({len(row) for row in rows})
             if len(lengths) != 1 or lengths[0] == 0:
-                raise InterventionError(f"a run needs prompts with one common number of tokens, at least 1; got {lengths or 'no prompts'}. Run lengths apart.")
+                raise InterventionError(
+                    f"a run needs prompts with one common number of tokens, at least 1; got {lengths or 'no prompts'}. Run lengths apart."
+                )
             ids = torch.tensor(rows, dtype=torch.long)
-        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.vocab_size:
+        if not 0 <= int(ids.min()) <= int(ids.max()) < self.vocab_size:
             raise InterventionError(f"token ids must lie in 0 to {self.vocab_size - 1}; got {int(ids.min())} to {int(ids.max())}.")
         return ids.to(self.device)
 
@@ -175,7 +180,7 @@ def load_model(name_or_path: str | Path, *, device: str | torch.device | None = 
     elif name.startswith(("/", ".", "~")):
         raise ModelError(f"there is no directory {name}; give a Hugging Face model directory, a hub name, or one of: {', '.join(DEMO_MODELS)}.")
     else:
-        folder = _from_hub(name)
+        folder = hub_folder(name, DEMO_MODELS)
     return _load_folder(folder, name, where, kind)
 
 
@@ -190,9 +195,14 @@ def _load_folder(folder: Path, name: str, device: torch.device, dtype: torch.dty
 
     try:
         with _quiet_transformers():
-            module: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager", local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+            module, report = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, attn_implementation="eager", local_files_only=True, ignore_mismatched_sizes=True, output_loading_info=True
+            )
+    except Exception as error:  # every file format has its own errors
         raise ModelError(f"{name}: the files in {folder} could not be loaded as a causal language model: {_first_line(error)}") from error
+    # without this check, weights that are not in the files would be random numbers
+    if wrong := sorted(report["missing_keys"]) + sorted(key for key, *_ in report["mismatched_keys"]):
+        raise ModelError(f"{name}: {len(wrong)} weights are missing from {folder} or have another shape than config.json says, such as {wrong[0]}.")
     module.to(device)
     tokenizer = _tokenizer(folder, name)
     try:
@@ -217,64 +227,35 @@ def _quiet_transformers() -> Iterator[None]:
 
 
 def _tokenizer(folder: Path, name: str) -> Any:
-    """The directory's tokenizer, after a round trip; None where there are no tokenizer files."""
+    """The directory's tokenizer, after a round trip; None where there are no tokenizer files.
+
+    Tried in turn: the class that the directory names, then tokenizer.json as it is, because a class chosen by the model type
+    can ignore tokenizer.json and return no ids at all.
+    """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     if not any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")):
         return None
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    if not _round_trips(tokenizer) and (folder / "tokenizer.json").is_file():
-        # a class named by the model type can ignore tokenizer.json and return no ids at all
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-    if not _round_trips(tokenizer):
-        raise ModelError(f"{name}: the tokenizer in {folder} does not turn its own tokens into ids and back; check tokenizer.json.")
-    return tokenizer
+    why = "it does not turn its own tokens into ids and back"
+    for kind in (AutoTokenizer, PreTrainedTokenizerFast):
+        try:
+            tokenizer = kind.from_pretrained(folder, local_files_only=True)
+        except Exception as error:  # every file format has its own errors
+            why = _first_line(error)
+            continue
+        if _round_trips(tokenizer):
+            return tokenizer
+    raise ModelError(f"{name}: the tokenizer in {folder} cannot be used: {why}. Check tokenizer.json.")
 
 
 def _round_trips(tokenizer: Any) -> bool:
+    """Whether most of a sample of the vocabulary survives decoding and encoding."""
     special = set(tokenizer.all_special_ids)
-    some = [token_id for token_id in range(min(len(tokenizer), 300)) if token_id not in special][-20:]
-    tried = [(i, tokenizer.encode(tokenizer.decode([i]), add_special_tokens=False)) for i in some]
-    return bool(tried) and sum(ids == [i] for i, ids in tried) >= len(tried) // 2
-
-
-def _from_hub(name: str) -> Path:
-    """The local snapshot of a hub model: from the cache, else downloaded, after one short question whether it exists."""
-    from huggingface_hub import snapshot_download, try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    hint = f"Packaged models: {', '.join(DEMO_MODELS)}; or give a local directory."
-    try:
-        cached = try_to_load_from_cache(name, "config.json")
-    except HFValidationError as error:
-        raise ModelError(unknown("model", name, DEMO_MODELS, more="Or give a local directory or a hub name.")) from error
-    if isinstance(cached, str):
-        return Path(cached).parent
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
-        raise ModelError(unknown("model", name, DEMO_MODELS, more=f"It is not in the hub cache, and HF_HUB_OFFLINE is set. {hint}"))
-    _ask_hub(name, hint)
-    patterns = ["*.json", "*.txt", "*.model", "*.safetensors"]
-    folder = Path(snapshot_download(name, allow_patterns=patterns))
-    if not list(folder.glob("*.safetensors")):
-        folder = Path(snapshot_download(name, allow_patterns=[*patterns, "*.bin"]))
-    return folder
-
-
-def _ask_hub(name: str, hint: str) -> None:
-    """One HEAD request, no retry, so that a missing network is an error within seconds."""
-    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-    headers = {"Authorization": f"Bearer {token}"} if (token := os.environ.get("HF_TOKEN")) else {}
-    request = urllib.request.Request(f"{endpoint}/{name}/resolve/main/config.json", method="HEAD", headers=headers)
-    try:
-        urllib.request.urlopen(request, timeout=HUB_TIMEOUT).close()
-    except urllib.error.HTTPError as error:
-        why = {401: "it does not exist or is private", 403: "access to it is restricted", 404: "the hub has no such model"}.get(error.code, f"HTTP {error.code}")
-        raise ModelError(unknown("model", name, DEMO_MODELS, more=f"Not cached, and {why}. Set HF_TOKEN for gated models. {hint}")) from error
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "reason", error)
-        raise ModelError(
-            unknown("model", name, DEMO_MODELS, more=f"Not cached, and the hub at {endpoint} did not answer within {HUB_TIMEOUT:g} s ({reason}). {hint}")
-        ) from error
+    ids = [token_id for token_id in range(len(tokenizer)) if token_id not in special]
+    texts = [tokenizer.decode([token_id]) for token_id in ids[:: max(1, len(ids) // 50)]]
+    back = [tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) for text in texts]
+    kept = sum(bool(text.strip()) and text.strip() == again.strip() for text, again in zip(texts, back, strict=True))
+    return kept > len(texts) / 2
 
 
 def _device(device: str | torch.device | None) -> torch.device:
@@ -283,21 +264,29 @@ def _device(device: str | torch.device | None) -> torch.device:
     try:
         found = torch.device(device)
     except RuntimeError as error:
-        raise ModelError(f"unknown device {str(device)!r}; give 'cpu', 'cuda', 'cuda:1' or 'mps' (one device; a model spread over several is not supported).") from error
+        raise ModelError(_unknown_device(device)) from error
     if found.type == "cuda" and not torch.cuda.is_available():
         raise ModelError(f"device {str(device)!r} was asked for, but this machine (or this build of torch) has no CUDA. Use device='cpu'.")
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise ModelError(f"device {str(device)!r} was asked for, but this machine has {torch.cuda.device_count()} CUDA devices, numbered from 0.")
     if found.type == "mps" and not torch.backends.mps.is_available():
         raise ModelError("device 'mps' was asked for, but it is not available here. Use device='cpu'.")
+    if found.type not in ("cpu", "cuda", "mps"):
+        raise ModelError(_unknown_device(device))
     return found
+
+
+def _unknown_device(device: str | torch.device) -> str:
+    return f"unknown device {str(device)!r}; give 'cpu', 'cuda', 'cuda:1' or 'mps' (one device; a model spread over several is not supported)."
 
 
 def _dtype(dtype: str | torch.dtype | None) -> torch.dtype:
     if dtype is None:
         return torch.float32
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise ModelError(f"unknown dtype {dtype!r}; give 'float32', 'float64', 'bfloat16' or 'float16'.")
-    return found
+    name = str(dtype).removeprefix("torch.")
+    if name not in _DTYPES:
+        raise ModelError(unknown("dtype", name, _DTYPES))
+    return getattr(torch, name)
 
 
 def _keeps_logits(model: Model) -> bool:
@@ -318,12 +307,14 @@ def _vocab_size(bridge: Any) -> int:
 
 
 def _fingerprint(bridge: nn.Module) -> str:
-    """A short hash of names, shapes and a sample of every parameter."""
+    """A short hash of names, shapes, a sample and a checksum of every parameter."""
     digest = hashlib.sha256()
     for name, parameter in sorted(bridge.named_parameters()):
         flat = parameter.detach().flatten()
         sample = flat[:: max(1, flat.numel() // 64)].float().cpu()
-        digest.update(f"{name}{list(parameter.shape)}".encode())
+        # the bits as whole numbers: their sum does not depend on the order of summation, and every changed weight changes it
+        bits = flat.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()]) if flat.is_floating_point() else flat
+        digest.update(f"{name}{list(parameter.shape)}{int(bits.sum(dtype=torch.int64))}".encode())
         digest.update(sample.numpy().tobytes())
     return digest.hexdigest()[:16]
 

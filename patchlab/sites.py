@@ -61,10 +61,10 @@ KINDS: dict[str, SiteKind] = {kind.name: kind for kind in _kinds()}
 POSITION_AXES = ("pos", "dest", "src")
 
 _SCORED = re.compile(r"(?P<kind>[a-z_]+)(\[(?P<axes>[^\]]*)\])?")
-_POSITION = r"[A-Za-z0-9_\-*]+"
+_POSITION = r"[A-Za-z0-9_\-]+"
 _NARROWED = re.compile(
     r"(L(?P<layer>\d+)\.)?((?P<letter>[HN])(?P<index>\d+)\.)?(?P<kind>[a-z_]+)"
-    rf"(@(?P<pos>{_POSITION}(,{_POSITION})*)(<(?P<src>{_POSITION}(,{_POSITION})*))?)?"
+    rf"(@(?P<pos>\*|{_POSITION}(,{_POSITION})*)(<(?P<src>\*|{_POSITION}(,{_POSITION})*))?)?"
 )
 
 
@@ -91,15 +91,17 @@ class Site:
         kind = KINDS[self.kind]
         bad = [axis for axis in self.axes if axis not in kind.axes]
         if bad or len(set(self.axes)) != len(self.axes):
-            raise SiteError(
-                f"{self.kind} has the axes {list(kind.axes)}; got {list(self.axes)}. Name each of the axes to score once."
-            )
+            raise SiteError(f"{self.kind} has the axes {list(kind.axes)}; got {list(self.axes)}. Name each of the axes to score once.")
         if not self.narrowed and kind.axes[0] not in self.axes:
             raise SiteError(f"the granularity of {self.kind} needs the axis {kind.axes[0]}; got {list(self.axes)}.")
         if list(self.axes) != [axis for axis in kind.axes if axis in self.axes]:
             raise SiteError(f"write the axes of {self.kind} in the order {list(kind.axes)}; got {list(self.axes)}.")
-        if (self.layer is not None and self.axes) or (self.layer is not None and "layer" not in kind.axes):
-            raise SiteError(f"{self.kind} with the axes {list(self.axes)} takes no layer; got layer {self.layer}.")
+        if self.layer is not None and "layer" not in kind.axes:
+            raise SiteError(f"{self.kind} has no layers; drop L{self.layer}.")
+        if self.narrowed and self.layer is None and "layer" in kind.axes:
+            raise SiteError(f"an address of {self.kind} needs its layer, as in L3.{self.kind}.")
+        if self.axes and not (self.whole and self.layer is None):
+            raise SiteError(f"{self.kind} has the axes {list(self.axes)} to score and is narrowed as well; give one or the other.")
         if self.head is not None and not {"head", "kv_head"} & set(kind.axes):
             raise SiteError(f"{self.kind} has no heads; drop H{self.head}. Sites with heads: z, q, k, v, pattern.")
         if self.neuron is not None and "neuron" not in kind.axes:
@@ -201,6 +203,8 @@ def parse_sites(sites: "str | Site | Iterable[str | Site]") -> tuple[Site, ...]:
         sites = [sites]
     elif isinstance(sites, str):
         sites = re.split(r",(?![^\[]*\])", sites)
+    elif not isinstance(sites, Iterable):
+        raise SiteError(f"sites are a name such as 'resid_pre', or a list of names; got {sites!r}.")
     parsed = tuple(parse_site(site) for site in sites)
     if not parsed:
         raise SiteError(f"no sites given. Name at least one of: {', '.join(KINDS)}.")

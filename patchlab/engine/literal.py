@@ -17,7 +17,7 @@ from torch import Tensor
 from patchlab.adapters import Lens
 from patchlab.engine.program import Program, Result, Target
 from patchlab.errors import InterventionError, MetricError, ModelError
-from patchlab.interventions import Edit
+from patchlab.interventions import Edit, address
 from patchlab.rules.composites import Attachment, Recorded
 
 
@@ -44,15 +44,17 @@ def run(model: Any, program: Program) -> Result:
         MetricError: non-finite values, or a metric of the wrong shape.
     """
     edits = model.ambient + program.edits
-    for edit in edits:
-        model.arch.check(edit.address)
+    for site in [edit.address for edit in edits] + [address(*target) for target in (*program.keep, *program.gradients)]:
+        model.arch.check(site)
     plan = _plan(model, program, edits)
     execution = _Execution(model, program)
     with torch.set_grad_enabled(bool(program.gradients)), _hooked(model.bridge, plan, execution):
         logits = _forward(model, program)
         for name, hook in plan.items():
             if hook.fired != 1:
-                raise InterventionError(f"the hook {name} fired {hook.fired} times in one forward pass of {model.name}; a site must be computed exactly once.")
+                raise InterventionError(
+                    f"the hook {name} fired {hook.fired} times in one forward pass of {model.name}; a site must be computed exactly once."
+                )
         values = None if program.metric is None else _evaluate(model, program, logits)
         gradients = _gradients(model, values, execution.leaves)
     kept = {"all": logits, "answer": logits[:, -1], "none": None}[program.logits]
@@ -175,7 +177,9 @@ def _evaluate(model: Any, program: Program, logits: Float[Tensor, "row pos vocab
         )
     values = metric(read, answers)
     if not bool(torch.isfinite(values).all()):
-        raise MetricError(f"metric {metric.name!r} is not finite for {int((~torch.isfinite(values)).sum())} of {values.shape[0]} rows, though the logits are.")
+        raise MetricError(
+            f"metric {metric.name!r} is not finite for {int((~torch.isfinite(values)).sum())} of {values.shape[0]} rows, though the logits are."
+        )
     return values
 
 

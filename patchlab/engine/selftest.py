@@ -5,6 +5,7 @@ returned tensor gets no gradient); a run patched with itself that changes; and a
 found by patching a site with another prompt's values and comparing the next quantity downstream with that prompt's own.
 """
 
+import warnings
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -20,7 +21,9 @@ from patchlab.errors import InterventionError, ModelError
 from patchlab.interventions import Edit, Kept, address
 from patchlab.metrics import Answers, Metric
 
-_EVERYTHING = Metric("sum of logits", lambda logits, answers: (logits * torch.linspace(-1, 1, logits.shape[-1]).to(logits)).flatten(1).sum(1), reads="all")
+_EVERYTHING = Metric(
+    "sum of logits", lambda logits, answers: (logits * torch.linspace(-1, 1, logits.shape[-1]).to(logits)).flatten(1).sum(1), reads="all"
+)
 
 # patching all of the first gives the donor's value of the second, when all layers are patched at once
 _NEXT = ((("q", "k"), "pattern"), (("pattern", "v"), "z"), (("z",), "attn_out"), (("mlp_post",), "mlp_out"))
@@ -31,12 +34,20 @@ def self_test(model: Any) -> Architecture:
     """The model's architecture with the sites and places that failed marked as such.
 
     Raises:
-        ModelError: the residual stream itself cannot be patched.
+        ModelError: the model is not causal, or the residual stream itself cannot be patched.
     """
+    with warnings.catch_warnings():
+        # the Bridge warns of edits that it drops; finding those is what this test is for
+        warnings.filterwarnings("ignore", message="A hook on", category=UserWarning)
+        return _tested_architecture(model)
+
+
+def _tested_architecture(model: Any) -> Architecture:
     generator = torch.Generator().manual_seed(0)
     length = min(6, model.arch.n_positions or 6)
     tokens = torch.randint(0, model.arch.vocab_size, (2, length), generator=generator).to(model.device)
     tokens[1] = (tokens[0] + 1 + torch.arange(length, device=model.device)) % model.arch.vocab_size
+    _check_causal(model, tokens[:1])
     absent = dict(model.arch.absent)
     absent |= _silent(model, tokens)
     model = _Trial(model, replace(model.arch, absent=absent))
@@ -65,6 +76,18 @@ def _program(tokens: Int[Tensor, "row pos"], **options: Any) -> Program:
 
 def _every(model: Any) -> tuple[Target, ...]:
     return tuple(target for kind in model.arch.sites for target in targets(kind, model.arch.n_layers))
+
+
+def _check_causal(model: Any, tokens: Int[Tensor, "one pos"]) -> None:
+    """Structural zeros and prefixes rest on it: no token may change the logits before it."""
+    other = tokens.clone()
+    other[:, -1] = (other[:, -1] + 1) % model.arch.vocab_size
+    one, two = _logits(run(model, _program(torch.cat([tokens, other]), logits="all")))[:, :-1]
+    if (worst := _difference(two, one)) > _tolerance(model) / 20:
+        raise ModelError(
+            f"{model.name} ({model.arch.family}) is not a causal language model: the last token changes the logits before it (by {worst:.2g} "
+            f"of their scale). patchlab needs a decoder-only model."
+        )
 
 
 def _silent(model: Any, tokens: Int[Tensor, "row pos"]) -> dict[str, str]:
@@ -211,5 +234,3 @@ def _difference(got: Tensor, expected: Tensor) -> float:
 
 def _tolerance(model: Any) -> float:
     return 2e-3 if model.dtype in (torch.float32, torch.float64) else 0.15
-
-

@@ -1,0 +1,94 @@
+"""Hub models: the local copy of a Hugging Face repository, from the cache or downloaded."""
+
+import json
+import os
+import urllib.error
+import urllib.request
+from collections.abc import Iterable
+from pathlib import Path
+
+from patchlab.errors import ModelError, unknown
+
+HUB_TIMEOUT = 2.0
+"""Seconds to wait for the hub's answer about a model that is not in the cache."""
+_SMALL_FILES = ("*.json", "*.txt", "*.model")
+_NOT_NEEDED = ("*/*", "consolidated*")  # other formats, and second copies of the weights
+
+
+def hub_folder(name: str, packaged: Iterable[str]) -> Path:
+    """The folder of a hub model: from the cache if it is whole there, else downloaded after one short question whether it exists.
+
+    ``packaged`` are the names that need no hub, for the error messages.
+
+    Raises:
+        ModelError: no such model, no access, or no network.
+    """
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    known = list(packaged)
+    try:
+        cached = try_to_load_from_cache(name, "config.json")
+    except HFValidationError as error:
+        raise ModelError(unknown("model", name, known, more="Or give a local directory or a hub name.")) from error
+    if isinstance(cached, str) and has_weights(Path(cached).parent):
+        return Path(cached).parent
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
+        state = "Its files in the hub cache are incomplete" if isinstance(cached, str) else "It is not in the hub cache"
+        raise ModelError(unknown("model", name, known, more=f"{state}, and HF_HUB_OFFLINE is set. Or give a local directory."))
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+    _ask(name, endpoint, known)
+    return _download(name, endpoint)
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether a folder holds weights, with every part that an index of parts names."""
+    indices = [*folder.glob("*.safetensors.index.json"), *folder.glob("*.bin.index.json")]
+    if indices:
+        return any(all((folder / part).is_file() for part in json.loads(index.read_text())["weight_map"].values()) for index in indices)
+    return any(folder.glob("*.safetensors")) or any(folder.glob("*.bin"))
+
+
+def _ask(name: str, endpoint: str, known: list[str]) -> None:
+    """One HEAD request, no retry, so that a missing network is an error within seconds."""
+    from huggingface_hub import get_token
+
+    request = urllib.request.Request(f"{endpoint}/{name}/resolve/main/config.json", method="HEAD")
+    if token := get_token():
+        request.add_unredirected_header("Authorization", f"Bearer {token}")
+    try:
+        urllib.request.urlopen(request, timeout=HUB_TIMEOUT).close()
+    except urllib.error.HTTPError as error:
+        error.close()
+        why = {
+            401: "the hub has no such model, or it is private: set HF_TOKEN if you have access",
+            403: "access to it is restricted: set HF_TOKEN to a token that has access",
+            404: "the hub has no such model, or it has no config.json",
+        }.get(error.code, f"the hub at {endpoint} answered with HTTP {error.code}")
+        raise ModelError(unknown("model", name, known, more=f"It is not cached, and {why}. Or give a local directory.")) from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "reason", error)
+        raise ModelError(
+            unknown(
+                "model",
+                name,
+                known,
+                more=f"It is not cached, and {endpoint} did not answer within {HUB_TIMEOUT:g} s ({reason}). Or give a local directory.",
+            )
+        ) from error
+
+
+def _download(name: str, endpoint: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        for weights in ("*.safetensors", "*.bin"):
+            patterns = [*_SMALL_FILES, weights]
+            folder = Path(snapshot_download(name, endpoint=endpoint, allow_patterns=patterns, ignore_patterns=list(_NOT_NEEDED)))
+            if has_weights(folder):
+                return folder
+    except Exception as error:  # the client's errors share no base class
+        raise ModelError(
+            f"downloading {name} from {endpoint} failed: {str(error).strip() or type(error).__name__}. Try again, or give a local directory."
+        ) from error
+    raise ModelError(f"{name} has no weights that can be loaded (*.safetensors or *.bin) at {endpoint}; give another model or a local directory.")
