@@ -13,11 +13,11 @@ from patchlab.sites import POSITION_AXES, parse_site
 
 @runtime_checkable
 class PositionLabels(Protocol):
-    """What a score map takes from a task's position axis: ``names`` per cell (or None) and ``tokens`` per example and cell."""
+    """What a score map takes from a task's position axis: ``roles`` per cell and ``tokens`` per example and cell."""
 
     @property
-    def names(self) -> Any:
-        """Name of each cell, or None where positions are aligned by index."""
+    def roles(self) -> Any:
+        """Named position of each cell, "" where it has none; empty if there are no names at all."""
 
     @property
     def tokens(self) -> Any:
@@ -97,15 +97,15 @@ def position_coords(labels: PositionLabels | None, examples: np.ndarray, sizes: 
         if axis not in sizes:
             continue
         rows = [labels.tokens[e] for e in examples] if examples.max() < len(labels.tokens) else []
-        if not rows or {len(row) for row in rows} != {sizes[axis]} or len(labels.names or rows[0]) != sizes[axis]:
+        if not rows or {len(row) for row in rows} != {sizes[axis]} or len(labels.roles or rows[0]) != sizes[axis]:
             raise ScoreError(
                 f"the task's position axis has {len(labels.tokens)} examples of {len(labels.tokens[0])} positions; "
                 f"the scores have {sizes[axis]} along {axis} and examples up to {examples.max()}. Build both from one task."
             )
         # HDF5 text ends at the first NUL, which byte-level vocabularies do contain
         coords[label_of("token", axis)] = (("example", axis), np.array([[text.replace("\0", "\\0") for text in row] for row in rows], dtype=str))
-        if labels.names is not None:
-            coords[label_of("position", axis)] = (axis, np.array(labels.names, dtype=str))
+        if any(labels.roles):
+            coords[label_of("position", axis)] = (axis, np.array(labels.roles, dtype=str))
     return coords
 
 

@@ -17,7 +17,7 @@ TOKENS = ("<bos>", " the", " cat", " saw", " the", " dog")
 class Labels:
     """The part of a position axis that a score map reads."""
 
-    names: tuple[str, ...] | None
+    roles: tuple[str, ...]
     tokens: tuple[tuple[str, ...], ...]
 
 
@@ -66,8 +66,8 @@ def random_map(*sites: str, n: int = 8, seed: int = 0, n_layers: int = 3, n_pos:
             live[site] &= np.indices(shape)[axes.index("pos")] > 0
         scores[site] = ((rng.normal(size=shape) + 0.3 * rng.normal(size=(n, *shape))) * live[site]).astype(np.float32)
     tokens = tuple((*TOKENS[:n_pos][:-1], (" dog", " cow")[e % 2]) for e in range(n + 1))
-    names = tuple(f"P{i}" for i in range(n_pos)) if named else None
-    return make_map(scores, live=live, labels=Labels(names, tokens), **options)
+    roles = tuple(f"P{i}" for i in range(n_pos)) if named else ()
+    return make_map(scores, live=live, labels=Labels(roles, tokens), **options)
 
 
 def altered(scores: ScoreMap, change: Any, *, cost: Cost = COST, **changes: Any) -> ScoreMap:

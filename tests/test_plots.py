@@ -316,7 +316,7 @@ def test_ticks_and_rows_keep_to_the_room_there_is():
     assert sparse_ticks(12, 16) == list(range(12))
     assert sparse_ticks(100, 16) == list(range(0, 100, 10))
     assert flow([40, 40, 40, 200], 100) == [[0, 1], [2], [3]]
-    wide = make_map({"resid_pre": np.ones((1, 2, 40))}, labels=Labels(None, (tuple("abcd" * 10),)))
+    wide = make_map({"resid_pre": np.ones((1, 2, 40))}, labels=Labels((), (tuple("abcd" * 10),)))
     assert plots.heatmaps(wide).layout.width > 40 * 13
 
 

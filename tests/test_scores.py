@@ -44,7 +44,7 @@ def test_named_positions_are_a_coordinate():
 
 def test_rows_are_put_in_the_order_of_the_examples():
     values = np.array([[[3.0]], [[1.0]], [[2.0]]])
-    labels = Labels(None, tuple((f"t{e}",) for e in range(9)))
+    labels = Labels((), tuple((f"t{e}",) for e in range(9)))
     args = {"labels": labels, "clean": np.array([3.0, 1.0, 2.0]), "corrupted": np.zeros(3)}
     scores = make_map({"resid_pre": values}, examples=[8, 0, 4], **args)
     assert scores.data["example"].to_numpy().tolist() == [0, 4, 8]
@@ -210,7 +210,7 @@ def test_cost_with_bytes_and_scores_that_are_nan_survive(tmp_path):
 
 def test_tokens_that_text_formats_stumble_over_survive(tmp_path):
     tokens = ("", "\n", " ", "é", "<bos>", "\\n", "日本", "a\0b")
-    scores = make_map({"resid_pre": np.ones((2, 1, len(tokens)))}, labels=Labels(None, (tokens, tokens)))
+    scores = make_map({"resid_pre": np.ones((2, 1, len(tokens)))}, labels=Labels((), (tokens, tokens)))
     scores.save(tmp_path / "a.nc")
     again = ScoreMap.load(tmp_path / "a.nc").data["token"].to_numpy()[0].tolist()
     assert again == [*tokens[:-1], "a\\0b"]
@@ -334,9 +334,9 @@ def test_names_that_are_no_whole_sites_are_refused():
 
 def test_positions_of_another_task_are_refused():
     with pytest.raises(ScoreError, match="position axis has 1 examples of 6 positions; the scores have 6 along pos and examples up to 1"):
-        make_map({"resid_pre": np.ones((2, 1, 6))}, labels=Labels(None, (TOKENS,)))
+        make_map({"resid_pre": np.ones((2, 1, 6))}, labels=Labels((), (TOKENS,)))
     with pytest.raises(ScoreError, match="2 examples of 6 positions; the scores have 5 along pos"):
-        make_map({"resid_pre": np.ones((2, 1, 5))}, labels=Labels(None, (TOKENS, TOKENS)))
+        make_map({"resid_pre": np.ones((2, 1, 5))}, labels=Labels((), (TOKENS, TOKENS)))
 
 
 def test_provenance_must_be_json():

@@ -64,6 +64,12 @@ def test_batches_group_lengths_and_keep_the_order():
         four.batches(0)
 
 
+def test_roles_label_an_axis_that_is_aligned_by_index():
+    axis = task(pair(5, 6, 7, positions={"S1": 1}), pair(8, 6, 9, positions={"S1": 1})).position_axis()
+    assert axis.names is None
+    assert axis.roles == ("", "S1", "END")
+
+
 def test_positions_line_up_by_index_only_when_everything_agrees():
     axis = task(pair(1, 2), pair(3, 2)).position_axis()
     assert axis.names is None
