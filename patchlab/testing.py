@@ -1,0 +1,343 @@
+"""Toy models with hand-computable answers, and the contract that every method must pass.
+
+For people who write a method of their own::
+
+    from patchlab.testing import check_method, linear_toy, toy_task
+
+    def test_my_method():
+        model = linear_toy()
+        check_method(MyMethod(), model, toy_task(model), ["resid_pre", "z"])
+"""
+
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from patchlab.errors import PatchlabError
+from patchlab.methods.base import DIRECTIONS, Method
+from patchlab.methods.liveness import cell_shape
+from patchlab.metrics import METRICS, Answers, Metric
+from patchlab.models import Model, wrap_bridge
+from patchlab.scores import ScoreMap
+from patchlab.sites import POSITION_AXES, Site, parse_sites
+from patchlab.tasks.base import Pair, Task
+
+
+def linear_toy(n_layers: int = 3, seed: int = 0) -> Model:
+    """A float64 model whose logits are an affine function of every site taken alone, so that AtP is exact.
+
+    Its attention pattern depends on positions only (q and k are their biases, turned by rotary embeddings), it has no norms, and
+    its ReLUs stay in their linear region.
+
+    Example:
+        >>> linear_toy().dtype
+        torch.float64
+    """
+    model = _native(
+        "linear-toy",
+        {"n_layers": n_layers, "d_model": 6, "n_heads": 2, "d_head": 4, "d_mlp": 5, "d_vocab": 11, "positional_embedding_type": "rotary", "rotary_dim": 4},
+    )
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.bridge.named_parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype) * 0.5)
+            if name.endswith("weight") and any(part in name for part in (".q.", ".k.")):
+                parameter.zero_()
+        for block in model.bridge.blocks:
+            block.mlp.original_component.fc_in.bias.fill_(1000.0)
+    return wrap_bridge(model.bridge, "linear-toy")
+
+
+def micro_model() -> Model:
+    """A float64 model of one layer, one head and one neuron that can be worked out on paper.
+
+    Token embeddings ``E[0] = (4, 0)``, ``E[1] = (0, 2)``, ``E[2] = (1, 1)``, ``E[3] = (0, 0)``; no positional embedding, no norm. The head looks
+    evenly at all positions so far and copies: ``attn_out[p] = mean(x[0..p])``. The neuron reads the first coordinate of the
+    residual stream, ``ReLU(r₀ − 2)``, and writes ``(2, 0)`` per unit. The logits of tokens 0 and 1 are the two coordinates
+    of the stream; those of tokens 2 and 3 are zero.
+    """
+    model = _native("micro-model", {"n_layers": 1, "d_model": 2, "n_heads": 1, "d_head": 2, "d_mlp": 1, "d_vocab": 4})
+    identity = torch.eye(2)
+    values = {
+        "embed": torch.tensor([[4.0, 0.0], [0.0, 2.0], [1.0, 1.0], [0.0, 0.0]]),
+        "v": identity,
+        "o": identity,
+        "fc_in": torch.tensor([[1.0, 0.0]]),
+        "fc_out": torch.tensor([[2.0], [0.0]]),
+        "unembed": torch.cat([identity, torch.zeros(2, 2)]),
+    }
+    bridge, block = model.bridge, model.bridge.blocks[0]
+    modules = {
+        "embed": bridge.embed.original_component,
+        "v": block.attn.v.original_component,
+        "o": block.attn.o.original_component,
+        "fc_in": block.mlp.original_component.fc_in,
+        "fc_out": block.mlp.original_component.fc_out,
+        "unembed": bridge.unembed.original_component,
+    }
+    with torch.no_grad():
+        for parameter in bridge.parameters():
+            parameter.zero_()
+        for name, module in modules.items():
+            module.weight.copy_(values[name])
+        block.mlp.original_component.fc_in.bias.fill_(-2.0)
+    return Model(bridge, "micro-model", test=False)  # zero weights pass no self-test
+
+
+def micro_task(metric: str | Metric = "logit_diff") -> Task:
+    """One pair for :func:`micro_model`: clean tokens (0, 2), corrupted (1, 2), logit of 0 minus logit of 1."""
+    return Task("micro", (Pair((0, 2), (1, 2), (0,), (1,)),), METRICS[metric] if isinstance(metric, str) else metric)
+
+
+def toy_task(model: Model, n: int = 3, length: int = 5, *, metric: str | Metric = "logit_diff", seed: int = 0) -> Task:
+    """Pairs of random tokens of one length; the second token and the one before the last differ."""
+    generator = torch.Generator().manual_seed(seed)
+    pairs = []
+    for _ in range(n):
+        tokens = torch.randint(0, model.vocab_size, (length,), generator=generator)
+        corrupted = tokens.clone()
+        corrupted[[1, length - 2]] = (corrupted[[1, length - 2]] + 1) % model.vocab_size
+        correct, incorrect = torch.randperm(model.vocab_size, generator=generator)[:2].tolist()
+        pairs.append(Pair(tuple(tokens.tolist()), tuple(corrupted.tolist()), (correct,), (incorrect,)))
+    return Task("toy", tuple(pairs), METRICS[metric] if isinstance(metric, str) else metric)
+
+
+def _native(name: str, config: dict[str, Any]) -> Model:
+    from transformer_lens.model_bridge.sources.native import boot
+
+    options = {"n_ctx": 16, "act_fn": "relu", "normalization_type": None, "seed": 0, **config}
+    return Model(boot(options, dtype=torch.float64), name, test=False)
+
+
+def check_method(
+    method: Method,
+    model: Model,
+    task: Task,
+    sites: str | Iterable[str | Site] = ("resid_pre", "z"),
+    *,
+    directions: Iterable[str] = DIRECTIONS,
+    rtol: float = 1e-4,
+    count: bool = True,
+) -> None:
+    """Check the contract that every method must pass.
+
+    Scores have the right axes, are finite (or NaN throughout with a reason), read-only and zero at structural zeros; they do
+    not depend on batch size or on the order of the examples; provenance, cost and the unpatched metrics are true; a saved
+    map loads as it was; the model comes out bit for bit as it went in, also after an exception in the metric.
+
+    Args:
+        method: the method.
+        model: a small model.
+        task: a small task, of several examples.
+        sites: the sites to score.
+        directions: those that the method supports.
+        rtol: tolerance, as a share of a site's largest score.
+        count: compare the cost with the passes through ``model.bridge``; for engines that run it in parts, False.
+
+    Raises:
+        AssertionError: naming the part of the contract that is broken.
+
+    Example:
+        >>> model = linear_toy(1)
+        >>> check_method(pl.AttributionPatching(), model, toy_task(model))  # doctest: +SKIP
+    """
+    parsed = parse_sites(sites if isinstance(sites, str) else list(sites))
+    names = [str(site) for site in parsed]
+    before = _State.of(model, task)
+    for direction in directions:
+        with _counting(model) as counter:
+            whole = method.run(model, task, names, direction=direction, progress=False)
+        before.check(model, task, f"{method.name}, {direction}")
+        _check_map(method, model, task, parsed, direction, whole)
+        passes = (counter.forwards, counter.backwards, counter.positions)
+        cost = (whole.cost.forwards, whole.cost.backwards, whole.cost.positions)
+        _require(not count or cost == passes, f"the cost says {cost} forwards, backwards and positions; counted were {passes}")
+        for size in (1, 2):
+            parts = method.run(model, task, names, direction=direction, batch_size=size, progress=False)
+            _same(whole, parts, list(range(len(task))), rtol, f"the scores change with batch_size={size}")
+        order = list(range(len(task)))[::-1]
+        turned = method.run(model, task.select(order), names, direction=direction, progress=False)
+        _same(whole, turned, order, rtol, "the scores change with the order of the examples")
+        _check_saved(whole)
+        _check_exceptions(method, model, task, names, direction, before)
+    for options in ({"direction": "sideways"}, {"batch_size": 0}):
+        try:
+            method.run(model, task, names, progress=False, **options)  # type: ignore[arg-type]
+        except PatchlabError:
+            continue
+        raise AssertionError(f"{method.name} accepts {options}")
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise AssertionError(message)
+
+
+@dataclass(frozen=True)
+class _State:
+    """Everything about a model, and about torch, that a method must leave alone."""
+
+    tensors: dict[str, Tensor]
+    hooks: dict[str, int]
+    facts: tuple[Any, ...]
+    random: Tensor
+    logits: tuple[Tensor, ...]
+
+    @staticmethod
+    def of(model: Model, task: Task) -> "_State":
+        bridge = model.bridge
+        tensors = {name: tensor.detach().clone() for name, tensor in (*bridge.named_parameters(), *bridge.named_buffers())}
+        hooks = {name: _hooks_on(module) for name, module in bridge.named_modules()}
+        gradients = tuple((parameter.requires_grad, parameter.grad is None) for parameter in bridge.parameters())
+        facts = (gradients, bridge.training, model.ambient, torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_num_threads())
+        logits = tuple(model.run(batch.clean).logits for batch in task.batches(device=model.device))
+        return _State(tensors, hooks, facts, torch.random.get_rng_state(), logits)
+
+    def check(self, model: Model, task: Task, where: str) -> None:
+        """Compare with the state now."""
+        now = _State.of(model, task)
+        changed = [name for name, tensor in self.tensors.items() if name not in now.tensors or not torch.equal(tensor, now.tensors[name])]
+        _require(not changed, f"{where}: the parameters or buffers {changed[:3]} changed")
+        left = [name for name, number in now.hooks.items() if number != self.hooks.get(name)]
+        _require(not left, f"{where}: hooks are left on {left[:3]}")
+        _require(now.facts == self.facts, f"{where}: gradients, modes, surrounding edits or torch settings changed: {self.facts} became {now.facts}")
+        _require(torch.equal(now.random, self.random), f"{where}: the global random state changed")
+        _require(all(map(torch.equal, now.logits, self.logits)), f"{where}: the logits of an unpatched run changed")
+
+
+def _hooks_on(module: Any) -> int:
+    torch_hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return sum(map(len, torch_hooks)) + len(getattr(module, "fwd_hooks", ())) + len(getattr(module, "bwd_hooks", ()))
+
+
+@dataclass
+class _Counter:
+    """Counts the passes through a bridge."""
+
+    forwards: int = 0
+    backwards: int = 0
+    positions: int = 0
+
+    def __call__(self, module: Any, inputs: Any, output: Tensor) -> None:
+        self.forwards += 1
+        self.positions += inputs[0].numel()
+        if output.requires_grad:
+            output.register_hook(self._backward)
+
+    def _backward(self, gradient: Tensor) -> None:
+        self.backwards += 1
+
+
+@contextmanager
+def _counting(model: Model) -> Iterator[_Counter]:
+    counter = _Counter()
+    handle = model.bridge.register_forward_hook(counter)
+    try:
+        yield counter
+    finally:
+        handle.remove()
+
+
+def _check_map(method: Method, model: Model, task: Task, sites: tuple[Site, ...], direction: str, scores: ScoreMap) -> None:
+    needs_axis = any(set(site.axes) & set(POSITION_AXES) for site in sites)
+    axis = task.position_axis() if needs_axis else None
+    for site in sites:
+        name = str(site)
+        array, live = scores.data[name], scores.live[name].to_numpy()
+        _require(array.dims == ("example", *site.axes), f"{name} has the dims {array.dims}")
+        values = array.to_numpy()
+        _require(values.shape == (len(task), *cell_shape(model.arch, site, axis)), f"{name} has the shape {values.shape}")
+        _require(not values.flags.writeable, f"the scores of {name} can be written to")
+        if name in scores.provenance["not_scored"]:
+            _require(bool(np.isnan(values).all()), f"{name} is not scored but has values")
+            _require(len(scores.provenance["not_scored"][name]) > 10, f"{name} is not scored and nothing says why")
+            continue
+        _require(bool(np.isfinite(values).all()), f"{name} has scores that are not finite")
+        largest = float(np.abs(values).max(initial=0.0))
+        _require(float(np.abs(values[:, ~live]).max(initial=0.0)) <= 1e-6 * largest, f"structural zeros of {name} are not zero")
+    record = scores.provenance
+    expected = {
+        "method": method.name,
+        "direction": direction,
+        "metric": task.metric.name,
+        "metric_unit": task.metric.unit,
+        "task_fingerprint": task.fingerprint,
+        "model": model.name,
+        "model_fingerprint": model.fingerprint,
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
+    wrong = {key: record.get(key) for key, value in expected.items() if record.get(key) != value}
+    _require(not wrong, f"the provenance says {wrong}; expected {expected}")
+    for side in ("clean", "corrupted"):
+        got = scores.data[f"metric_{side}"].to_numpy()
+        true = _unpatched(model, task, side)
+        _require(bool(np.allclose(got, true, rtol=1e-4, atol=1e-4)), f"metric_{side} is {got}; run by run it is {true}")
+
+
+def _unpatched(model: Model, task: Task, side: str) -> Float[np.ndarray, " example"]:
+    """The metric of each prompt, one by one."""
+    values = []
+    for pair in task.pairs:
+        ids = {"clean": pair.clean_ids, "corrupted": pair.corrupted_ids}
+        logits = {name: model.run([list(tokens)]).logits for name, tokens in ids.items()}
+        if task.metric.reads == "answer":
+            logits = {name: value[:, -1] for name, value in logits.items()}
+        answers = Answers.of([list(pair.correct)], [list(pair.incorrect)], model.device)
+        values.append(float(task.metric(logits[side], replace(answers, clean_logits=logits["clean"]))))
+    return np.array(values)
+
+
+def _same(first: ScoreMap, second: ScoreMap, order: list[int], rtol: float, message: str) -> None:
+    for site in first.sites:
+        one, other = first.data[site].to_numpy()[order], second.data[site].to_numpy()
+        largest = float(np.nanmax(np.abs(one), initial=0.0))
+        apart = float(np.nanmax(np.abs(one - other), initial=0.0))
+        _require(np.array_equal(np.isnan(one), np.isnan(other)) and apart <= rtol * largest, f"{message}: {site} by {apart:.3g} of {largest:.3g}")
+
+
+def _check_saved(scores: ScoreMap) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "scores.nc"
+        scores.save(path)
+        loaded = ScoreMap.load(path)
+    same = loaded.data.identical(scores.data) and loaded.live.identical(scores.live)
+    _require(same and loaded.provenance == scores.provenance and loaded.cost == scores.cost, "a saved map does not load as it was")
+
+
+class _DeliberateError(Exception):
+    """Raised by the failing metric."""
+
+
+class _Failing:
+    """A metric function that raises at a given call."""
+
+    def __init__(self, metric: Metric, at: int | None) -> None:
+        self.metric, self.at, self.calls = metric, at, 0
+
+    def __call__(self, logits: Tensor, answers: Answers) -> Tensor:
+        self.calls += 1
+        if self.calls == self.at:
+            raise _DeliberateError
+        return self.metric.function(logits, answers)
+
+
+def _check_exceptions(method: Method, model: Model, task: Task, names: list[str], direction: str, before: _State) -> None:
+    """Let the metric fail at its first, second and last evaluation."""
+    counter = _Failing(task.metric, None)
+    method.run(model, task.with_metric(replace(task.metric, function=counter)), names, direction=direction, progress=False)
+    for at in sorted({1, 2, counter.calls}):
+        failing = replace(task.metric, function=_Failing(task.metric, at))
+        try:
+            method.run(model, task.with_metric(failing), names, direction=direction, progress=False)
+        except _DeliberateError:
+            before.check(model, task, f"{method.name}, {direction}, after an exception in evaluation {at} of the metric")
+            continue
+        raise AssertionError(f"{method.name} swallows an exception in evaluation {at} of the metric")

@@ -1,0 +1,110 @@
+"""Small models with random weights, one of each architecture, and small tasks of random tokens for them."""
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch
+
+from patchlab.methods.base import Method
+from patchlab.metrics import METRICS, Metric
+from patchlab.models import Model, wrap_bridge
+from patchlab.scores import ScoreMap
+from patchlab.tasks.base import Pair, Task
+
+FAMILIES = ("gpt2", "neox", "neox-sequential", "llama", "qwen2", "qwen3", "gemma2", "native")
+GATED = ("llama", "qwen2", "qwen3", "gemma2")
+GROUPED = GATED
+VOCAB, LAYERS, HEADS, WIDTH, D_MLP = 37, 3, 4, 16, 12
+
+
+def hf_module(family: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
+    """A Hugging Face model whose weights leave no non-linearity idle."""
+    from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, GPTNeoXConfig, LlamaConfig, Qwen2Config, Qwen3Config
+
+    common: dict[str, Any] = {
+        "vocab_size": VOCAB,
+        "hidden_size": WIDTH,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "intermediate_size": D_MLP,
+        "max_position_embeddings": 24,
+    }
+    grouped = {**common, "num_key_value_heads": 2}
+    configs = {
+        "gpt2": lambda: GPT2Config(vocab_size=VOCAB, n_embd=WIDTH, n_layer=LAYERS, n_head=HEADS, n_inner=D_MLP, n_positions=24),
+        "neox": lambda: GPTNeoXConfig(**common, use_parallel_residual=True),
+        "neox-sequential": lambda: GPTNeoXConfig(**common, use_parallel_residual=False),
+        "llama": lambda: LlamaConfig(**grouped),
+        "qwen2": lambda: Qwen2Config(**grouped),
+        "qwen3": lambda: Qwen3Config(**grouped, head_dim=4),
+        "gemma2": lambda: Gemma2Config(**grouped, head_dim=4, query_pre_attn_scalar=4, sliding_window=3),
+    }
+    module = AutoModelForCausalLM.from_config(configs[family](), attn_implementation="eager", dtype=dtype)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            is_scale = ("norm" in name or "ln_" in name) and name.endswith("weight") and family != "gemma2"
+            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.3 + float(is_scale))
+    return module.eval()
+
+
+def bridged(module: Any, name: str) -> Model:
+    """A Hugging Face module as a model."""
+    from transformer_lens.model_bridge.sources import build_bridge_from_module
+
+    return wrap_bridge(build_bridge_from_module(module, type(module).__name__, hf_config=module.config, tokenizer=None), name)
+
+
+def native_model(name: str = "native", *, dtype: torch.dtype = torch.float32, seed: int = 0, **options: Any) -> Model:
+    """A TransformerLens-native model with random weights."""
+    from transformer_lens.model_bridge.sources.native import boot
+
+    config = {"n_layers": LAYERS, "d_model": WIDTH, "n_ctx": 24, "d_head": 4, "n_heads": HEADS, "d_mlp": D_MLP, "d_vocab": VOCAB}
+    bridge = boot({**config, "act_fn": "gelu", "normalization_type": "LN", "seed": 0, **options}, dtype=dtype)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter_name, parameter in bridge.named_parameters():
+            is_scale = "ln" in parameter_name and parameter_name.endswith("weight")
+            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.3 + float(is_scale))
+    return wrap_bridge(bridge, name)
+
+
+@cache
+def model_of(family: str, dtype: torch.dtype = torch.float32) -> Model:
+    """The model of a family, built once; nothing that runs may change it."""
+    if family == "native":
+        return native_model(dtype=dtype)
+    return bridged(hf_module(family, dtype=dtype), family)
+
+
+def pair(length: int, changed: Sequence[int], seed: int, *, template: str = "", **positions: int) -> Pair:
+    """A pair of random tokens that differ at the given positions."""
+    generator = torch.Generator().manual_seed(seed)
+    draw = torch.randperm(VOCAB, generator=generator).tolist()
+    clean = draw[:length]
+    corrupted = [draw[length + 3 + i] if i in changed else token for i, token in enumerate(clean)]
+    return Pair(tuple(clean), tuple(corrupted), (draw[-1],), (draw[-2],), positions, template)
+
+
+def swap_task(n: int = 3, length: int = 5, changed: Sequence[int] = (1, 3), metric: str | Metric = "logit_diff", seed: int = 0) -> Task:
+    """Pairs of one length that differ at the same positions."""
+    chosen = METRICS[metric] if isinstance(metric, str) else metric
+    return Task("swap", tuple(pair(length, changed, seed + i) for i in range(n)), chosen)
+
+
+def mixed_task(metric: str | Metric = "logit_diff") -> Task:
+    """Pairs of two lengths, interleaved, with a named position that moves."""
+    chosen = METRICS[metric] if isinstance(metric, str) else metric
+    pairs = (
+        pair(5, (1,), 11, template="short", A=1, B=2),
+        pair(6, (2,), 12, template="long", A=2, B=4),
+        pair(5, (2, 3), 13, template="other", A=3, B=2),
+        pair(6, (4,), 14, template="long", A=1, B=4),
+    )
+    return Task("mixed", pairs, chosen)
+
+
+def scores_of(method: Method, model: Model, task: Task, sites: Any, direction: str = "denoising", **options: Any) -> ScoreMap:
+    """Run a method without a progress bar."""
+    return method.run(model, task, sites, direction=direction, progress=False, **options)
