@@ -1,13 +1,14 @@
 # make demo    the demo: four patching methods on a packaged model, results in patchlab-demo/index.html
 # make test    the tests
 # make check   ruff, pyright and the tests
+# make notebook   execute notebooks/quickstart.py into the .ipynb (needs Chromium or Chrome for the pictures)
 # Another interpreter: make PYTHON=python3.12 test
 
 PYTHON ?= python3
 OUT ?= patchlab-demo
 BIN := .venv/bin
 
-.PHONY: demo test check lint clean
+.PHONY: demo test check lint notebook clean
 
 demo: .venv/.ok
 	$(BIN)/patchlab demo --force --out "$(OUT)"
@@ -21,6 +22,9 @@ lint: .venv/.ok
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+notebook: .venv/.ok
+	PLOTLY_RENDERER=plotly_mimetype+png $(BIN)/jupytext --to ipynb --execute notebooks/quickstart.py
 
 .venv/.ok: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "patchlab needs Python 3.11 or newer and $(PYTHON) is " + sys.version.split()[0] + ". Name another one: make PYTHON=python3.12")'

@@ -58,7 +58,7 @@ pl.plots.heatmaps(exact).show()
 
 # %%
 comparison = pl.compare(exact, {"AtP": atp, "RelP": relp})
-comparison.summary()
+comparison
 
 # %%
 pl.plots.agreement(exact, {"AtP": atp, "RelP": relp}).show()
@@ -68,23 +68,26 @@ pl.plots.comparison(comparison).show()
 
 # %% [markdown]
 # ## Intervene by hand
-# Methods run on the same interface that is open to you: edits at sites. Here the head with the largest exact effect is silenced on the clean prompts.
+# Methods use the same interface that is open to you: edits at sites, with values from a source. Patching the head with the largest exact effect by
+# hand gives its score.
 
 # %%
 heads = exact.mean("z")
 layer, head = (int(i) for i in divmod(int(heads.to_numpy().argmax()), heads.sizes["head"]))
 site = f"L{layer}.H{head}.z"
-tokens = task.batches()[0].clean
-answer = first.correct[0]
 
-before = model.run(tokens).logits[0, -1].softmax(-1)[answer]
-after = model.run(tokens, edits=[pl.Edit(site, pl.zero())]).logits[0, -1].softmax(-1)[answer]
-print(f"{site}: effect {float(heads.max()):.2f} logits; probability of the answer {float(before):.3f}, without the head {float(after):.3f}")
+batch = task.batches()[0]
+clean = model.run(batch.clean, keep=["z"])
+runs = (model.run(batch.corrupted), model.run(batch.corrupted, edits=[pl.Edit(site, clean)]))
+before, after = (task.metric(run.logits[:, -1], batch.answers).mean().item() for run in runs)
+print(f"{site}: {before:.3f} before, {after:.3f} after, effect {after - before:.3f}; exact score {float(heads.max()):.3f}")
 
 # %% [markdown]
-# Inside `with pl.intervene(...)` the same edit surrounds everything, methods included.
+# Inside `with pl.intervene(...)` edits surround everything, methods included: a silenced head has no score, and the others change.
 
 # %%
 with pl.intervene(model, pl.Edit(site, pl.zero())):
-    print(task.accuracy(model))
-print(task.accuracy(model))
+    silenced = pl.RelevancePatching().run(model, task, ["z"], progress=False)
+for name, scores in {"as it is": relp, f"{site} silenced": silenced}.items():
+    layers = scores.mean("z").sum("head").to_numpy()
+    print(f"{name}: score of the head {float(scores.mean('z')[layer, head]):.2f}; sum over heads, by layer:", " ".join(f"{x:.1f}" for x in layers))

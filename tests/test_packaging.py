@@ -11,6 +11,7 @@ from importlib import metadata
 from importlib.resources import files
 from pathlib import Path
 
+import jupytext
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -20,14 +21,14 @@ HEAVY = ("torch", "pandas", "plotly", "transformers", "transformer_lens", "xarra
 # Imports point from right to left: a module may import those of its own rank and of the ranks before it.
 RANKS = (
     {"errors"},
-    {"sites", "metrics", "scores"},
+    {"sites", "metrics", "scores", "score_arrays"},
     {"adapters"},
     {"interventions", "rules"},
     {"engine"},
-    {"tasks", "models"},
+    {"tasks", "models", "hub"},
     {"features"},
     {"methods"},
-    {"compare", "circuits"},
+    {"compare", "agreement", "alignment", "circuits"},
     {"plots", "sweeps"},
     {"report"},
     {"cli"},
@@ -220,3 +221,13 @@ def test_links_of_the_readme_lead_somewhere():
     assert len(links) > 10
     missing = [link for link in links if not (ROOT / link).exists()]
     assert not missing
+
+
+def test_notebook_is_executed_and_in_step_with_its_source():
+    source = jupytext.read(ROOT / "notebooks" / "quickstart.py")
+    notebook = jupytext.read(ROOT / "notebooks" / "quickstart.ipynb")
+    assert [(cell.cell_type, cell.source) for cell in notebook.cells] == [(cell.cell_type, cell.source) for cell in source.cells]
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    assert sum("image/png" in output.get("data", {}) for cell in cells for output in cell.outputs) == 3, "figures show without running it"
+    assert (ROOT / "notebooks" / "quickstart.ipynb").stat().st_size < 2_000_000

@@ -1,7 +1,7 @@
 """A comparison from the names of its parts to a folder that shows it: run a :class:`Job`, write its :class:`Results`."""
 
+from patchlab.report.files import write
 from patchlab.report.folder import result_folder
 from patchlab.report.job import Job, Results, run
-from patchlab.report.files import write
 
 __all__ = ["Job", "Results", "result_folder", "run", "write"]
