@@ -73,7 +73,7 @@ def _introduction(results: Results) -> str:
         f"{results.accuracy['clean']:.0%} of the clean and {results.accuracy['corrupted']:.0%} of the corrupted prompts. "
         f"Direction {job.direction}: {DIRECTIONS.get(job.direction, '')}, one cell at a time, and a score is the effect of that on "
         f"{about['metric']}, whose mean is {clean:.2f}{unit} on clean and {corrupted:.2f}{unit} on corrupted prompts. "
-        f"Exact patching is the reference; approximated by {', '.join(others)}."
+        f"Exact patching is the reference; the approximations are {', '.join(others)}."
     )
 
 
