@@ -18,21 +18,21 @@ GROUPED = GATED
 VOCAB, LAYERS, HEADS, WIDTH, D_MLP = 37, 3, 4, 16, 12
 
 
-def hf_module(family: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
+def hf_module(family: str, dtype: torch.dtype = torch.float32, layers: int = LAYERS, seed: int = 0) -> Any:
     """A Hugging Face model whose weights leave no non-linearity idle."""
     from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, GPTNeoXConfig, LlamaConfig, Qwen2Config, Qwen3Config
 
     common: dict[str, Any] = {
         "vocab_size": VOCAB,
         "hidden_size": WIDTH,
-        "num_hidden_layers": LAYERS,
+        "num_hidden_layers": layers,
         "num_attention_heads": HEADS,
         "intermediate_size": D_MLP,
         "max_position_embeddings": 24,
     }
     grouped = {**common, "num_key_value_heads": 2}
     configs = {
-        "gpt2": lambda: GPT2Config(vocab_size=VOCAB, n_embd=WIDTH, n_layer=LAYERS, n_head=HEADS, n_inner=D_MLP, n_positions=24),
+        "gpt2": lambda: GPT2Config(vocab_size=VOCAB, n_embd=WIDTH, n_layer=layers, n_head=HEADS, n_inner=D_MLP, n_positions=24),
         "neox": lambda: GPTNeoXConfig(**common, use_parallel_residual=True),
         "neox-sequential": lambda: GPTNeoXConfig(**common, use_parallel_residual=False),
         "llama": lambda: LlamaConfig(**grouped),
@@ -71,11 +71,11 @@ def native_model(name: str = "native", *, dtype: torch.dtype = torch.float32, se
 
 
 @cache
-def model_of(family: str, dtype: torch.dtype = torch.float32) -> Model:
+def model_of(family: str, dtype: torch.dtype = torch.float32, layers: int = LAYERS) -> Model:
     """The model of a family, built once; nothing that runs may change it."""
     if family == "native":
-        return native_model(dtype=dtype)
-    return bridged(hf_module(family, dtype=dtype), family)
+        return native_model(dtype=dtype, n_layers=layers)
+    return bridged(hf_module(family, dtype, layers), family)
 
 
 def pair(length: int, changed: Sequence[int], seed: int, *, template: str = "", **positions: int) -> Pair:

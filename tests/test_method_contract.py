@@ -10,17 +10,22 @@ from families import mixed_task, model_of, swap_task
 
 import patchlab as pl
 from patchlab.methods import LinearizedPatching, Method, get_method
+from patchlab.models import Model
 from patchlab.testing import check_method, linear_toy, toy_task
 
 ONE_POINT = ("atp", "relp", "relp-ah", "attnlrp", "cp-lrp", "gim")
 SITES = ("input", "resid_pre", "resid_post", "attn_out", "mlp_out", "z[layer,pos,head]", "z", "q", "k", "v[layer,pos,kv_head]", "pattern", "mlp_post")
-FEW = ("attn_out", "z", "k")
+FEW = ("attn_out", "k")
 
 
-@pytest.mark.parametrize("family", ["gpt2", "neox", "llama", "gemma2"])
+def _small(family: str) -> Model:
+    return model_of(family, layers=2)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "neox", "llama"])
 @pytest.mark.parametrize("name", ONE_POINT)
 def test_one_point_methods(name: str, family: str) -> None:
-    check_method(get_method(name), model_of(family), swap_task(), SITES)
+    check_method(get_method(name), _small(family), swap_task(), SITES)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "neox", "llama"])
@@ -36,7 +41,7 @@ def test_one_point_methods(name: str, family: str) -> None:
     ids=lambda method: method.name,
 )
 def test_other_methods(method: Method, family: str) -> None:
-    check_method(method, model_of(family), swap_task(), FEW)
+    check_method(method, _small(family), swap_task(), FEW)
 
 
 @pytest.mark.parametrize("source", ["zero", "mean", "mean_positional"])
@@ -46,19 +51,19 @@ def test_other_methods(method: Method, family: str) -> None:
     ids=["exact", "atp", "relp", "ig"],
 )
 def test_sources(make: Any, source: str) -> None:
-    check_method(make(source=source), model_of("llama"), swap_task(), ("resid_pre", "v"))
+    check_method(make(source=source), _small("llama"), swap_task(), ("resid_pre", "v"))
 
 
 @pytest.mark.parametrize("name", ["exact", "atp", "ig:2"])
 def test_several_lengths_and_templates(name: str) -> None:
-    check_method(get_method(name), model_of("qwen3"), mixed_task(), ("resid_pre", "z"))
+    check_method(get_method(name), _small("qwen3"), mixed_task(), ("resid_pre", "z"))
 
 
 @pytest.mark.parametrize("metric", ["logprob_diff", "prob_diff", "neg_kl"])
 @pytest.mark.parametrize("name", ["exact", "atp", "ig:2"])
 def test_metrics(name: str, metric: str) -> None:
     directions = ["denoising"] if (name, metric) == ("atp", "neg_kl") else ["denoising", "noising"]
-    check_method(get_method(name), model_of("native"), swap_task(metric=metric), "resid_pre", directions=directions)
+    check_method(get_method(name), _small("native"), swap_task(metric=metric), "resid_pre", directions=directions)
 
 
 @pytest.mark.parametrize("name", ONE_POINT)
@@ -139,8 +144,8 @@ def _nothing(module: Any, inputs: Any, output: Any) -> None:
 @pytest.mark.parametrize(
     ("what", "message"),
     [
-        ("batch", "batch_size=1"),
-        ("order", "batch_size=1"),
+        ("batch", "batch_size=2"),
+        ("order", "batch_size=2"),
         ("zeros", "structural zeros of resid_pre are not zero"),
         ("parameters", "parameters or buffers .* changed"),
         ("hooks", "hooks are left on"),
