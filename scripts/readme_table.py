@@ -1,6 +1,6 @@
 """Make the table of the README: how well each approximation agrees with exact patching on the packaged models.
 
-Run it in the repository: ``python scripts/readme_table.py`` (about an hour on two cores; ``--models`` and ``--tasks`` do a part,
+Run it in the repository: ``python scripts/readme_table.py`` (about a minute on two cores; ``--models`` and ``--tasks`` do a part,
 which is kept in ``--out`` and joined with the parts done before). Exact denoising maps, 32 pairs that the model solves, seed 0.
 """
 
