@@ -1,6 +1,6 @@
 """Train the packaged demo models on text that contains every task, and write them with a measured model card.
 
-    python scripts/train_demo_models.py                 # all three, about 12 minutes on 2 cores
+    python scripts/train_demo_models.py                 # all three, under 15 minutes on 2 idle cores
     python scripts/train_demo_models.py demo-gpt2-4l    # one of them
 
 Exits with 1 if a model misses a requirement after the cast to float16; nothing is left in place of the old model then.
