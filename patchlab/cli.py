@@ -160,12 +160,12 @@ def _described(folder: Path) -> str:
 
 
 def _listing(rows: Iterable[tuple[str, str]], as_json: bool) -> None:
-    rows = dict(rows)
+    described = dict(rows)
     if as_json:
-        typer.echo(json.dumps(rows))
+        typer.echo(json.dumps(described))
         return
-    width = max(map(len, rows), default=0)
-    for name, what in rows.items():
+    width = max(map(len, described), default=0)
+    for name, what in described.items():
         typer.echo(f"{name:<{width}}  {what}")
 
 
