@@ -48,11 +48,14 @@ def linear_toy(n_layers: int = 3, seed: int = 0) -> Model:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.bridge.named_parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype) * 0.5)
+            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype) * 0.4)
             if name.endswith("weight") and any(part in name for part in (".q.", ".k.")):
                 parameter.zero_()
         for block in model.bridge.blocks:
-            block.mlp.original_component.fc_in.bias.fill_(1000.0)
+            mlp = block.mlp.original_component
+            mlp.fc_in.weight.mul_(0.2)
+            mlp.fc_in.bias.fill_(20.0)  # far from the kink, also with a neuron upstream at zero; the output's bias takes the constant out again
+            mlp.fc_out.bias.copy_(-mlp.fc_out.weight @ mlp.fc_in.bias)
     return wrap_bridge(model.bridge, "linear-toy")
 
 
