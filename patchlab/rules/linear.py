@@ -11,7 +11,7 @@ from patchlab.rules.rule import LinearRule
 
 
 def _away_from_zero(y: Tensor, epsilon: float) -> Tensor:
-    return y + epsilon * torch.where(y >= 0, 1.0, -1.0)
+    return y + torch.where(y >= 0, 1.0, -1.0).to(y.dtype) * epsilon
 
 
 @dataclass(frozen=True)

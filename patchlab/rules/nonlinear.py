@@ -92,7 +92,8 @@ class TemperatureRule(PatternRule):
     def surrogate(self, pattern: Float[Tensor, "row head dest src"]) -> Float[Tensor, "row head dest src"]:
         if not bool(torch.all((pattern.detach().float().sum(-1) - 1).abs() < 1e-2)):
             raise RuleError("the temperature rule needs attention patterns whose rows sum to one; this model's do not (attention sinks?).")
-        scores = pattern.clamp_min(torch.finfo(pattern.dtype).tiny).log()
+        tiny = torch.finfo(pattern.dtype).tiny
+        scores = pattern.clamp_min(tiny).log().masked_fill(pattern < tiny, -torch.inf)
         return self.temperature * (scores / self.temperature).softmax(-1)
 
 
