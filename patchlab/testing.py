@@ -43,7 +43,16 @@ def linear_toy(n_layers: int = 3, seed: int = 0) -> Model:
     """
     model = _native(
         "linear-toy",
-        {"n_layers": n_layers, "d_model": 6, "n_heads": 2, "d_head": 4, "d_mlp": 5, "d_vocab": 11, "positional_embedding_type": "rotary", "rotary_dim": 4},
+        {
+            "n_layers": n_layers,
+            "d_model": 6,
+            "n_heads": 2,
+            "d_head": 4,
+            "d_mlp": 5,
+            "d_vocab": 11,
+            "positional_embedding_type": "rotary",
+            "rotary_dim": 4,
+        },
     )
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

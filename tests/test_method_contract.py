@@ -47,7 +47,12 @@ def test_other_methods(method: Method, family: str) -> None:
 @pytest.mark.parametrize("source", ["zero", "mean", "mean_positional"])
 @pytest.mark.parametrize(
     "make",
-    [pl.ActivationPatching, pl.AttributionPatching, lambda source: pl.RelevancePatching("relp", source=source), lambda source: pl.IntegratedGradients(2, source=source)],
+    [
+        pl.ActivationPatching,
+        pl.AttributionPatching,
+        lambda source: pl.RelevancePatching("relp", source=source),
+        lambda source: pl.IntegratedGradients(2, source=source),
+    ],
     ids=["exact", "atp", "relp", "ig"],
 )
 def test_sources(make: Any, source: str) -> None:
@@ -130,7 +135,11 @@ class Broken(LinearizedPatching):
                 model.bridge.blocks[0].hook_in.register_forward_hook(_nothing)
                 raise
         if self.what == "refuses nothing":
-            options = {**options, "direction": options.get("direction", "denoising").replace("sideways", "noising"), "batch_size": options.get("batch_size") or None}
+            options = {
+                **options,
+                "direction": options.get("direction", "denoising").replace("sideways", "noising"),
+                "batch_size": options.get("batch_size") or None,
+            }
         result = super().run(model, task, sites, **options)
         if self.what == "provenance":
             return replace(result, provenance={**result.provenance, "direction": "denoising"})

@@ -34,7 +34,12 @@ from patchlab.rules import (
     scale_gradient,
 )
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "silu": F.silu, "relu": F.relu}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+    "relu": F.relu,
+}
 
 
 def _random(*shape: int, seed: int = 0) -> Tensor:
@@ -257,7 +262,9 @@ def _gradients(model: Any, rules: str | Composite | None, where: tuple[tuple[str
     task = swap_task() if task is None else task
     (batch,) = task.batches()
     composite = None if rules is None else get_composite(rules)
-    return dict(run(model, Program(batch.corrupted, batch.examples, rules=composite, gradients=where, metric=task.metric, answers=batch.answers)).gradients)
+    return dict(
+        run(model, Program(batch.corrupted, batch.examples, rules=composite, gradients=where, metric=task.metric, answers=batch.answers)).gradients
+    )
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "native"])
@@ -285,14 +292,25 @@ def test_rules_leave_the_forward_pass_alone_bit_for_bit(family: str) -> None:
     model = model_of(family)
     tokens = swap_task().batches()[0].corrupted
     examples = torch.arange(len(tokens))
-    composites = [*PRESETS.values(), Composite("linear", linear=EpsilonRule()), Composite("all", linear=GammaRule(), norm=LNRule(), bilinear=UniformRule())]
+    composites = [
+        *PRESETS.values(),
+        Composite("linear", linear=EpsilonRule()),
+        Composite("all", linear=GammaRule(), norm=LNRule(), bilinear=UniformRule()),
+    ]
     plain = run(model, Program(tokens, examples, logits="all")).logits
     for composite in composites:
         # with and without a graph: the gradient's presence must not change a bit either
         task = swap_task()
         (batch,) = task.batches()
         with_graph = Program(
-            tokens, examples, rules=composite, logits="all", gradients=(("resid_pre", 0),), metric=task.metric, answers=batch.answers, keep=(("resid_post", 2),)
+            tokens,
+            examples,
+            rules=composite,
+            logits="all",
+            gradients=(("resid_pre", 0),),
+            metric=task.metric,
+            answers=batch.answers,
+            keep=(("resid_post", 2),),
         )
         assert torch.equal(run(model, with_graph).logits, plain), composite.name
         assert torch.equal(run(model, replace(with_graph, gradients=())).logits, plain), composite.name
@@ -345,11 +363,31 @@ def _with_places(model: Any, places: tuple[Any, ...]) -> Any:
 @pytest.mark.parametrize(
     ("place", "composite", "message"),
     [
-        (MLPPlace("blocks.1.mlp", "", problem="MoEBridge has no single activation (a router)"), "relp", r"'relp' cannot cover blocks\.1\.mlp: MoEBridge .*router"),
-        (MLPPlace("blocks.1.mlp", "", problem="the activation function was not found"), "gim", r"'gim' cannot cover blocks\.1\.mlp: the activation .* not found"),
-        (NormPlace("blocks.0.odd", "", problem="OddNorm is not a norm that the Bridge opens"), "relp-ah", r"'relp-ah' cannot cover blocks\.0\.odd: OddNorm .*without norm"),
-        (AttentionPlace("blocks.0.attn", "", problem="the hooks ['hook_pattern'] are missing"), "attnlrp", r"cannot cover blocks\.0\.attn.*without attention rules"),
-        (LinearPlace("blocks.0.attn.o", "", problem="Quantised is not a plain linear map"), "linear", r"cannot cover blocks\.0\.attn\.o.*without linear rules"),
+        (
+            MLPPlace("blocks.1.mlp", "", problem="MoEBridge has no single activation (a router)"),
+            "relp",
+            r"'relp' cannot cover blocks\.1\.mlp: MoEBridge .*router",
+        ),
+        (
+            MLPPlace("blocks.1.mlp", "", problem="the activation function was not found"),
+            "gim",
+            r"'gim' cannot cover blocks\.1\.mlp: the activation .* not found",
+        ),
+        (
+            NormPlace("blocks.0.odd", "", problem="OddNorm is not a norm that the Bridge opens"),
+            "relp-ah",
+            r"'relp-ah' cannot cover blocks\.0\.odd: OddNorm .*without norm",
+        ),
+        (
+            AttentionPlace("blocks.0.attn", "", problem="the hooks ['hook_pattern'] are missing"),
+            "attnlrp",
+            r"cannot cover blocks\.0\.attn.*without attention rules",
+        ),
+        (
+            LinearPlace("blocks.0.attn.o", "", problem="Quantised is not a plain linear map"),
+            "linear",
+            r"cannot cover blocks\.0\.attn\.o.*without linear rules",
+        ),
     ],
 )
 def test_composites_fail_closed(place: Any, composite: str, message: str) -> None:

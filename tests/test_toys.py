@@ -11,7 +11,12 @@ from patchlab.rules import PRESETS
 from patchlab.sites import KINDS
 from patchlab.testing import linear_toy, micro_model, micro_task, toy_task
 
-SITES = [kind for kind in KINDS if kind not in ("q", "k")] + ["z[layer,pos,head]", "v[layer,pos,kv_head]", "mlp_post[layer,pos,neuron]", "pattern[layer,head,dest,src]"]
+SITES = [kind for kind in KINDS if kind not in ("q", "k")] + [
+    "z[layer,pos,head]",
+    "v[layer,pos,kv_head]",
+    "mlp_post[layer,pos,neuron]",
+    "pattern[layer,head,dest,src]",
+]
 
 
 @pytest.fixture(scope="module")
@@ -113,8 +118,22 @@ def _at_the_end(scores, site: str) -> float:
 #   mlp_out   (3, 0)·(1, −1) = 3, also exactly: 1.5 + 3 − 2.5 = 2 = −1 + 3. The neuron: 1.5 · 2 = 3.
 #   resid_post (5, −1)·(1, −1) = 6 = exact.
 # noising: exact −6; AtP on the clean run: (3, −1)·(−2, 1) = −7; neuron −1.5 · 2 = −3.
-DENOISING = {"attn_out": (6, 3, 7, 6), "z": (6, 3, 7, 6), "v": (6, 3, 7, 6), "resid_mid": (6, 3, 7, 6), "mlp_out": (3, 3, 3, 3), "mlp_post": (3, 3, 3, 3), "resid_post": (6, 6, 6, 6)}
-NOISING = {"attn_out": (-6, -7, -7, -6), "z": (-6, -7, -7, -6), "mlp_out": (-3, -3, -3, -3), "mlp_post": (-3, -3, -3, -3), "resid_post": (-6, -6, -6, -6)}
+DENOISING = {
+    "attn_out": (6, 3, 7, 6),
+    "z": (6, 3, 7, 6),
+    "v": (6, 3, 7, 6),
+    "resid_mid": (6, 3, 7, 6),
+    "mlp_out": (3, 3, 3, 3),
+    "mlp_post": (3, 3, 3, 3),
+    "resid_post": (6, 6, 6, 6),
+}
+NOISING = {
+    "attn_out": (-6, -7, -7, -6),
+    "z": (-6, -7, -7, -6),
+    "mlp_out": (-3, -3, -3, -3),
+    "mlp_post": (-3, -3, -3, -3),
+    "resid_post": (-6, -6, -6, -6),
+}
 
 
 @pytest.mark.parametrize(("direction", "effects"), [("denoising", DENOISING), ("noising", NOISING)])

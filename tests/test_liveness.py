@@ -1,0 +1,236 @@
+"""Structural zeros: cells declared dead are patched for real and do nothing; hand-written masks say which cells are alive."""
+
+import numpy as np
+import pytest
+import torch
+from families import FAMILIES, LAYERS, mixed_task, model_of, native_model, pair, scores_of, swap_task
+
+import patchlab as pl
+from patchlab.engine import Program, run
+from patchlab.interventions import Average, Edit, Kept
+from patchlab.methods.exact import _cells
+from patchlab.methods.liveness import cell_shape, live_cells
+from patchlab.methods.runs import Setting, named_positions
+from patchlab.metrics import Metric
+from patchlab.models import Model
+from patchlab.sites import POSITION_AXES, parse_site
+from patchlab.tasks.base import Pair, Task
+
+SITES = (
+    "input",
+    "resid_pre",
+    "resid_mid",
+    "resid_post",
+    "attn_out",
+    "mlp_out",
+    "z",
+    "z[layer,pos]",
+    "z[layer,pos,head]",
+    "q[layer,pos]",
+    "k[layer,pos,kv_head]",
+    "v[layer,pos]",
+    "pattern[layer,dest]",
+    "pattern[layer,dest,src]",
+    "pattern[layer,head,src]",
+    "mlp_post[layer,pos]",
+)
+
+
+def _dead_effects(model: Model, task: Task, direction: str, source: str = "paired") -> tuple[dict[str, float], dict[str, int]]:
+    """Largest |effect| of the cells declared dead, each patched with one forward pass, and how many there were."""
+    everything = tuple((kind, layer) for kind in model.arch.sites for layer in ([None] if kind == "input" else range(model.arch.n_layers)))
+    worst, number = {}, {}
+    for name in SITES:
+        site = parse_site(name)
+        if site.kind in model.arch.absent:
+            continue
+        axis = task.position_axis() if set(site.axes) & set(POSITION_AXES) else None
+        live = live_cells(model.arch, site, task, axis, paired=source == "paired")
+        dead = [where for _, where in _cells(Setting(model, task, (site,), "denoising", axis, {}), site, ~live)]
+        worst[name], number[name] = 0.0, len(dead)
+        for batch in task.batches():
+            tokens, others = (batch.corrupted, batch.clean) if direction == "denoising" else (batch.clean, batch.corrupted)
+            named = named_positions(Setting(model, task, (site,), "denoising", axis, {}), batch)
+            shared = {"positions": named, "metric": task.metric}
+            own = run(model, Program(tokens, batch.examples, answers=batch.answers, **shared)).values
+            activations = run(model, Program(others, batch.examples, keep=everything)).activations
+            what = Kept(activations, batch.examples)
+            if source == "mean":
+                what = Average({key: value.mean((0, 1))[None] for key, value in activations.items() if key[0] != "pattern"})
+            if site.kind == "pattern" and source == "mean":
+                continue
+            # all dead cells as rows of one batch: each row is one example with one cell patched
+            for start in range(0, len(dead), 64):
+                chunk = dead[start : start + 64]
+                rows = len(chunk) * len(batch)
+                which = torch.arange(rows) // len(batch)
+                edits = tuple(Edit(where, what, rows=which == i) for i, where in enumerate(chunk))
+                repeated = torch.arange(len(batch)).repeat(len(chunk))
+                positions = {key: value[repeated] for key, value in named.items()}
+                program = Program(
+                    tokens[repeated], batch.examples[repeated], positions, edits, metric=task.metric, answers=batch.answers.rows(repeated)
+                )
+                effect = run(model, program).values - own[repeated]
+                worst[name] = max(worst[name], float(effect.abs().max()))
+    return worst, number
+
+
+@pytest.mark.parametrize("direction", ["denoising", "noising"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_dead_cells_have_no_effect_when_patched_for_real(family: str, direction: str) -> None:
+    model, task = model_of(family), swap_task(n=2, length=5, changed=(1, 3))
+    worst, number = _dead_effects(model, task, direction)
+    assert max(worst.values()) < 1e-5, worst
+    assert all(number[name] > 0 for name in number if name not in ("z", "pattern[layer,head,src]")), number
+
+
+def test_dead_cells_have_no_effect_with_changes_that_differ_between_examples() -> None:
+    pairs = (pair(5, (2,), 1), pair(5, (1,), 2), pair(5, (1, 4), 3))
+    for family in ("gpt2", "neox"):
+        worst, number = _dead_effects(model_of(family), Task("several", pairs, pl.methods.base.METRICS["logit_diff"]), "denoising")
+        assert max(worst.values()) < 1e-5
+        assert sum(number.values()) > 0
+
+
+def test_dead_cells_have_no_effect_at_named_positions() -> None:
+    worst, number = _dead_effects(model_of("llama"), mixed_task(), "noising")
+    assert max(worst.values()) < 1e-5
+    assert sum(number.values()) > 0
+
+
+def test_dead_cells_have_no_effect_with_a_mean() -> None:
+    """With a source that is not paired only the graph decides: nothing but the answer's position after the last attention."""
+    worst, number = _dead_effects(model_of("gpt2"), swap_task(n=2), "denoising", source="mean")
+    assert max(worst.values()) < 1e-5
+    assert number["resid_post"] == 4
+    assert number["resid_pre"] == 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Masks by hand: 3 layers, prompts of 5 tokens that differ at positions 1 and 3, the metric reads position 4.
+
+N, Y = False, True
+EVERYWHERE_AFTER = [N, Y, Y, Y, Y]
+CHANGED = [N, Y, N, Y, N]
+LAST = [N, N, N, N, Y]
+NOWHERE = [N, N, N, N, N]
+BY_POSITION = {
+    "resid_pre": [CHANGED, EVERYWHERE_AFTER, EVERYWHERE_AFTER],
+    "resid_mid": [EVERYWHERE_AFTER, EVERYWHERE_AFTER, LAST],
+    "resid_post": [EVERYWHERE_AFTER, EVERYWHERE_AFTER, LAST],
+    "attn_out": [EVERYWHERE_AFTER, EVERYWHERE_AFTER, LAST],
+    "mlp_out": [EVERYWHERE_AFTER, EVERYWHERE_AFTER, LAST],
+    "z[layer,pos]": [EVERYWHERE_AFTER, EVERYWHERE_AFTER, LAST],
+    "q[layer,pos]": [CHANGED, EVERYWHERE_AFTER, LAST],
+    "k[layer,pos]": [CHANGED, EVERYWHERE_AFTER, EVERYWHERE_AFTER],
+    "v[layer,pos]": [CHANGED, EVERYWHERE_AFTER, EVERYWHERE_AFTER],
+    "mlp_post[layer,pos]": [EVERYWHERE_AFTER, EVERYWHERE_AFTER, LAST],
+    "pattern[layer,dest]": [EVERYWHERE_AFTER, EVERYWHERE_AFTER, LAST],
+}
+
+
+def _mask(model: Model, name: str, task: Task, *, paired: bool = True) -> list:
+    site = parse_site(name)
+    axis = task.position_axis() if set(site.axes) & set(POSITION_AXES) else None
+    return live_cells(model.arch, site, task, axis, paired=paired).tolist()
+
+
+@pytest.mark.parametrize("name", BY_POSITION)
+def test_masks_by_hand(name: str) -> None:
+    assert _mask(model_of("gpt2"), name, swap_task()) == BY_POSITION[name]
+
+
+@pytest.mark.parametrize("name", [name for name in BY_POSITION if name != "resid_mid"])
+def test_masks_of_parallel_blocks(name: str) -> None:
+    """The MLP of a parallel block reads the same stream as its attention: position-local in layer 0."""
+    expected = {"mlp_out": [CHANGED, EVERYWHERE_AFTER, LAST], "mlp_post[layer,pos]": [CHANGED, EVERYWHERE_AFTER, LAST]}.get(name, BY_POSITION[name])
+    assert _mask(model_of("neox"), name, swap_task()) == expected
+    assert _mask(model_of("neox-sequential"), name, swap_task()) == BY_POSITION[name]
+
+
+def test_mask_of_the_input_and_of_attention_edges() -> None:
+    model, task = model_of("gpt2"), swap_task()
+    assert _mask(model, "input", task) == CHANGED
+    by_edge = np.array(_mask(model, "pattern[layer,dest,src]", task))
+    for dest in range(5):
+        expected = [src <= dest and dest >= 1 for src in range(5)]
+        assert by_edge[0, dest].tolist() == expected
+        assert by_edge[2, dest].tolist() == (expected if dest == 4 else NOWHERE)
+    # jointly over positions a head is alive as soon as one of its positions is
+    assert np.array(_mask(model, "z", task)).all()
+    assert cell_shape(model.arch, parse_site("k[layer,pos,kv_head]"), task.position_axis()) == (3, 5, 4)
+    assert cell_shape(model_of("llama").arch, parse_site("k"), None) == (3, 2)
+
+
+def test_prefix_counts_over_all_examples() -> None:
+    """A cell is dead only if it is dead for every example."""
+    task = Task("two", (pair(5, (3,), 1), pair(5, (2,), 2)), swap_task().metric)
+    model = model_of("gpt2")
+    assert _mask(model, "resid_pre", task) == [[N, N, Y, Y, N], [N, N, Y, Y, Y], [N, N, Y, Y, Y]]
+    assert _mask(model, "resid_pre", task.select([0])) == [[N, N, N, Y, N], [N, N, N, Y, Y], [N, N, N, Y, Y]]
+
+
+def test_heads_that_read_nothing_new_are_dead_jointly() -> None:
+    """Only the answer's token differs: in layer 0 everything happens at position 4, and queries of the last layer stay alive there."""
+    task = Task("end", (pair(5, (4,), 1),), swap_task().metric)
+    model = model_of("gpt2")
+    assert _mask(model, "attn_out", task) == [LAST, LAST, LAST]
+    assert _mask(model, "q", task) == [[Y] * 4] * 3
+    one = native_model("one layer", n_layers=1)
+    assert _mask(one, "q[layer,pos]", Task("start", (pair(5, (0,), 1),), swap_task().metric)) == [NOWHERE]
+    assert _mask(one, "q", Task("start", (pair(5, (0,), 1),), swap_task().metric)) == [[N] * 4]
+
+
+def test_without_pairs_only_the_graph_decides() -> None:
+    everywhere = [Y] * 5
+    for name, expected in {"resid_pre": [everywhere] * 3, "resid_post": [everywhere, everywhere, LAST], "input": everywhere}.items():
+        assert _mask(model_of("gpt2"), name, swap_task(), paired=False) == expected
+
+
+ALL_POSITIONS = Metric(
+    "all positions", lambda logits, answers: logits.gather(-1, answers.correct[:, None].expand(-1, logits.shape[1], -1)).sum((1, 2)), reads="all"
+)
+
+
+def test_a_metric_that_reads_all_positions_keeps_the_last_layer_alive() -> None:
+    model, task = model_of("gpt2"), swap_task(metric=ALL_POSITIONS)
+    for name, by_layer in BY_POSITION.items():
+        expected = [by_layer[0], by_layer[1], EVERYWHERE_AFTER]
+        assert _mask(model, name, task) == expected, name
+    exact = scores_of(pl.ActivationPatching(), model, task, ["resid_post", "attn_out"])
+    assert (np.abs(exact.data["resid_post"].isel(layer=2).to_numpy())[:, 1:] > 1e-4).all()
+    answer_only = scores_of(pl.ActivationPatching(), model, swap_task(), "resid_post")
+    assert not answer_only.data["resid_post"].isel(layer=2).to_numpy()[:, :4].any()
+
+
+def test_surrounding_edits_switch_structural_zeros_off() -> None:
+    """An edit of the unchanged prefix may make any cell matter: everything is run."""
+    model, task = model_of("gpt2"), swap_task(n=1)
+    with pl.intervene(model, pl.Edit("L0.attn_out", pl.noise(1.0), op="add")):
+        scores = scores_of(pl.ActivationPatching(), model, task, "resid_pre")
+    assert scores.live["resid_pre"].to_numpy().all()
+    assert scores.cost.forwards == 2 + LAYERS * 5
+    assert "no cell is taken as a structural zero" in scores.provenance["notes"][0]
+
+
+def test_live_cells_do_matter() -> None:
+    """The masks are not larger than they have to be: on random models nearly every live cell has an effect."""
+    model, task = model_of("gpt2", torch.float64), swap_task()
+    scores = scores_of(pl.ActivationPatching(), model, task, ["resid_pre", "mlp_out", "z[layer,pos,head]", "k[layer,pos,kv_head]"])
+    for site in scores.sites:
+        live = scores.live[site].to_numpy()
+        assert (np.abs(scores.data[site].to_numpy()).max(0)[live] > 1e-9).mean() > 0.99, site
+        assert not scores.data[site].to_numpy()[:, ~live].any()
+
+
+def test_prompts_of_one_token_and_changes_at_the_start() -> None:
+    model = model_of("gpt2")
+    task = Task("one token", (Pair((3,), (4,), (5,), (6,)),), swap_task().metric)
+    for name in ("resid_pre", "resid_post", "attn_out"):
+        assert _mask(model, name, task) == [[Y], [Y], [Y]]
+
+
+def test_a_sliding_window_leaves_cells_alive() -> None:
+    """Gemma-2's window makes some of these cells exactly zero, but neither ids nor the graph of blocks say so."""
+    model, task = model_of("gemma2"), swap_task(n=2, length=6, changed=(0,))
+    assert _mask(model, "resid_pre", task)[2] == [Y] * 6
