@@ -1,5 +1,6 @@
 """Models: a thin wrapper around a TransformerLens bridge, loaded from the package, a directory or the hub."""
 
+import copy
 import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -206,7 +207,8 @@ def _load_folder(folder: Path, name: str, device: torch.device, dtype: torch.dty
     module.to(device)
     tokenizer = _tokenizer(folder, name)
     try:
-        bridge = build_bridge_from_module(module, type(module).__name__, hf_config=module.config, tokenizer=tokenizer)
+        # the Bridge gives its tokenizer special tokens that the model was not trained with, so it gets a copy
+        bridge = build_bridge_from_module(module, type(module).__name__, hf_config=module.config, tokenizer=copy.deepcopy(tokenizer))
     except (ValueError, KeyError, NotImplementedError, AttributeError) as error:
         raise ModelError(f"{name}: TransformerLens cannot bridge {type(module).__name__}: {_first_line(error)}") from error
     return Model(bridge, name, tokenizer)
