@@ -51,9 +51,18 @@ def hf_module(family: str, dtype: torch.dtype = torch.float32, layers: int = LAY
 
 def bridged(module: Any, name: str) -> Model:
     """A Hugging Face module as a model."""
+    return wrap_bridge(_bridge(module), name)
+
+
+def untested(module: Any, name: str) -> Model:
+    """The same without the load-time self-test, for weights that it would refuse."""
+    return Model(_bridge(module), name, test=False)
+
+
+def _bridge(module: Any) -> Any:
     from transformer_lens.model_bridge.sources import build_bridge_from_module
 
-    return wrap_bridge(build_bridge_from_module(module, type(module).__name__, hf_config=module.config, tokenizer=None), name)
+    return build_bridge_from_module(module, type(module).__name__, hf_config=module.config, tokenizer=None)
 
 
 def native_model(name: str = "native", *, dtype: torch.dtype = torch.float32, seed: int = 0, **options: Any) -> Model:

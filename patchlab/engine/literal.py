@@ -56,7 +56,7 @@ def run(model: Any, program: Program) -> Result:
                     f"the hook {name} fired {hook.fired} times in one forward pass of {model.name}; a site must be computed exactly once."
                 )
         values = None if program.metric is None else _evaluate(model, program, logits)
-        gradients = _gradients(model, values, execution.leaves)
+        gradients = _gradients(model, logits, values, execution.leaves)
     kept = {"all": logits, "answer": logits[:, -1], "none": None}[program.logits]
     rows, length = program.tokens.shape
     return Result(
@@ -183,17 +183,27 @@ def _evaluate(model: Any, program: Program, logits: Float[Tensor, "row pos vocab
     return values
 
 
-def _gradients(model: Any, values: Tensor | None, leaves: dict[Target, Tensor]) -> dict[Target, Tensor]:
-    """Gradients of the summed metric: examples do not interact, so each row is its own example's gradient."""
+def _gradients(
+    model: Any, logits: Float[Tensor, "row pos vocab"], values: Float[Tensor, " row"] | None, leaves: dict[Target, Tensor]
+) -> dict[Target, Tensor]:
+    """Gradients of the summed metric: examples do not interact, so each row is its own example's gradient.
+
+    Where surrounding edits replace everything downstream of a site, its gradient is zero. Without them a site that no gradient
+    reaches is an error.
+    """
     if not leaves or values is None:
         return {}
     if not values.requires_grad:
+        if model.ambient and not logits.requires_grad:
+            return {(kind, layer): model.arch.lenses[kind].shape(torch.zeros_like(leaf)) for (kind, layer), leaf in leaves.items()}
         raise InterventionError("the metric does not depend on the sites whose gradient is asked for (it must be differentiable in the logits).")
     unique = list({id(leaf): leaf for leaf in leaves.values()}.values())
     found = dict(zip(map(id, unique), torch.autograd.grad(values.sum(), unique, allow_unused=True), strict=True))
     gradients = {}
     for (kind, layer), leaf in leaves.items():
         gradient = found[id(leaf)]
+        if gradient is None and model.ambient:
+            gradient = torch.zeros_like(leaf)
         if gradient is None:
             raise InterventionError(f"no gradient reaches {kind} of layer {layer}; under these rules it cannot be scored.")
         gradients[kind, layer] = model.arch.lenses[kind].shape(gradient)

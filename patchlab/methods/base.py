@@ -57,7 +57,7 @@ class Method(ABC):
 
     @abstractmethod
     def score(self, setting: Setting, runs: Runs, meter: Meter, notes: dict[str, Any]) -> dict[str, np.ndarray]:
-        """Effects per site, ``[batch, *axes]``, of one batch."""
+        """Effects per site, ``[batch, *axes]``, of one batch. ``notes[name][group]`` is a list to add one value per example to."""
 
     def not_scored(self, setting: Setting) -> dict[str, str]:
         """Sites that this method cannot score, with the reason."""
@@ -150,22 +150,27 @@ class Method(ABC):
             if self.source.startswith("mean"):
                 mean = mean_source(setting, batches, meter, at=self.source_targets(setting), positional=self.source == "mean_positional")
                 setting = replace(setting, mean=mean)
+            trusted = METRICS.get(task.metric.name) is task.metric
             for batch in batches:
                 at, baseline = self.source_targets(setting), self.baseline_options(setting)
                 runs = unpatched(setting, batch, meter, source=self.source, at=at, baseline=baseline)
-                if task.metric.name not in METRICS and not metrics:
+                if not trusted and len(batch) > 1:  # a batch of one shows nothing
                     check_metric(setting, runs, meter)
+                    trusted = True
                 parts.append(self.score(setting, runs, meter, notes))
                 metrics.append((runs.clean, runs.corrupted))
         skipped = self.not_scored(setting)
         seconds = time.perf_counter() - started
         scores = {name: np.concatenate([part[name] for part in parts]) for name in map(str, setting.sites)}
         clean, corrupted = (torch.cat([pair[i] for pair in metrics]).double().cpu().numpy() for i in (0, 1))
+        examples = torch.cat([batch.examples for batch in batches]).cpu().numpy()
+        order = np.argsort(examples).tolist()  # as the map orders its rows
+        notes = {name: {group: [values[i] for i in order] for group, values in groups.items()} for name, groups in notes.items()}
         return ScoreMap.build(
             scores,
             setting.live,
             task_axis=setting.axis,
-            examples=torch.cat([batch.examples for batch in batches]).cpu().numpy(),
+            examples=examples,
             metric_clean=clean,
             metric_corrupted=corrupted,
             provenance=self._provenance(setting, skipped, notes),
@@ -218,7 +223,7 @@ def _free_bytes(device: torch.device) -> int:
         return 4 * 2**30
 
 
-def _megabytes(count: float) -> str:
+def _megabytes(count: int | float) -> str:
     return f"{count / 1e6:,.1f} MB" if count >= 1e5 else f"{count:,.0f} bytes"
 
 

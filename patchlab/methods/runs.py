@@ -94,7 +94,8 @@ def unpatched(setting: Setting, batch: Batch, meter: Meter, *, source: str, at: 
     if setting.task.metric.needs_clean:
         # the clean run is its own reference
         answers = replace(answers, clean_logits=clean.logits)
-        clean = replace(clean, values=setting.task.metric(required(clean.logits), answers))
+        if clean.values is None:
+            clean = replace(clean, values=setting.task.metric(required(clean.logits), answers))
     extra = baseline if denoising else kept
     corrupted = meter.run(setting.model, _program(setting, batch, batch.corrupted, extra, metric=setting.task.metric, answers=answers))
     base, other = (corrupted, clean) if denoising else (clean, corrupted)
@@ -108,7 +109,13 @@ def unpatched(setting: Setting, batch: Batch, meter: Meter, *, source: str, at: 
 def _run_clean(setting: Setting, batch: Batch, meter: Meter, extra: Mapping[str, Any]) -> Result:
     metric = setting.task.metric
     if metric.needs_clean:
-        return meter.run(setting.model, _program(setting, batch, batch.clean, extra, logits="answer" if metric.reads == "answer" else "all"))
+        reads = "answer" if metric.reads == "answer" else "all"
+        if not extra.get("gradients"):
+            return meter.run(setting.model, _program(setting, batch, batch.clean, extra, logits=reads))
+        # a gradient at the clean run itself: the reference has to be there first
+        reference = meter.run(setting.model, _program(setting, batch, batch.clean, {}, logits=reads)).logits
+        answers = replace(batch.answers, clean_logits=reference)
+        return meter.run(setting.model, _program(setting, batch, batch.clean, extra, metric=metric, answers=answers, logits=reads))
     return meter.run(setting.model, _program(setting, batch, batch.clean, extra, metric=metric, answers=batch.answers))
 
 
