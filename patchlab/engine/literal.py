@@ -89,8 +89,8 @@ class _Execution:
             own = lens.read(value, companion)
             value = lens.write(value, companion, edit.apply(own, self.program.examples, self.program.positions))
         if hook.gradients:
-            if not value.requires_grad:
-                value = value.detach().requires_grad_()
+            # a tensor of its own: if the model drops what a hook returns, no gradient may reach it by another way
+            value = value.view_as(value) if value.requires_grad else value.detach().requires_grad_()
             self.leaves.update(dict.fromkeys(hook.gradients, value))
         for target in hook.keep:
             lens, companion = self._lens(*target)

@@ -6,6 +6,7 @@ found by patching a site with another prompt's values and comparing the next qua
 """
 
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -27,6 +28,8 @@ _EVERYTHING = Metric(
 
 # patching all of the first gives the donor's value of the second, when all layers are patched at once
 _NEXT = ((("q", "k"), "pattern"), (("pattern", "v"), "z"), (("z",), "attn_out"), (("mlp_post",), "mlp_out"))
+_CONTRIBUTIONS = ("input", "attn_out", "mlp_out")
+_SUM = ("resid_pre", "attn_out", "mlp_out", "resid_post")
 _RESIDUAL = ("resid_pre", "resid_mid", "resid_post")
 
 
@@ -75,7 +78,7 @@ def _program(tokens: Int[Tensor, "row pos"], **options: Any) -> Program:
 
 
 def _every(model: Any) -> tuple[Target, ...]:
-    return tuple(target for kind in model.arch.sites for target in targets(kind, model.arch.n_layers))
+    return _all(model.arch.sites, model.arch)
 
 
 def _check_causal(model: Any, tokens: Int[Tensor, "one pos"]) -> None:
@@ -168,12 +171,37 @@ def _bypassing(model: Any, tokens: Int[Tensor, "row pos"]) -> dict[str, str]:
         worst = _difference(logits[i], _logits(both)[0])
         if worst > _tolerance(model):
             found.setdefault(kind, f"patching all of L{layer}.{kind} leaves the logits wrong by {worst:.2g} of their scale")
-    contributions = tuple(t for kind in ("input", "attn_out", "mlp_out") if kind not in arch.absent for t in targets(kind, arch.n_layers))
-    worst = _difference(_logits(patched(contributions)), _logits(both)[:1])
-    if worst > _tolerance(model):
-        reason = f"patching the embedding and every attention and MLP output leaves the logits wrong by {worst:.2g} of their scale"
-        found |= {kind: reason for kind in ("input", "attn_out", "mlp_out") if kind not in arch.absent}
+    if all(kind not in arch.absent for kind in _CONTRIBUTIONS):
+        found |= _not_arriving(model, both, donor, patched)
     return found
+
+
+def _not_arriving(model: Any, both: Result, donor: Kept, patched: Callable[..., Result]) -> dict[str, str]:
+    """Contributions to the residual stream whose patch does not arrive there."""
+    arch, found = model.arch, {}
+    if _imbalance(both, arch) <= _tolerance(model):  # the stream is a plain sum, so it must stay the sum of what is patched
+        for kind in _CONTRIBUTIONS:
+            got = patched(_all((kind,), arch), keep=_all(_SUM, arch))
+            worst = _difference(got["L0.resid_pre"], donor.activations["resid_pre", 0]) if kind == "input" else _imbalance(got, arch)
+            if worst > _tolerance(model):
+                found[kind] = f"patching {kind} leaves the residual stream after it wrong by {worst:.2g} of its scale"
+    worst = _difference(_logits(patched(_all(_CONTRIBUTIONS, arch))), _logits(both)[:1])
+    if worst > _tolerance(model) and not found:
+        found = dict.fromkeys(
+            _CONTRIBUTIONS, f"patching the embedding and every attention and MLP output leaves the logits wrong by {worst:.2g} of their scale"
+        )
+    return found
+
+
+def _all(kinds: tuple[str, ...], arch: Architecture) -> tuple[Target, ...]:
+    return tuple(target for kind in kinds for target in targets(kind, arch.n_layers))
+
+
+def _imbalance(result: Result, arch: Architecture) -> float:
+    """How far the residual stream after any block is from the stream before it plus what attention and MLP add."""
+    values = result.activations
+    sums = [sum(values[kind, layer] for kind in _SUM[:3]) for layer in range(arch.n_layers)]
+    return max(_difference(torch.as_tensor(total), values["resid_post", layer]) for layer, total in enumerate(sums))
 
 
 def _tested(model: Any, place: Place, tokens: Int[Tensor, "row pos"]) -> Place:
