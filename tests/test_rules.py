@@ -564,11 +564,13 @@ def _rms_norm(x: Tensor, norm: Any, rules: PlainRules) -> Tensor:
     return rules.divide(x, (x.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon).sqrt()) * norm.weight
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, rules: PlainRules) -> Tensor:
-    """[row, head, pos, d_head] each; grouped k and v are repeated."""
+def _attend(q: Tensor, k: Tensor, v: Tensor, rules: PlainRules, *, cap: float | None = None, window: int | None = None) -> Tensor:
+    """[row, head, pos, d_head] each; grouped k and v are repeated. The softcap keeps its plain gradient."""
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     scores = rules.bilinear(q @ k.transpose(-1, -2)) / math.sqrt(q.shape[-1])
+    scores = scores if cap is None else cap * (scores / cap).tanh()
     mask = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+    mask = mask if window is None else mask | torch.ones_like(mask).tril(-window)
     z = rules.bilinear(rules.softmax(scores.masked_fill(mask, -torch.inf)) @ v)
     return z.transpose(1, 2).flatten(2)
 
@@ -616,10 +618,34 @@ def plain_llama(module: Any, tokens: Tensor, rules: PlainRules) -> tuple[Tensor,
     return _rms_norm(x, m.norm, rules) @ module.lm_head.weight.T, streams
 
 
+def plain_gemma2(module: Any, tokens: Tensor, rules: PlainRules) -> tuple[Tensor, list[Tensor]]:
+    m = module.model
+
+    def norm(x: Tensor, norm: Any) -> Tensor:
+        return rules.divide(x, (x.pow(2).mean(-1, keepdim=True) + norm.eps).sqrt()) * (1 + norm.weight)
+
+    x = m.embed_tokens.weight[tokens] * math.sqrt(16)
+    streams = []
+    for layer, window in zip(m.layers, (3, None, 3), strict=True):
+        x = x if x.requires_grad else x.detach().requires_grad_()
+        streams.append(x)
+        n, a = norm(x, layer.input_layernorm), layer.self_attn
+        q, k, v = (_heads(n @ w.weight.T, n_heads) for w, n_heads in ((a.q_proj, 4), (a.k_proj, 2), (a.v_proj, 2)))
+        z = _attend(_rotate(q, 10000.0), _rotate(k, 10000.0), v, rules, cap=50.0, window=window)
+        x = x + norm(z @ a.o_proj.weight.T, layer.post_attention_layernorm)
+        n, p = norm(x, layer.pre_feedforward_layernorm), layer.mlp
+        out = rules.gate(lambda t: F.gelu(t, approximate="tanh"), n @ p.gate_proj.weight.T, n @ p.up_proj.weight.T) @ p.down_proj.weight.T
+        x = x + norm(out, layer.post_feedforward_layernorm)
+    return 30.0 * (norm(x, m.norm) @ module.lm_head.weight.T / 30.0).tanh(), streams
+
+
+WRITTEN_OUT = [("gpt2", plain_gpt2, 1e-10), ("llama", plain_llama, 5e-6), ("gemma2", plain_gemma2, 5e-6)]
+
+
 @pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize(("family", "plain", "rtol"), [("gpt2", plain_gpt2, 1e-10), ("llama", plain_llama, 5e-6)])
+@pytest.mark.parametrize(("family", "plain", "rtol"), WRITTEN_OUT)
 def test_presets_against_whole_models_written_out(family: str, plain: Callable[..., Any], rtol: float, preset: str) -> None:
-    """Gradients at every resid_pre, example by example. Llama computes norms and softmax in float32 whatever its dtype."""
+    """Gradients at every resid_pre, example by example. Llama and Gemma compute norms and softmax in float32 whatever their dtype."""
     task = swap_task(n=3, length=6)
     (batch,) = task.batches()
     model = model_of(family, torch.float64)
@@ -630,7 +656,7 @@ def test_presets_against_whole_models_written_out(family: str, plain: Callable[.
         parameter.requires_grad_(False)
     for e in range(len(task)):
         logits, streams = plain(module, batch.corrupted[e : e + 1], PlainRules(preset))
-        torch.testing.assert_close(logits[0], model.run(batch.corrupted[e : e + 1]).logits[0], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(logits[0], model.run(batch.corrupted[e : e + 1]).logits[0], rtol=1e-5, atol=5e-6)
         metric = logits[0, -1, task.pairs[e].correct[0]] - logits[0, -1, task.pairs[e].incorrect[0]]
         expected = torch.autograd.grad(metric, streams)
         for layer, gradient in enumerate(expected):
