@@ -60,8 +60,9 @@ class Constant:
         single = _single_axes(site)
         kept = [dim for dim in range(1, own.ndim) if dim not in single]
         if value.ndim != own.ndim and value.ndim in (len(kept), len(kept) + 1):
+            without_rows = int(value.ndim == len(kept))
             for dim in sorted(single):
-                value = value.unsqueeze(dim if value.ndim > len(kept) else dim - 1)
+                value = value.unsqueeze(dim - without_rows)
         return _fitted(value, site, own, f"a tensor of shape {list(self.value.shape)}")
 
 

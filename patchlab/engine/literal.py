@@ -63,7 +63,7 @@ def run(model: Any, program: Program) -> Result:
         program.examples,
         None if kept is None else kept.detach(),
         None if values is None else values.detach(),
-        execution.activations,
+        {target: execution.activations[target] for target in program.keep},
         gradients,
         (1, 1 if gradients else 0, rows * length),
     )
