@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import patchlab as pl
 from patchlab.adapters import AttentionPlace, LinearPlace, MLPPlace, NormPlace
 from patchlab.engine import Program, run
-from patchlab.errors import MethodError, RuleError
+from patchlab.errors import MethodError, RuleError, SiteError
 from patchlab.rules import (
     PRESETS,
     AHRule,
@@ -402,6 +402,25 @@ def test_composites_fail_closed(place: Any, composite: str, message: str) -> Non
     assert f"NOT COVERED {place.name}: {place.problem}" in str(report)
     assert "1 cannot be covered" in str(report)
     assert PRESETS["gradient"].attach(model.arch.places) == ()
+
+
+def test_a_mixture_of_experts_is_refused() -> None:
+    """Its router is no elementwise activation, and what the Bridge calls its neurons is the output of its MLP."""
+    from transformers import AutoModelForCausalLM, MixtralConfig
+
+    sizes = {"vocab_size": 37, "hidden_size": 16, "intermediate_size": 12, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = MixtralConfig(**sizes, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, max_position_embeddings=24)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = bridged(AutoModelForCausalLM.from_config(config, attn_implementation="eager"), "experts")
+    with pytest.raises(RuleError, match=r"cannot cover blocks\.0\.mlp: MoEBridge has no single activation \(a router"):
+        scores_of(pl.RelevancePatching(), model, swap_task(), "z")
+    report = coverage(model, "relp")
+    assert [module for module, _ in report.uncovered] == ["blocks.0.mlp", "blocks.1.mlp"]
+    assert ("blocks.0.mlp", "mlp", "not covered") in report.rows
+    assert scores_of(pl.AttributionPatching(), model, swap_task(), "mlp_out").cost.backwards == 1
+    with pytest.raises(SiteError, match=r"no site mlp_post: .*shows the MLP's output \(a mixture of experts\?\)"):
+        scores_of(pl.AttributionPatching(), model, swap_task(), "mlp_post")
 
 
 def test_a_norm_that_the_bridge_does_not_open_is_found() -> None:

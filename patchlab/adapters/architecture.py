@@ -72,6 +72,12 @@ def describe(bridge: Any, *, vocab_size: int) -> Architecture:
             absent[kind] = "attention and MLP run in parallel, so there is no stream between them"
         elif kind == "resid_mid" and f"blocks.0.{'hook_mlp_out'}" not in bridge.hook_dict:
             absent[kind] = "its blocks have no MLP, so there is no stream between attention and MLP"
+        elif (
+            kind == "mlp_post"
+            and not missing
+            and any(bridge.hook_dict[lens.host(i)] is bridge.hook_dict.get(f"blocks.{i}.hook_mlp_out") for i in layers)
+        ):
+            absent[kind] = "the hook that should show its neurons shows the MLP's output (a mixture of experts?)"
         elif missing:
             where = "it" if missing == layers else f"layers {missing}"
             absent[kind] = f"{where} lacks the hook {lens.host(missing[0])}"

@@ -201,7 +201,8 @@ def coverage(model: Any, rules: str | Composite) -> Coverage:
         if isinstance(place, LinearPlace) and not names:
             continue
         kind = type(place).__name__.removesuffix("Place").lower()
-        rows.append((place.name, kind, " + ".join(names) or "plain gradient"))
-        if names and place.problem is not None:
-            uncovered.append((place.name, place.problem))
+        problem = place.problem if names else None
+        rows.append((place.name, kind, "not covered" if problem else " + ".join(names) or "plain gradient"))
+        if problem is not None:
+            uncovered.append((place.name, problem))
     return Coverage(composite.name, tuple(rows), tuple(uncovered))
