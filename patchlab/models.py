@@ -72,11 +72,10 @@ class Model:
         """
         if self.tokenizer is None:
             raise ModelError(f"{self.name} has no tokenizer; give token ids instead of text.")
-        bos = self.bos_id is not None if bos is None else bos
-        if bos and self.bos_id is None:
+        first = [] if self.bos_id is None or bos is False else [self.bos_id]
+        if bos and not first:
             raise ModelError(f"the tokenizer of {self.name} has no bos token; use bos=False.")
-        ids = list(self.tokenizer.encode(text, add_special_tokens=False))
-        return [self.bos_id, *ids] if bos else ids
+        return [*first, *self.tokenizer.encode(text, add_special_tokens=False)]
 
     def run(
         self,
@@ -196,9 +195,10 @@ def _load_folder(folder: Path, name: str, device: torch.device, dtype: torch.dty
 
     try:
         with _quiet_transformers():
-            module, report = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=dtype, attn_implementation="eager", local_files_only=True, ignore_mismatched_sizes=True, output_loading_info=True
             )
+            module, report = loaded
     except Exception as error:  # every file format has its own errors
         raise ModelError(f"{name}: the files in {folder} could not be loaded as a causal language model: {_first_line(error)}") from error
     # without this check, weights that are not in the files would be random numbers

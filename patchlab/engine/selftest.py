@@ -28,7 +28,7 @@ _EVERYTHING = Metric(
 
 # patching all of the first gives the donor's value of the second, when all layers are patched at once
 _NEXT = ((("q", "k"), "pattern"), (("pattern", "v"), "z"), (("z",), "attn_out"), (("mlp_post",), "mlp_out"))
-_CONTRIBUTIONS = ("input", "attn_out", "mlp_out")
+_CONTRIBUTIONS: tuple[str, ...] = ("input", "attn_out", "mlp_out")
 _SUM = ("resid_pre", "attn_out", "mlp_out", "resid_post")
 _RESIDUAL = ("resid_pre", "resid_mid", "resid_post")
 
@@ -178,7 +178,8 @@ def _bypassing(model: Any, tokens: Int[Tensor, "row pos"]) -> dict[str, str]:
 
 def _not_arriving(model: Any, both: Result, donor: Kept, patched: Callable[..., Result]) -> dict[str, str]:
     """Contributions to the residual stream whose patch does not arrive there."""
-    arch, found = model.arch, {}
+    arch = model.arch
+    found: dict[str, str] = {}
     if _imbalance(both, arch) <= _tolerance(model):  # the stream is a plain sum, so it must stay the sum of what is patched
         for kind in _CONTRIBUTIONS:
             got = patched(_all((kind,), arch), keep=_all(_SUM, arch))
