@@ -39,6 +39,8 @@ class Model:
     def __init__(self, bridge: Any, name: str, tokenizer: Any = None, *, test: bool = True) -> None:
         self.bridge, self.name, self.tokenizer = bridge, name, tokenizer
         self.ambient: tuple[Edit, ...] = ()
+        self.hooks: dict[str, Any] = dict(bridge.hook_dict)
+        self.support: Any = None
         bridge.eval()
         for parameter in bridge.parameters():
             parameter.requires_grad_(False)

@@ -33,6 +33,7 @@ def test_one_point_methods(name: str, family: str) -> None:
     "method",
     [
         get_method("exact"),
+        pl.ActivationPatching(engine="literal"),
         get_method("ig:3"),
         get_method("relp+ig:2"),
         pl.IntegratedGradients(2, over="activations"),

@@ -119,10 +119,10 @@ def test_raw_gradients(case, rules: str) -> None:
         return
     (batch,) = task.batches()
     targets = tuple(("resid_pre", layer) for layer in range(model.arch.n_layers))
-    composite = RULES[rules]
+    composite = None if RULES[rules].plain else RULES[rules]
     result = run(
         model,
-        Program(batch.corrupted, batch.examples, rules=None if composite.plain else composite, gradients=targets, metric=task.metric, answers=batch.answers),
+        Program(batch.corrupted, batch.examples, rules=composite, gradients=targets, metric=task.metric, answers=batch.answers),
     )
     expected = values[name].double()
     got = torch.stack([result.gradients[target] for target in targets], 1)[: len(expected)].double()

@@ -4,7 +4,7 @@ At every hook the order is rule, edits, capture. Hooks return new tensors and ar
 exception. Each must fire exactly once, or the run raises: a hook that stays silent is a wrong result.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -33,8 +33,10 @@ class _Hook:
     fired: int = 0
 
 
-def run(model: Any, program: Program) -> Result:
+def run(model: Any, program: Program, *, cache: Any = None) -> Result:
     """Run one program literally: one forward pass, and one backward pass if it asks for gradients.
+
+    ``cache`` is an empty key-value cache that the run fills.
 
     Raises:
         SiteError: a site that this model lacks.
@@ -48,8 +50,9 @@ def run(model: Any, program: Program) -> Result:
         model.arch.check(site)
     plan = _plan(model, program, edits)
     execution = _Execution(model, program)
-    with torch.set_grad_enabled(bool(program.gradients)), _hooked(model.bridge, plan, execution):
-        logits = _forward(model, program)
+    hooks = {name: partial(execution.at_hook, name, hook) for name, hook in plan.items()}
+    with torch.set_grad_enabled(bool(program.gradients)), hooked(model.hooks, hooks):
+        logits = _forward(model, program, cache)
         for name, hook in plan.items():
             if hook.fired != 1:
                 raise InterventionError(
@@ -102,17 +105,17 @@ class _Execution:
     def _lens(self, kind: str, layer: int | None) -> tuple[Lens, Tensor | None]:
         lens = self.model.arch.lenses[kind]
         name = lens.companion(layer)
-        return lens, None if name is None else self.recorded[_canonical(self.model, name)]
+        return lens, None if name is None else self.recorded[canonical(self.model, name)]
 
 
-def _canonical(model: Any, name: str) -> str:
+def canonical(model: Any, name: str) -> str:
     """The hook's own name; several names can lead to one hook."""
-    return str(model.bridge.hook_dict[name].name)
+    return str(model.hooks[name].name)
 
 
 def _hook(plan: dict[str, _Hook], model: Any, name: str) -> _Hook:
     # aliases of one hook share one entry, so that the order rule, edits, capture holds across them
-    return plan.setdefault(_canonical(model, name), _Hook())
+    return plan.setdefault(canonical(model, name), _Hook())
 
 
 def _host(plan: dict[str, _Hook], model: Any, kind: str, layer: int | None) -> _Hook:
@@ -127,7 +130,7 @@ def _plan(model: Any, program: Program, edits: tuple[Edit, ...]) -> dict[str, _H
     plan: dict[str, _Hook] = {}
     if program.rules is not None:
         for attachment in program.rules.attach(model.arch.places):
-            reads = {name: _canonical(model, name) for name in attachment.reads}
+            reads = {name: canonical(model, name) for name in attachment.reads}
             _hook(plan, model, attachment.at).rules.append(partial(_apply_rule, attachment, reads))
             for name in attachment.reads:
                 _hook(plan, model, name).recorded = True
@@ -145,22 +148,23 @@ def _apply_rule(attachment: Attachment, reads: dict[str, str], value: Tensor, re
 
 
 @contextmanager
-def _hooked(bridge: Any, plan: dict[str, _Hook], execution: _Execution) -> Iterator[None]:
-    """Put the plan's hooks on the bridge for the duration of the block."""
+def hooked(points: Mapping[str, Any], hooks: Mapping[str, Callable[..., Tensor | None]]) -> Iterator[None]:
+    """Put functions on hook points for the duration of the block."""
     handles = []
     try:
-        for name, hook in plan.items():
-            handles.append(bridge.hook_dict[name].register_forward_hook(partial(execution.at_hook, name, hook)))
+        for name, function in hooks.items():
+            handles.append(points[name].register_forward_hook(function))
         yield
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _forward(model: Any, program: Program) -> Float[Tensor, "row pos vocab"]:
+def _forward(model: Any, program: Program, cache: Any) -> Float[Tensor, "row pos vocab"]:
     needs_all = program.logits == "all" or (program.metric is not None and program.metric.reads == "all")
-    options = {} if needs_all or not model.keeps_logits else {"logits_to_keep": 1}
-    return model.bridge(program.tokens, return_type="logits", use_cache=False, **options)
+    options: dict[str, Any] = {} if needs_all or not model.keeps_logits else {"logits_to_keep": 1}
+    options |= {"use_cache": False} if cache is None else {"past_key_values": cache}
+    return model.bridge(program.tokens, return_type="logits", **options)
 
 
 def _evaluate(model: Any, program: Program, logits: Float[Tensor, "row pos vocab"]) -> Float[Tensor, " row"]:

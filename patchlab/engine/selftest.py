@@ -69,7 +69,7 @@ class _Trial:
     """A model with a provisional architecture."""
 
     def __init__(self, model: Any, arch: Architecture) -> None:
-        self.bridge, self.name, self.dtype, self.device = model.bridge, model.name, model.dtype, model.device
+        self.bridge, self.hooks, self.name, self.dtype, self.device = model.bridge, model.hooks, model.name, model.dtype, model.device
         self.keeps_logits, self.ambient, self.arch = False, (), arch
 
 
@@ -210,7 +210,7 @@ def _tested(model: Any, place: Place, tokens: Int[Tensor, "row pos"]) -> Place:
     if place.problem is not None or not isinstance(place, (NormPlace, MLPPlace)):
         return place
     seen: dict[str, Tensor] = {}
-    handles = [model.bridge.hook_dict[name].register_forward_hook(partial(_record, seen, name)) for name in (*place.reads, place.at)]
+    handles = [model.hooks[name].register_forward_hook(partial(_record, seen, name)) for name in (*place.reads, place.at)]
     try:
         with torch.no_grad():
             model.bridge(tokens, return_type="logits", use_cache=False)

@@ -119,7 +119,7 @@ class Method(ABC):
             else live_cells(model.arch, site, task, axis, paired=paired)
             for site in parsed
         }
-        setting = Setting(model, task, parsed, "denoising" if direction == "denoising" else "noising", axis, live)
+        setting = Setting(model, task, parsed, "denoising" if direction == "denoising" else "noising", axis, live, max_memory=max_memory)
         self.check(setting)
         budget = _free_bytes(model.device) // 2 if max_memory is None else max_memory
         longest = max(len(pair) for pair in task.pairs)
@@ -173,7 +173,7 @@ class Method(ABC):
             examples=examples,
             metric_clean=clean,
             metric_corrupted=corrupted,
-            provenance=self._provenance(setting, skipped, notes),
+            provenance={**self._provenance(setting, skipped), "engine": meter.engine, **notes},
             cost=Cost(
                 meter.forwards,
                 meter.backwards,
@@ -188,7 +188,7 @@ class Method(ABC):
         """Where the source's activations are needed."""
         return setting.targets
 
-    def _provenance(self, setting: Setting, skipped: dict[str, str], notes: dict[str, Any]) -> dict[str, Any]:
+    def _provenance(self, setting: Setting, skipped: dict[str, str]) -> dict[str, Any]:
         model, task = setting.model, setting.task
         options = {field.name: _plain(getattr(self, field.name)) for field in fields(self)}
         packages = {name: importlib.metadata.version(name) for name in ("torch", "transformer-lens", "transformers", "numpy")}
@@ -210,7 +210,6 @@ class Method(ABC):
             "not_scored": skipped,
             "ambient": ambient,
             "notes": [f"{len(ambient)} surrounding edits; no cell is taken as a structural zero"] if ambient else [],
-            **notes,
         }
 
 

@@ -5,10 +5,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 
-from patchlab.interventions import Edit
+from patchlab.engine import Cell, Support, Work, support, sweep
+from patchlab.errors import MethodError, unknown
+from patchlab.interventions import Edit, Kept
 from patchlab.methods.base import Method
-from patchlab.methods.runs import Meter, Runs, Setting, activation_bytes, itemsize, program
+from patchlab.methods.runs import Meter, Runs, Setting, activation_bytes, itemsize, program, required, token_bytes
 from patchlab.sites import Position, Site
 
 
@@ -19,31 +22,87 @@ class ActivationPatching(Method):
     Axes that a site does not name are patched jointly (``z`` patches a head at all positions). Structural zeros are not
     run; their effect is zero. Source: Vig et al. 2020; Meng et al. 2022; as in TransformerLens' ``patching``.
 
+    Args:
+        source: what is patched in; see :class:`patchlab.methods.Method`.
+        engine: ``auto`` computes only what a patch can change, where that agrees with whole forward passes on this model
+            (the result's provenance says which way was taken and why); ``literal`` runs a whole forward pass per cell.
+
     Example:
         >>> ActivationPatching().run(model, task, "resid_pre")  # doctest: +SKIP
     """
+
+    engine: str = "auto"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.engine not in ("auto", "literal"):
+            raise MethodError(unknown("engine", self.engine, ("auto", "literal")))
 
     @property
     def name(self) -> str:
         return "exact"
 
     def forwards(self, setting: Setting) -> int:
-        return 2 + sum(int(live.sum()) for live in setting.live.values())
+        return 2 + (self.engine == "auto") + sum(int(live.sum()) for live in setting.live.values())
 
     def predicted_bytes(self, setting: Setting, rows: int, length: int) -> int:
-        return activation_bytes(setting, rows, length) + rows * setting.model.vocab_size * itemsize(setting)
+        arch = setting.model.arch
+        kept = 2 * arch.n_layers * rows * length * arch.d_model
+        return (
+            activation_bytes(setting, rows, length)
+            + itemsize(setting) * (rows * arch.vocab_size + kept)
+            + rows * length * token_bytes(setting, length)
+        )
 
     def score(self, setting: Setting, runs: Runs, meter: Meter, notes: dict[str, Any]) -> dict[str, np.ndarray]:
-        scores = {}
-        for site in setting.sites:
-            live = setting.live[str(site)]
-            effects = np.zeros((len(runs.batch), *live.shape))
-            for cell, where in _cells(setting, site, live):
-                patched = meter.run(setting.model, program(setting, runs, edits=(Edit(where, runs.source),)))
-                if patched.values is not None:
-                    effects[(slice(None), *cell)] = (patched.values.double() - runs.baseline_values.double()).cpu().numpy()
-            scores[str(site)] = effects
+        scores = {str(site): np.zeros((len(runs.batch), *setting.live[str(site)].shape)) for site in setting.sites}
+        cells = [(str(site), index, where) for site in setting.sites for index, where in _cells(setting, site, setting.live[str(site)])]
+        effects = patched(setting, runs, meter, [(Edit(where, runs.source),) for _, _, where in cells], engine=self.engine)
+        for (name, index, _), effect in zip(cells, effects, strict=True):
+            scores[name][(slice(None), *index)] = effect
         return scores
+
+
+def patched(setting: Setting, runs: Runs, meter: Meter, cells: list[Cell], *, engine: str = "auto") -> Float[np.ndarray, "cell batch"]:
+    """Exact effects of cells (sets of edits) on one batch, in metric units."""
+    way = support(setting.model) if engine == "auto" else Support("literal", "asked for")
+    effects = np.zeros((len(cells), len(runs.batch)))
+    base = runs.baseline_values.double()
+    fast = [i for i, cell in enumerate(cells) if way.mode != "literal" and all(edit.address.layer is not None for edit in cell)]
+    meter.engine = str(way)
+    if fast:
+        work = Work()
+        values = sweep(
+            setting.model,
+            program(setting, runs),
+            [cells[i] for i in fast],
+            prefix=way.mode == "prefix",
+            start=_first_difference(runs) if isinstance(runs.source, Kept) and not setting.model.ambient else 0,
+            max_tokens=_max_tokens(setting, runs),
+            done=meter.bar.update,
+            work=work,
+        )
+        meter.forwards += work.forwards + work.cells
+        meter.positions += round(work.block_positions / setting.model.arch.n_layers) + work.forwards * runs.baseline_tokens.numel()
+        effects[fast] = (values.double() - base).cpu().numpy()
+    for i in sorted(set(range(len(cells))) - set(fast)):
+        result = meter.run(setting.model, program(setting, runs, edits=cells[i]))
+        effects[i] = (required(result.values).double() - base).cpu().numpy()
+    return effects
+
+
+def _first_difference(runs: Runs) -> int:
+    """First position at which any pair of the batch differs: nothing before it can change."""
+    return int((runs.batch.clean != runs.batch.corrupted).any(0).nonzero()[0])
+
+
+def _max_tokens(setting: Setting, runs: Runs) -> int | None:
+    """Rows × positions of a block call that fit into the budget; None for the engine's own choice."""
+    if setting.max_memory is None:
+        return None
+    rows, length = runs.baseline_tokens.shape
+    left = setting.max_memory - activation_bytes(setting, rows, length)
+    return max(1, int(left // token_bytes(setting, length)))
 
 
 def _cells(setting: Setting, site: Site, live: np.ndarray) -> Iterator[tuple[tuple[int, ...], Site]]:

@@ -34,6 +34,7 @@ class Setting:
     axis: PositionAxis | None
     live: dict[str, Bool[np.ndarray, "*cells"]]
     mean: Average | None = None
+    max_memory: float | int | None = None
 
     @property
     def targets(self) -> tuple[Target, ...]:
@@ -61,9 +62,10 @@ class Runs:
 
 
 class Meter:
-    """Counts what was computed."""
+    """Counts what was computed, and remembers which engine did it."""
 
     def __init__(self, bar: Any) -> None:
+        self.engine = "literal"
         self.forwards = self.backwards = self.positions = 0
         self.bar = bar
 
@@ -190,3 +192,9 @@ def activation_bytes(setting: Setting, rows: int, length: int) -> int:
 def itemsize(setting: Setting) -> int:
     """Bytes of one number of the model's dtype."""
     return torch.empty(0, dtype=setting.model.dtype).element_size()
+
+
+def token_bytes(setting: Setting, length: int) -> int:
+    """Bytes that one token of a prompt takes on its way through a block: stream, MLP, attention scores, keys and values."""
+    arch = setting.model.arch
+    return itemsize(setting) * (12 * arch.d_model + 4 * (arch.d_mlp or 0) + length * (3 * arch.n_heads + 2 * arch.n_kv_heads * arch.d_head))
