@@ -8,7 +8,7 @@ from families import FAMILIES, LAYERS, mixed_task, model_of, native_model, pair,
 import patchlab as pl
 from patchlab.engine import Program, run
 from patchlab.interventions import Average, Edit, Kept
-from patchlab.methods.exact import _cells
+from patchlab.methods.exact import addresses
 from patchlab.methods.liveness import cell_shape, live_cells
 from patchlab.methods.runs import Setting, named_positions
 from patchlab.metrics import Metric
@@ -46,7 +46,7 @@ def _dead_effects(model: Model, task: Task, direction: str, source: str = "paire
             continue
         axis = task.position_axis() if set(site.axes) & set(POSITION_AXES) else None
         live = live_cells(model.arch, site, task, axis, paired=source == "paired")
-        dead = [where for _, where in _cells(Setting(model, task, (site,), "denoising", axis, {}), site, ~live)]
+        dead = [where for _, where in addresses(Setting(model, task, (site,), "denoising", axis, {}), site, ~live)]
         worst[name], number[name] = 0.0, len(dead)
         for batch in task.batches():
             tokens, others = (batch.corrupted, batch.clean) if direction == "denoising" else (batch.clean, batch.corrupted)

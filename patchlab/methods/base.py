@@ -102,6 +102,23 @@ class Method(ABC):
             MethodError: unknown direction, batch_size < 1, too little memory, options that make no sense together.
             SiteError: unknown or absent site.
         """
+        return self._run(*self.prepared(model, task, sites, direction=direction, batch_size=batch_size, max_memory=max_memory), progress)
+
+    def prepared(
+        self,
+        model: Model,
+        task: Task,
+        sites: str | Site | Iterable[str | Site],
+        *,
+        direction: str = "denoising",
+        batch_size: int | None = None,
+        max_memory: int | float | None = None,
+    ) -> tuple[Setting, list[Batch], int]:
+        """What :meth:`run` starts from: the checked setting, the batches, and the bytes predicted for the largest one.
+
+        Raises:
+            MethodError, SiteError: as :meth:`run`.
+        """
         if direction not in DIRECTIONS:
             raise MethodError(unknown("direction", direction, DIRECTIONS))
         if batch_size is not None and batch_size < 1:
@@ -121,7 +138,7 @@ class Method(ABC):
         }
         setting = Setting(model, task, parsed, "denoising" if direction == "denoising" else "noising", axis, live, max_memory=max_memory)
         self.check(setting)
-        budget = _free_bytes(model.device) // 2 if max_memory is None else max_memory
+        budget = free_bytes(model.device) // 2 if max_memory is None else max_memory
         longest = max(len(pair) for pair in task.pairs)
         rows = batch_size
         if rows is None:
@@ -133,7 +150,7 @@ class Method(ABC):
                 f"{self.name} is predicted to need {_megabytes(predicted)} for a batch of {max(map(len, batches))} examples, "
                 f"and max_memory is {_megabytes(max_memory)}. Lower batch_size, ask for fewer sites, or raise max_memory."
             )
-        return self._run(setting, batches, predicted, progress)
+        return setting, batches, predicted
 
     def _run(self, setting: Setting, batches: list[Batch], predicted: int, progress: bool) -> ScoreMap:
         model, task = setting.model, setting.task
@@ -213,7 +230,8 @@ class Method(ABC):
         }
 
 
-def _free_bytes(device: torch.device) -> int:
+def free_bytes(device: torch.device) -> int:
+    """Memory that is free on a device (4 GiB where the system does not tell)."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:

@@ -56,7 +56,7 @@ class ActivationPatching(Method):
 
     def score(self, setting: Setting, runs: Runs, meter: Meter, notes: dict[str, Any]) -> dict[str, np.ndarray]:
         scores = {str(site): np.zeros((len(runs.batch), *setting.live[str(site)].shape)) for site in setting.sites}
-        cells = [(str(site), index, where) for site in setting.sites for index, where in _cells(setting, site, setting.live[str(site)])]
+        cells = [(str(site), index, where) for site in setting.sites for index, where in addresses(setting, site, setting.live[str(site)])]
         effects = patched(setting, runs, meter, [(Edit(where, runs.source),) for _, _, where in cells], engine=self.engine)
         for (name, index, _), effect in zip(cells, effects, strict=True):
             scores[name][(slice(None), *index)] = effect
@@ -105,8 +105,8 @@ def _max_tokens(setting: Setting, runs: Runs) -> int | None:
     return max(1, int(left // token_bytes(setting, length)))
 
 
-def _cells(setting: Setting, site: Site, live: np.ndarray) -> Iterator[tuple[tuple[int, ...], Site]]:
-    """Index and address of every live cell."""
+def addresses(setting: Setting, site: Site, live: np.ndarray) -> Iterator[tuple[tuple[int, ...], Site]]:
+    """Index and address of every cell that the mask has."""
     names = None if setting.axis is None else setting.axis.names
 
     def position(index: dict[str, int], axis: str) -> tuple[Position, ...] | None:
