@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -41,7 +41,8 @@ class Comparison:
             zeros): ``n_cells``, ``k``, and for each statistic ``x`` its value, ``x_lo`` and ``x_hi`` (95 % percentile
             bootstrap over examples). Statistics, all on example-mean maps: ``pearson``; ``spearman``; ``slope`` of
             approximation = slope · exact; ``sign_agreement`` where |exact| exceeds 1 % of the gap; ``topk_recall`` of the k
-            largest |effect|, k = max(1, 10 % of the live cells). An undefined statistic is NaN.
+            largest |effect|, k = max(1, 10 % of the live cells). An undefined statistic is NaN. Unsigned maps are held against
+            |exact| and have no sign agreement.
         costs: per method (the reference first) forwards, backwards, positions, seconds and bytes.
         reliability: per site and set of cells of the reference, ``half_pearson`` (mean Pearson between the mean maps of
             two random halves of the examples) and ``reliability``, its Spearman–Brown value for all examples.
@@ -138,7 +139,7 @@ def compare(reference: ScoreMap, methods: Mapping[str, ScoreMap], *, n_boot: int
 
     Raises:
         ScoreError: no methods, a bad or repeated name, maps that are not alike (the message names what differs),
-            nothing scored in both, or n_boot < 1.
+            an unsigned reference, nothing scored in both, or n_boot < 1.
 
     Example:
         >>> comparison = pl.compare(exact, {"AtP": atp, "RelP": relp})  # doctest: +SKIP
@@ -148,6 +149,10 @@ def compare(reference: ScoreMap, methods: Mapping[str, ScoreMap], *, n_boot: int
         raise ScoreError(f"n_boot is {n_boot}; it must be at least 1 (1000 is usual).")
     name_of_reference = str(reference.provenance.get("method", "reference"))
     check_names(name_of_reference, methods)
+    if reference.provenance.get("unsigned"):
+        raise ScoreError(
+            f"the reference {name_of_reference} is unsigned, so nothing can be compared with its signs. Take a signed map, such as exact."
+        )
     for name, other in methods.items():
         check_alike(name_of_reference, reference, name, other)
     n = reference.data.sizes["example"]
@@ -157,6 +162,7 @@ def compare(reference: ScoreMap, methods: Mapping[str, ScoreMap], *, n_boot: int
     certain = not (low <= 0 <= high or gaps[0] == 0)
     floor = SIGN_FLOOR * np.abs(gaps) if certain else np.full(len(gaps), np.nan)
     notes, rows, reliability = _notes(reference, name_of_reference, methods, n, certain), [], []
+    unsigned = {name for name, other in methods.items() if other.provenance.get("unsigned")}
     halves = np.argsort(np.random.default_rng([seed, 1]).random((SPLITS, n)), axis=1) < n // 2
     for site in reference.sites:
         maps = {name: _cells(other, site) for name, other in methods.items() if site not in other.not_scored}
@@ -166,7 +172,7 @@ def compare(reference: ScoreMap, methods: Mapping[str, ScoreMap], *, n_boot: int
         k = max(1, int(live.sum()) // TOP_SHARE)
         for cells, chosen in (("all", np.ones_like(live)), ("live", live)):
             if cells == "all" or not live.all():  # without structural zeros the two sets are one
-                values = _statistics(exact[:, chosen], {name: other[:, chosen] for name, other in maps.items()}, weights, floor, k)
+                values = _statistics(exact[:, chosen], {name: other[:, chosen] for name, other in maps.items()}, unsigned, weights, floor, k)
                 stable = _reliability(exact[:, chosen], halves)
             about = {"site": site, "cells": cells, "n_cells": int(chosen.sum())}
             rows += [{"method": name, **about, "k": k, **statistics} for name, statistics in values.items()]
@@ -191,6 +197,7 @@ def _cells(scores: ScoreMap, site: str) -> Float[np.ndarray, "example cell"]:
 def _statistics(
     exact: Float[np.ndarray, "example cell"],
     maps: Mapping[str, Float[np.ndarray, "example cell"]],
+    unsigned: Set[str],
     weights: Float[np.ndarray, "draw example"],
     floor: Float[np.ndarray, " draw"],
     k: int,
@@ -198,15 +205,16 @@ def _statistics(
     """Per method every statistic with its interval; row 0 of the weights is the estimate, the others are the draws."""
     results = {name: np.full((len(STATISTICS), len(weights)), np.nan) for name in maps}
     for draws in _chunks(len(weights), exact.shape[1]):
-        mean = weights[draws] @ exact
-        rank = ranks(mean)
+        signed = weights[draws] @ exact
+        both = {False: (signed, ranks(signed)), True: (np.abs(signed), ranks(np.abs(signed)))}
         for name, approximation in maps.items():
+            mean, rank = both[name in unsigned]
             other = weights[draws] @ approximation
             results[name][:, draws] = (
                 pearson(mean, other),
                 pearson(rank, ranks(other)),
                 slope(mean, other),
-                sign_agreement(mean, other, floor[draws]),
+                np.full(len(mean), np.nan) if name in unsigned else sign_agreement(mean, other, floor[draws]),
                 topk_recall(mean, other, k),
             )
     return {name: _with_intervals(values) for name, values in results.items()}
@@ -241,6 +249,9 @@ def _notes(reference: ScoreMap, name_of_reference: str, methods: Mapping[str, Sc
         for site, reason in scores.not_scored.items():
             by_reason.setdefault(reason, []).append(site)
         notes += [f"{name}: {', '.join(sites)} not scored and left out ({reason})." for reason, sites in by_reason.items()]
+    for name, scores in methods.items():
+        if scores.provenance.get("unsigned"):
+            notes.append(f"{name}: its scores are unsigned; they are held against the size of the reference, and sign agreement is left undefined.")
     if n == 1:
         notes.append("One example: there are no intervals and no reliability.")
     if not certain:

@@ -2,11 +2,12 @@
 
 The effect of patching a site is estimated as the difference of its activation times a coefficient: the gradient of the
 metric (AtP), its mean over a path from the baseline to the source (IG), or what relevance propagation puts in the
-gradient's place (RelP). One point costs two forward passes and one backward pass per batch, for all cells at once.
+gradient's place (RelP). One point costs two forward passes and one backward pass per batch, for all cells at once. AtP*'s
+corrections go with any of them: QK-fix takes one more forward pass each for q and k, GradDrop one more forward and backward pass per layer.
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import numpy as np
@@ -18,9 +19,10 @@ from patchlab.engine import Target
 from patchlab.errors import MethodError
 from patchlab.interventions import Blend, Edit, Own, address
 from patchlab.methods.base import Method
-from patchlab.methods.runs import Meter, Runs, Setting, activation_bytes, itemsize, program
+from patchlab.methods.corrections import drop_term, dropping, every_layer, qk_forwards, qk_scores
+from patchlab.methods.runs import Meter, Runs, Setting, activation_bytes, itemsize, program, reduced
 from patchlab.rules import Composite, get_composite
-from patchlab.sites import KINDS, Site
+from patchlab.sites import KINDS, Site, parse_site
 
 _INPUT: Target = ("input", None)
 
@@ -35,11 +37,16 @@ class LinearizedPatching(Method):
         over: what moves along the path: ``inputs`` (all token embeddings) or ``activations`` (each layer's site alone, all
             positions and heads, the rest at baseline).
         source: what is patched in; see :class:`patchlab.methods.Method`.
+        qk_fix: for q and k, the softmax is recomputed with the patched queries or keys, and what it changes in the pattern is
+            multiplied by the coefficient of the pattern. Rules of the softmax itself (AH, temperature) then do not act on q and k.
+        grad_drop: mean of the absolute scores with one layer's backward contribution dropped at a time: unsigned.
     """
 
     rules: str | Composite = "gradient"
     n_steps: int | None = None
     over: Literal["inputs", "activations"] = "inputs"
+    qk_fix: bool = False
+    grad_drop: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -48,6 +55,11 @@ class LinearizedPatching(Method):
             raise MethodError(f"n_steps is {self.n_steps}; integrated gradients need at least 1 point on the path.")
         if self.over not in ("inputs", "activations"):
             raise MethodError(f"over is {self.over!r}; valid: 'inputs', 'activations'.")
+        if self.qk_fix and self.n_steps is not None and self.over == "activations":
+            raise MethodError(
+                "QK-fix needs the coefficient of the pattern, which has no path of its own when q or k moves alone; got over='activations'. "
+                "Use over='inputs', one point, or qk_fix=False."
+            )
 
     @property
     def composite(self) -> Composite:
@@ -57,10 +69,21 @@ class LinearizedPatching(Method):
     @property
     def name(self) -> str:
         rules = self.composite.name
-        if self.n_steps is None:
-            return "atp" if rules == "gradient" else rules
         steps = f"ig:{self.n_steps}" if self.over == "inputs" else f"ig-activations:{self.n_steps}"
-        return steps if rules == "gradient" else f"{rules}+{steps}"
+        parts = [] if rules == "gradient" else [rules]
+        parts += [] if self.n_steps is None else [steps]
+        if self.qk_fix and self.grad_drop and not parts:
+            return "atp*"
+        return "+".join([*(parts or ["atp"]), *(["qk"] if self.qk_fix else []), *(["drop"] if self.grad_drop else [])])
+
+    def corrected(self, *, qk_fix: bool = False, grad_drop: bool = False) -> "LinearizedPatching":
+        """The same method with corrections added.
+
+        >>> RelevancePatching().corrected(qk_fix=True).name
+        'relp+qk'
+        """
+        values = {field.name: getattr(self, field.name) for field in fields(LinearizedPatching)}
+        return LinearizedPatching(**{**values, "qk_fix": self.qk_fix or qk_fix, "grad_drop": self.grad_drop or grad_drop})
 
     def check(self, setting: Setting) -> None:
         if setting.task.metric.vanishes_at_clean and setting.direction == "noising" and self.n_steps is None:
@@ -70,22 +93,32 @@ class LinearizedPatching(Method):
                 f"Use direction='denoising', integrated gradients, or another metric."
             )
         self.composite.attach(setting.model.arch.places)
+        if self.grad_drop and setting.model.arch.n_layers < 2:
+            raise MethodError(f"GradDrop drops one layer at a time, and {setting.model.name} has only one; use {self.name} without it.")
 
     def not_scored(self, setting: Setting) -> dict[str, str]:
-        reasons = self.composite.not_scored
+        reasons = self._blocked
         return {str(site): reasons[site.kind] for site in setting.sites if site.kind in reasons}
 
     def forwards(self, setting: Setting) -> int:
+        drops = setting.model.arch.n_layers if self.grad_drop else 1
+        extra = 2 + (qk_forwards(setting) if self.qk_fix else 0)
         if self.n_steps is None:
-            return 2
-        return 2 + self.n_steps + (self.source != "paired") if self.over == "inputs" else 2 + (self.n_steps + 1) * len(self._scored(setting))
+            return extra + (drops if self.grad_drop else 0)
+        if self.over == "inputs":
+            return extra + self.n_steps * drops + (self.source != "paired" and not self.grad_drop)
+        return extra + (self.n_steps * drops + (not self.grad_drop)) * len(self._linear(setting))
 
     def predicted_bytes(self, setting: Setting, rows: int, length: int) -> int:
         # both runs' activations and the gradients, and what the backward pass of each block holds on to
         arch = setting.model.arch
         per_block = rows * length * (12 * arch.d_model + 4 * (arch.d_mlp or 0) + 3 * arch.n_heads * length)
+        fixed = 0
+        if self._fixed(setting):  # the patterns, how they change and their coefficients, and the streams
+            drops = arch.n_layers if self.grad_drop else 1
+            fixed = arch.n_layers * rows * length * ((3 + drops) * arch.n_heads * length + arch.d_model)
         return 3 * activation_bytes(setting, rows, length) + itemsize(setting) * (
-            arch.n_layers * per_block + 2 * rows * length * setting.model.vocab_size
+            arch.n_layers * per_block + 2 * rows * length * setting.model.vocab_size + fixed
         )
 
     def source_targets(self, setting: Setting) -> tuple[Target, ...]:
@@ -94,51 +127,108 @@ class LinearizedPatching(Method):
 
     def baseline_options(self, setting: Setting) -> dict[str, Any]:
         keep = self.source_targets(setting)
-        if self.n_steps is None:
-            return {"keep": keep, "gradients": keep, "rules": self._rules}
+        if self._fixed(setting):
+            keep = tuple(dict.fromkeys((*keep, *every_layer(setting, "resid_pre"), *every_layer(setting, "pattern"))))
+        if self.n_steps is None and not self.grad_drop:
+            return {"keep": keep, "gradients": self._differentiated(setting), "rules": self._rules(setting, None)}
         return {"keep": keep}
 
     def score(self, setting: Setting, runs: Runs, meter: Meter, notes: dict[str, Any]) -> dict[str, np.ndarray]:
-        if self.n_steps is None:
-            coefficients = dict(runs.baseline.gradients)
-        elif self.over == "inputs":
-            coefficients = self._along(setting, runs, meter, (_INPUT,), self.source_targets(setting))
-        else:
-            coefficients = {}
-            for target in self._scored(setting):
-                coefficients |= self._along(setting, runs, meter, (target,), (target,))
-        differences = {key: self._difference(runs, key) for key in coefficients}
-        self._note_gaps(setting, runs, meter, notes, coefficients, differences)
-        skipped = self.not_scored(setting)
-        scores = {}
-        for site in setting.sites:
-            if str(site) in skipped:
-                scores[str(site)] = np.full((len(runs.batch), *setting.live[str(site)].shape), np.nan)
-                continue
-            layers = [None] if "layer" not in KINDS[site.kind].axes else list(range(setting.model.arch.n_layers))
-            per_layer = [_cells(setting, runs, site, differences[site.kind, layer], coefficients[site.kind, layer]) for layer in layers]
-            scores[str(site)] = (per_layer[0] if layers == [None] else torch.stack(per_layer, 1)).double().cpu().numpy()
+        n_layers, skipped = setting.model.arch.n_layers, self.not_scored(setting)
+        fixed = {str(site) for site in setting.sites if (site.kind, 0) in self._fixed(setting)}
+        drops = list(range(n_layers)) if self.grad_drop else [None]
+        patterns: list[dict[int, Tensor]] = []
+        differences = {target: self._difference(runs, target) for target in self._linear(setting)}
+        scores = {
+            str(site): np.full((len(runs.batch), *setting.live[str(site)].shape), np.nan if str(site) in skipped else 0.0) for site in setting.sites
+        }
+        for drop in drops:
+            coefficients = self._coefficients(setting, runs, meter, drop)
+            if not self.grad_drop:
+                self._note_gaps(setting, runs, meter, notes, coefficients, differences)
+            if fixed:
+                share = 1.0 if self.composite.bilinear is None else self.composite.bilinear.share
+                patterns.append({layer: coefficients["pattern", layer] * share for layer in range(n_layers)})
+            for site in setting.sites:
+                if str(site) not in skipped and str(site) not in fixed:
+                    scores[str(site)] += self._term(site, self._linear_scores(setting, runs, site, differences, coefficients), drop, n_layers)
+        for name, parts in qk_scores(setting, runs, meter, patterns).items() if fixed else ():
+            for drop, part in zip(drops, parts, strict=True):
+                scores[name] += self._term(parse_site(name), part, drop, n_layers)
         return scores
+
+    def _coefficients(self, setting: Setting, runs: Runs, meter: Meter, drop: int | None) -> dict[Target, Tensor]:
+        """What differences are multiplied by, with the backward contribution of layer ``drop`` dropped."""
+        rules, at = self._rules(setting, drop), self._differentiated(setting)
+        if self.n_steps is None and drop is None:
+            return dict(runs.baseline.gradients)
+        if self.n_steps is None:
+            return dict(meter.run(setting.model, program(setting, runs, gradients=at, rules=rules)).gradients)
+        if self.over == "inputs":
+            return self._along(setting, runs, meter, (_INPUT,), at, rules)
+        found = {}
+        for target in at:
+            found |= self._along(setting, runs, meter, (target,), (target,), rules)
+        return found
+
+    def _linear_scores(
+        self, setting: Setting, runs: Runs, site: Site, differences: dict[Target, Tensor], coefficients: dict[Target, Tensor]
+    ) -> Float[np.ndarray, "batch *cells"]:
+        layers = [None] if "layer" not in KINDS[site.kind].axes else list(range(setting.model.arch.n_layers))
+        per_layer = [_cells(setting, runs, site, differences[site.kind, layer], coefficients[site.kind, layer]) for layer in layers]
+        return (per_layer[0] if layers == [None] else torch.stack(per_layer, 1)).double().cpu().numpy()
+
+    @staticmethod
+    def _term(site: Site, scores: Float[np.ndarray, "batch *cells"], drop: int | None, n_layers: int) -> Float[np.ndarray, "batch *cells"]:
+        return scores if drop is None else drop_term(scores, site.kind, drop, n_layers)
+
+    def _provenance(self, setting: Setting, skipped: dict[str, str]) -> dict[str, Any]:
+        record = super()._provenance(setting, skipped)
+        notes = list(record["notes"])
+        if self.grad_drop:
+            notes.append("GradDrop: mean of absolute scores, one layer's backward contribution dropped at a time; the scores are unsigned")
+        if self._fixed(setting) and self.composite.pattern is not None:
+            notes.append(f"q and k are scored by QK-fix, with the true softmax; the {type(self.composite.pattern).__name__} does not act on them")
+        return {**record, "notes": notes, "unsigned": self.grad_drop}
 
     @property
     def _along_inputs(self) -> bool:
         return self.n_steps is not None and self.over == "inputs"
 
-    @property
-    def _rules(self) -> Composite | None:
+    def _rules(self, setting: Setting, drop: int | None) -> Composite | None:
+        if drop is not None:
+            return dropping(self.composite, setting, drop)
         return None if self.composite.plain else self.composite
 
-    def _scored(self, setting: Setting) -> tuple[Target, ...]:
-        reasons = self.composite.not_scored
-        return tuple(target for target in setting.targets if target[0] not in reasons)
+    @property
+    def _blocked(self) -> dict[str, str]:
+        return {} if self.qk_fix else self.composite.not_scored
 
-    def _along(self, setting: Setting, runs: Runs, meter: Meter, moving: tuple[Target, ...], at: tuple[Target, ...]) -> dict[Target, Tensor]:
+    def _scored(self, setting: Setting) -> tuple[Target, ...]:
+        return tuple(target for target in setting.targets if target[0] not in self._blocked)
+
+    def _fixed(self, setting: Setting) -> tuple[Target, ...]:
+        """The queries and keys that QK-fix scores."""
+        return tuple(target for target in setting.targets if target[0] in ("q", "k")) if self.qk_fix else ()
+
+    def _linear(self, setting: Setting) -> tuple[Target, ...]:
+        """Sites scored by difference times coefficient, and the input where the path goes along it."""
+        fixed = self._fixed(setting)
+        return tuple(target for target in self.source_targets(setting) if target not in fixed)
+
+    def _differentiated(self, setting: Setting) -> tuple[Target, ...]:
+        patterns = every_layer(setting, "pattern") if self._fixed(setting) else ()
+        return tuple(dict.fromkeys((*self._linear(setting), *patterns)))
+
+    def _along(
+        self, setting: Setting, runs: Runs, meter: Meter, moving: tuple[Target, ...], at: tuple[Target, ...], rules: Composite | None
+    ) -> dict[Target, Tensor]:
         """Mean coefficients over the midpoints of the path on which ``moving`` goes from its own value to the source's."""
         n_steps = self.n_steps or 1
         total: dict[Target, Tensor] = {}
         for step in range(n_steps):
             edits = tuple(Edit(address(*target), Blend(Own(), runs.source, (step + 0.5) / n_steps)) for target in moving)
-            found = meter.run(setting.model, program(setting, runs, edits=edits, gradients=at, rules=self._rules)).gradients
+            found = meter.run(setting.model, program(setting, runs, edits=edits, gradients=at, rules=rules)).gradients
             total = {key: gradient / n_steps + total.get(key, 0) for key, gradient in found.items()}
         return total
 
@@ -171,18 +261,7 @@ def _cells(setting: Setting, runs: Runs, site: Site, difference: Float[Tensor, "
     product = difference * coefficient.to(difference.dtype)
     if kind.width is not None:
         product = product.sum(-1)
-    names = [name for name in kind.axes if name != "layer"]
-    for dim, name in reversed(list(enumerate(names, start=1))):
-        if name not in site.axes:
-            product = product.sum(dim)
-        elif name in ("pos", "dest", "src") and setting.axis is not None and setting.axis.names is not None:
-            index = torch.as_tensor(setting.axis.index[runs.batch.examples.cpu().numpy()], device=product.device)
-            shape = [1] * product.ndim
-            shape[0], shape[dim] = index.shape
-            expanded = [*product.shape]
-            expanded[dim] = index.shape[1]
-            product = product.gather(dim, index.reshape(shape).expand(expanded))
-    return product
+    return reduced(setting, runs, site, product)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -193,8 +272,12 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 class AttributionPatching(LinearizedPatching):
     """AtP: difference × gradient at the baseline. Source: Nanda 2023; Syed et al. 2023 (arXiv 2310.10348).
 
+    With ``qk_fix`` and ``grad_drop`` it is AtP* (Kramár et al. 2024, arXiv 2403.00745).
+
     Example:
         >>> AttributionPatching().run(model, task, ["resid_pre", "z"])  # doctest: +SKIP
+        >>> AttributionPatching(qk_fix=True, grad_drop=True).name
+        'atp*'
     """
 
     def __post_init__(self) -> None:
@@ -220,9 +303,16 @@ class IntegratedGradients(LinearizedPatching):
     """
 
     def __init__(
-        self, n_steps: int = 5, over: Literal["inputs", "activations"] = "inputs", *, rules: str | Composite = "gradient", source: str = "paired"
+        self,
+        n_steps: int = 5,
+        over: Literal["inputs", "activations"] = "inputs",
+        *,
+        rules: str | Composite = "gradient",
+        source: str = "paired",
+        qk_fix: bool = False,
+        grad_drop: bool = False,
     ) -> None:
-        _set(self, n_steps=n_steps, over=over, rules=rules, source=source)
+        _set(self, n_steps=n_steps, over=over, rules=rules, source=source, qk_fix=qk_fix, grad_drop=grad_drop)
 
 
 @dataclass(frozen=True, init=False)
@@ -234,8 +324,8 @@ class RelevancePatching(LinearizedPatching):
         ('relp', 'relp-ah')
     """
 
-    def __init__(self, rules: str | Composite = "relp", *, source: str = "paired") -> None:
-        _set(self, n_steps=None, over="inputs", rules=rules, source=source)
+    def __init__(self, rules: str | Composite = "relp", *, source: str = "paired", qk_fix: bool = False, grad_drop: bool = False) -> None:
+        _set(self, n_steps=None, over="inputs", rules=rules, source=source, qk_fix=qk_fix, grad_drop=grad_drop)
 
 
 def _set(method: LinearizedPatching, **values: Any) -> None:

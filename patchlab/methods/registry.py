@@ -3,7 +3,7 @@
 from patchlab.errors import MethodError, unknown
 from patchlab.methods.base import Method
 from patchlab.methods.exact import ActivationPatching
-from patchlab.methods.linearized import AttributionPatching, RelevancePatching, parse_path_method
+from patchlab.methods.linearized import AttributionPatching, LinearizedPatching, RelevancePatching, parse_path_method
 from patchlab.rules import PRESETS
 
 METHODS: dict[str, str] = {
@@ -16,6 +16,9 @@ METHODS: dict[str, str] = {
     "cp-lrp": "LN- and Identity-rule, attention pattern and gates held constant",
     "gim": "LN-rule, softmax temperature 2, uniform rule, gate and up ½ each",
     "PRESET+ig:N": "integrated relevance: a rule preset at N points, e.g. relp+ig:5",
+    "atp*": "AtP*: atp with QK-fix (softmax recomputed for q and k) and GradDrop (one backward per layer; unsigned)",
+    "METHOD+qk": "QK-fix on top of a gradient or relevance method, e.g. atp+qk, relp+qk, ig:5+qk",
+    "METHOD+drop": "GradDrop on top of a gradient or relevance method, e.g. atp+drop, relp+qk+drop",
 }
 
 
@@ -33,6 +36,11 @@ def get_method(name: str) -> Method:
         return ActivationPatching()
     if name == "atp":
         return AttributionPatching()
+    if name == "atp*":
+        return AttributionPatching(qk_fix=True, grad_drop=True)
+    for suffix, option in (("+drop", "grad_drop"), ("+qk", "qk_fix")):
+        if name.endswith(suffix) and isinstance(inner := get_method(name.removesuffix(suffix)), LinearizedPatching):
+            return inner.corrected(**{option: True})
     if name in PRESETS and name != "gradient":
         return RelevancePatching(name)
     if (method := parse_path_method(name)) is not None:

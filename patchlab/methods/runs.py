@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from patchlab.engine import Program, Result, Target, run
@@ -15,7 +15,7 @@ from patchlab.errors import MethodError
 from patchlab.interventions import Average, Kept, Source, Zero
 from patchlab.metrics import Answers
 from patchlab.models import Model
-from patchlab.sites import Site
+from patchlab.sites import KINDS, POSITION_AXES, Site
 from patchlab.tasks.base import Batch, PositionAxis, Task
 
 Direction = Literal["denoising", "noising"]
@@ -164,6 +164,22 @@ def check_metric(setting: Setting, runs: Runs, meter: Meter) -> None:
     reads = "answer" if setting.task.metric.reads == "answer" else "all"
     logits = meter.run(setting.model, replace(program(setting, runs), metric=None, answers=None, logits=reads)).logits
     setting.task.metric.check_independent(required(logits), runs.answers)
+
+
+def reduced(setting: Setting, runs: Runs, site: Site, values: Float[Tensor, "batch *site"]) -> Float[Tensor, "batch *cells"]:
+    """Values over all axes of one layer of a site, as cells: summed over the axes taken jointly, read at the named positions."""
+    names = [name for name in KINDS[site.kind].axes if name != "layer"]
+    for dim, name in reversed(list(enumerate(names, start=1))):
+        if name not in site.axes:
+            values = values.sum(dim)
+        elif name in POSITION_AXES and setting.axis is not None and setting.axis.names is not None:
+            index = torch.as_tensor(setting.axis.index[runs.batch.examples.cpu().numpy()], device=values.device)
+            shape = [1] * values.ndim
+            shape[0], shape[dim] = index.shape
+            expanded = [*values.shape]
+            expanded[dim] = index.shape[1]
+            values = values.gather(dim, index.reshape(shape).expand(expanded))
+    return values
 
 
 def required(value: Any) -> Any:

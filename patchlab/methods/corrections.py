@@ -1,0 +1,139 @@
+"""AtP*'s corrections of linearised patching: QK-fix for queries and keys, GradDrop for effects that cancel.
+
+Source: Kramár et al. 2024 (arXiv 2403.00745), sections 3.1 and 3.2. Both work under any rules and along any path over inputs.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from patchlab.adapters import Place
+from patchlab.engine import Target
+from patchlab.interventions import Edit, address
+from patchlab.methods.runs import Meter, Runs, Setting, program, reduced
+from patchlab.rules import Composite, scale_gradient
+from patchlab.rules.composites import Attachment, Recorded
+from patchlab.sites import Site
+
+INSIDE = ("z", "q", "k", "v", "pattern", "attn_out", "mlp_post", "mlp_out")
+"""Sites whose only way to the output is what their own layer adds to the residual stream."""
+
+
+@dataclass(frozen=True)
+class Dropped(Composite):
+    """A composite with, in addition, no gradient through what one layer adds to the residual stream."""
+
+    stops: tuple[str, ...] = ()
+
+    @property
+    def plain(self) -> bool:
+        return False
+
+    def attach(self, places: tuple[Place, ...]) -> tuple[Attachment, ...]:
+        return (*super().attach(places), *(Attachment(hook, (), _stop) for hook in self.stops))
+
+
+def _stop(value: Tensor, recorded: Recorded) -> Tensor:
+    return scale_gradient(value, 0.0)
+
+
+def dropping(composite: Composite, setting: Setting, layer: int) -> Dropped:
+    """The composite with the gradient through one layer's attention and MLP outputs stopped."""
+    arch = setting.model.arch
+    stops = tuple(arch.lenses[kind].host(layer) for kind in ("attn_out", "mlp_out") if kind not in arch.absent)
+    return Dropped(**{field.name: getattr(composite, field.name) for field in fields(Composite)}, stops=stops)
+
+
+def drop_term(scores: Float[np.ndarray, "batch *cells"], kind: str, layer: int, n_layers: int) -> Float[np.ndarray, "batch *cells"]:
+    """What the scores under one dropped layer add to GradDrop's score.
+
+    ``(1 / n) Σ_l |score with layer l dropped|`` over the layers l that leave the node a way out: the n = L − 1 other layers for
+    a node inside a layer, all n = L for the residual stream and the input, which no layer contains.
+    """
+    size = np.abs(scores)
+    if kind not in INSIDE:
+        return size / n_layers
+    size[:, layer] = 0.0
+    return size / (n_layers - 1)
+
+
+def every_layer(setting: Setting, kind: str) -> tuple[Target, ...]:
+    """A kind in all layers."""
+    return tuple((kind, layer) for layer in range(setting.model.arch.n_layers))
+
+
+def _patches(setting: Setting, kind: str) -> list[tuple[tuple[str, ...], int | None]]:
+    """The runs that QK-fix needs for a kind: the sites each serves, and the cell of the position axis it patches (None: all).
+
+    Queries of different heads and positions never meet in a pattern, so one run serves them all; keys of different positions do, in
+    the softmax.
+    """
+    names = {str(site): site for site in setting.sites if site.kind == kind}
+    joint = tuple(name for name, site in names.items() if kind == "q" or "pos" not in site.axes)
+    apart = [name for name in names if name not in joint]
+    found: list[tuple[tuple[str, ...], int | None]] = [(joint, None)] if joint else []
+    if apart and setting.axis is not None:
+        for cell in range(len(setting.axis)):
+            served = tuple(name for name in apart if bool(setting.live[name].take(cell, axis=names[name].axes.index("pos")).any()))
+            found += [(served, cell)] if served else []
+    return found
+
+
+def qk_forwards(setting: Setting) -> int:
+    """Forward passes that QK-fix takes per batch: one for q, one for k, one per live position for k by position."""
+    return sum(len(_patches(setting, kind)) for kind in ("q", "k"))
+
+
+def pattern_changes(setting: Setting, runs: Runs, meter: Meter) -> Iterator[tuple[str, tuple[str, ...], int | None, dict[int, Tensor]]]:
+    """Kind, site names, position cell, and per layer how the pattern changes if q or k is patched there, all else at the baseline.
+
+    One run serves all layers: every block gets the baseline's residual stream, so that no patch reaches the next layer. Rotary
+    embedding, q/k-norms, softcaps and masks are the model's own.
+    """
+    held = runs.baseline.as_source()
+    reset = [Edit(address(*target), held) for target in every_layer(setting, "resid_pre")]
+    patterns = every_layer(setting, "pattern")
+    for kind in ("q", "k"):
+        for names, cell in _patches(setting, kind):
+            pos = None
+            if cell is not None and setting.axis is not None:
+                pos = (cell if setting.axis.names is None else setting.axis.names[cell],)
+            edits = [Edit(Site(kind, (), layer=layer, pos=pos), runs.source) for _, layer in patterns]
+            planned = replace(program(setting, runs, edits=(*reset, *edits), keep=patterns), metric=None, answers=None)
+            found = meter.run(setting.model, planned).activations
+            changes = {layer: found["pattern", layer] - runs.baseline.activations["pattern", layer] for layer in range(len(patterns))}
+            yield kind, names, cell, changes
+
+
+def qk_product(
+    kind: str, change: Float[Tensor, "batch head dest src"], gradient: Float[Tensor, "batch head dest src"], n_kv_heads: int
+) -> Float[Tensor, "batch *cells"]:
+    """Change of the pattern × its gradient: ``[batch, pos, head]`` for q, ``[batch, kv_head]`` for k (summed over the heads that share it)."""
+    product = change.to(torch.promote_types(change.dtype, torch.float32)) * gradient
+    if kind == "q":
+        return product.sum(-1).transpose(1, 2)
+    return product.sum((2, 3)).unflatten(1, (n_kv_heads, -1)).sum(-1)
+
+
+def qk_scores(setting: Setting, runs: Runs, meter: Meter, gradients: list[dict[int, Tensor]]) -> dict[str, list[Float[np.ndarray, "batch *cells"]]]:
+    """Scores of the q and k sites, one array per set of gradients at the patterns (``layer`` to ``[batch, head, dest, src]``)."""
+    sites = {str(site): site for site in setting.sites if site.kind in ("q", "k")}
+    found = {name: [np.zeros((len(runs.batch), *setting.live[name].shape)) for _ in gradients] for name in sites}
+    for kind, names, cell, changes in pattern_changes(setting, runs, meter):
+        for number, gradient in enumerate(gradients):
+            products = [qk_product(kind, change, gradient[layer], setting.model.arch.n_kv_heads) for layer, change in changes.items()]
+            for name in names:
+                per_layer = [_reduced(setting, runs, sites[name], product) for product in products]
+                values = torch.stack(per_layer, 1).double().cpu().numpy()
+                found[name][number][(slice(None), slice(None)) if cell is None else (slice(None), slice(None), cell)] = values
+    return found
+
+
+def _reduced(setting: Setting, runs: Runs, site: Site, product: Float[Tensor, "batch *site"]) -> Float[Tensor, "batch *cells"]:
+    if site.kind == "q":
+        return reduced(setting, runs, site, product)
+    return product if "kv_head" in site.axes else product.sum(-1)
