@@ -69,13 +69,21 @@ def _problem(model: Any, *, prefix: bool) -> str | None:
         LookupError,
     ) as error:
         return f"{type(error).__name__}: {str(error).splitlines()[0][:120]}" if str(error) else type(error).__name__
-    tolerance = 2e-3 if model.dtype in (torch.float32, torch.float64) else 0.15
     worst = (got - expected).abs().amax(1)
     index = int(worst.argmax())
     scale = float(expected.abs().max())
     return (
         None if float(worst[index]) <= tolerance * scale else f"{cells[index][0].address} differs by {float(worst[index]) / scale:.2g} of the scale"
     )
+
+
+def _tolerance(dtype: torch.dtype) -> float:
+    """Rounding, as a share of the scale: tight enough to notice a missing softcap."""
+    if dtype == torch.float64:
+        return 1e-9
+    if dtype == torch.float32:
+        return 1e-4 if torch.get_float32_matmul_precision() == "highest" else 2e-2
+    return 0.15
 
 
 def _trial(model: Any) -> tuple[Program, list[Cell]]:
