@@ -69,6 +69,7 @@ def _problem(model: Any, *, prefix: bool) -> str | None:
         LookupError,
     ) as error:
         return f"{type(error).__name__}: {str(error).splitlines()[0][:120]}" if str(error) else type(error).__name__
+    tolerance = _tolerance(model.dtype)
     worst = (got - expected).abs().amax(1)
     index = int(worst.argmax())
     scale = float(expected.abs().max())
