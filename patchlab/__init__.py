@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from patchlab.methods import AttributionPatching as AttributionPatching
     from patchlab.methods import IntegratedGradients as IntegratedGradients
     from patchlab.methods import RelevancePatching as RelevancePatching
+    from patchlab.methods import VerifiedPatching as VerifiedPatching
     from patchlab.metrics import Metric as Metric
     from patchlab.models import Model as Model
     from patchlab.models import load_model as load_model
@@ -54,6 +55,7 @@ _HOMES = {
     "AttributionPatching": "methods",
     "IntegratedGradients": "methods",
     "RelevancePatching": "methods",
+    "VerifiedPatching": "methods",
     "Metric": "metrics",
     "Model": "models",
     "load_model": "models",

@@ -4,6 +4,7 @@ from patchlab.methods.base import Method
 from patchlab.methods.exact import ActivationPatching
 from patchlab.methods.linearized import AttributionPatching, IntegratedGradients, LinearizedPatching, RelevancePatching
 from patchlab.methods.registry import METHODS, get_method
+from patchlab.methods.verified import VerifiedPatching
 
 __all__ = [
     "METHODS",
@@ -13,5 +14,6 @@ __all__ = [
     "LinearizedPatching",
     "Method",
     "RelevancePatching",
+    "VerifiedPatching",
     "get_method",
 ]

@@ -1,0 +1,464 @@
+"""Verified patching: exact cells, the stopping rule, the sample's bound, groups, and what it all cost."""
+
+import itertools
+import json
+from fractions import Fraction
+from functools import cache
+from math import comb
+from typing import Any
+
+import numpy as np
+import pytest
+from families import mixed_task, model_of, swap_task
+
+import patchlab as pl
+from patchlab.errors import MethodError, SiteError
+from patchlab.methods import get_method
+from patchlab.methods.bound import Bound, most_exceeding
+from patchlab.methods.runs import Setting
+from patchlab.methods.verified import VerifiedPatching, _Cells, _levels, _Patcher, _Search
+from patchlab.methods.verified_result import VerifiedResult
+from patchlab.scores import ScoreMap
+from patchlab.sites import Site, parse_site
+
+HEADS = "z[layer,pos,head]"
+
+
+# the bound
+
+
+def _probability(population: int, marked: int, sample: int, seen: int) -> Fraction:
+    """Probability of at most ``seen`` marked ones, by listing every sample."""
+    samples = list(itertools.combinations(range(population), sample))
+    return Fraction(sum(sum(i < marked for i in one) <= seen for one in samples), len(samples))
+
+
+@pytest.mark.parametrize("confidence", [0.5, 0.9, 0.95])
+def test_the_bound_against_every_possible_sample(confidence: float) -> None:
+    for population in range(9):
+        for sample in range(population + 1):
+            for seen in range(sample + 1):
+                possible = [
+                    marked
+                    for marked in range(seen, population - sample + seen + 1)
+                    if _probability(population, marked, sample, seen) >= 1 - Fraction(str(confidence))
+                ]
+                # seen marked ones are certainly there
+                assert most_exceeding(population, sample, seen, confidence) == max(possible, default=seen), (population, sample, seen)
+
+
+@pytest.mark.parametrize(("population", "sample"), [(40, 7), (200, 30), (1000, 59)])
+def test_the_bound_covers_whatever_the_truth(population: int, sample: int) -> None:
+    bounds = np.array([most_exceeding(population, sample, seen) for seen in range(sample + 1)])
+    for marked in range(0, population + 1, max(1, population // 40)):
+        held = sum(comb(marked, seen) * comb(population - marked, sample - seen) for seen in range(sample + 1) if bounds[seen] >= marked) / comb(
+            population, sample
+        )
+        assert held >= 0.95, marked
+    assert bounds[0] < population / 2  # and says something
+
+
+def test_the_bound_of_large_populations_is_the_binomial_one() -> None:
+    for sample, share in ((30, 0.0950), (59, 0.0495), (299, 0.0100)):
+        assert most_exceeding(10**6, sample, 0) / 10**6 == pytest.approx(share, abs=2e-4)  # 1 − 0.05^(1/sample)
+
+
+@pytest.mark.parametrize("numbers", [(10, 11, 0), (10, 5, 6), (10, 5, -1)])
+def test_a_sample_that_cannot_be(numbers: tuple[int, int, int]) -> None:
+    with pytest.raises(MethodError, match="cannot be; the sample is at most the population"):
+        most_exceeding(*numbers)
+    with pytest.raises(MethodError, match="cannot be"):
+        Bound(0.95, *numbers, threshold=1.0)
+
+
+def test_the_statement_says_what_it_does_not_bound() -> None:
+    bound = Bound(0.95, 200, 30, 1, 0.25, "logits")
+    assert str(bound) == (
+        "with 95 % confidence at most 28 of the 200 unverified cells exceed 0.25 logits (1 of 30 drawn at random did); "
+        "how large a missed effect may be is not bounded"
+    )
+    assert (bound.at_most, bound.unseen) == (28, 27)
+    assert str(Bound(0.95, 7, 7, 2, 0.25)) == "every live cell was patched; 2 of the last 7 exceed 0.25"
+    assert "at most 7 of the 7" in str(Bound(0.95, 7, 0, 0, 0.25))
+    assert "none was drawn" in str(Bound(0.95, 7, 0, 0, 0.25))
+
+
+# the search, on given effects
+
+
+class Given(_Patcher):
+    """Effects from a table in place of a model."""
+
+    def __init__(self, effects: np.ndarray, joint: dict[str, float] | None = None, sites: tuple[Site, ...] = (parse_site(HEADS),)) -> None:
+        self.table = {str(where): effect for where, effect in zip(_addresses(effects), effects.ravel(), strict=True)} | (joint or {})
+        live = {str(site): np.ones(effects.shape, dtype=bool) for site in sites}
+        self.setting = Setting(model_of("gpt2"), swap_task(), sites, "denoising", None, live)
+        self.asked: list[str] = []
+
+    def effects(self, cells: list[Site]) -> np.ndarray:
+        self.asked += map(str, cells)
+        return np.array([[self.table[str(cell)]] for cell in cells]).reshape(len(cells), 1)
+
+
+def _addresses(effects: np.ndarray) -> list[Site]:
+    return _grid(effects.shape)
+
+
+@cache
+def _grid(shape: tuple[int, ...]) -> list[Site]:
+    return [Site("z", (), layer=layer, pos=(pos,), head=head) for layer, pos, head in np.ndindex(*shape)]
+
+
+def searched(
+    effects: np.ndarray, screen: np.ndarray, target: float | None = None, joint: dict[str, float] | None = None, **options: Any
+) -> tuple[_Search, Given]:
+    patcher = Given(effects, joint)
+    cells = _Cells(np.zeros(effects.size, dtype=np.int64), list(np.ndindex(*effects.shape)), _addresses(effects), screen.ravel().astype(float))
+    search = _Search(VerifiedPatching(**options), patcher, cells)
+    search.run(target)
+    return search, patcher
+
+
+def _falling(n: int = 400) -> np.ndarray:
+    return (0.97 ** np.arange(n)).reshape(4, n // 16, 4)
+
+
+def test_a_perfect_screen_needs_twice_k_cells() -> None:
+    effects = _falling()
+    search, patcher = searched(effects, 3 * effects, k=10, sample=30)
+    assert search.verified == list(range(20))
+    assert len(search.drawn) == 30
+    assert set(search.drawn).isdisjoint(search.verified)
+    assert "none of the last 10 came in" in search.stopped
+    assert patcher.asked == [patcher.asked[i] for i in range(50)]
+    assert len(set(patcher.asked)) == 50  # no cell twice
+    bound = search.bound
+    assert bound is not None
+    assert (bound.population, bound.sample, bound.exceeding) == (380, 30, 0)
+    assert bound.threshold == pytest.approx(float(effects.ravel()[9]))
+
+
+def test_k_is_at_most_five_per_cent_and_at_least_one() -> None:
+    effects = _falling()
+    assert searched(effects, effects, k=50)[0].k == 20
+    assert searched(effects, effects, k=7)[0].k == 7
+    small = np.arange(1.0, 9).reshape(1, 2, 4)
+    assert searched(small, small, k=5)[0].k == 1
+
+
+def test_a_screen_that_ranks_wrongly_is_followed_until_the_budget_ends() -> None:
+    effects = _falling()
+    backwards = np.flip(effects.ravel()).reshape(effects.shape)
+    search, _ = searched(effects, backwards, k=10, max_share=0.25)
+    assert len(search.verified) == 100
+    assert "budget of 25 %" in search.stopped
+    # the important cells were missed, and the sample shows it
+    assert search.bound is not None
+    assert search.bound.exceeding > 20
+    assert search.bound.at_most >= 300
+    everything, _ = searched(effects, backwards, k=10, max_share=1)
+    assert sorted(everything.verified) == list(range(400))
+    assert everything.stopped == "every candidate is verified"
+
+
+def test_one_cell_that_the_screen_underrates_keeps_the_search_going() -> None:
+    effects = _falling()
+    screen = effects.copy()
+    screen.ravel()[1] *= 0.7  # verified later, and its ratio of 1.4 means that others may be as wrong
+    search, _ = searched(effects, screen, k=10)
+    assert 1 in search.verified
+    assert len(search.verified) > 20
+
+
+def test_a_target_finds_all_cells_above_it() -> None:
+    effects = _falling()
+    search, _ = searched(effects, effects, target=0.5)
+    above = int((effects > 0.5).sum())
+    assert above == 23
+    assert set(range(above)) <= set(search.verified)
+    assert len(search.verified) <= above + 40
+    assert search.bound is not None
+    assert search.bound.threshold == 0.5
+    assert search.bound.exceeding == 0
+    nothing, _ = searched(effects, effects, target=2.0)
+    assert len(nothing.verified) == 20
+
+
+def test_the_sample_is_uniform_over_the_unverified_cells_and_follows_the_seed() -> None:
+    effects = _falling(80)
+    counts = np.zeros(effects.size)
+    for seed in range(300):
+        search, _ = searched(effects, effects, k=2, sample=10, seed=seed)
+        counts[search.drawn] += 1
+    left = np.delete(counts, search.verified)
+    assert not counts[search.verified].any()
+    expected = 300 * 10 / len(left)
+    assert np.abs(left - expected).max() < 5 * np.sqrt(expected)
+    assert searched(effects, effects, k=2, seed=5)[0].drawn == searched(effects, effects, k=2, seed=5)[0].drawn
+    assert searched(effects, effects, k=2, seed=5)[0].drawn != searched(effects, effects, k=2, seed=6)[0].drawn
+
+
+@pytest.mark.parametrize("quality", [0.0, 0.5, 2.0])
+def test_the_stated_confidence_holds_with_bad_screens(quality: float) -> None:
+    held, said = [], []
+    for seed in range(200):
+        generator = np.random.default_rng(seed)
+        effects = generator.standard_normal((4, 20, 4)) ** 3
+        screen = quality * effects + generator.standard_normal(effects.shape)
+        search, _ = searched(effects, screen, k=12, sample=25, max_share=0.2, seed=seed)
+        bound = search.bound
+        assert bound is not None
+        truth = int((np.abs(np.delete(effects.ravel(), search.verified)) > bound.threshold).sum())
+        held.append(truth <= bound.at_most)
+        said.append(bound.at_most / bound.population)
+    assert np.mean(held) >= 0.92  # 95 % at least, less three standard errors and a bit
+    assert np.median(said) < 0.7
+
+
+# groups
+
+
+def _grouped(effects: np.ndarray) -> dict[str, float]:
+    """Joint effects that are the sums of their cells."""
+    joint = {str(Site("z", (), layer=layer)): float(effects[layer].sum()) for layer in range(effects.shape[0])}
+    return joint | {str(Site("z", (), layer=layer, pos=(pos,))): float(effects[layer, pos].sum()) for layer, pos in np.ndindex(*effects.shape[:2])}
+
+
+def test_only_cells_in_groups_that_matter_are_candidates() -> None:
+    effects = np.full((4, 25, 4), 1e-3)
+    effects[2, 3] = effects[2, 7] = [1.0, 0.9, 0.8, 0.7]
+    screen = np.random.default_rng(0).random(effects.shape)
+    screen[2, 3] = 2
+    search, patcher = searched(effects, screen, joint=_grouped(effects), k=4, hierarchical=True, max_share=1)
+    places = {(cell[0], cell[1]) for i in np.flatnonzero(search.candidates) for cell in [search.cells.index[i]]}
+    assert places == {(2, 3), (2, 7)}
+    assert {"L0.z", "L1.z", "L2.z", "L3.z", "L2.z@0", "L2.z@7"} <= set(patcher.asked)
+    assert "L1.z@0" not in patcher.asked  # its layer does not matter
+    assert set(search.verified) >= {i for i, cell in enumerate(search.cells.index) if (cell[0], cell[1]) == (2, 7)}
+    kept = {group["address"] for group in search.groups if group["kept"]}
+    assert kept == {"L2.z", "L2.z@3", "L2.z@7"}
+    assert len(search.verified) + len(search.groups) + len(search.drawn) == len(patcher.asked)
+
+
+def test_cancellation_hides_a_group_from_the_search_but_not_from_the_sample() -> None:
+    effects = np.full((4, 25, 4), 1e-3)
+    effects[1, :, 0], effects[1, :, 1] = 5.0, -5.0  # strong cells whose sum is nothing
+    effects[2, 3] = [1.0, 0.9, 0.8, 0.7]
+    search, _ = searched(
+        effects,
+        np.where(effects == 1e-3, 0.1, 0.01) + effects * (effects < 2) * (effects > 0.5),
+        joint=_grouped(effects),
+        k=4,
+        hierarchical=True,
+        sample=60,
+    )
+    hidden = {i for i, cell in enumerate(search.cells.index) if cell[0] == 1}
+    assert hidden.isdisjoint(np.flatnonzero(search.candidates))
+    assert search.bound is not None
+    assert search.bound.exceeding > 0
+
+
+def test_levels_go_from_layers_over_positions() -> None:
+    assert _levels(parse_site(HEADS)) == [("layer",), ("layer", "pos")]
+    assert _levels(parse_site("z")) == [("layer",)]
+    assert _levels(parse_site("resid_pre")) == [("layer",)]
+    assert _levels(parse_site("pattern[layer,head,dest,src]")) == [("layer",), ("layer", "dest")]
+    assert _levels(parse_site("mlp_post[layer,pos,neuron]")) == [("layer",), ("layer", "pos")]
+    assert _levels(parse_site("input")) == []
+
+
+# on models
+
+
+@cache
+def exact_map(sites: tuple[str, ...] = (HEADS, "mlp_out"), mixed: bool = False, direction: str = "denoising", source: str = "paired") -> ScoreMap:
+    task = mixed_task() if mixed else swap_task(n=4, length=6)
+    return pl.ActivationPatching(source=source).run(model_of("gpt2"), task, list(sites), direction=direction, progress=False)
+
+
+def found(task: Any = None, sites: Any = (HEADS, "mlp_out"), **options: Any) -> VerifiedResult:
+    run = {name: options.pop(name) for name in ("direction", "batch_size", "max_memory") if name in options}
+    return VerifiedPatching(**options).run(model_of("gpt2"), task or swap_task(n=4, length=6), list(sites), progress=False, **run)
+
+
+def _check_effects(result: VerifiedResult, exact: ScoreMap) -> None:
+    """Every row is the cell of the full sweep, per example."""
+    for row, effects in zip(result.table.to_dict("records"), result.effects, strict=True):
+        axes = {axis: int(row[axis]) for axis in parse_site(row["site"]).axes}
+        expected = exact.data[row["site"]].isel(axes)
+        np.testing.assert_allclose(effects, expected.to_numpy(), rtol=1e-4, atol=2e-5, err_msg=row["address"])
+        assert row["effect"] == pytest.approx(effects.mean())
+        assert row["screen"] == pytest.approx(float(result.screen.mean(row["site"]).isel(axes)))
+        assert bool(exact.live[row["site"]].isel(axes))
+
+
+@pytest.mark.parametrize("direction", ["denoising", "noising"])
+@pytest.mark.parametrize("source", ["paired", "zero", "mean"])
+def test_verified_effects_are_those_of_the_full_sweep(source: str, direction: str) -> None:
+    screen = pl.RelevancePatching(source=source)
+    result = found(screen=screen, sample=6, direction=direction)
+    _check_effects(result, exact_map(direction=direction, source=source))
+    assert result.provenance["direction"] == direction
+
+
+def test_several_lengths_give_rows_in_the_order_of_the_examples() -> None:
+    result = found(mixed_task(), ("resid_pre", "z"), sample=3)
+    _check_effects(result, exact_map(("resid_pre", "z"), mixed=True))
+
+
+@pytest.mark.parametrize("options", [{"batch_size": 1}, {"batch_size": 3, "max_memory": 100_000}])
+def test_results_do_not_depend_on_batches_or_memory(options: dict[str, int]) -> None:
+    whole, parts = found(), found(**options)
+    assert whole.table["address"].tolist() == parts.table["address"].tolist()
+    np.testing.assert_allclose(whole.effects, parts.effects, rtol=1e-4, atol=1e-5)
+    assert whole.bound.at_most == parts.bound.at_most
+
+
+def test_runs_that_do_not_fit_are_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("patchlab.methods.verified.free_bytes", lambda device: 0)
+    again = found()
+    monkeypatch.undo()
+    kept = found()
+    np.testing.assert_allclose(again.effects, kept.effects)
+    assert again.passes["unpatched"] > kept.passes["unpatched"]
+
+
+def test_everything_verified_is_the_exact_top_k() -> None:
+    result = found(sample=10**6, max_share=1, k=2)
+    exact = exact_map()
+    values = np.concatenate([np.abs(exact.mean(site).to_numpy())[exact.live[site].to_numpy()] for site in exact.sites])
+    assert len(result.table) == result.n_live == len(values)
+    assert result.k == 2
+    np.testing.assert_allclose(result.top["effect"].abs(), np.sort(values)[::-1][:2], rtol=1e-4)
+    assert result.table["effect"].abs().is_monotonic_decreasing
+    assert result.bound.sample == result.bound.population
+    assert set(result.table["found"]) == {"screen", "sample"}
+
+
+def test_cells_of_the_sample_join_the_top() -> None:
+    with_sample = found(sample=10**6, max_share=0.05, k=2)
+    assert "sample" in with_sample.table["found"].tolist()
+    assert with_sample.top["effect"].abs().min() >= with_sample.table[~with_sample.table["top"]]["effect"].abs().max()
+    # the threshold of the statement is the one from before the draw
+    before = with_sample.table[with_sample.table["found"] == "screen"]["effect"].abs().nlargest(2).min()
+    assert with_sample.bound.threshold == pytest.approx(before)
+
+
+def test_the_share_counts_screen_cells_sample_and_unpatched_runs() -> None:
+    result = found(sample=5, k=2)
+    by = result.table["found"].value_counts()
+    waves = -(-int(by["screen"]) // result.k) + 1  # type: ignore[operator]
+    patched = int(by["screen"]) + 5
+    cost = result.screen.cost
+    screen = cost.positions / (4 * 6) * (1 + 2 * cost.backwards / cost.forwards)  # four prompts of six tokens
+    unpatched = result.cost.forwards - cost.forwards - patched
+    assert 2 <= unpatched <= 2 + waves
+    assert result.passes == {"screen": pytest.approx(screen), "verified": by["screen"], "sample": 5, "groups": 0, "unpatched": unpatched}
+    assert result.share == pytest.approx((screen + patched + unpatched) / result.n_live)
+    assert result.share_without_sample == pytest.approx((screen + patched + unpatched - 5) / result.n_live)
+    assert result.cost.backwards == cost.backwards == 1
+    assert result.cost.positions > cost.positions
+    dearer = found(screen=get_method("ig:3"), sample=5, k=2)
+    assert dearer.passes["screen"] > screen
+
+
+def test_a_target_is_a_share_of_the_gap() -> None:
+    gap = abs(exact_map().gap)
+    result = found(task=swap_task(n=1, length=6), target=0.02, sample=0)
+    gap = abs(result.screen.gap)
+    assert result.k is None
+    assert result.bound.threshold == pytest.approx(0.02 * gap)
+    assert result.table["top"].tolist() == (result.table["effect"].abs() > 0.02 * gap).tolist()
+    assert "|effect| >" in str(result)
+    assert result.table["low"].isna().all()  # one example has no interval
+
+
+def test_a_target_without_a_gap_is_refused() -> None:
+    task = swap_task(n=6)
+    mirrored = task.select([0])
+    pair = mirrored.pairs[0]
+    swapped = type(pair)(pair.corrupted_ids, pair.clean_ids, pair.correct, pair.incorrect, pair.positions, pair.template)
+    both = type(task)(task.name, (pair, swapped), task.metric)
+    with pytest.raises(MethodError, match="not distinguishable from 0. Ask for k cells"):
+        found(both, target=0.1)
+
+
+def test_hierarchical_joint_effects_are_the_coarse_sweeps() -> None:
+    result = found(hierarchical=True, sample=4)
+    coarse = exact_map(("z[layer]", "mlp_out[layer]"))
+    for row in result.groups.itertuples():
+        address = parse_site(row.address)
+        if address.pos is None:
+            expected = float(coarse.mean(f"{address.kind}[layer]")[address.layer])
+            assert row.effect == pytest.approx(expected, rel=1e-4, abs=1e-5)
+    assert {"L0.z", "L0.mlp_out"} <= set(result.groups["address"])
+    assert result.passes["groups"] == len(result.groups)
+    assert "no effects cancel inside a group" in result.summary()
+    _check_effects(result, exact_map())
+
+
+def test_the_result_reads_well_and_is_json() -> None:
+    result = found(sample=4)
+    text = repr(result)
+    assert text.startswith("verified(relp), denoising, logit_diff, gpt2 × ")
+    assert "With 95 % confidence at most" in text
+    assert "how large a missed effect may be is not bounded" in text
+    assert f"Work: {100 * result.share:.1f} % of a full sweep's rows" in text
+    values = json.loads(json.dumps(result.to_dict(), allow_nan=False))
+    assert values["bound"]["at_most"] == result.bound.at_most
+    assert [row["address"] for row in values["table"]] == result.table["address"].tolist()
+    assert values["provenance"]["method"] == "verified(relp)"
+    assert not result.effects.flags.writeable
+    low, high = result.table["low"], result.table["high"]
+    assert (low <= result.table["effect"]).all()
+    assert (result.table["effect"] <= high).all()
+    assert sorted(result.table["place"]) == sorted(set(result.table["place"]))
+    assert (result.table["place"] <= result.n_live).all()
+
+
+def test_positions_are_labelled() -> None:
+    result = found(mixed_task(), ("resid_pre", "pattern[layer,head,dest,src]"), screen=pl.AttributionPatching(), sample=2)
+    rows = result.table
+    assert set(rows["site"]) <= {"resid_pre", "pattern[layer,head,dest,src]"}
+    assert {"position", "dest_position", "src_position"} & set(rows.columns)
+
+
+# refusals
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"k": 0}, "k is 0; ask for at least 1 cell"),
+        ({"sample": -1}, "sample is -1; give a number of cells"),
+        ({"target": 0.0}, "target is 0.0; give a share of the gap above 0"),
+        ({"confidence": 1.0}, "confidence is 1.0; it must be between 0 and 1"),
+        ({"max_share": 0.0}, "max_share is 0.0; it must be between 0 and 1"),
+        ({"group_fraction": -0.5}, "group_fraction is -0.5; give a share"),
+        ({"engine": "quick"}, "unknown engine 'quick'"),
+        ({"screen": pl.ActivationPatching()}, "the screen is exact patching itself"),
+    ],
+)
+def test_options_that_make_no_sense(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(MethodError, match=message):
+        VerifiedPatching(**options)
+
+
+def test_sites_that_cannot_be_verified() -> None:
+    with pytest.raises(MethodError, match="the screen relp-ah does not score q .* leave the site out or take another screen"):
+        found(sites=("z", "q"), screen=get_method("relp-ah"))
+    with pytest.raises(SiteError, match="unknown site"):
+        found(sites=("zz",))
+    with pytest.raises(MethodError, match="unknown direction"):
+        found(direction="sideways")
+
+
+def test_confidence_of_a_bound() -> None:
+    with pytest.raises(MethodError, match="confidence is 2.0; it must be between 0 and 1"):
+        most_exceeding(10, 2, 0, 2.0)
+
+
+def test_a_public_name() -> None:
+    assert pl.VerifiedPatching is VerifiedPatching
+    assert pl.VerifiedPatching().name == "verified(relp)"
+    assert VerifiedPatching() == VerifiedPatching()
