@@ -207,7 +207,7 @@ def test_surrounding_edits_switch_structural_zeros_off() -> None:
     """An edit of the unchanged prefix may make any cell matter: everything is run."""
     model, task = model_of("gpt2"), swap_task(n=1)
     with pl.intervene(model, pl.Edit("L0.attn_out", pl.noise(1.0), op="add")):
-        scores = scores_of(pl.ActivationPatching(), model, task, "resid_pre")
+        scores = scores_of(pl.ActivationPatching(engine="literal"), model, task, "resid_pre")
     assert scores.live["resid_pre"].to_numpy().all()
     assert scores.cost.forwards == 2 + LAYERS * 5
     assert "no cell is taken as a structural zero" in scores.provenance["notes"][0]

@@ -91,7 +91,7 @@ def test_costs_of_paths_means_and_cells() -> None:
     # a mean source: one more run per batch
     cost = pl.AttributionPatching(source="mean").run(model, task, "z", batch_size=2, progress=False).cost
     assert (cost.forwards, cost.backwards) == (2 * 3, 2)
-    scores = pl.ActivationPatching().run(model, task, "resid_pre", progress=False)
+    scores = pl.ActivationPatching(engine="literal").run(model, task, "resid_pre", progress=False)
     assert (scores.cost.forwards, scores.cost.backwards) == (2 + int(scores.live["resid_pre"].sum()), 0)
 
 
