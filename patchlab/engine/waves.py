@@ -269,7 +269,9 @@ def _columns(metric: Metric, answers: Answers) -> tuple[Int[Tensor, " column"] |
     if metric.columns != "answers":
         return None, answers
     columns = torch.unique(torch.cat([answers.correct.flatten(), answers.incorrect.flatten()]))
-    return columns, replace(answers, correct=torch.searchsorted(columns, answers.correct), incorrect=torch.searchsorted(columns, answers.incorrect))
+    clean = None if answers.clean_logits is None else answers.clean_logits[..., columns]
+    correct, incorrect = (torch.searchsorted(columns, ids) for ids in (answers.correct, answers.incorrect))
+    return columns, replace(answers, correct=correct, incorrect=incorrect, clean_logits=clean)
 
 
 def _start(cell: Cell, program: Program) -> int:
