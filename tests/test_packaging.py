@@ -28,7 +28,7 @@ RANKS = (
     {"tasks", "models", "hub"},
     {"features"},
     {"methods"},
-    {"compare", "agreement", "alignment", "circuits"},
+    {"compare", "agreement", "alignment", "reliability", "circuits"},
     {"plots", "sweeps"},
     {"report"},
     {"cli"},

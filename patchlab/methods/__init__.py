@@ -4,7 +4,7 @@ from patchlab.methods.base import Method
 from patchlab.methods.exact import ActivationPatching
 from patchlab.methods.linearized import AttributionPatching, IntegratedGradients, LinearizedPatching, RelevancePatching
 from patchlab.methods.registry import METHODS, get_method
-from patchlab.methods.second_order import SecondOrder, unreliable
+from patchlab.methods.second_order import SecondOrder
 from patchlab.methods.verified import VerifiedPatching
 
 __all__ = [
@@ -18,5 +18,4 @@ __all__ = [
     "SecondOrder",
     "VerifiedPatching",
     "get_method",
-    "unreliable",
 ]

@@ -1,4 +1,4 @@
-"""The second-order term of each cell's effect, and the cells whose first-order score it makes doubtful."""
+"""The second-order term of each cell's effect: what linearised patching leaves out first."""
 
 import hashlib
 from dataclasses import dataclass
@@ -6,17 +6,14 @@ from typing import Any
 
 import numpy as np
 import torch
-import xarray as xr
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from patchlab.alignment import check_alike
 from patchlab.engine import Target
-from patchlab.errors import MethodError, ScoreError
+from patchlab.errors import MethodError
 from patchlab.interventions import Edit, Source, address
 from patchlab.methods.base import Method
 from patchlab.methods.runs import Meter, Runs, Setting, activation_bytes, itemsize, program, reduced
-from patchlab.scores import ScoreMap
 from patchlab.sites import KINDS, POSITION_AXES, Site
 
 STEPS = {torch.float32: 1e-2, torch.float64: 1e-4}
@@ -39,7 +36,7 @@ class SecondOrder(Method):
         source: what is patched in; see :class:`patchlab.methods.Method`.
 
     Example:
-        >>> doubtful = unreliable(atp, SecondOrder().run(model, task, "z"))  # doctest: +SKIP
+        >>> doubtful = patchlab.reliability.unreliable(atp, SecondOrder().run(model, task, "z"))  # doctest: +SKIP
     """
 
     probes: int = 1
@@ -131,22 +128,3 @@ class _Nudge:
 
 def _layers(setting: Setting, site: Site) -> list[int | None]:
     return [None] if "layer" not in KINDS[site.kind].axes else list(range(setting.model.arch.n_layers))
-
-
-def unreliable(first: ScoreMap, second: ScoreMap, fraction: float = 0.5) -> xr.Dataset:
-    """The live cells whose second-order term exceeds ``fraction`` of the first-order score, both averaged over examples.
-
-    Returns:
-        One boolean variable per site, with the site's axes. True: the linearised score of this cell is doubtful. A cell that is not
-        flagged may be wrong all the same, by what the third and higher orders add.
-
-    Raises:
-        ScoreError: ``second`` is no second-order map, a fraction that is not above 0, or maps that are not alike.
-    """
-    if not str(second.provenance.get("method", "")).startswith("second-order"):
-        raise ScoreError(f"unreliable needs a map of SecondOrder as its second; got one of {second.provenance.get('method')!r}.")
-    if not fraction > 0:
-        raise ScoreError(f"fraction is {fraction}; it must be above 0 (0.5 flags cells whose second order is half of the first).")
-    check_alike("the first-order map", first, "the second-order map", second)
-    flags = {site: (np.abs(second.mean(site)) > fraction * np.abs(first.mean(site))) & first.live[site] for site in first.sites}
-    return xr.Dataset({site: flag for site, flag in flags.items() if site not in first.not_scored})
