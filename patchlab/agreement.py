@@ -81,6 +81,20 @@ def topk_recall(exact: Float[np.ndarray, "draw cell"], approximation: Float[np.n
     return (_top(np.abs(exact), k) * _top(np.abs(approximation), k)).sum(1) / k
 
 
+def cells_for_recall(exact: Float[np.ndarray, " cell"], screen: Float[np.ndarray, " cell"], k: int, recall: float) -> int:
+    """How many cells must be verified in the order of |screen| to have that share of the k cells with the largest |exact|.
+
+    Of cells tied at the k-th |exact| the easiest to find count; cells tied in the screen are all verified.
+
+    >>> cells_for_recall(np.array([3.0, -2.0, 1.0, 0.0]), np.array([1.0, 0.1, 2.0, 0.5]), 2, 1.0)
+    4
+    """
+    size = np.abs(screen)
+    top = np.abs(exact) >= np.partition(np.abs(exact), len(exact) - k)[len(exact) - k]
+    last = np.sort(size[top])[::-1][int(np.ceil(recall * k - 1e-9)) - 1]
+    return int((size >= last).sum())
+
+
 def _top(size: Float[np.ndarray, "draw cell"], k: int) -> Float[np.ndarray, "draw cell"]:
     threshold = np.partition(size, size.shape[1] - k, axis=1)[:, [size.shape[1] - k]]
     above, tied = size > threshold, size == threshold

@@ -4,14 +4,14 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Set
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from patchlab.agreement import pearson, ranks, sign_agreement, slope, spearman_brown, split_half, topk_recall
+from patchlab.agreement import cells_for_recall, pearson, ranks, sign_agreement, slope, spearman_brown, split_half, topk_recall
 from patchlab.alignment import check_alike, check_names
 from patchlab.bootstrap import interval, resampling_weights
 from patchlab.errors import ScoreError, unknown
@@ -29,6 +29,8 @@ CELLS = {"live": "live cells", "all": "all cells, structural zeros included"}
 SIGN_FLOOR = 0.01
 TOP_SHARE = 10
 SPLITS = 200
+VERIFIED_TOP, VERIFIED_SHARE, RECALLS = 20, 20, (0.95, 1.0)
+"""Verified recall: of the top 20 cells, or one live cell in 20 if that is fewer."""
 _LIMIT = 4_000_000
 
 
@@ -48,6 +50,9 @@ class Comparison:
             two random halves of the examples) and ``reliability``, its Spearman–Brown value for all examples.
         setting: task, model, direction, metric, gap, draws: what was compared.
         notes: what was left out, and why.
+        verified_recall: what it costs to verify the top cells with a method as the screen: per method and site ``n_cells``
+            (live), ``k`` = min(20, 5 % of them), and how many cells in the screen's order, also as a share of the live ones, hold 95 %
+            (``cells_95``, ``share_95``) and all (``cells_100``, ``share_100``) of the k largest exact |effects|.
     """
 
     table: pd.DataFrame
@@ -55,6 +60,7 @@ class Comparison:
     reliability: pd.DataFrame
     setting: dict[str, Any]
     notes: tuple[str, ...] = ()
+    verified_recall: pd.DataFrame = field(default_factory=pd.DataFrame)
 
     def summary(self, cells: str = "live") -> str:
         """The comparison as text, one line per method and site; ``cells`` is ``live`` or ``all``.
@@ -63,12 +69,13 @@ class Comparison:
             ScoreError: another set of cells.
         """
         parts = [self._heading(), f"Agreement over {CELLS[_known(cells)]}:", _text(self._readable(cells)), self._reliability_line(cells)]
+        parts += ["Cost of verified recall:", _text(self._readable_recall())] if len(self.verified_recall) else []
         parts += ["Cost:", _text(self._readable_costs()), *(f"Note: {note}" for note in self.notes)]
         return "\n\n".join(parts)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain JSON values; NaN becomes None."""
-        frames = {name: _records(getattr(self, name)) for name in ("table", "costs", "reliability")}
+        frames = {name: _records(getattr(self, name)) for name in ("table", "costs", "reliability", "verified_recall")}
         return {"setting": _json_able(self.setting), **frames, "notes": list(self.notes)}
 
     def to_json(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
@@ -97,6 +104,8 @@ class Comparison:
         for cells, what in CELLS.items():
             parts += [f"<p><b>Agreement over {what}</b></p>", self._readable(cells).to_html(index=False)]
             parts += [f"<p>{_escaped(self._reliability_line(cells))}</p>"]
+        if len(self.verified_recall):
+            parts += ["<p><b>Cost of verified recall</b></p>", self._readable_recall().to_html(index=False)]
         parts += ["<p><b>Cost</b></p>", self._readable_costs().to_html(index=False)]
         return "".join([*parts, *(f"<p>Note: {_escaped(note)}</p>" for note in self.notes)])
 
@@ -118,6 +127,14 @@ class Comparison:
             bounds = zip(rows[name], rows[f"{name}_lo"], rows[f"{name}_hi"], strict=True)
             columns[title] = [f"{_number(value)} {_bracket(low, high)}" for value, low, high in bounds]
         return pd.DataFrame(columns | {"k": rows["k"]})
+
+    def _readable_recall(self) -> pd.DataFrame:
+        rows = self.verified_recall
+        columns: dict[str, Any] = {name: rows[name] for name in ("method", "site", "n_cells", "k")}
+        for recall in RECALLS:
+            cells, shares = (rows[f"{what}_{round(100 * recall)}"] for what in ("cells", "share"))
+            columns[f"{100 * recall:.0f} % of the top k in"] = [f"{n} cells ({100 * share:.0f} %)" for n, share in zip(cells, shares, strict=True)]
+        return pd.DataFrame(columns).rename(columns={"n_cells": "n"})
 
     def _readable_costs(self) -> pd.DataFrame:
         costs = self.costs.dropna(axis="columns", how="all").copy()
@@ -161,7 +178,7 @@ def compare(reference: ScoreMap, methods: Mapping[str, ScoreMap], *, n_boot: int
     low, high = (float(bound) for bound in interval(gaps[1:]))
     certain = not (low <= 0 <= high or gaps[0] == 0)
     floor = SIGN_FLOOR * np.abs(gaps) if certain else np.full(len(gaps), np.nan)
-    notes, rows, reliability = _notes(reference, name_of_reference, methods, n, certain), [], []
+    notes, rows, reliability, recalls = _notes(reference, name_of_reference, methods, n, certain), [], [], []
     unsigned = {name for name, other in methods.items() if other.provenance.get("unsigned")}
     halves = np.argsort(np.random.default_rng([seed, 1]).random((SPLITS, n)), axis=1) < n // 2
     for site in reference.sites:
@@ -177,16 +194,21 @@ def compare(reference: ScoreMap, methods: Mapping[str, ScoreMap], *, n_boot: int
             about = {"site": site, "cells": cells, "n_cells": int(chosen.sum())}
             rows += [{"method": name, **about, "k": k, **statistics} for name, statistics in values.items()]
             reliability.append({**about, **stable})
+        recalls += [{"method": name, "site": site, **_verified(exact[:, live], other[:, live])} for name, other in maps.items() if live.any()]
     if not rows:
         raise ScoreError(f"there is nothing to compare: no site is scored both by {name_of_reference} and by one of {', '.join(methods)}.")
     about = {key: reference.provenance.get(key, "") for key in ("task", "model", "direction", "metric", "metric_unit")}
     about |= {"subject": reference.subject, "reference": name_of_reference, "methods": list(methods), "n_examples": n, "n_boot": n_boot, "seed": seed}
     about |= {"gap": float(gaps[0]), "gap_lo": low, "gap_hi": high, "sign_floor": float(floor[0]), "splits": SPLITS}
-    table = pd.DataFrame(rows)
     order = {name: i for i, name in enumerate(methods)}
-    table = table.sort_values(by="method", key=lambda column: column.map(order), kind="stable", ignore_index=True)
+    table, recall = (
+        pd.DataFrame(part, columns=None if part else ["method"]).sort_values(
+            by="method", key=lambda column: column.map(order), kind="stable", ignore_index=True
+        )
+        for part in (rows, recalls)
+    )
     costs = [{"method": name, **asdict(scores.cost)} for name, scores in {name_of_reference: reference, **methods}.items()]
-    return Comparison(table, _costs_table(costs), pd.DataFrame(reliability), about, tuple(notes))
+    return Comparison(table, _costs_table(costs), pd.DataFrame(reliability), about, tuple(notes), recall)
 
 
 def _cells(scores: ScoreMap, site: str) -> Float[np.ndarray, "example cell"]:
@@ -218,6 +240,17 @@ def _statistics(
                 topk_recall(mean, other, k),
             )
     return {name: _with_intervals(values) for name, values in results.items()}
+
+
+def _verified(exact: Float[np.ndarray, "example cell"], screen: Float[np.ndarray, "example cell"]) -> dict[str, float | int]:
+    """What it costs to find the top cells of the mean map in the screen's order."""
+    cells = exact.shape[1]
+    k = max(1, min(VERIFIED_TOP, cells // VERIFIED_SHARE))
+    found: dict[str, float | int] = {"n_cells": cells, "k": k}
+    for recall in RECALLS:
+        count = cells_for_recall(exact.mean(0), screen.mean(0), k, recall)
+        found |= {f"cells_{round(100 * recall)}": count, f"share_{round(100 * recall)}": count / cells}
+    return found
 
 
 def _with_intervals(values: Float[np.ndarray, "statistic draw"]) -> dict[str, float]:

@@ -48,6 +48,57 @@ def row(comparison: Comparison, method: str, site: str, cells: str = "live") -> 
     return found.iloc[0]
 
 
+# the cost of verified recall
+
+
+def literal_cells(exact: np.ndarray, screen: np.ndarray, k: int, recall: float) -> int:
+    """Verify cell after cell in the screen's order until enough of the top k are there."""
+    top = set(np.argsort(-np.abs(exact), kind="stable")[:k].tolist())
+    found = 0
+    for count, cell in enumerate(np.argsort(-np.abs(screen), kind="stable").tolist(), start=1):
+        found += cell in top
+        if found >= recall * k:
+            return count
+    raise ValueError("never")
+
+
+@pytest.mark.parametrize("recall", [0.5, 0.95, 1.0])
+@pytest.mark.parametrize("k", [1, 4, 20])
+def test_cells_for_recall_equals_its_literal_twin(k, recall):
+    for seed in range(20):
+        exact, screen = np.random.default_rng(seed).normal(size=(2, 50))
+        assert stats.cells_for_recall(exact, screen, k, recall) == literal_cells(exact, screen, k, recall)
+
+
+def test_cells_that_the_screen_ties_are_all_verified():
+    exact = np.array([3.0, 0.0, 0.0, -2.0, 0.0])
+    assert stats.cells_for_recall(exact, np.array([9.0, 0, 0, 0, 0]), 2, 0.5) == 1
+    assert stats.cells_for_recall(exact, np.array([9.0, 0, 0, 0, 0]), 2, 1.0) == 5
+    # either of the cells tied at the k-th effect will do
+    assert stats.cells_for_recall(np.array([2.0, 1.0, 1.0, 0.0]), np.array([4.0, 1.0, 3.0, 2.0]), 2, 1.0) == 2
+
+
+def test_the_comparison_says_what_a_verified_top_costs(exact):
+    scores = random_map("resid_pre", "z[layer,pos,head]")
+    others = {"good": noisy(scores, noise=0.0), "bad": noisy(scores, 3, noise=50.0)}
+    comparison = compare(scores, others, n_boot=5)
+    table = comparison.verified_recall
+    assert list(zip(table["method"], table["site"], strict=True)) == [(name, site) for name in others for site in scores.sites]
+    for row in table.to_dict("records"):
+        live = scores.live[row["site"]].to_numpy()
+        values = [one.mean(row["site"]).to_numpy()[live] for one in (scores, others[row["method"]])]
+        assert row["n_cells"] == live.sum()
+        assert row["k"] == max(1, min(20, live.sum() // 20))
+        for recall in (95, 100):
+            assert row[f"cells_{recall}"] == literal_cells(*values, row["k"], recall / 100)
+            assert row[f"share_{recall}"] == row[f"cells_{recall}"] / live.sum()
+    good, bad = (table[table["method"] == name] for name in others)
+    assert (good["cells_100"] == good["k"]).all()
+    assert bad["cells_100"].sum() > good["cells_100"].sum()
+    assert "Cost of verified recall:" in comparison.summary()
+    assert "100 % of the top k in" in comparison.summary()
+
+
 # statistics against literal twins
 
 
@@ -267,7 +318,7 @@ def test_summary_reads_well(comparison):
     assert "all cells, structural zeros included" in comparison.summary("all")
     assert repr(comparison) == text
     html = comparison._repr_html_()
-    assert html.count("<table") == 3
+    assert html.count("<table") == 4
     with pytest.raises(ScoreError, match="unknown set of cells 'dead'; Valid: all, live"):
         comparison.summary("dead")
 
@@ -282,7 +333,7 @@ def test_files_hold_the_table_in_full_precision(comparison, tmp_path):
     comparison.to_json(tmp_path / "a.json")
     record = json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))
     assert record == comparison.to_dict()
-    assert set(record) == {"setting", "table", "costs", "reliability", "notes"}
+    assert set(record) == {"setting", "table", "costs", "reliability", "notes", "verified_recall"}
     assert record["table"][0]["pearson"] == comparison.table["pearson"].iloc[0]
     assert record["costs"][0]["predicted_bytes"] is None
     for write, name in ((comparison.to_csv, "a.csv"), (comparison.to_json, "a.json")):
