@@ -12,7 +12,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from patchlab.adapters import describe
-from patchlab.engine import Program, Result, run
+from patchlab.engine import Program, Result, continues, run
 from patchlab.engine.program import row_numbers, targets
 from patchlab.engine.selftest import self_test
 from patchlab.errors import InterventionError, ModelError, unknown
@@ -41,6 +41,7 @@ class Model:
         self.ambient: tuple[Edit, ...] = ()
         self.hooks: dict[str, Any] = dict(bridge.hook_dict)
         self.support: Any = None
+        self.continues: bool | None = None
         bridge.eval()
         for parameter in bridge.parameters():
             parameter.requires_grad_(False)
@@ -54,6 +55,7 @@ class Model:
         if test:
             self.arch = self_test(self)
             self.keeps_logits = _keeps_logits(self)
+            continues(self)
         self.fingerprint = _fingerprint(bridge)
 
     @property

@@ -146,10 +146,11 @@ def test_the_cost_of_exact_patching_counts_the_work() -> None:
     model = model_of("gpt2")
     scores = scores_of(pl.ActivationPatching(), model, swap_task(), "resid_pre")
     live = int(scores.live["resid_pre"].sum())
-    assert scores.cost.forwards == 2 + 1 + live
-    rows, length = 3, 5
+    assert scores.cost.forwards == 2 + live
+    rows, length, first = 3, 5, 1
     blocks = sum(rows * (LAYERS - layer) * (length - pos) for layer, pos in np.argwhere(scores.live["resid_pre"].to_numpy()).tolist())
-    assert scores.cost.positions == 3 * rows * length + round(blocks / LAYERS)
+    # the source's run, and the baseline's from the first difference on, which the sweep resumes from
+    assert scores.cost.positions == rows * (length + length - first) + round(blocks / LAYERS)
 
 
 def test_a_model_on_which_the_engines_disagree_falls_back_and_says_why(monkeypatch) -> None:

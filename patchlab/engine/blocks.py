@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from patchlab.engine.literal import run
-from patchlab.engine.program import Program
+from patchlab.engine.program import Program, Result
 from patchlab.errors import InterventionError
 
 
@@ -55,24 +55,27 @@ class Template:
     cache: Any
 
 
-def baseline(model: Any, program: Program, *, prefix: bool) -> Baseline:
-    """Run the unpatched program once and keep what the sweep resumes from: block inputs before any edit, which the blocks apply again."""
+def baseline(model: Any, program: Program, *, cache: Any = None) -> tuple[Baseline, Result]:
+    """Run the unpatched program once and keep what the sweep resumes from: block inputs before any edit, which the blocks apply again.
+
+    ``cache`` gives the keys and values; without one there are none.
+    """
     reads_all = program.metric is not None and program.metric.reads == "all"
-    cache = _empty_cache() if prefix else None
     seen = _Seen([], [])
     handles = [block.register_forward_pre_hook(seen.input_of, with_kwargs=True) for block in model.bridge.blocks]
     handles.append(model.bridge.blocks[0].register_forward_hook(seen.output_of))
     try:
-        result = run(model, replace(program, edits=(), metric=None, answers=None, logits="all" if reads_all else "none"), cache=cache)
+        result = run(model, replace(program, edits=(), logits="all" if reads_all else program.logits), cache=cache)
     finally:
         for handle in handles:
             handle.remove()
+    logits = result.logits if reads_all else None
     if cache is None:
-        return Baseline(tuple(seen.inputs), (), (), result.logits, seen.tuples[0])
+        return Baseline(tuple(seen.inputs), (), (), logits, seen.tuples[0]), result
     if len(cache.layers) != model.arch.n_layers:
         raise InterventionError(f"{model.name} does not fill a key-value cache ({len(cache.layers)} of {model.arch.n_layers} layers).")
     keys, values = (tuple(getattr(layer, name) for layer in cache.layers) for name in ("keys", "values"))
-    return Baseline(tuple(seen.inputs), keys, values, result.logits, seen.tuples[0])
+    return Baseline(tuple(seen.inputs), keys, values, logits, seen.tuples[0]), result
 
 
 @dataclass(frozen=True)
@@ -114,7 +117,7 @@ def template(model: Any, program: Program, base: Baseline, start: int, span: int
     """See how the model calls its blocks on ``span`` positions from the start on, on one row, with the prefix in a real cache."""
     cache = None
     if start:
-        cache = _empty_cache()
+        cache = empty_cache()
         for layer, (keys, values) in enumerate(zip(base.keys, base.values, strict=True)):
             cache.update(keys[:1, :, :start].clone(), values[:1, :, :start].clone(), layer)
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
@@ -146,7 +149,8 @@ def _note_call(calls: list[Any], last: bool, as_tuple: bool, *args: Any, **kwarg
     return (hidden,) if as_tuple else hidden
 
 
-def _empty_cache() -> Any:
+def empty_cache() -> Any:
+    """A key-value cache for a run to fill."""
     from transformers import DynamicCache
 
     return DynamicCache()

@@ -36,7 +36,7 @@ class _Hook:
 def run(model: Any, program: Program, *, cache: Any = None) -> Result:
     """Run one program literally: one forward pass, and one backward pass if it asks for gradients.
 
-    ``cache`` is an empty key-value cache that the run fills.
+    ``cache`` is a key-value cache: the tokens follow those it holds, and the run adds their keys and values.
 
     Raises:
         SiteError: a site that this model lacks.

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from patchlab.adapters import Lens
-from patchlab.engine.blocks import Baseline, Prefix, Template, baseline, template, unembed
+from patchlab.engine.blocks import Baseline, Prefix, Template, baseline, empty_cache, template, unembed
 from patchlab.engine.literal import canonical, hooked
 from patchlab.engine.program import Program
 from patchlab.errors import InterventionError, ModelError
@@ -46,6 +46,7 @@ def sweep(
     prefix: bool = True,
     max_tokens: int | None = None,
     start: int = 0,
+    base: Baseline | None = None,
     done: Callable[[int], Any] | None = None,
     work: Work | None = None,
 ) -> Float[Tensor, "cell row"]:
@@ -59,6 +60,7 @@ def sweep(
             covers the whole sequence.
         max_tokens: rows × positions that go through a block at once; at most (and by default) what suits the device.
         start: no edit changes anything before this position.
+        base: the baseline's run, if it was made before (with keys and values; block inputs matter from the start on).
         done: called with the number of cells finished.
         work: counts what was computed.
 
@@ -71,8 +73,9 @@ def sweep(
     usual = CPU_TOKENS if program.tokens.device.type == "cpu" else ACCELERATOR_TOKENS
     max_tokens = usual if max_tokens is None else min(max_tokens, usual)
     with torch.no_grad():
-        base = baseline(model, program, prefix=prefix)
-        work.forwards += 1
+        if base is None:
+            base, _ = baseline(model, program, cache=empty_cache() if prefix else None)
+            work.forwards += 1
         rows, length = program.tokens.shape
         values = torch.empty(len(cells), rows, device=program.tokens.device, dtype=torch.float64 if model.dtype == torch.float64 else torch.float32)
         groups: dict[int, list[_Entry]] = {}

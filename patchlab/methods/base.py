@@ -67,6 +67,10 @@ class Method(ABC):
         """Extra fields of the program of the unpatched baseline run."""
         return {}
 
+    def resumes(self, setting: Setting) -> bool:
+        """Whether the baseline may run from the first difference on, with the source run's keys and values before it."""
+        return False
+
     def check(self, setting: Setting) -> None:
         """Raise if this method makes no sense here."""
         return
@@ -170,7 +174,7 @@ class Method(ABC):
             trusted = METRICS.get(task.metric.name) is task.metric
             for batch in batches:
                 at, baseline = self.source_targets(setting), self.baseline_options(setting)
-                runs = unpatched(setting, batch, meter, source=self.source, at=at, baseline=baseline)
+                runs = unpatched(setting, batch, meter, source=self.source, at=at, baseline=baseline, resume=self.resumes(setting))
                 if not trusted and len(batch) > 1:  # a batch of one shows nothing
                     check_metric(setting, runs, meter)
                     trusted = True

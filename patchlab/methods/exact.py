@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from patchlab.engine import Cell, Support, Work, support, sweep
+from patchlab.engine import Cell, Support, Work, continues, support, sweep
 from patchlab.errors import MethodError, unknown
 from patchlab.interventions import Edit, Kept
 from patchlab.methods.base import Method
-from patchlab.methods.runs import Meter, Runs, Setting, activation_bytes, itemsize, program, required, token_bytes
+from patchlab.methods.runs import Meter, Runs, Setting, activation_bytes, first_difference, itemsize, program, required, token_bytes
 from patchlab.sites import Position, Site
 
 
@@ -45,9 +45,12 @@ class ActivationPatching(Method):
     def forwards(self, setting: Setting) -> int:
         return 2 + (self.engine == "auto") + sum(int(live.sum()) for live in setting.live.values())
 
+    def resumes(self, setting: Setting) -> bool:
+        return self.engine == "auto" and support(setting.model).mode == "prefix" and continues(setting.model)
+
     def predicted_bytes(self, setting: Setting, rows: int, length: int) -> int:
         arch = setting.model.arch
-        kept = 2 * arch.n_layers * rows * length * arch.d_model
+        kept = 3 * arch.n_layers * rows * length * arch.d_model
         return (
             activation_bytes(setting, rows, length)
             + itemsize(setting) * (rows * arch.vocab_size + kept)
@@ -77,7 +80,8 @@ def patched(setting: Setting, runs: Runs, meter: Meter, cells: list[Cell], *, en
             program(setting, runs),
             [cells[i] for i in fast],
             prefix=way.mode == "prefix",
-            start=_first_difference(runs) if isinstance(runs.source, Kept) and not setting.model.ambient else 0,
+            start=first_difference(runs.batch) if isinstance(runs.source, Kept) and not setting.model.ambient else 0,
+            base=runs.base if way.mode == "prefix" else None,
             max_tokens=_max_tokens(setting, runs),
             done=meter.bar.update,
             work=work,
@@ -89,11 +93,6 @@ def patched(setting: Setting, runs: Runs, meter: Meter, cells: list[Cell], *, en
         result = meter.run(setting.model, program(setting, runs, edits=cells[i]))
         effects[i] = (required(result.values).double() - base).cpu().numpy()
     return effects
-
-
-def _first_difference(runs: Runs) -> int:
-    """First position at which any pair of the batch differs: nothing before it can change."""
-    return int((runs.batch.clean != runs.batch.corrupted).any(0).nonzero()[0])
 
 
 def _max_tokens(setting: Setting, runs: Runs) -> int | None:

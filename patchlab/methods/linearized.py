@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from patchlab.engine import Target
+from patchlab.engine import Target, continues
 from patchlab.errors import MethodError
 from patchlab.interventions import Blend, Edit, Own, address
 from patchlab.methods.base import Method
@@ -99,6 +99,9 @@ class LinearizedPatching(Method):
     def not_scored(self, setting: Setting) -> dict[str, str]:
         reasons = self._blocked
         return {str(site): reasons[site.kind] for site in setting.sites if site.kind in reasons}
+
+    def resumes(self, setting: Setting) -> bool:
+        return continues(setting.model)
 
     def forwards(self, setting: Setting) -> int:
         drops = setting.model.arch.n_layers if self.grad_drop else 1

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from patchlab.engine import Program, Result, Target, run
+from patchlab.engine import Baseline, Program, Result, Target, empty_cache, run, run_rest
 from patchlab.engine.program import targets
 from patchlab.errors import MethodError
 from patchlab.interventions import Average, Kept, Source, Zero
@@ -44,7 +44,10 @@ class Setting:
 
 @dataclass(frozen=True)
 class Runs:
-    """The unpatched runs of one batch, with the source run's activations at the sites."""
+    """The unpatched runs of one batch, with the source run's activations at the sites.
+
+    ``base`` is what a sweep resumes from, where the baseline run left it.
+    """
 
     batch: Batch
     answers: Answers
@@ -54,6 +57,7 @@ class Runs:
     source: Source
     positions: dict[str, Int[Tensor, " batch"]]
     baseline: Result
+    base: Baseline | None = None
 
     @property
     def baseline_values(self) -> Tensor:
@@ -69,16 +73,21 @@ class Meter:
         self.forwards = self.backwards = self.positions = 0
         self.bar = bar
 
-    def run(self, model: Model, program: Program) -> Result:
+    def run(self, model: Model, program: Program, *, cache: Any = None) -> Result:
         """Run a program and count its work."""
-        result = run(model, program)
+        return self.count(run(model, program, cache=cache))
+
+    def count(self, result: Result) -> Result:
+        """Count the work of a run."""
         forwards, backwards, positions = result.work
         self.forwards, self.backwards, self.positions = self.forwards + forwards, self.backwards + backwards, self.positions + positions
         self.bar.update(forwards)
         return result
 
 
-def unpatched(setting: Setting, batch: Batch, meter: Meter, *, source: str, at: tuple[Target, ...], baseline: Mapping[str, Any]) -> Runs:
+def unpatched(
+    setting: Setting, batch: Batch, meter: Meter, *, source: str, at: tuple[Target, ...], baseline: Mapping[str, Any], resume: bool = False
+) -> Runs:
     """Run the clean, then the corrupted prompts; one of them is the baseline, the other the source.
 
     Args:
@@ -88,7 +97,13 @@ def unpatched(setting: Setting, batch: Batch, meter: Meter, *, source: str, at: 
         source: ``paired``, or a source that does not come from this batch.
         at: where a paired source's activations are kept.
         baseline: extra fields of the program of the baseline run.
+        resume: run the baseline only from the first difference on where that gives the same. Its gradients before are then zero, as are
+            the differences that they are multiplied by.
     """
+    start = first_difference(batch)
+    answer_only = setting.task.metric.reads == "answer" and not (setting.task.metric.needs_clean and setting.direction == "noising")
+    if resume and start and source == "paired" and answer_only and not setting.model.ambient:
+        return _resumed(setting, batch, meter, at=at, baseline=baseline, start=start)
     denoising = setting.direction == "denoising"
     kept = {"keep": at if source == "paired" else ()}
     clean = _run_clean(setting, batch, meter, kept if denoising else baseline)
@@ -106,6 +121,30 @@ def unpatched(setting: Setting, batch: Batch, meter: Meter, *, source: str, at: 
         patched_in = Zero() if source == "zero" else required(setting.mean)
     tokens = batch.corrupted if denoising else batch.clean
     return Runs(batch, answers, tokens, required(clean.values), required(corrupted.values), patched_in, named_positions(setting, batch), base)
+
+
+def first_difference(batch: Batch) -> int:
+    """First position at which any pair of a batch differs (0 if none does): with paired sources nothing before it can change."""
+    return int((batch.clean != batch.corrupted).any(0).int().argmax())
+
+
+def _resumed(setting: Setting, batch: Batch, meter: Meter, *, at: tuple[Target, ...], baseline: Mapping[str, Any], start: int) -> Runs:
+    """The source run in the whole, then the baseline run from the first difference on."""
+    denoising, metric, answers = setting.direction == "denoising", setting.task.metric, batch.answers
+    tokens, others = (batch.corrupted, batch.clean) if denoising else (batch.clean, batch.corrupted)
+    cache, keep = empty_cache(), {"keep": tuple(dict.fromkeys((*at, *baseline.get("keep", ()))))}
+    if metric.needs_clean:
+        source = meter.run(setting.model, _program(setting, batch, others, keep, logits="answer"), cache=cache)
+        answers = replace(answers, clean_logits=source.logits)
+        source = replace(source, values=metric(required(source.logits), answers))
+    else:
+        source = meter.run(setting.model, _program(setting, batch, others, keep, metric=metric, answers=answers), cache=cache)
+    rest = _program(setting, batch, tokens, baseline, metric=metric, answers=answers)
+    base, resumed = run_rest(setting.model, rest, cache, start, source.activations)
+    clean, corrupted = (source, meter.count(base)) if denoising else (meter.count(base), source)
+    patched_in = Kept(source.activations, batch.examples)
+    positions = named_positions(setting, batch)
+    return Runs(batch, answers, tokens, required(clean.values), required(corrupted.values), patched_in, positions, base, resumed)
 
 
 def _run_clean(setting: Setting, batch: Batch, meter: Meter, extra: Mapping[str, Any]) -> Result:
