@@ -1,6 +1,6 @@
 """AtP*'s corrections of linearised patching: QK-fix for queries and keys, GradDrop for effects that cancel.
 
-Source: Kramár et al. 2024 (arXiv 2403.00745), sections 3.1 and 3.2. Both work under any rules and along any path over inputs.
+Source: Kramár et al. 2024 (arXiv 2403.00745). Both work under any rules and along any path over inputs.
 """
 
 from collections.abc import Iterator
