@@ -15,8 +15,9 @@ import patchlab as pl
 from patchlab.errors import MethodError, SiteError
 from patchlab.methods import get_method
 from patchlab.methods.bound import Bound, most_exceeding
+from patchlab.methods.cells import Cells, Patcher
 from patchlab.methods.runs import Setting
-from patchlab.methods.verified import VerifiedPatching, _Cells, _levels, _Patcher, _Search
+from patchlab.methods.verified import VerifiedPatching, _levels, _Search
 from patchlab.methods.verified_result import VerifiedResult
 from patchlab.scores import ScoreMap
 from patchlab.sites import Site, parse_site
@@ -86,7 +87,7 @@ def test_the_statement_says_what_it_does_not_bound() -> None:
 # the search, on given effects
 
 
-class Given(_Patcher):
+class Given(Patcher):
     """Effects from a table in place of a model."""
 
     def __init__(self, effects: np.ndarray, joint: dict[str, float] | None = None, sites: tuple[Site, ...] = (parse_site(HEADS),)) -> None:
@@ -113,7 +114,7 @@ def searched(
     effects: np.ndarray, screen: np.ndarray, target: float | None = None, joint: dict[str, float] | None = None, **options: Any
 ) -> tuple[_Search, Given]:
     patcher = Given(effects, joint)
-    cells = _Cells(np.zeros(effects.size, dtype=np.int64), list(np.ndindex(*effects.shape)), _addresses(effects), screen.ravel().astype(float))
+    cells = Cells(np.zeros(effects.size, dtype=np.int64), list(np.ndindex(*effects.shape)), _addresses(effects), screen.ravel().astype(float))
     search = _Search(VerifiedPatching(**options), patcher, cells)
     search.run(target)
     return search, patcher
@@ -315,7 +316,7 @@ def test_results_do_not_depend_on_batches_or_memory(options: dict[str, int]) -> 
 
 
 def test_runs_that_do_not_fit_are_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("patchlab.methods.verified.free_bytes", lambda device: 0)
+    monkeypatch.setattr("patchlab.methods.cells.free_bytes", lambda device: 0)
     again = found()
     monkeypatch.undo()
     kept = found()

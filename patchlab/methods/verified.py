@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -12,17 +12,17 @@ from tqdm.auto import tqdm
 
 from patchlab.bootstrap import interval, resampling_weights
 from patchlab.errors import MethodError
-from patchlab.interventions import Edit
-from patchlab.methods.base import Method, free_bytes
+from patchlab.methods.base import Method
 from patchlab.methods.bound import Bound
-from patchlab.methods.exact import ActivationPatching, addresses, patched
+from patchlab.methods.cells import Cells, Patcher
+from patchlab.methods.exact import ActivationPatching, addresses
 from patchlab.methods.linearized import RelevancePatching
-from patchlab.methods.runs import Meter, Runs, Setting, mean_source, unpatched
+from patchlab.methods.runs import Meter
 from patchlab.methods.verified_result import VerifiedResult, cell_columns, ordered
 from patchlab.models import Model
 from patchlab.scores import Cost, ScoreMap
 from patchlab.sites import KINDS, POSITION_AXES, Site
-from patchlab.tasks.base import Batch, Task
+from patchlab.tasks.base import Task
 
 TOP_SHARE = 20
 """A top-k is of at most one live cell in so many: 5 %."""
@@ -130,37 +130,9 @@ class VerifiedPatching:
         setting, batches, predicted = self._exact.prepared(model, task, sites, **options)
         screen = self.screen.run(model, task, setting.sites, progress=progress, **options)
         with tqdm(desc=self.name, unit="forward", disable=not progress, leave=False) as bar:
-            search = _Search(self, _Patcher(setting, batches, predicted, Meter(bar), self.screen.source, self.engine), _Cells.of(setting, screen))
+            search = _Search(self, Patcher(setting, batches, predicted, Meter(bar), self.screen.source, self.engine), Cells.of(setting, screen))
             search.run(_target(self.target, screen))
         return search.result(screen, time.perf_counter() - started)
-
-
-@dataclass(frozen=True)
-class _Cells:
-    """All live cells of all sites, one after the other."""
-
-    site: Int[np.ndarray, " cell"]
-    index: list[tuple[int, ...]]
-    where: list[Site]
-    screen: Float[np.ndarray, " cell"]
-
-    @staticmethod
-    def of(setting: Setting, screen: ScoreMap) -> "_Cells":
-        for name, reason in screen.not_scored.items():
-            raise MethodError(
-                f"the screen {screen.provenance['method']} does not score {name} ({reason}); leave the site out or take another screen."
-            )
-        site, index, where, scores = [], [], [], []
-        for number, one in enumerate(setting.sites):
-            mean = screen.mean(one).to_numpy()
-            for cell, address in addresses(setting, one, setting.live[str(one)]):
-                site.append(number)
-                index.append(cell)
-                where.append(address)
-                scores.append(mean[cell])
-        if not where:
-            raise MethodError(f"none of the cells of {', '.join(map(str, setting.sites))} can matter: all are structural zeros. Name other sites.")
-        return _Cells(np.array(site), index, where, np.array(scores, dtype=np.float64))
 
 
 def _target(target: float | int | None, screen: ScoreMap) -> float | None:
@@ -176,44 +148,10 @@ def _target(target: float | int | None, screen: ScoreMap) -> float | None:
     return target * abs(screen.gap)
 
 
-class _Patcher:
-    """Patches lists of cells on all examples; keeps the unpatched runs where they fit into memory."""
-
-    def __init__(self, setting: Setting, batches: list[Batch], predicted: int, meter: Meter, source: str, engine: str) -> None:
-        if source.startswith("mean"):
-            mean = mean_source(setting, batches, meter, at=setting.targets, positional=source == "mean_positional")
-            setting = replace(setting, mean=mean)
-        self.setting, self.batches, self.meter, self.source, self.engine = setting, batches, meter, source, engine
-        budget = free_bytes(setting.model.device) // 2 if setting.max_memory is None else setting.max_memory
-        self.keeps = predicted * len(batches) <= budget
-        self.kept: dict[int, Runs] = {}
-        examples = np.concatenate([batch.examples.cpu().numpy() for batch in batches])
-        self.order = np.argsort(examples)
-
-    def effects(self, cells: list[Site]) -> Float[np.ndarray, "cell example"]:
-        """Exact effects, in metric units."""
-        if not cells:
-            return np.zeros((0, len(self.order)))
-        parts = []
-        for number in range(len(self.batches)):
-            runs = self._runs(number)
-            parts.append(patched(self.setting, runs, self.meter, [(Edit(cell, runs.source),) for cell in cells], engine=self.engine))
-        return np.concatenate(parts, axis=1)[:, self.order]
-
-    def _runs(self, number: int) -> Runs:
-        if number in self.kept:
-            return self.kept[number]
-        batch = self.batches[number]
-        runs = unpatched(self.setting, batch, self.meter, source=self.source, at=self.setting.targets, baseline={})
-        if self.keeps:
-            self.kept[number] = runs
-        return runs
-
-
 class _Search:
     """One search: which cells were patched, in which order, and with what effect."""
 
-    def __init__(self, method: VerifiedPatching, patcher: _Patcher, cells: _Cells) -> None:
+    def __init__(self, method: VerifiedPatching, patcher: Patcher, cells: Cells) -> None:
         self.method, self.patcher, self.cells = method, patcher, cells
         self.n = len(cells.where)
         self.k = max(1, min(method.k if method.target is None else 20, self.n // TOP_SHARE))

@@ -1,0 +1,77 @@
+"""Single cells, to be patched in any order: where they are, what a screen gives them, and their exact effects."""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from patchlab.errors import MethodError
+from patchlab.interventions import Edit
+from patchlab.methods.base import free_bytes
+from patchlab.methods.exact import addresses, patched
+from patchlab.methods.runs import Meter, Runs, Setting, mean_source, unpatched
+from patchlab.scores import ScoreMap
+from patchlab.sites import Site
+from patchlab.tasks.base import Batch
+
+
+@dataclass(frozen=True)
+class Cells:
+    """All live cells of all sites, one after the other."""
+
+    site: Int[np.ndarray, " cell"]
+    index: list[tuple[int, ...]]
+    where: list[Site]
+    screen: Float[np.ndarray, " cell"]
+
+    @staticmethod
+    def of(setting: Setting, screen: ScoreMap) -> "Cells":
+        for name, reason in screen.not_scored.items():
+            raise MethodError(
+                f"the screen {screen.provenance['method']} does not score {name} ({reason}); leave the site out or take another screen."
+            )
+        site, index, where, scores = [], [], [], []
+        for number, one in enumerate(setting.sites):
+            mean = screen.mean(one).to_numpy()
+            for cell, address in addresses(setting, one, setting.live[str(one)]):
+                site.append(number)
+                index.append(cell)
+                where.append(address)
+                scores.append(mean[cell])
+        if not where:
+            raise MethodError(f"none of the cells of {', '.join(map(str, setting.sites))} can matter: all are structural zeros. Name other sites.")
+        return Cells(np.array(site), index, where, np.array(scores, dtype=np.float64))
+
+
+class Patcher:
+    """Patches lists of cells on all examples; keeps the unpatched runs where they fit into memory."""
+
+    def __init__(self, setting: Setting, batches: list[Batch], predicted: int, meter: Meter, source: str, engine: str) -> None:
+        if source.startswith("mean"):
+            mean = mean_source(setting, batches, meter, at=setting.targets, positional=source == "mean_positional")
+            setting = replace(setting, mean=mean)
+        self.setting, self.batches, self.meter, self.source, self.engine = setting, batches, meter, source, engine
+        budget = free_bytes(setting.model.device) // 2 if setting.max_memory is None else setting.max_memory
+        self.keeps = predicted * len(batches) <= budget
+        self.kept: dict[int, Runs] = {}
+        examples = np.concatenate([batch.examples.cpu().numpy() for batch in batches])
+        self.order = np.argsort(examples)
+
+    def effects(self, cells: list[Site]) -> Float[np.ndarray, "cell example"]:
+        """Exact effects, in metric units."""
+        if not cells:
+            return np.zeros((0, len(self.order)))
+        parts = []
+        for number in range(len(self.batches)):
+            runs = self._runs(number)
+            parts.append(patched(self.setting, runs, self.meter, [(Edit(cell, runs.source),) for cell in cells], engine=self.engine))
+        return np.concatenate(parts, axis=1)[:, self.order]
+
+    def _runs(self, number: int) -> Runs:
+        if number in self.kept:
+            return self.kept[number]
+        batch = self.batches[number]
+        runs = unpatched(self.setting, batch, self.meter, source=self.source, at=self.setting.targets, baseline={})
+        if self.keeps:
+            self.kept[number] = runs
+        return runs
