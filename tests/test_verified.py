@@ -1,10 +1,13 @@
 """Verified patching: exact cells, the stopping rule, the sample's bound, groups, and what it all cost."""
 
+import importlib.util
 import itertools
 import json
+from dataclasses import replace
 from fractions import Fraction
 from functools import cache
 from math import comb
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -463,3 +466,33 @@ def test_a_public_name() -> None:
     assert pl.VerifiedPatching is VerifiedPatching
     assert pl.VerifiedPatching().name == "verified(relp)"
     assert VerifiedPatching() == VerifiedPatching()
+
+
+# the benchmark
+
+
+def test_the_benchmark_judges_a_result_by_the_full_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+    spec = importlib.util.spec_from_file_location("benchmark_verified", Path(__file__).resolve().parents[1] / "benchmarks" / "verified.py")
+    assert spec is not None
+    assert spec.loader is not None
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    exact = exact_map((HEADS,))
+    perfect = benchmark.truth(exact, found(sites=(HEADS,), sample=10**6, max_share=1))
+    assert (perfect["recall"], perfect["strict_recall"], perfect["held"], perfect["largest_missed_share_of_gap"]) == (1, 1, True, 0)
+    # a result that claims the wrong cells: none of the top k, and a bound that is too small
+    result = found(sites=(HEADS,), k=2, sample=0)
+    assert result.k == 2
+    table = result.table.copy()
+    smallest = exact.mean(HEADS).to_numpy()
+    cells = sorted(map(tuple, np.argwhere(exact.live[HEADS].to_numpy()).tolist()), key=lambda cell: abs(smallest[cell]))
+    table = table.iloc[:2].assign(top=True, found="screen")
+    for axis, values in zip(("layer", "pos", "head"), zip(*cells[:2], strict=True), strict=True):
+        table[axis] = values
+    wrong = replace(result, table=table, bound=Bound(0.95, len(cells) - 2, len(cells) - 2, 0, 0.0))
+    judged = benchmark.truth(exact, wrong)
+    assert judged["strict_recall"] == 0
+    assert judged["exceeding"] == len(cells) - 2
+    assert not judged["held"]
+    assert judged["largest_missed_share_of_gap"] > 0
