@@ -202,7 +202,7 @@ def compare(reference: ScoreMap, methods: Mapping[str, ScoreMap], *, n_boot: int
     about |= {"gap": float(gaps[0]), "gap_lo": low, "gap_hi": high, "sign_floor": float(floor[0]), "splits": SPLITS}
     order = {name: i for i, name in enumerate(methods)}
     table, recall = (
-        pd.DataFrame(part, columns=None if part else ["method"]).sort_values(
+        pd.DataFrame(part, columns=None if part else ["method", "site"]).sort_values(
             by="method", key=lambda column: column.map(order), kind="stable", ignore_index=True
         )
         for part in (rows, recalls)

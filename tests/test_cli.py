@@ -149,6 +149,9 @@ def test_page_shows_the_numbers_of_the_comparison(done):
         for part in ("site", "method"):
             assert row[part] in text
         assert f"{row['pearson']:.2f}".replace("-", "−") in text
+    assert len(printed["comparison"]["verified_recall"]) == 4
+    for row in printed["comparison"]["verified_recall"]:
+        assert f"{row['cells_100']} ({row['share_100']:.0%})" in text
     assert printed["task"]["fingerprint"] in text
     assert printed["command"] in text
 

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -97,6 +98,14 @@ def test_the_comparison_says_what_a_verified_top_costs(exact):
     assert bad["cells_100"].sum() > good["cells_100"].sum()
     assert "Cost of verified recall:" in comparison.summary()
     assert "100 % of the top k in" in comparison.summary()
+
+
+def test_without_live_cells_nothing_is_verified():
+    scores = random_map("z")
+    dead = replace(scores, live=scores.live & False)
+    found = compare(dead, {"x": noisy(dead, noise=0.0)}, n_boot=2)
+    assert found.verified_recall.empty
+    assert "verified" not in found.summary()
 
 
 # statistics against literal twins

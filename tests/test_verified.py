@@ -389,12 +389,15 @@ def test_a_target_without_a_gap_is_refused() -> None:
 
 def test_hierarchical_joint_effects_are_the_coarse_sweeps() -> None:
     result = found(hierarchical=True, sample=4)
-    coarse = exact_map(("z[layer]", "mlp_out[layer]"))
-    for row in result.groups.itertuples():
-        address = parse_site(row.address)
-        if address.pos is None:
-            expected = float(coarse.mean(f"{address.kind}[layer]")[address.layer])
-            assert row.effect == pytest.approx(expected, rel=1e-4, abs=1e-5)
+    coarse = exact_map(("z[layer]", "z[layer,pos]", "mlp_out[layer]"))
+    levels = set()
+    for row in result.groups.to_dict("records"):
+        address = parse_site(row["address"])
+        at = {"layer": address.layer} if address.pos is None else {"layer": address.layer, "pos": address.pos[0]}
+        expected = float(coarse.mean(f"{address.kind}[{','.join(at)}]").isel(at))
+        assert row["effect"] == pytest.approx(expected, rel=1e-4, abs=1e-5)
+        levels.add((address.kind, len(at)))
+    assert levels == {("z", 1), ("z", 2), ("mlp_out", 1)}
     assert {"L0.z", "L0.mlp_out"} <= set(result.groups["address"])
     assert result.passes["groups"] == len(result.groups)
     assert "no effects cancel inside a group" in result.summary()

@@ -114,7 +114,23 @@ def _costs(results: Results) -> str:
     for row in costs.to_dict("records"):
         values = [_number(row[name], 2) if name == "seconds" else _count(row[name], name) for name in shown]
         rows.append([escape(str(row["method"])), *values, _number(reference / row["positions"] if row["positions"] else math.nan, 1)])
-    return _table(["method", *(COSTS[name] for name in shown), "exact does × as many positions"], rows)
+    return _table(["method", *(COSTS[name] for name in shown), "exact does × as many positions"], rows) + _verified_recall(results)
+
+
+def _verified_recall(results: Results) -> str:
+    if results.comparison.verified_recall.empty:
+        return ""
+    rows = [
+        [escape(str(row["site"])), escape(str(row["method"])), str(row["k"]), str(row["n_cells"])]
+        + [f"{row[f'cells_{recall}']} ({row[f'share_{recall}']:.0%})" for recall in (95, 100)]
+        for _, group in results.comparison.verified_recall.groupby("site", sort=False)
+        for row in group.to_dict("records")
+    ]
+    text = (
+        "What it costs to verify the k largest exact effects with a method as the screen: how many of the live cells must be patched "
+        "exactly, in the order of |score|, to have 95 % and all of them."
+    )
+    return _paragraph(text) + _table(["site", "method", "k", "live cells", "95 % found in", "all found in"], rows, text_columns=2)
 
 
 def _provenance(results: Results, run: Mapping[str, Any]) -> str:
