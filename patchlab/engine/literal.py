@@ -164,7 +164,18 @@ def _forward(model: Any, program: Program, cache: Any) -> Float[Tensor, "row pos
     needs_all = program.logits == "all" or (program.metric is not None and program.metric.reads == "all")
     options: dict[str, Any] = {} if needs_all or not model.keeps_logits else {"logits_to_keep": 1}
     options |= {"use_cache": False} if cache is None else {"past_key_values": cache}
-    return model.bridge(program.tokens, return_type="logits", **options)
+    if "logits_to_keep" not in options:
+        return model.bridge(program.tokens, return_type="logits", **options)
+    # the model unembeds a strided view of the last position, with which torch would read the weights once per row
+    handle = model.bridge.unembed.register_forward_pre_hook(_contiguous)
+    try:
+        return model.bridge(program.tokens, return_type="logits", **options)
+    finally:
+        handle.remove()
+
+
+def _contiguous(module: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(value.contiguous() if isinstance(value, Tensor) else value for value in inputs)
 
 
 def _evaluate(model: Any, program: Program, logits: Float[Tensor, "row pos vocab"]) -> Float[Tensor, " row"]:
