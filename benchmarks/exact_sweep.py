@@ -111,6 +111,7 @@ def measure(anchor: Anchor, shape: common.Shape, name: str, engine: str, options
         "model": model.name,
         "workload": task.name,
         "map": name,
+        "asked": engine,
         "engine": scores.provenance["engine"],
         "ratio": common.median(ratios),
         "goal": None if goal is None else goal * (LLAMA_SHARE if shape.family == "llama" else 1),
@@ -270,13 +271,14 @@ def main() -> None:
     parser = common.arguments(__doc__)
     parser.add_argument("--sample", type=int, default=4, help="cells that TransformerLens runs per repeat and map")
     parser.add_argument("--budget", type=float, default=40, help="no further repeats of a map after this many seconds")
-    parser.add_argument("--skip", nargs="*", default=[], choices=["llama", "abc", "replay", "ideas", "scaling", "precision"])
+    parser.add_argument("--skip", nargs="*", default=[], choices=["gpt2", "llama", "s2", "abc", "replay", "ideas", "scaling", "precision"])
+    parser.add_argument("--maps", nargs="*", default=list(MAPS), choices=list(MAPS), metavar="MAP", help=", ".join(MAPS))
     options = parser.parse_args()
     options.workload_of_ideas = "S2"
     torch.set_num_threads(options.threads)
     if options.quick or options.tiny:
         options.repeats = 1
-    skip = set(options.skip) | ({"abc", "llama", "scaling", "ideas", "precision"} if options.quick else set())
+    skip = {*options.skip} | ({"abc", "llama", "scaling", "ideas", "precision"} if options.quick else set())
     shapes = (common.TINY_GPT2, common.TINY_LLAMA) if options.tiny else (common.GPT2, common.LLAMA)
     report: dict[str, Any] = {"benchmark": "exact_sweep", "machine": common.machine(options.device), "pairs": 8, "length": 15, "results": []}
     for shape in shapes:
@@ -291,7 +293,7 @@ def main() -> None:
                 if engine in skip:
                     continue
                 anchor = Anchor(model, task, options.device)
-                for name in MAPS:
+                for name in options.maps:
                     # a whole replay sweep of 2,160 cells takes minutes and shows nothing that the smaller maps do not
                     if engine == "replay" and (name not in ("resid_pre", "heads, all positions") or workload == "ABC" or options.quick):
                         continue

@@ -1,0 +1,211 @@
+"""Write docs/performance.md from what the benchmarks measured.
+
+    python benchmarks/exact_sweep.py --json > sweep.txt
+    python benchmarks/make_performance_page.py sweep.txt
+
+Every file named is the output of a benchmark run with ``--json``; its last line goes into ``benchmarks/results/``, where rows
+of earlier runs that it does not measure again stay. Without files the page is written from what is there.
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results"
+PAGE = HERE.parent / "docs" / "performance.md"
+_KEYS = {
+    "results": ("model", "workload", "map", "asked", "task", "seed", "sample", "screen"),
+    "ideas": ("workload", "map", "idea"),
+    "scaling": ("what", "value"),
+    "precision": ("precision",),
+}
+
+
+def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """A new report, with the rows of an old one that it does not replace."""
+    found = {**old, **new}
+    for part, names in _KEYS.items():
+        rows = {tuple(row.get(name) for name in names): row for row in old.get(part, [])}
+        rows |= {tuple(row.get(name) for name in names): row for row in new.get(part, [])}
+        if rows:
+            found[part] = list(rows.values())
+    return found
+
+
+def table(header: list[str], rows: list[list[Any]]) -> str:
+    """A Markdown table."""
+    lines = ["| " + " | ".join(map(str, row)) + " |" for row in [header, ["---"] * len(header), *rows]]
+    return "\n".join(lines)
+
+
+def _number(value: float | None, unit: str = "", digits: int = 3) -> str:
+    return "" if value is None else f"{value:.{digits}g}{unit}"
+
+
+def _machine(report: dict[str, Any]) -> str:
+    m = report["machine"]
+    gpu = f", {m['gpu']}" if "gpu" in m else ""
+    return (
+        f"{m['cpu']} ({m['torch_cpu_capability']}){gpu}, {m['threads']} thread{'s' if m['threads'] > 1 else ''}, {m['clock']}; "
+        f"torch {m['torch']}, transformer-lens {m['transformer-lens']}, transformers {m['transformers']}; matmul precision {m['matmul_precision']}."
+    )
+
+
+def sweep_page(report: dict[str, Any]) -> str:
+    """Exact maps."""
+    rows = [
+        [
+            row["model"],
+            row["workload"],
+            row["map"],
+            row["asked"],
+            _number(row["ratio"], "×"),
+            _number(row["goal"], "×"),
+            f"{row['live_cells']} / {row['cells']}",
+            _number(row["seconds"], " s"),
+            _number(row["cells"] * row["transformer_lens_seconds_per_cell"], " s"),
+            f"{row['transformer_lens_flops'] / row['flops']:.3g}×",
+            f"{row['max_difference_of_scale']:.0e}",
+        ]
+        for row in sorted(report["results"], key=lambda row: (row["model"], row["asked"], row["workload"] == "ABC"))
+    ]
+    header = ["model", "workload", "map", "engine", "ratio", "goal", "live / all cells", "patchlab", "TransformerLens", "fewer FLOPs", "difference"]
+    parts = [
+        "## Exact maps\n",
+        _machine(report) + "\n",
+        f"`ActivationPatching().run` against TransformerLens' `generic_activation_patch` on the same bridge, {report['pairs']} pairs of "
+        f"{report['length']} tokens. S2: one token differs (position 10); ABC: three (2, 4, 10). TransformerLens runs all cells of a map, dead "
+        "ones too, so its time is that of a random sample of live cells × all cells, plus its clean run; patchlab's is the whole call, both "
+        "unpatched runs and the score map included. `prefix` is the engine that these models get by themselves, `replay` (whole sequences from the "
+        "patched layer on) what a model without a usable cache gets; both skip structural zeros. *Difference*: largest difference of a patched "
+        "metric to TransformerLens', per pair, on the sampled cells, as a share of the metric's scale. Ratios are medians of interleaved repeats.\n",
+        table(header, rows),
+    ]
+    if "ideas" in report:
+        names = list(dict.fromkeys(row["map"] for row in report["ideas"]))
+        gains = {(row["idea"], row["map"]): row for row in report["ideas"]}
+        ideas = list(dict.fromkeys(row["idea"] for row in report["ideas"]))
+        parts += [
+            "\n### What each idea gains\n",
+            "Time of the sweep with this idea off and all others on, over the time with all on (GPT-2 shape, S2; head × position on a quarter of the "
+            "heads). The factors are not independent, so they do not multiply to the whole.\n",
+            table(["idea", *names], [[idea, *(_number(gains[idea, name]["gain"], "×") for name in names)] for idea in ideas]),
+        ]
+    if "scaling" in report:
+        parts += [
+            "\n### How it scales\n",
+            "resid_pre, S2, one size varied at a time around 6 layers, width 512, 15 tokens, 8 pairs. The gain per cell grows with the length of the "
+            "common beginning and does not depend much on the rest.\n",
+            table(
+                ["varied", "value", "ratio", "live / all cells", "patchlab"],
+                [
+                    [row["what"], row["value"], _number(row["ratio"], "×"), f"{row['live_cells']} / {row['cells']}", _number(row["seconds"], " s")]
+                    for row in report["scaling"]
+                ],
+            ),
+        ]
+    if "precision" in report:
+        parts += [
+            "\n### `torch.set_float32_matmul_precision`\n",
+            "patchlab never sets it, nor the number of threads. Setting it yourself changes the matrix products of everything in the process: on "
+            "processors with bfloat16 instructions and on GPUs with TF32 they get faster and lose digits. It is good for screening; "
+            "the literal and the fast engine then agree only to the rounding below. Measured on the S2 resid_pre map:\n",
+            table(
+                ["precision", "patchlab", "largest change, as a share of the largest effect"],
+                [
+                    [row["precision"], _number(row["seconds"], " s"), _number(row["max_difference_of_largest_effect"], "", 2)]
+                    for row in report["precision"]
+                ],
+            ),
+        ]
+    return "\n".join(parts)
+
+
+def linearized_page(report: dict[str, Any]) -> str:
+    """AtP and RelP."""
+    rows = [
+        [
+            row["model"],
+            row["workload"],
+            _number(row["ratios"]["atp / plain"], "×"),
+            _number(row["ratios"]["relp / plain"], "×"),
+            _number(row["ratios"]["relp / atp"], "×"),
+            row["cells"],
+            f"{row['positions']} / {row['positions_of_plain']}",
+            f"{row['max_difference']:.0e}",
+        ]
+        for row in report["results"]
+    ]
+    return "\n".join(
+        [
+            "## Linearised scores\n",
+            _machine(report) + "\n",
+            "AtP and RelP for all cells of resid_pre, attn_out, mlp_out and z by head and position, against two forwards and one backward of "
+            "the plain Hugging Face model (eager attention, no hooks, no parameter gradients, all logits). Goals: AtP at most 0.8× that, RelP at "
+            "most 1.15× AtP. The second forward and the backward start at the first difference, with the first run's keys and values "
+            "before it; only the answer position's logits are computed. "
+            "*Difference*: to plain autograd at the first residual stream, share of the largest score.\n",
+            table(["model", "workload", "AtP / plain", "RelP / plain", "RelP / AtP", "cells", "forward positions", "difference"], rows),
+        ]
+    )
+
+
+def verified_page(report: dict[str, Any]) -> str:
+    """Verified top-k."""
+    rows = [
+        [
+            screen,
+            f"{found['recall']:.2f}",
+            f"{found['strict_recall']:.2f}",
+            f"{found['share']:.2f}",
+            f"{found['needed']:.2f}",
+            f"{100 * found['held']:.0f} %",
+            found["runs"],
+        ]
+        for screen, found in report["screens"].items()
+    ]
+    header = ["screen", "recall", "strict recall", "share of a sweep", "needed for all of the top k", "bound held", "runs"]
+    return "\n".join(
+        [
+            "## Verified top-k\n",
+            _machine(report) + "\n",
+            f"`VerifiedPatching` on {report['site']} of the demo models, medians over tasks, seeds and samples. *Recall* of the full sweep's top k "
+            "(within 1 % of the gap is a tie; *strict* without ties); *share*: rows patched, screen and sample included, over those of all "
+            "live cells.\n",
+            table(header, rows),
+        ]
+    )
+
+
+PARTS: dict[str, Callable[[dict[str, Any]], str]] = {"exact_sweep": sweep_page, "linearized": linearized_page, "verified": verified_page}
+
+
+def page(reports: dict[str, dict[str, Any]]) -> str:
+    """The whole page."""
+    parts = [
+        "# Performance\n",
+        "Made by `python benchmarks/make_performance_page.py` from `benchmarks/results/`; do not edit. Models have random weights of the shapes of "
+        "GPT-2 small and of a small Llama (12 layers, width 768, 12 heads, 4 of them for keys and values).\n",
+    ]
+    return "\n".join(parts + [PARTS[name](reports[name]) + "\n" for name in PARTS if name in reports])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("outputs", nargs="*", type=Path, help="outputs of benchmarks run with --json")
+    for path in parser.parse_args().outputs:
+        new = next(json.loads(line) for line in reversed(path.read_text(encoding="utf-8").splitlines()) if line.startswith("{"))
+        file = RESULTS / f"{new['benchmark']}.json"
+        old = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        RESULTS.mkdir(exist_ok=True)
+        file.write_text(json.dumps(merged(old, new), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    reports = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("*.json"))}
+    PAGE.parent.mkdir(exist_ok=True)
+    PAGE.write_text(page(reports), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

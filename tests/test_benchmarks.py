@@ -1,0 +1,86 @@
+"""The benchmarks run, on models so small that their ratios mean nothing, and print what the performance page needs."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def report_of(script: str, *options: str) -> dict[str, Any]:
+    """The last line of a benchmark's output."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(ROOT / "benchmarks" / script), "--tiny", "--json", *options]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def page_maker() -> Any:
+    spec = importlib.util.spec_from_file_location("make_performance_page", ROOT / "benchmarks" / "make_performance_page.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_exact_sweep() -> None:
+    report = report_of("exact_sweep.py")
+    assert report["machine"]["threads"] == 1
+    rows = {(row["model"], row["workload"], row["map"], row["asked"]): row for row in report["results"]}
+    assert len(rows) == len(report["results"]) == 2 * (5 + 5 + 2)
+    for row in rows.values():
+        assert row["max_difference_of_scale"] < 1e-4
+        assert 0 < row["flops"] < row["transformer_lens_flops"]
+        assert row["ratio"] > 0
+        assert row["goal"] > 0
+        assert row["engine"].startswith(row["asked"])
+    # 3 layers × 15 positions; only positions from the first difference on are live, and in the last layer all positions feed attention
+    swap = rows["gpt2-shape", "S2", "resid_pre", "prefix"]
+    assert (swap["cells"], swap["live_cells"]) == (45, 1 + 5 + 5)
+    assert {row["idea"] for row in report["ideas"]} >= {"skip structural zeros", "keys and values of the prefix"}
+    fewer = [
+        row for row in report["ideas"] if row["idea"] in ("skip structural zeros", "keys and values of the prefix", "resume at the patched layer")
+    ]
+    assert all(row["block_positions"] < row["block_positions_without"] for row in fewer)
+    assert {row["what"] for row in report["scaling"]} == {"layers", "width", "length", "pairs"}
+    assert [row["precision"] for row in report["precision"]] == ["highest", "high", "medium"]
+
+
+def test_linearized() -> None:
+    report = report_of("linearized.py")
+    assert len(report["results"]) == 4
+    for row in report["results"]:
+        assert set(row["ratios"]) == {"atp / plain", "relp / plain", "relp / atp"}
+        assert row["max_difference"] < 1e-4
+        assert row["positions"] < row["positions_of_plain"]
+
+
+def test_the_page_says_what_was_measured() -> None:
+    maker = page_maker()
+    reports = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(maker.RESULTS.glob("*.json"))}
+    assert {"exact_sweep", "linearized"} <= set(reports)
+    assert maker.PAGE.read_text(encoding="utf-8") == maker.page(reports)
+
+
+def test_results_are_replaced_row_by_row() -> None:
+    old = {"results": [{"model": "a", "ratio": 1}, {"model": "b", "ratio": 2}], "ideas": [], "pairs": 8}
+    new = {"results": [{"model": "b", "ratio": 3}], "scaling": [{"what": "width", "value": 1}]}
+    found = page_maker().merged(old, new)
+    assert found["results"] == [{"model": "a", "ratio": 1}, {"model": "b", "ratio": 3}]
+    assert found["scaling"] == new["scaling"]
+    assert found["pairs"] == 8
+
+
+@pytest.mark.parametrize("script", ["exact_sweep.py", "linearized.py", "make_performance_page.py"])
+def test_every_benchmark_says_what_it_does(script: str) -> None:
+    done = subprocess.run([sys.executable, str(ROOT / "benchmarks" / script), "--help"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "--tiny" not in done.stdout
