@@ -97,8 +97,8 @@ def sweep_page(report: dict[str, Any]) -> str:
     if "scaling" in report:
         parts += [
             "\n### How it scales\n",
-            "resid_pre, S2, one size varied at a time around 6 layers, width 512, 15 tokens, 8 pairs. The gain per cell grows with the length of the "
-            "common beginning and does not depend much on the rest.\n",
+            "resid_pre, S2, one size varied at a time around 6 layers, width 512, 15 tokens, 8 pairs. The token that differs is at two thirds of the "
+            "length. TransformerLens also pays for the logits of all positions, which weigh more in a small model.\n",
             table(
                 ["varied", "value", "ratio", "live / all cells", "patchlab"],
                 [
