@@ -173,8 +173,8 @@ def verified_page(report: dict[str, Any]) -> str:
             "## Verified top-k\n",
             _machine(report) + "\n",
             f"`VerifiedPatching` on {report['site']} of the demo models, medians over tasks, seeds and samples. *Recall* of the full sweep's top k "
-            "(within 1 % of the gap is a tie; *strict* without ties: on these models the k-th effect is mostly below 1 % of the gap, so ties forgive much); *share*: rows patched, screen and sample included, over those of all "
-            "live cells.\n",
+            "(within 1 % of the gap is a tie; *strict* without ties: on these models the k-th effect is mostly below 1 % of the gap, so ties "
+            "forgive much); *share*: rows patched, screen and sample included, over those of all live cells.\n",
             table(header, rows),
         ]
     )
