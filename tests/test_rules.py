@@ -681,3 +681,11 @@ def test_presets_against_whole_models_written_out(family: str, plain: Callable[.
         for layer, gradient in enumerate(expected):
             error = float((got["resid_pre", layer][e] - gradient[0]).norm() / gradient.norm())
             assert error < rtol, (layer, e, error)
+
+
+@pytest.mark.parametrize("wrong", ["ln", LNRule, IdentityRule()], ids=["a name", "a class", "a rule for something else"])
+def test_a_composite_takes_rules_of_the_right_kind(wrong: Any) -> None:
+    composite = Composite("mine")
+    object.__setattr__(composite, "norm", wrong)  # the shape checks of the tests would refuse it earlier
+    with pytest.raises(RuleError, match=r"the norm rule of the composite 'mine' must be a NormRule, such as LNRule\(\); got"):
+        composite.__post_init__()

@@ -25,6 +25,17 @@ class Attachment:
     apply: BackwardHook
 
 
+_FIELDS: dict[str, tuple[type, str]] = {
+    "norm": (NormRule, "LNRule()"),
+    "activation": (ActivationRule, "IdentityRule()"),
+    "product": (ProductRule, "HalfRule()"),
+    "pattern": (PatternRule, "AHRule()"),
+    "bilinear": (UniformRule, "UniformRule()"),
+    "linear": (LinearRule, "EpsilonRule()"),
+}
+"""What each field of a composite takes, and an example."""
+
+
 @dataclass(frozen=True)
 class Composite:
     """The assignment of rules to places. A field left None keeps the plain gradient there.
@@ -50,6 +61,12 @@ class Composite:
     pattern: PatternRule | None = None
     bilinear: UniformRule | None = None
     linear: LinearRule | None = None
+
+    def __post_init__(self) -> None:
+        for field, (kind, example) in _FIELDS.items():
+            rule = getattr(self, field)
+            if rule is not None and not isinstance(rule, kind):
+                raise RuleError(f"the {field} rule of the composite {self.name!r} must be a {kind.__name__}, such as {example}; got {rule!r}.")
 
     @property
     def plain(self) -> bool:
