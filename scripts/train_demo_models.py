@@ -341,18 +341,20 @@ def make(name: str, tokenizer: PreTrainedTokenizerFast, data: tuple[Tensor, Tens
 def main() -> int:
     """Train the models that are named, all of them if none is."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("names", nargs="*", default=list(WHAT), choices=[*WHAT, []], metavar="NAME", help=f"of {', '.join(WHAT)}; all if none")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(WHAT)}; all if none")
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--pairs", type=int, default=1000, help="pairs per measured task")
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
+    if unknown := sorted(set(arguments.names) - set(WHAT)):
+        parser.error(f"there is no model {', '.join(unknown)}; valid: {', '.join(WHAT)}")
     torch.set_num_threads(arguments.threads)
     tokenizer = make_tokenizer()
     start = time.perf_counter()
     data = rows(Lexicon("demo", tokenizer, len(tokenizer), None), arguments.steps * BATCH, SEED)
     print(f"{len(tokenizer)} words, {len(data[0])} rows in {time.perf_counter() - start:.0f} s", flush=True)
-    done = [make(name, tokenizer, data, arguments.out, arguments.steps, arguments.pairs) for name in arguments.names]
+    done = [make(name, tokenizer, data, arguments.out, arguments.steps, arguments.pairs) for name in arguments.names or WHAT]
     return 0 if all(done) else 1
 
 
