@@ -13,6 +13,21 @@ from patchlab.scores import ScoreMap
 from patchlab.tasks.base import Pair, Task
 
 FAMILIES = ("gpt2", "neox", "neox-sequential", "llama", "qwen2", "qwen3", "gemma2", "native")
+SITES = (
+    "input",
+    "resid_pre",
+    "resid_mid",
+    "resid_post",
+    "attn_out",
+    "mlp_out",
+    "z",
+    "z[layer,pos,head]",
+    "q",
+    "k[layer,pos,kv_head]",
+    "v",
+    "mlp_post",
+)
+"""Every kind of site but the pattern, some at a finer granularity."""
 GATED = ("llama", "qwen2", "qwen3", "gemma2")
 GROUPED = GATED
 VOCAB, LAYERS, HEADS, WIDTH, D_MLP = 37, 3, 4, 16, 12

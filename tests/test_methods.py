@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from families import HEADS, bridged, hf_module, mixed_task, model_of, pair, scores_of, swap_task, untested
+from families import HEADS, SITES, bridged, hf_module, mixed_task, model_of, pair, scores_of, swap_task, untested
 from raw_model import Key, RawModel
 from torch import Tensor
 
@@ -24,20 +24,6 @@ from patchlab.rules import AHRule, Composite
 from patchlab.sites import KINDS, Site, parse_site
 from patchlab.tasks.base import Pair, Task
 
-SITES = (
-    "input",
-    "resid_pre",
-    "resid_mid",
-    "resid_post",
-    "attn_out",
-    "mlp_out",
-    "z",
-    "z[layer,pos,head]",
-    "q",
-    "k[layer,pos,kv_head]",
-    "v",
-    "mlp_post",
-)
 LAYERS = 3
 ENGINES = ("auto", "literal")
 CLOSE = {"gpt2": 1e-9, "llama": 2e-6}

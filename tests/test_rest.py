@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from families import FAMILIES, mixed_task, model_of, native_model, pair, scores_of, swap_task
+from families import SITES as NAMED_SITES
 
 import patchlab as pl
 from patchlab.engine import Program, continues, empty_cache, run, run_rest
@@ -16,21 +17,7 @@ from patchlab.methods.linearized import LinearizedPatching
 from patchlab.metrics import METRICS, Metric
 from patchlab.tasks.base import Task
 
-SITES = (
-    "input",
-    "resid_pre",
-    "resid_mid",
-    "resid_post",
-    "attn_out",
-    "mlp_out",
-    "z",
-    "z[layer,pos,head]",
-    "q",
-    "k[layer,pos,kv_head]",
-    "v",
-    "pattern[layer,head,dest,src]",
-    "mlp_post",
-)
+SITES = (*NAMED_SITES, "pattern[layer,head,dest,src]")
 
 
 def sites_of(model: Any) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ from typing import Any
 
 from patchlab.adapters.lenses import Lens, make_lenses
 from patchlab.adapters.places import Place, find_places
-from patchlab.errors import SiteError, unknown
+from patchlab.errors import SiteError
 from patchlab.sites import KINDS, Site
 
 
@@ -47,8 +47,6 @@ class Architecture:
         Raises:
             SiteError: the kind is absent here, or the layer, head or neuron does not exist.
         """
-        if site.kind not in KINDS:
-            raise SiteError(unknown("site", site.kind, self.sites))
         if site.kind in self.absent:
             raise SiteError(f"{self.family} has no site {site.kind}: {self.absent[site.kind]}. Sites of this model: {', '.join(self.sites)}.")
         for what, value, axis in (("layer", site.layer, "layer"), ("head", site.head, site.head_axis), ("neuron", site.neuron, "neuron")):
@@ -70,7 +68,7 @@ def describe(bridge: Any, *, vocab_size: int) -> Architecture:
         missing = [layer for layer in layers if lens.host(layer) not in bridge.hook_dict]
         if kind == "resid_mid" and parallel:
             absent[kind] = "attention and MLP run in parallel, so there is no stream between them"
-        elif kind == "resid_mid" and f"blocks.0.{'hook_mlp_out'}" not in bridge.hook_dict:
+        elif kind == "resid_mid" and "blocks.0.hook_mlp_out" not in bridge.hook_dict:
             absent[kind] = "its blocks have no MLP, so there is no stream between attention and MLP"
         elif (
             kind == "mlp_post"
