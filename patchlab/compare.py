@@ -9,14 +9,16 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from patchlab.agreement import cells_for_recall, pearson, ranks, sign_agreement, slope, spearman_brown, split_half, topk_recall
 from patchlab.alignment import check_alike, check_names
 from patchlab.bootstrap import interval, resampling_weights
 from patchlab.errors import ScoreError, unknown
 from patchlab.output import writing
+from patchlab.score_arrays import unscored_readers
 from patchlab.scores import ScoreMap
+from patchlab.sites import parse_site
 
 STATISTICS = {
     "pearson": "Pearson",
@@ -186,6 +188,9 @@ def compare(reference: ScoreMap, methods: Mapping[str, ScoreMap], *, n_boot: int
         if site in reference.not_scored or not maps:
             continue
         exact, live = _cells(reference, site), reference.live[site].to_numpy().ravel()
+        if parse_site(site).kind == "edges":
+            common = _common_edges(reference, methods, site)
+            exact, live, maps = exact[:, common], live[common], {name: other[:, common] for name, other in maps.items()}
         k = max(1, int(live.sum()) // TOP_SHARE)
         for cells, chosen in (("all", np.ones_like(live)), ("live", live)):
             if cells == "all" or not live.all():  # without structural zeros the two sets are one
@@ -209,6 +214,16 @@ def compare(reference: ScoreMap, methods: Mapping[str, ScoreMap], *, n_boot: int
     )
     costs = [{"method": name, **asdict(scores.cost)} for name, scores in {name_of_reference: reference, **methods}.items()]
     return Comparison(table, _costs_table(costs), pd.DataFrame(reliability), about, tuple(notes), recall)
+
+
+def _common_edges(reference: ScoreMap, methods: Mapping[str, ScoreMap], site: str) -> Bool[np.ndarray, " cell"]:
+    """Cells that are edges, and that every map scores."""
+    values = reference.data[site]
+    common = np.broadcast_to(reference.graph.allowed.reshape(*reference.graph.allowed.shape, *[1] * (values.ndim - 3)), values.shape[1:]).copy()
+    for scores in (reference, *methods.values()):
+        if site not in scores.not_scored:
+            common[:, unscored_readers(scores.provenance)] = False
+    return common.ravel()
 
 
 def _cells(scores: ScoreMap, site: str) -> Float[np.ndarray, "example cell"]:
@@ -281,6 +296,8 @@ def _notes(reference: ScoreMap, name_of_reference: str, methods: Mapping[str, Sc
         by_reason: dict[str, list[str]] = {}
         for site, reason in scores.not_scored.items():
             by_reason.setdefault(reason, []).append(site)
+        for kind, reason in scores.provenance.get("readers_not_scored", {}).items():
+            by_reason.setdefault(reason, []).append(f"edges into <{kind}>")
         notes += [f"{name}: {', '.join(sites)} not scored and left out ({reason})." for reason, sites in by_reason.items()]
     for name, scores in methods.items():
         if scores.provenance.get("unsigned"):

@@ -6,8 +6,10 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import xarray as xr
+from jaxtyping import Bool
 
 from patchlab.errors import ScoreError
+from patchlab.graph import Graph
 from patchlab.sites import POSITION_AXES, parse_site
 
 
@@ -78,6 +80,8 @@ def check_shape(name: str, axes: tuple[str, ...], values: np.ndarray, live: np.n
 def check_finite(name: str, axes: tuple[str, ...], values: np.ndarray, record: Mapping[str, Any]) -> None:
     """A site is scored throughout, or not scored and listed with its reason."""
     bad, skipped = ~np.isfinite(values), name in record.get("not_scored", {})
+    if not skipped and parse_site(name).kind == "edges":
+        bad[:, :, unscored_readers(record)] &= ~np.isnan(values[:, :, unscored_readers(record)])
     if skipped and not np.isnan(values).all():
         raise ScoreError(f"{name} is in not_scored but has values; fill it with NaN or take it out of not_scored.")
     if bad.any() and not skipped:
@@ -86,6 +90,32 @@ def check_finite(name: str, axes: tuple[str, ...], values: np.ndarray, record: M
             f"{name}: {bad.sum()} of {bad.size} scores are not finite, the first at {where}. A site is scored throughout, "
             f"or NaN throughout with a reason in provenance['not_scored']."
         )
+
+
+def unscored_readers(record: Mapping[str, Any]) -> Bool[np.ndarray, " reader"]:
+    """Readers into which a method could not score edges (``provenance["readers_not_scored"]`` maps their kind to the reason)."""
+    return np.isin(graph_of(record).reader_kind, list(record.get("readers_not_scored", {})))
+
+
+def graph_of(record: Mapping[str, Any]) -> Graph:
+    """The graph whose edges a map scores.
+
+    Raises:
+        ScoreError: provenance without one.
+    """
+    if "graph" not in record:
+        raise ScoreError("a map of edges needs provenance['graph'], the fields of its patchlab.graph.Graph.")
+    return Graph(**record["graph"])
+
+
+def edge_coords(record: Mapping[str, Any], sizes: Mapping[str, int]) -> dict[str, Any]:
+    """Names of the writers and readers, as coordinates that are never an index."""
+    if "writer" not in sizes:
+        return {}
+    graph = graph_of(record)
+    if (sizes["writer"], sizes["reader"]) != graph.allowed.shape:
+        raise ScoreError(f"the edges have {sizes['writer']} writers and {sizes['reader']} readers, but {graph} has {list(graph.allowed.shape)}.")
+    return {"writer_name": ("writer", np.array(graph.writers)), "reader_name": ("reader", np.array(graph.readers))}
 
 
 def position_coords(labels: PositionLabels | None, examples: np.ndarray, sizes: Mapping[str, int]) -> dict[str, Any]:

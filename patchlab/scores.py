@@ -14,8 +14,21 @@ from jaxtyping import Float
 
 from patchlab.bootstrap import interval, resampling_weights
 from patchlab.errors import ScoreError, SiteError, unknown
+from patchlab.graph import Graph
 from patchlab.output import writing
-from patchlab.score_arrays import PositionLabels, axes_of, check_finite, check_rows, check_shape, frozen, label_of, plain, position_coords
+from patchlab.score_arrays import (
+    PositionLabels,
+    axes_of,
+    check_finite,
+    check_rows,
+    check_shape,
+    edge_coords,
+    frozen,
+    graph_of,
+    label_of,
+    plain,
+    position_coords,
+)
 from patchlab.sites import POSITION_AXES, Site, parse_site
 
 FORMAT = 1
@@ -132,7 +145,7 @@ class ScoreMap:
         coords["example"] = index[order]
         coords["metric_clean"] = ("example", metric_clean[order].astype(np.float64))
         coords["metric_corrupted"] = ("example", metric_corrupted[order].astype(np.float64))
-        coords |= position_coords(task_axis, index[order], sizes)
+        coords |= position_coords(task_axis, index[order], sizes) | edge_coords(record, sizes)
         data = xr.Dataset(variables, coords=coords)
         bare = {name: coord for name, coord in data.coords.items() if "example" not in coord.dims}
         return ScoreMap(frozen(data), frozen(xr.Dataset(masks, coords=bare)), record, cost)
@@ -146,6 +159,15 @@ class ScoreMap:
     def not_scored(self) -> dict[str, str]:
         """The sites that were not scored, with the reason."""
         return {site: why for site, why in self.provenance.get("not_scored", {}).items() if site in self.data.data_vars}
+
+    @property
+    def graph(self) -> Graph:
+        """The graph whose edges are scored.
+
+        Raises:
+            ScoreError: a map without edges.
+        """
+        return graph_of(self.provenance)
 
     @property
     def subject(self) -> str:

@@ -13,6 +13,12 @@ jointly), optionally narrowed to one layer, head or neuron and some positions::
     L3.resid_pre@S1,S2      two positions at once
     L2.N17.mlp_post         neuron 17 of layer 2, all positions
     L5.H1.pattern@END<S1    the attention of head 1 from END to S1
+
+Edges between components (:class:`patchlab.graph.Graph`) are scored like sites, but not edited::
+
+    edges                           one score per writer and reader, all positions jointly
+    edges[writer,reader,pos]        also per position at which the reader reads
+    edges[writer,reader,dest,src]   also per pair of positions: what src holds, as used at dest
 """
 
 import re
@@ -55,10 +61,12 @@ def _kinds() -> Iterator[SiteKind]:
     yield SiteKind("v", ("layer", "pos", "kv_head"), ("layer", "kv_head"), "d_head", "value")
     yield SiteKind("pattern", ("layer", "head", "dest", "src"), ("layer", "head"), None, "attention pattern")
     yield SiteKind("mlp_post", ("layer", "pos", "neuron"), ("layer", "neuron"), None, "MLP neurons")
+    yield SiteKind("edges", ("writer", "reader", "pos", "dest", "src"), ("writer", "reader"), None, "edges between components")
 
 
 KINDS: dict[str, SiteKind] = {kind.name: kind for kind in _kinds()}
 POSITION_AXES = ("pos", "dest", "src")
+EDGE_AXES = (("writer", "reader"), ("writer", "reader", "pos"), ("writer", "reader", "dest", "src"))
 
 _SCORED = re.compile(r"(?P<kind>[a-z_]+)(\[(?P<axes>[^\]]*)\])?")
 _POSITION = r"[A-Za-z0-9_\-]+"
@@ -96,6 +104,10 @@ class Site:
             raise SiteError(f"the granularity of {self.kind} needs the axis {kind.axes[0]}; got {list(self.axes)}.")
         if list(self.axes) != [axis for axis in kind.axes if axis in self.axes]:
             raise SiteError(f"write the axes of {self.kind} in the order {list(kind.axes)}; got {list(self.axes)}.")
+        if self.kind == "edges" and self.axes not in EDGE_AXES:
+            valid = ", ".join(f"edges[{','.join(axes)}]" for axes in EDGE_AXES)
+            got = f"the axes {list(self.axes)}" if self.axes else "an address"
+            raise SiteError(f"edges are scored as a whole, as one of {valid}; got {got}.")
         if self.layer is not None and "layer" not in kind.axes:
             raise SiteError(f"{self.kind} has no layers; drop L{self.layer}.")
         if self.narrowed and self.layer is None and "layer" in kind.axes:

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 import patchlab as pl
 from patchlab.errors import SiteError
-from patchlab.sites import KINDS, Site, SiteKind, parse_site, parse_sites
+from patchlab.sites import EDGE_AXES, KINDS, Site, SiteKind, parse_site, parse_sites
 
+ACTIVATIONS = [kind for kind in KINDS.values() if kind.name != "edges"]
 LAYERED = [kind for kind in KINDS if "layer" in KINDS[kind].axes]
 
 
@@ -20,14 +21,14 @@ NUMBER = st.none() | st.integers(0, 99)
 
 
 @settings(deadline=None)
-@given(kind=st.sampled_from(list(KINDS.values())), kept=st.tuples(*[st.booleans()] * 4))
+@given(kind=st.sampled_from(ACTIVATIONS), kept=st.tuples(*[st.booleans()] * 4))
 def test_a_printed_sweep_is_read_back(kind: SiteKind, kept: tuple[bool, ...]) -> None:
     site = Site(kind.name, (kind.axes[0], *(axis for axis, keep in zip(kind.axes[1:], kept, strict=False) if keep)))
     assert parse_site(str(site)) == site
 
 
 @settings(deadline=None)
-@given(kind=st.sampled_from(list(KINDS.values())), layer=st.integers(0, 99), head=NUMBER, neuron=NUMBER, pos=POSITIONS, src=POSITIONS)
+@given(kind=st.sampled_from(ACTIVATIONS), layer=st.integers(0, 99), head=NUMBER, neuron=NUMBER, pos=POSITIONS, src=POSITIONS)
 def test_a_printed_address_is_read_back(kind: SiteKind, layer: int, head: int | None, neuron: int | None, pos: Any, src: Any) -> None:
     axes = set(kind.axes)
     site = Site(
@@ -77,7 +78,7 @@ def test_default_granularity_is_not_printed_but_others_are() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("resid_pree", r"unknown site 'resid_pree'; did you mean 'resid_pre'\? Valid: attn_out, input, k, "),
+        ("resid_pree", r"unknown site 'resid_pree'; did you mean 'resid_pre'\? Valid: attn_out, edges, input, k, "),
         ("L3.attnout", r"unknown site 'attnout'; did you mean 'attn_out'\?"),
         ("z[layer,neuron]", r"z has the axes \['layer', 'pos', 'head'\]; got \['layer', 'neuron'\]"),
         ("z[layer,layer]", r"got \['layer', 'layer'\]. Name each of the axes to score once"),
@@ -158,6 +159,17 @@ def test_absent_parts_of_a_model_are_refused(kind: str) -> None:
         with pytest.raises(SiteError, match=r"names neuron 12, but this model has 12 \(neuron 0 to 11\)"):
             arch.check(parse_site(f"L0.N12.{kind}"))
     arch.check(parse_site(f"L2.{kind}"))
+
+
+@pytest.mark.parametrize("axes", EDGE_AXES)
+def test_edges_are_scored_at_three_granularities(axes: tuple[str, ...]) -> None:
+    assert parse_site(str(Site("edges", axes))).axes == axes
+
+
+@pytest.mark.parametrize("text", ["edges[writer]", "edges[writer,reader,dest]", "edges@3", "edges<3"])
+def test_edges_have_no_other_granularity_and_no_address(text: str) -> None:
+    with pytest.raises(SiteError, match="scored as a whole, as one of edges\\[writer,reader\\], |cannot read"):
+        parse_site(text)
 
 
 def test_public_names() -> None:

@@ -6,6 +6,7 @@ from typing import Any
 from patchlab.adapters.lenses import Lens, make_lenses
 from patchlab.adapters.places import Place, find_places
 from patchlab.errors import SiteError
+from patchlab.graph import Graph
 from patchlab.sites import KINDS, Site
 
 
@@ -34,12 +35,24 @@ class Architecture:
     @property
     def sites(self) -> tuple[str, ...]:
         """The site kinds that this model has."""
-        return tuple(kind for kind in KINDS if kind not in self.absent)
+        return tuple(kind for kind in self.lenses if kind not in self.absent)
 
     def size(self, axis: str) -> int:
         """Length of a model axis: layer, head, kv_head or neuron."""
         sizes = {"layer": self.n_layers, "head": self.n_heads, "kv_head": self.n_kv_heads, "neuron": self.d_mlp or 0}
         return sizes[axis]
+
+    @property
+    def graph(self) -> Graph:
+        """Its components and the edges between them.
+
+        Raises:
+            SiteError: heads whose outputs, or MLPs whose inputs, cannot be reached.
+        """
+        for kind in ("input", "q", "k", "v", "z", "resid_post"):
+            if kind in self.absent:
+                raise SiteError(f"{self.family} has no graph of edges, which needs {kind}: {self.absent[kind]}.")
+        return Graph(self.n_layers, self.n_heads, self.d_model, self.parallel, self.n_kv_heads, "mlp_out" not in self.absent)
 
     def check(self, site: Site) -> None:
         """Check that the model has this site.
@@ -47,6 +60,9 @@ class Architecture:
         Raises:
             SiteError: the kind is absent here, or the layer, head or neuron does not exist.
         """
+        if site.kind == "edges":
+            _ = self.graph
+            return
         if site.kind in self.absent:
             raise SiteError(f"{self.family} has no site {site.kind}: {self.absent[site.kind]}. Sites of this model: {', '.join(self.sites)}.")
         for what, value, axis in (("layer", site.layer, "layer"), ("head", site.head, site.head_axis), ("neuron", site.neuron, "neuron")):

@@ -74,4 +74,4 @@ class Lens:
 def make_lenses(n_heads: int, n_kv_heads: int) -> dict[str, Lens]:
     """One lens per site kind."""
     heads = {"z": n_heads, "q": n_heads, "k": n_kv_heads, "v": n_kv_heads}
-    return {kind: Lens(kind, heads.get(kind)) for kind in KINDS}
+    return {kind: Lens(kind, heads.get(kind)) for kind in KINDS if kind in HOSTS}
