@@ -43,6 +43,10 @@ class ScoreError(PatchlabError):
     """Score maps cannot be read, normalised, aligned or compared."""
 
 
+class CircuitError(PatchlabError):
+    """A circuit cannot be built, combined, read, or does not belong to this model."""
+
+
 class OutputError(PatchlabError):
     """A result cannot be written where it was asked for."""
 

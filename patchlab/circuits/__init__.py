@@ -1,0 +1,6 @@
+"""Circuits: parts of a model's graph, chosen from edge scores, exchanged as files, and evaluated."""
+
+from patchlab.circuits.circuit import Circuit
+from patchlab.circuits.shape import kv_view
+
+__all__ = ["Circuit", "kv_view"]
