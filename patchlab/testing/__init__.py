@@ -1,0 +1,15 @@
+"""Toy models with hand-computable answers, and the contract that every method must pass.
+
+For people who write a method of their own::
+
+    from patchlab.testing import check_method, linear_toy, toy_task
+
+    def test_my_method():
+        model = linear_toy()
+        check_method(MyMethod(), model, toy_task(model), ["resid_pre", "z"])
+"""
+
+from patchlab.testing.contract import check_method
+from patchlab.testing.toys import linear_toy, micro_model, micro_task, toy_task
+
+__all__ = ["check_method", "linear_toy", "micro_model", "micro_task", "toy_task"]
