@@ -27,7 +27,8 @@ class Circuit:
     Args:
         graph: the graph of the model.
         edges: which edges are kept; only edges of the graph may be.
-        scores: mean effects the edges were chosen by, in metric units; NaN where an edge was not scored or its score was not stored.
+        scores: mean effects the edges were chosen by, in metric units; NaN where there is no edge, or it was not scored,
+            or its score was not stored.
         provenance: where it comes from: method, task, model, direction, how it was chosen, ``positions`` (names); JSON-able.
 
     Raises:
@@ -61,7 +62,8 @@ class Circuit:
         if outside.any():
             refuse_pair(self.graph, *np.argwhere(outside)[0, :2].tolist())
         object.__setattr__(self, "edges", _frozen(self.edges))
-        object.__setattr__(self, "scores", None if self.scores is None else _frozen(self.scores))
+        if self.scores is not None:
+            object.__setattr__(self, "scores", _frozen(np.where(_over_positions(self.graph.allowed, self.edges.ndim), self.scores, np.nan)))
         object.__setattr__(self, "provenance", plain(self.provenance))
         if len(self.positions or range(self.n_positions or 0)) != (self.n_positions or 0):
             raise CircuitError(
@@ -241,7 +243,7 @@ class Circuit:
 
     def __repr__(self) -> str:
         about = self.provenance
-        who = [str(about[key]) for key in ("method", "direction", "metric", "how") if about.get(key)]
+        who = [str(about[key]) for key in ("method", "direction", "metric", "how") if about.get(key)] + ["pruned"] * bool(about.get("pruned"))
         what = " × ".join(str(about[key]) for key in ("model", "task") if about.get(key))
         head = "; ".join(filter(None, [", ".join(who), what]))
         at = "" if self.n_positions is None else f" at {self.n_positions} positions"
