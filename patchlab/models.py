@@ -34,6 +34,7 @@ class Model:
         tokenizer: the Hugging Face tokenizer, or None.
         arch: sizes, block form, and which sites the model has (:class:`patchlab.adapters.Architecture`).
         ambient: the edits of the surrounding ``pl.intervene`` blocks.
+        unfinished: what interrupted runs of methods left, for the same call to go on from.
     """
 
     def __init__(self, bridge: Any, name: str, tokenizer: Any = None, *, test: bool = True) -> None:
@@ -42,6 +43,7 @@ class Model:
         self.hooks: dict[str, Any] = dict(bridge.hook_dict)
         self.support: Any = None
         self.continues: bool | None = None
+        self.unfinished: dict[str, Any] = {}
         bridge.eval()
         for parameter in bridge.parameters():
             parameter.requires_grad_(False)

@@ -6,7 +6,7 @@ values standing in for the earlier positions. Cells with one start position form
 model's own blocks run on all rows of the wave at once.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -47,7 +47,8 @@ def sweep(
     max_tokens: int | None = None,
     start: int = 0,
     base: Baseline | None = None,
-    done: Callable[[int], Any] | None = None,
+    done: Callable[[list[int], Tensor], Any] | None = None,
+    skip: Collection[int] = (),
     work: Work | None = None,
 ) -> Float[Tensor, "cell row"]:
     """The metric of every cell's run, per row of the program.
@@ -61,7 +62,9 @@ def sweep(
         max_tokens: rows × positions that go through a block at once; at most (and by default) what suits the device.
         start: no edit changes anything before this position.
         base: the baseline's run, if it was made before (with keys and values; block inputs matter from the start on).
-        done: called with the number of cells finished.
+        done: called with the numbers of the cells that are finished, and their metric, ``[cell, row]``.
+        skip: numbers of cells whose metric is not needed. The others are computed together with the same cells as without it, so
+            that not one bit changes; the values of those that are left out are NaN.
         work: counts what was computed.
 
     Raises:
@@ -77,21 +80,26 @@ def sweep(
             base, _ = baseline(model, program, cache=empty_cache() if prefix else None)
             work.forwards += 1
         rows, length = program.tokens.shape
-        values = torch.empty(len(cells), rows, device=program.tokens.device, dtype=torch.float64 if model.dtype == torch.float64 else torch.float32)
+        dtype = torch.float64 if model.dtype == torch.float64 else torch.float32
+        values = torch.full((len(cells), rows), torch.nan, device=program.tokens.device, dtype=dtype)
         groups: dict[int, list[_Entry]] = {}
         for i, cell in enumerate(cells):
             entry = _entry(i, cell, program, model.arch.n_layers, max(start, _start(cell, program)) if prefix else 0)
             groups.setdefault(entry.start, []).append(entry)
         for where, entries in sorted(groups.items()):
-            templates = {span: template(model, program, base, where, span) for span in {length - where, *(1 for entry in entries if entry.local)}}
             entries.sort(key=lambda entry: (entry.joins(), not entry.local))
             size = max(1, max_tokens // (rows * (length - where)))
-            for chunk in (entries[first : first + size] for first in range(0, len(entries), size)):
-                wave = _Wave(model, program, base, where, templates, chunk, work)
-                values[torch.tensor([entry.index for entry in chunk], device=values.device)] = wave.run().to(values.dtype)
+            chunks = [entries[first : first + size] for first in range(0, len(entries), size)]
+            chunks = [chunk for chunk in chunks if any(entry.index not in skip for entry in chunk)]
+            spans = {length - where, *(1 for entry in entries if entry.local)} if chunks else set()
+            templates = {span: template(model, program, base, where, span) for span in spans}
+            for chunk in chunks:
+                numbers = [entry.index for entry in chunk]
+                found = _Wave(model, program, base, where, templates, chunk, work).run().to(values.dtype)
+                values[torch.tensor(numbers, device=values.device)] = found
                 work.cells += len(chunk)
                 if done is not None:
-                    done(len(chunk))
+                    done(numbers, found)
     return values
 
 

@@ -6,19 +6,20 @@ effects of one batch are found.
 
 import importlib.metadata
 import os
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor
 from tqdm.auto import tqdm
 
 from patchlab.engine import Target
 from patchlab.errors import MethodError, unknown
+from patchlab.methods.checkpoint import Finished, Work, batch_rows, described, joined, keeping
+from patchlab.methods.identity import identify
 from patchlab.methods.liveness import cell_shape, live_cells
 from patchlab.methods.runs import DIRECTIONS, SOURCES, Meter, Runs, Setting, check_metric, mean_source, unpatched
 from patchlab.metrics import METRICS
@@ -37,6 +38,7 @@ class Method(ABC):
     """
 
     source: str = "paired"
+    unit: ClassVar[str] = "forward"
 
     def __post_init__(self) -> None:
         if self.source not in SOURCES:
@@ -49,7 +51,7 @@ class Method(ABC):
 
     @abstractmethod
     def forwards(self, setting: Setting) -> int:
-        """Forward passes per batch, for the progress bar."""
+        """Steps of the progress bar per batch: forward passes, or whatever ``unit`` says."""
 
     @abstractmethod
     def predicted_bytes(self, setting: Setting, rows: int, length: int) -> int:
@@ -85,6 +87,7 @@ class Method(ABC):
         batch_size: int | None = None,
         progress: bool = True,
         max_memory: int | float | None = None,
+        checkpoint: str | Path | None = None,
     ) -> ScoreMap:
         """Score every cell of the sites: an estimate, per example, of the effect of patching it.
 
@@ -98,15 +101,28 @@ class Method(ABC):
             progress: show a progress bar on stderr.
             max_memory: most bytes to use for activations; default half of what is free. A run that is
                 predicted to need more than a given max_memory does not start.
+            checkpoint: a file that finished work is written to every few seconds and after an exception; it is removed when the run
+                ends normally. The same call again, also in a new process, goes on from there, with the very numbers of an
+                uninterrupted run and the cost of all parts. Without a path an interrupted run (Ctrl-C) leaves its finished work on the
+                model: the same call again goes on. Finished work is cells in exact patching, batches in other methods.
 
         Returns:
             Effects in the metric's unit.
 
         Raises:
-            MethodError: unknown direction, batch_size < 1, too little memory, options that make no sense together.
+            MethodError: unknown direction, batch_size < 1, too little memory, options that make no sense together, a checkpoint
+                that is damaged or of another run.
+            OutputError: a checkpoint that cannot be written.
             SiteError: unknown or absent site.
         """
-        return self._run(*self.prepared(model, task, sites, direction=direction, batch_size=batch_size, max_memory=max_memory), progress)
+        options: dict[str, Any] = {"direction": direction, "max_memory": max_memory}
+        prepared = self.prepared(model, task, sites, batch_size=batch_size, **options)
+        identity = self._identity(*prepared[:2])
+        if batch_size is None and (rows := batch_rows(model.unfinished, identity, checkpoint)) is not None:
+            prepared = self.prepared(model, task, sites, batch_size=rows, **options)
+            identity = self._identity(*prepared[:2])
+        with keeping(model.unfinished, identity, checkpoint) as work:
+            return self._run(*prepared, progress, work)
 
     def prepared(
         self,
@@ -156,37 +172,43 @@ class Method(ABC):
             )
         return setting, batches, predicted
 
-    def _run(self, setting: Setting, batches: list[Batch], predicted: int, progress: bool) -> ScoreMap:
+    def _identity(self, setting: Setting, batches: list[Batch]) -> dict[str, str | None]:
+        return identify(self._provenance(setting, {}), setting, described([len(batch) for batch in batches]))
+
+    def _run(self, setting: Setting, batches: list[Batch], predicted: int, progress: bool, work: Work) -> ScoreMap:
         model, task = setting.model, setting.task
         on_cuda = model.device.type == "cuda"
         if on_cuda:
             torch.cuda.reset_peak_memory_stats(model.device)
-        started = time.perf_counter()
-        parts: list[dict[str, np.ndarray]] = []
-        metrics: list[tuple[Tensor, Tensor]] = []
-        notes: dict[str, Any] = {}
-        total = len(batches) * (self.forwards(setting) + self.source.startswith("mean"))
-        with tqdm(total=total, desc=self.name, unit="forward", disable=not progress, leave=False) as bar:
-            meter = Meter(bar)
+        steps, means = self.forwards(setting), self.source.startswith("mean") and self.unit == "forward"
+        finished = len(work.batches) * steps + len(work.cells_of(len(work.batches)))
+        total = len(batches) * (steps + means)
+        with tqdm(total=total, initial=finished, desc=self.name, unit=self.unit, disable=not progress, leave=False) as bar:
+            meter = Meter(bar, self.unit)
+            work.begin(meter)
             if self.source.startswith("mean"):
                 mean = mean_source(setting, batches, meter, at=self.source_targets(setting), positional=self.source == "mean_positional")
                 setting = replace(setting, mean=mean)
-            trusted = METRICS.get(task.metric.name) is task.metric
-            for batch in batches:
+            trusted = METRICS.get(task.metric.name) is task.metric or any(len(batch) > 1 for batch in batches[: len(work.batches)])
+            for number in range(len(work.batches), len(batches)):
+                batch, notes = batches[number], {}
+                meter.cells = work.cells_of(number)
                 at, baseline = self.source_targets(setting), self.baseline_options(setting)
                 runs = unpatched(setting, batch, meter, source=self.source, at=at, baseline=baseline, resume=self.resumes(setting))
                 if not trusted and len(batch) > 1:  # a batch of one shows nothing
                     check_metric(setting, runs, meter)
                     trusted = True
-                parts.append(self.score(setting, runs, meter, notes))
-                metrics.append((runs.clean, runs.corrupted))
+                scores = self.score(setting, runs, meter, notes)
+                clean, corrupted = (value.double().cpu().numpy() for value in (runs.clean, runs.corrupted))
+                work.add(Finished(scores, clean, corrupted, notes))
         skipped = self.not_scored(setting)
-        seconds = time.perf_counter() - started
-        scores = {name: np.concatenate([part[name] for part in parts]) for name in map(str, setting.sites)}
-        clean, corrupted = (torch.cat([pair[i] for pair in metrics]).double().cpu().numpy() for i in (0, 1))
+        forwards, backwards, positions, seconds = work.spent()
+        parts = work.batches
+        scores = {name: np.concatenate([part.scores[name] for part in parts]) for name in map(str, setting.sites)}
+        clean, corrupted = (np.concatenate([getattr(part, side) for part in parts]) for side in ("clean", "corrupted"))
         examples = torch.cat([batch.examples for batch in batches]).cpu().numpy()
         order = np.argsort(examples).tolist()  # as the map orders its rows
-        notes = {name: {group: [values[i] for i in order] for group, values in groups.items()} for name, groups in notes.items()}
+        notes = {name: {group: [values[i] for i in order] for group, values in groups.items()} for name, groups in joined(parts).items()}
         return ScoreMap.build(
             scores,
             setting.live,
@@ -196,9 +218,9 @@ class Method(ABC):
             metric_corrupted=corrupted,
             provenance={**self._provenance(setting, skipped), "engine": meter.engine, **notes},
             cost=Cost(
-                meter.forwards,
-                meter.backwards,
-                meter.positions,
+                forwards,
+                backwards,
+                positions,
                 seconds,
                 predicted,
                 torch.cuda.max_memory_allocated(model.device) if on_cuda else None,

@@ -2,10 +2,11 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from jaxtyping import Float
+from torch import Tensor
 
 from patchlab.engine import Cell, Support, Work, continues, support, sweep
 from patchlab.errors import MethodError, unknown
@@ -32,6 +33,7 @@ class ActivationPatching(Method):
     """
 
     engine: str = "auto"
+    unit: ClassVar[str] = "cell"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -43,7 +45,7 @@ class ActivationPatching(Method):
         return "exact"
 
     def forwards(self, setting: Setting) -> int:
-        return 2 + (self.engine == "auto") + sum(int(live.sum()) for live in setting.live.values())
+        return sum(int(live.sum()) for live in setting.live.values())
 
     def resumes(self, setting: Setting) -> bool:
         return self.engine == "auto" and support(setting.model).mode == "prefix" and continues(setting.model)
@@ -60,39 +62,59 @@ class ActivationPatching(Method):
     def score(self, setting: Setting, runs: Runs, meter: Meter, notes: dict[str, Any]) -> dict[str, np.ndarray]:
         scores = {str(site): np.zeros((len(runs.batch), *setting.live[str(site)].shape)) for site in setting.sites}
         cells = [(str(site), index, where) for site in setting.sites for index, where in addresses(setting, site, setting.live[str(site)])]
-        effects = patched(setting, runs, meter, [(Edit(where, runs.source),) for _, _, where in cells], engine=self.engine)
+        edits = [(Edit(where, runs.source),) for _, _, where in cells]
+        effects = patched(setting, runs, meter, edits, engine=self.engine, finished=meter.cells)
         for (name, index, _), effect in zip(cells, effects, strict=True):
             scores[name][(slice(None), *index)] = effect
         return scores
 
 
-def patched(setting: Setting, runs: Runs, meter: Meter, cells: list[Cell], *, engine: str = "auto") -> Float[np.ndarray, "cell batch"]:
-    """Exact effects of cells (sets of edits) on one batch, in metric units."""
+def patched(
+    setting: Setting, runs: Runs, meter: Meter, cells: list[Cell], *, engine: str = "auto", finished: dict[int, np.ndarray] | None = None
+) -> Float[np.ndarray, "cell batch"]:
+    """Exact effects of cells (sets of edits) on one batch, in metric units.
+
+    ``finished`` holds those that were found before, by number, and gets the others as they are found.
+    """
     way = support(setting.model) if engine == "auto" else Support("literal", "asked for")
-    effects = np.zeros((len(cells), len(runs.batch)))
+    finished = {} if finished is None else finished
     base = runs.baseline_values.double()
+
+    def found(numbers: list[int], values: Tensor) -> None:
+        finished.update(zip(numbers, (values.double() - base).cpu().numpy(), strict=True))
+        meter.keep()
+
     fast = [i for i, cell in enumerate(cells) if way.mode != "literal" and all(edit.address.layer is not None for edit in cell)]
     meter.engine = str(way)
-    if fast:
+    skip = {place for place, i in enumerate(fast) if i in finished}
+    if len(skip) < len(fast):
         work = Work()
-        values = sweep(
-            setting.model,
-            program(setting, runs),
-            [cells[i] for i in fast],
-            prefix=way.mode == "prefix",
-            start=first_difference(runs.batch) if isinstance(runs.source, Kept) and not setting.model.ambient else 0,
-            base=runs.base if way.mode == "prefix" else None,
-            max_tokens=_max_tokens(setting, runs),
-            done=meter.bar.update,
-            work=work,
-        )
-        meter.forwards += work.forwards + work.cells
-        meter.positions += round(work.block_positions / setting.model.arch.n_layers) + work.forwards * runs.baseline_tokens.numel()
-        effects[fast] = (values.double() - base).cpu().numpy()
-    for i in sorted(set(range(len(cells))) - set(fast)):
+
+        def done(places: list[int], values: Tensor) -> None:
+            meter.bar.update(len(places))
+            found([fast[place] for place in places], values)
+
+        try:
+            sweep(
+                setting.model,
+                program(setting, runs),
+                [cells[i] for i in fast],
+                prefix=way.mode == "prefix",
+                start=first_difference(runs.batch) if isinstance(runs.source, Kept) and not setting.model.ambient else 0,
+                base=runs.base if way.mode == "prefix" else None,
+                max_tokens=_max_tokens(setting, runs),
+                done=done,
+                skip=skip,
+                work=work,
+            )
+        finally:
+            meter.forwards += work.forwards + work.cells
+            meter.positions += round(work.block_positions / setting.model.arch.n_layers) + work.forwards * runs.baseline_tokens.numel()
+    for i in sorted(set(range(len(cells))) - set(fast) - finished.keys()):
         result = meter.run(setting.model, program(setting, runs, edits=cells[i]))
-        effects[i] = (required(result.values).double() - base).cpu().numpy()
-    return effects
+        meter.bar.update(meter.unit == "cell")
+        found([i], required(result.values)[None])
+    return np.stack([finished[i] for i in range(len(cells))]) if cells else np.zeros((0, len(runs.batch)))
 
 
 def _max_tokens(setting: Setting, runs: Runs) -> int | None:

@@ -1,6 +1,6 @@
 """The unpatched runs that every method starts from, and where the patched-in values come from."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -66,12 +66,18 @@ class Runs:
 
 
 class Meter:
-    """Counts what was computed, and remembers which engine did it."""
+    """Counts what was computed, and remembers which engine did it.
 
-    def __init__(self, bar: Any) -> None:
+    ``unit`` is what the progress bar counts: every ``forward``, or ``cell`` (then whoever runs cells moves the bar). ``cells`` are the
+    finished cells of the batch under way, with their effects per example; ``keep`` is called when there are more of them.
+    """
+
+    def __init__(self, bar: Any, unit: str = "forward") -> None:
         self.engine = "literal"
         self.forwards = self.backwards = self.positions = 0
-        self.bar = bar
+        self.bar, self.unit = bar, unit
+        self.cells: dict[int, np.ndarray] = {}
+        self.keep: Callable[[], None] = _nothing
 
     def run(self, model: Model, program: Program, *, cache: Any = None) -> Result:
         """Run a program and count its work."""
@@ -81,8 +87,13 @@ class Meter:
         """Count the work of a run."""
         forwards, backwards, positions = result.work
         self.forwards, self.backwards, self.positions = self.forwards + forwards, self.backwards + backwards, self.positions + positions
-        self.bar.update(forwards)
+        if self.unit == "forward":
+            self.bar.update(forwards)
         return result
+
+
+def _nothing() -> None:
+    """What is done with finished cells that nobody keeps."""
 
 
 def unpatched(
