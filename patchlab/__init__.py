@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from patchlab import circuits as circuits
     from patchlab import methods as methods
     from patchlab import plots as plots
     from patchlab import rules as rules
+    from patchlab.circuits import Circuit as Circuit
     from patchlab.compare import Comparison as Comparison
     from patchlab.compare import compare as compare
     from patchlab.errors import PatchlabError as PatchlabError
@@ -39,9 +41,11 @@ if TYPE_CHECKING:
     from patchlab.tasks import load_task as load_task
 
 _HOMES = {
+    "circuits": "",
     "methods": "",
     "plots": "",
     "rules": "",
+    "Circuit": "circuits",
     "Comparison": "compare",
     "compare": "compare",
     "PatchlabError": "errors",

@@ -243,7 +243,7 @@ class Circuit:
 
     def __repr__(self) -> str:
         about = self.provenance
-        who = [str(about[key]) for key in ("method", "direction", "metric", "how") if about.get(key)] + ["pruned"] * bool(about.get("pruned"))
+        who = [str(about[key]) for key in ("method", "direction", "metric", "how", "file") if about.get(key)] + ["pruned"] * bool(about.get("pruned"))
         what = " × ".join(str(about[key]) for key in ("model", "task") if about.get(key))
         head = "; ".join(filter(None, [", ".join(who), what]))
         at = "" if self.n_positions is None else f" at {self.n_positions} positions"
