@@ -3,6 +3,7 @@
 import importlib.util
 import itertools
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from fractions import Fraction
 from functools import cache
@@ -19,7 +20,8 @@ from patchlab.errors import MethodError, SiteError
 from patchlab.methods import get_method
 from patchlab.methods.bound import Bound, most_exceeding
 from patchlab.methods.cells import Cells, Patcher
-from patchlab.methods.runs import Setting
+from patchlab.methods.runs import Meter, Setting
+from patchlab.methods.subsets import largest_effect, memberships, t_quantile
 from patchlab.methods.verified import VerifiedPatching, _levels, _Search
 from patchlab.methods.verified_result import VerifiedResult
 from patchlab.scores import ScoreMap
@@ -98,10 +100,11 @@ class Given(Patcher):
         live = {str(site): np.ones(effects.shape, dtype=bool) for site in sites}
         self.setting = Setting(model_of("gpt2"), swap_task(), sites, "denoising", None, live)
         self.asked: list[str] = []
+        self.together: Callable[[list[float]], float] = sum
 
-    def effects(self, cells: list[Site]) -> np.ndarray:
-        self.asked += map(str, cells)
-        return np.array([[self.table[str(cell)]] for cell in cells]).reshape(len(cells), 1)
+    def joint(self, sets: Sequence[Sequence[Site]]) -> np.ndarray:
+        self.asked += ["+".join(map(str, cells)) for cells in sets]
+        return np.array([[self.together([self.table[str(cell)] for cell in cells])] for cells in sets]).reshape(len(sets), 1)
 
 
 def _addresses(effects: np.ndarray) -> list[Site]:
@@ -114,9 +117,15 @@ def _grid(shape: tuple[int, ...]) -> list[Site]:
 
 
 def searched(
-    effects: np.ndarray, screen: np.ndarray, target: float | None = None, joint: dict[str, float] | None = None, **options: Any
+    effects: np.ndarray,
+    screen: np.ndarray,
+    target: float | None = None,
+    joint: dict[str, float] | None = None,
+    together: Callable[[list[float]], float] = sum,
+    **options: Any,
 ) -> tuple[_Search, Given]:
     patcher = Given(effects, joint)
+    patcher.together = together
     cells = Cells(np.zeros(effects.size, dtype=np.int64), list(np.ndindex(*effects.shape)), _addresses(effects), screen.ravel().astype(float))
     search = _Search(VerifiedPatching(**options), patcher, cells)
     search.run(target)
@@ -271,7 +280,131 @@ def test_levels_go_from_layers_over_positions() -> None:
     assert _levels(parse_site("input")) == []
 
 
+# subsets
+
+
+def _hidden(size: float = 0.6) -> tuple[np.ndarray, np.ndarray]:
+    """Effects with a tail of small ones, of which the screen misses one of the given size."""
+    effects = _falling() * np.random.default_rng(0).choice([-1, 1], 400).reshape(_falling().shape)
+    effects.ravel()[100:] *= 0.1
+    screen = effects.copy()
+    effects.ravel()[300] = size
+    return effects, screen
+
+
+def test_subsets_bound_the_largest_missed_effect_where_effects_add_up() -> None:
+    effects, screen = _hidden()
+    held, sizes = [], []
+    for seed in range(60):
+        search, patcher = searched(effects, screen, k=10, sample=5, subsets=80, seed=seed)
+        assert search.subsets is not None
+        left = np.setdiff1d(np.arange(400), search.verified)
+        assert (search.subsets.population, search.subsets.subsets) == (len(left), 80)
+        assert search.subsets.share == pytest.approx(10 / 80)
+        assert len(patcher.asked) == len(search.verified) + 5 + 80
+        held.append(search.subsets.at_most >= np.abs(effects.ravel()[left]).max())
+        sizes.append(search.subsets.at_most)
+    assert np.mean(held) >= 0.95
+    assert np.median(sizes) < 4  # and says something: the sum of all unverified |effects| is above 20
+
+
+@pytest.mark.parametrize("tail", [1.0, 3.0])
+def test_the_subset_bound_covers_heavy_tails(tail: float) -> None:
+    held = []
+    for seed in range(200):
+        effects = np.random.default_rng(seed).standard_normal(150)
+        effects = np.sign(effects) * np.abs(effects) ** tail
+        members = memberships(150, 64, seed)
+        held.append(largest_effect(members, effects @ members, 0.95) >= np.abs(effects).max())
+    assert np.mean(held) >= 0.93
+
+
+def test_the_subset_bound_shrinks_with_more_subsets_and_is_sharp_for_one_cell() -> None:
+    effects = np.random.default_rng(0).standard_normal(100)
+    bounds = [np.mean([largest_effect(m, effects @ m, 0.95) for m in (memberships(100, n, seed) for seed in range(20))]) for n in (16, 64, 256)]
+    assert bounds[0] > bounds[1] > bounds[2] > np.abs(effects).max()
+    one = memberships(1, 8, 0)
+    assert largest_effect(one, -2.0 * one[0], 0.95) == pytest.approx(2.0)
+
+
+def test_each_cell_is_in_the_same_number_of_subsets() -> None:
+    members = memberships(50, 80, 3)
+    assert (members.sum(1) == 10).all()
+    assert (memberships(50, 8, 3).sum(1) == 4).all()
+    assert not np.array_equal(members, memberships(50, 80, 4))
+    with pytest.raises(MethodError, match="subsets is 7; give 0 for none, or at least 8"):
+        memberships(50, 7, 0)
+
+
+def test_where_effects_cancel_the_subsets_are_fooled_and_say_what_they_assume() -> None:
+    """Cells that act only alone: a joint patch of several does nothing."""
+    effects, screen = _hidden()
+    search, _ = searched(effects, screen, k=10, sample=5, subsets=80, together=lambda cells: sum(cells) if len(cells) == 1 else 0.0)
+    bound = search.subsets
+    assert bound is not None
+    assert bound.at_most < 0.6  # not true
+    assert str(bound).startswith("if the effects of cells add up, then with 95 % confidence no |effect| of the ")
+    assert bound.contradicted  # and the single cells of the sample show that it is not
+    assert "a single cell drawn at random has " in str(bound)
+    assert str(bound).endswith("which contradicts this)")
+    quiet = replace(bound, largest_seen=0.0)
+    assert not quiet.contradicted
+    assert "that they add up is assumed, not shown" in str(quiet)
+
+
+@pytest.mark.parametrize(("freedom", "expected"), [(1, 6.3138), (2, 2.9200), (3, 2.3534), (4, 2.1318), (9, 1.8331), (30, 1.6973), (200, 1.6525)])
+def test_quantiles_of_t(freedom: int, expected: float) -> None:
+    """Against printed tables."""
+    assert t_quantile(0.95, freedom) == pytest.approx(expected, abs=5e-5)
+    assert t_quantile(0.6, freedom) < t_quantile(0.9, freedom) < t_quantile(0.99, freedom)
+
+
 # on models
+
+
+def test_subsets_are_joint_patches() -> None:
+    result = found(subsets=8, sample=2)
+    assert result.subsets is not None
+    assert result.passes["subsets"] == 8
+    assert result.share == pytest.approx(sum(result.passes.values()) / result.n_live)
+    assert "If the effects of cells add up" in result.summary()
+    record = json.loads(json.dumps(result.to_dict()))["subsets"]
+    assert record["statement"] == str(result.subsets)
+    assert record["population"] == result.n_live - int((result.table["found"] == "screen").sum())
+    plain = found(sample=2)
+    assert plain.subsets is None
+    assert plain.to_dict()["subsets"] is None
+    assert plain.table.equals(result.table)
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_joint_effects_are_those_of_one_run_with_all_edits(mixed: bool) -> None:
+    model, task = model_of("gpt2"), mixed_task() if mixed else swap_task(n=4, length=6)
+    exact = pl.ActivationPatching()
+    setting, batches, predicted = exact.prepared(model, task, ["z", "mlp_out"])
+    patcher = Patcher(exact, setting, batches, predicted, Meter(Bar()))
+    sets = [[Site("z", (), layer=0, head=1), Site("mlp_out", (), layer=2, pos=(2,))], [Site("z", (), layer=2, head=0)]]
+    got = patcher.joint(sets)
+    literal = Patcher(pl.ActivationPatching(engine="literal"), setting, batches, predicted, Meter(Bar())).joint(sets)
+    np.testing.assert_allclose(got, literal, rtol=0, atol=1e-5)
+    assert np.abs(got[0] - patcher.effects(sets[0])).max() > 1e-3
+    assert patcher.joint([]).shape == (0, len(task))
+
+
+class Bar:
+    """A progress bar that shows nothing."""
+
+    def update(self, n: int) -> None:
+        """Do nothing."""
+
+
+def test_the_baseline_is_run_from_the_first_difference_on() -> None:
+    task = swap_task(n=4, length=6, changed=(4,))
+    result = found(task, sample=0)
+    patched = result.cost.positions - result.screen.cost.positions
+    full = pl.ActivationPatching().run(model_of("gpt2"), task, [HEADS, "mlp_out"], progress=False)
+    # no more than the whole sweep, whose unpatched runs are 6 and then 2 positions of 4 prompts
+    assert 4 * (6 + 2) < patched <= full.cost.positions
 
 
 @cache
@@ -351,13 +484,13 @@ def test_cells_of_the_sample_join_the_top() -> None:
 def test_the_share_counts_screen_cells_sample_and_unpatched_runs() -> None:
     result = found(sample=5, k=2)
     by = result.table["found"].value_counts()
-    waves = -(-int(by["screen"]) // result.k) + 1  # type: ignore[operator]
     patched = int(by["screen"]) + 5
     cost = result.screen.cost
     screen = cost.positions / (4 * 6) * (1 + 2 * cost.backwards / cost.forwards)  # four prompts of six tokens
     unpatched = result.cost.forwards - cost.forwards - patched
-    assert 2 <= unpatched <= 2 + waves
-    assert result.passes == {"screen": pytest.approx(screen), "verified": by["screen"], "sample": 5, "groups": 0, "unpatched": unpatched}
+    assert unpatched == 2  # once, and every wave of cells resumes from there
+    passes = {"screen": pytest.approx(screen), "verified": by["screen"], "sample": 5, "groups": 0, "subsets": 0, "unpatched": unpatched}
+    assert result.passes == passes
     assert result.share == pytest.approx((screen + patched + unpatched) / result.n_live)
     assert result.share_without_sample == pytest.approx((screen + patched + unpatched - 5) / result.n_live)
     assert result.cost.backwards == cost.backwards == 1
@@ -437,6 +570,7 @@ def test_positions_are_labelled() -> None:
     ("options", "message"),
     [
         ({"k": 0}, "k is 0; ask for at least 1 cell"),
+        ({"subsets": 5}, "subsets is 5; give 0 for none, or at least 8"),
         ({"sample": -1}, "sample is -1; give a number of cells"),
         ({"target": 0.0}, "target is 0.0; give a share of the gap above 0"),
         ({"confidence": 1.0}, "confidence is 1.0; it must be between 0 and 1"),

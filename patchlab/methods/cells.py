@@ -1,5 +1,6 @@
 """Single cells, to be patched in any order: where they are, what a screen gives them, and their exact effects."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -8,7 +9,7 @@ from jaxtyping import Float, Int
 from patchlab.errors import MethodError
 from patchlab.interventions import Edit
 from patchlab.methods.base import free_bytes
-from patchlab.methods.exact import addresses, patched
+from patchlab.methods.exact import ActivationPatching, addresses, patched
 from patchlab.methods.runs import Meter, Runs, Setting, mean_source, unpatched
 from patchlab.scores import ScoreMap
 from patchlab.sites import Site
@@ -46,11 +47,11 @@ class Cells:
 class Patcher:
     """Patches lists of cells on all examples; keeps the unpatched runs where they fit into memory."""
 
-    def __init__(self, setting: Setting, batches: list[Batch], predicted: int, meter: Meter, source: str, engine: str) -> None:
-        if source.startswith("mean"):
-            mean = mean_source(setting, batches, meter, at=setting.targets, positional=source == "mean_positional")
+    def __init__(self, exact: ActivationPatching, setting: Setting, batches: list[Batch], predicted: int, meter: Meter) -> None:
+        if exact.source.startswith("mean"):
+            mean = mean_source(setting, batches, meter, at=setting.targets, positional=exact.source == "mean_positional")
             setting = replace(setting, mean=mean)
-        self.setting, self.batches, self.meter, self.source, self.engine = setting, batches, meter, source, engine
+        self.exact, self.setting, self.batches, self.meter = exact, setting, batches, meter
         budget = free_bytes(setting.model.device) // 2 if setting.max_memory is None else setting.max_memory
         self.keeps = predicted * len(batches) <= budget
         self.kept: dict[int, Runs] = {}
@@ -59,19 +60,25 @@ class Patcher:
 
     def effects(self, cells: list[Site]) -> Float[np.ndarray, "cell example"]:
         """Exact effects, in metric units."""
-        if not cells:
+        return self.joint([[cell] for cell in cells])
+
+    def joint(self, sets: Sequence[Sequence[Site]]) -> Float[np.ndarray, "set example"]:
+        """Exact effects of sets of cells, each set patched at once, in metric units."""
+        if not sets:
             return np.zeros((0, len(self.order)))
         parts = []
         for number in range(len(self.batches)):
             runs = self._runs(number)
-            parts.append(patched(self.setting, runs, self.meter, [(Edit(cell, runs.source),) for cell in cells], engine=self.engine))
+            edits = [tuple(Edit(cell, runs.source) for cell in cells) for cells in sets]
+            parts.append(patched(self.setting, runs, self.meter, edits, engine=self.exact.engine))
         return np.concatenate(parts, axis=1)[:, self.order]
 
     def _runs(self, number: int) -> Runs:
         if number in self.kept:
             return self.kept[number]
         batch = self.batches[number]
-        runs = unpatched(self.setting, batch, self.meter, source=self.source, at=self.setting.targets, baseline={})
+        resume = self.exact.resumes(self.setting)
+        runs = unpatched(self.setting, batch, self.meter, source=self.exact.source, at=self.setting.targets, baseline={}, resume=resume)
         if self.keeps:
             self.kept[number] = runs
         return runs

@@ -18,6 +18,7 @@ from patchlab.methods.cells import Cells, Patcher
 from patchlab.methods.exact import ActivationPatching, addresses
 from patchlab.methods.linearized import RelevancePatching
 from patchlab.methods.runs import Meter
+from patchlab.methods.subsets import FEWEST, SubsetBound, largest_effect, memberships
 from patchlab.methods.verified_result import VerifiedResult, cell_columns, ordered
 from patchlab.models import Model
 from patchlab.scores import Cost, ScoreMap
@@ -52,6 +53,10 @@ class VerifiedPatching:
     |effect| (or × the target) stay candidates. This assumes that effects inside a group do not cancel; the sample is drawn
     from all unverified cells, so the bound does not assume it.
 
+    *Subsets.* With ``subsets`` random subsets of the unverified cells are patched, each jointly, and bound the largest |effect| that any of
+    them may have, under the assumption that effects add up: the diagnostic of the AtP* paper (Kramár et al. 2024, arXiv
+    2403.00745; :class:`patchlab.methods.subsets.SubsetBound`). The sample makes no such assumption, and bounds no size.
+
     Args:
         screen: the method that scores all cells; its ``source`` is patched in.
         k: how many cells are wanted; at most 5 % of the live cells are returned (and at least 1).
@@ -63,7 +68,8 @@ class VerifiedPatching:
         hierarchical: look at groups first.
         group_fraction: see above.
         engine: of the exact patches; see :class:`patchlab.ActivationPatching`.
-        seed: of the sample.
+        seed: of the sample and the subsets.
+        subsets: how many random subsets of the unverified cells are patched jointly; 0 for none.
 
     Example:
         >>> found = VerifiedPatching(k=10).run(model, task, ["z[layer,pos,head]", "mlp_out"])  # doctest: +SKIP
@@ -82,6 +88,7 @@ class VerifiedPatching:
     group_fraction: float | int = 0.5
     engine: str = "auto"
     seed: int = 0
+    subsets: int = 0
 
     def __post_init__(self) -> None:
         if self.k < 1:
@@ -93,6 +100,8 @@ class VerifiedPatching:
         for name, value in (("confidence", self.confidence), ("max_share", self.max_share)):
             if not 0 < value < 1 and not (name == "max_share" and value == 1):
                 raise MethodError(f"{name} is {value}; it must be between 0 and 1.")
+        if self.subsets and self.subsets < FEWEST:
+            raise MethodError(f"subsets is {self.subsets}; give 0 for none, or at least {FEWEST}.")
         if self.group_fraction < 0:
             raise MethodError(f"group_fraction is {self.group_fraction}; give a share of the k-th |effect|, 0 or more.")
         if isinstance(self.screen, ActivationPatching):
@@ -130,7 +139,7 @@ class VerifiedPatching:
         setting, batches, predicted = self._exact.prepared(model, task, sites, **options)
         screen = self.screen.run(model, task, setting.sites, progress=progress, **options)
         with tqdm(desc=self.name, unit="forward", disable=not progress, leave=False) as bar:
-            search = _Search(self, Patcher(setting, batches, predicted, Meter(bar), self.screen.source, self.engine), Cells.of(setting, screen))
+            search = _Search(self, Patcher(self._exact, setting, batches, predicted, Meter(bar)), Cells.of(setting, screen))
             search.run(_target(self.target, screen))
         return search.result(screen, time.perf_counter() - started)
 
@@ -164,6 +173,7 @@ class _Search:
         self.candidates = np.ones(self.n, dtype=bool)
         self.target: float | None = None
         self.bound: Bound | None = None
+        self.subsets: SubsetBound | None = None
         self.stopped = ""
 
     def run(self, target: float | None) -> None:
@@ -256,6 +266,16 @@ class _Search:
         exceeding = sum(self.means[i] > threshold for i in self.drawn)
         unit = self.patcher.setting.task.metric.unit
         self.bound = Bound(self.method.confidence, len(left), len(self.drawn), exceeding, threshold, unit)
+        if self.method.subsets and len(left):
+            self._patch_subsets(left.tolist(), unit)
+
+    def _patch_subsets(self, left: list[int], unit: str) -> None:
+        """Patch random subsets of the unverified cells jointly."""
+        members = memberships(len(left), self.method.subsets, self.method.seed)
+        joint = self.patcher.joint([[self.cells.where[left[i]] for i in np.flatnonzero(column)] for column in members.T])
+        at_most = largest_effect(members, joint.mean(1), self.method.confidence)
+        seen = max((self.means[i] for i in self.drawn), default=0.0)
+        self.subsets = SubsetBound(self.method.confidence, len(left), self.method.subsets, float(members.mean()), at_most, seen, unit)
 
     def result(self, screen: ScoreMap, seconds: float) -> VerifiedResult:
         """The tables and what they cost."""
@@ -273,8 +293,9 @@ class _Search:
             "verified": float(len(self.verified)),
             "sample": float(len(self.drawn)),
             "groups": float(len(self.groups)),
+            "subsets": 0.0 if self.subsets is None else float(self.subsets.subsets),
         }
-        passes["unpatched"] = meter.forwards / len(self.patcher.batches) - sum(passes[name] for name in ("verified", "sample", "groups"))
+        passes["unpatched"] = meter.forwards / len(self.patcher.batches) - sum(value for name, value in passes.items() if name != "screen")
         mine = {
             name: str(getattr(self.method, name)) if name == "screen" else getattr(self.method, name) for name in self.method.__dataclass_fields__
         }
@@ -298,6 +319,7 @@ class _Search:
             passes,
             cost,
             {**about, "method": self.method.name, "method_options": mine, "engine": meter.engine},
+            self.subsets,
         )
 
     def _frame(self, screen: ScoreMap, numbers: list[int], effects: Float[np.ndarray, "cell example"]) -> pd.DataFrame:

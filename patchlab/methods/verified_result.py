@@ -1,6 +1,6 @@
 """What verified patching found: exact effects of some cells, the screen's scores of all, and a bound on what was missed."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -8,6 +8,7 @@ import pandas as pd
 from jaxtyping import Float
 
 from patchlab.methods.bound import Bound
+from patchlab.methods.subsets import SubsetBound
 from patchlab.scores import Cost, ScoreMap
 from patchlab.sites import KINDS, parse_site
 
@@ -30,9 +31,10 @@ class VerifiedResult:
         groups: joint patches of whole groups (hierarchical mode): ``address``, ``effect``, ``kept``; empty otherwise.
         stopped: why no more cells were verified.
         passes: what each part cost, in forward passes per example (a backward pass counts as two): ``screen``, ``verified``,
-            ``sample``, ``groups`` and ``unpatched``.
+            ``sample``, ``groups``, ``subsets`` and ``unpatched``.
         cost: of everything, the screen included.
         provenance: like that of a score map.
+        subsets: what joint patches of random subsets say, if effects add up; None if there were none.
     """
 
     table: pd.DataFrame
@@ -46,6 +48,7 @@ class VerifiedResult:
     passes: dict[str, float]
     cost: Cost
     provenance: dict[str, Any]
+    subsets: SubsetBound | None = None
 
     @property
     def top(self) -> pd.DataFrame:
@@ -68,6 +71,7 @@ class VerifiedResult:
         return {
             "table": _records(self.table),
             "bound": {**bound, "statement": str(self.bound)},
+            "subsets": None if self.subsets is None else {**asdict(self.subsets), "statement": str(self.subsets)},
             "k": self.k,
             "n_live": self.n_live,
             "groups": _records(self.groups),
@@ -86,7 +90,7 @@ class VerifiedResult:
             f"{about['method']}, {about['direction']}, {about['metric']}, {self.screen.subject}: {wanted} of {self.n_live} live cells",
             *map(_line, top.to_dict("records")),
             f"Exact: {by.get('screen', 0)} cells in the screen's order and {by.get('sample', 0)} at random; stopped: {self.stopped}.",
-            f"{str(self.bound)[:1].upper()}{str(self.bound)[1:]}.",
+            *(f"{str(bound)[:1].upper()}{str(bound)[1:]}." for bound in (self.bound, self.subsets) if bound is not None),
             f"Work: {100 * self.share:.1f} % of a full sweep's rows "
             f"({', '.join(f'{name} {value:g}' for name, value in self.passes.items() if value)} passes per example).",
         ]
