@@ -52,13 +52,13 @@ def run(model: Any, program: Program, *, cache: Any = None) -> Result:
     execution = _Execution(model, program)
     hooks = {name: partial(execution.at_hook, name, hook) for name, hook in plan.items()}
     with torch.set_grad_enabled(bool(program.gradients)), hooked(model.hooks, hooks):
-        logits = _forward(model, program, cache)
+        logits = forward(model, program, cache)
         for name, hook in plan.items():
             if hook.fired != 1:
                 raise InterventionError(
                     f"the hook {name} fired {hook.fired} times in one forward pass of {model.name}; a site must be computed exactly once."
                 )
-        values = None if program.metric is None else _evaluate(model, program, logits)
+        values = None if program.metric is None else evaluate(model, program, logits)
         gradients = _gradients(model, logits, values, execution.leaves)
     kept = {"all": logits, "answer": logits[:, -1], "none": None}[program.logits]
     rows, length = program.tokens.shape
@@ -160,7 +160,8 @@ def hooked(points: Mapping[str, Any], hooks: Mapping[str, Callable[..., Tensor |
             handle.remove()
 
 
-def _forward(model: Any, program: Program, cache: Any) -> Float[Tensor, "row pos vocab"]:
+def forward(model: Any, program: Program, cache: Any) -> Float[Tensor, "row pos vocab"]:
+    """The logits of one forward pass on the tokens of a program, of the last position alone where no more is needed."""
     needs_all = program.logits == "all" or (program.metric is not None and program.metric.reads == "all")
     options: dict[str, Any] = {} if needs_all or not model.keeps_logits else {"logits_to_keep": 1}
     options |= {"use_cache": False} if cache is None else {"past_key_values": cache}
@@ -178,7 +179,13 @@ def _contiguous(module: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(value.contiguous() if isinstance(value, Tensor) else value for value in inputs)
 
 
-def _evaluate(model: Any, program: Program, logits: Float[Tensor, "row pos vocab"]) -> Float[Tensor, " row"]:
+def evaluate(model: Any, program: Program, logits: Float[Tensor, "row pos vocab"]) -> Float[Tensor, " row"]:
+    """The program's metric on logits, checked to be finite.
+
+    Raises:
+        ModelError: non-finite logits.
+        MetricError: non-finite values, or a metric of the wrong shape.
+    """
     metric, answers = program.metric, program.answers
     if metric is None or answers is None:
         raise InterventionError("a metric needs the answers of its rows; give Program(answers=...).")
