@@ -52,7 +52,8 @@ def drop_term(scores: Float[np.ndarray, "batch *cells"], kind: str, layer: int, 
     """What the scores under one dropped layer add to GradDrop's score.
 
     ``(1 / n) Σ_l |score with layer l dropped|`` over the layers l that leave the node a way out: the n = L − 1 other layers for
-    a node inside a layer, all n = L for the residual stream and the input, which no layer contains.
+    a node inside a layer, as in the paper (the mean over all L layers times L / (L − 1): the layer that contains the node adds nothing).
+    The residual stream and the input lie in no layer, and the paper has no such nodes; for them all n = L layers count here.
     """
     size = np.abs(scores)
     if kind not in INSIDE:

@@ -28,7 +28,9 @@ class SecondOrder(Method):
     ``u = Σ_c s_c δ_c`` with a random sign per cell and example, gives ``½ s_c δ_c · Hu`` for all cells of the layer at once:
     exact where a layer has one cell, elsewhere unbiased over the signs, since the cross terms between cells average out. (Without
     signs they would all be counted.) The product is a difference of two gradients, at the baseline and a small step along u.
-    Source: arXiv 2606.09899 for the term; Hutchinson 1989 for the signs.
+    Source: arXiv 2606.09899 for the term, whose size over that of the first-order score ``|δᵀHδ| / (2 |∇m·δ|)`` tells how reliable the
+    latter is (:func:`patchlab.reliability.unreliable`). There every component has a Hessian-vector product of its own, along its own δ;
+    sharing one among the cells of a layer is ours (signs: Hutchinson 1989), and so is the difference in place of a second derivative.
 
     Args:
         probes: sign patterns to average over.

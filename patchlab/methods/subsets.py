@@ -70,8 +70,8 @@ def largest_effect(members: Bool[np.ndarray, "cell subset"], joint: Float[np.nda
     A cell's effect is estimated by the mean of the subsets with it minus the mean of those without it, to which all other
     cells add the same on average. Its upper bound is |estimate| + t · standard error, one-sided (unequal variances; as many degrees of
     freedom as the smaller group has). The largest of these bounds covers the largest effect, because the bound of that very cell
-    does: no correction for the number of cells is needed. After Kramár et al. 2024 (arXiv 2403.00745), who reject an effect above a threshold
-    by such tests in place of giving the bound.
+    does: no correction for the number of cells is needed. The idea of patching random subsets to bound false negatives is that of
+    Kramár et al. 2024 (arXiv 2403.00745, on diagnostics); the equal memberships and the form of the interval are ours.
     """
     weights = members.astype(np.float64)
     inside, outside = weights.sum(1), (1 - weights).sum(1)
