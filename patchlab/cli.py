@@ -83,6 +83,48 @@ def compare(
              options=options, force=force, as_json=json_)  # fmt: skip
 
 
+@app.command()
+def verify(
+    model: Annotated[str, typer.Option(help="A packaged model (patchlab models), a local Hugging Face folder, or a hub name.")],
+    task: Annotated[str, typer.Option(help="A generator (patchlab tasks) or a JSONL or CSV file.")],
+    sites: Annotated[str, typer.Option(help="Comma-separated (patchlab sites); their cells compete.")] = "z[layer,pos,head]",
+    screen: Annotated[str, typer.Option(help="The method that says where to look (patchlab methods).")] = "relp",
+    k: Annotated[int, typer.Option(help="How many cells are wanted; at most 5 % of those that can matter.")] = 20,
+    target: Annotated[float | None, typer.Option(help="All cells above this share of the gap, instead of k.", show_default=False)] = None,
+    sample: Annotated[int, typer.Option(help="Unverified cells that are patched at random, for the bound.")] = 30,
+    subsets: Annotated[int, typer.Option(help="Random subsets that are patched jointly; their bound assumes that effects add up.")] = 0,
+    hierarchical: Annotated[bool, typer.Option("--hierarchical", help="Look at layers and positions as a whole first.")] = False,
+    direction: Annotated[str, typer.Option(help="denoising or noising.")] = "denoising",
+    n: Annotated[int | None, typer.Option(help=f"Number of pairs [default: {N}; all rows of a file].", show_default=False)] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the task's generator and of the sample.")] = 0,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ... [default: CUDA if present].", show_default=False)] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Examples per batch [default: chosen].", show_default=False)] = None,
+    option: Annotated[list[str] | None, typer.Option(help="An option of the task, key=value; repeat for several.", show_default=False)] = None,
+    json_: Json = False,
+) -> None:
+    """Find the cells with the largest exact effects, and bound how many were missed.
+
+    A cheap method says where to look, exact patching says what is there.
+    """
+    options = dict(_option(text) for text in option or [])
+    from transformers.utils.logging import disable_progress_bar
+
+    from patchlab.methods import VerifiedPatching, get_method
+    from patchlab.models import load_model
+    from patchlab.report import named_task
+    from patchlab.sites import parse_sites
+
+    disable_progress_bar()  # for files that load in a second
+    method = VerifiedPatching(
+        screen=get_method(screen.strip()), k=k, target=target, sample=sample, subsets=subsets, hierarchical=hierarchical, seed=seed
+    )
+    wanted = parse_sites(sites)
+    loaded = load_model(model, device=device)
+    pairs = named_task(task, loaded, n=n, seed=seed, options=options)
+    result = method.run(loaded, pairs, wanted, direction=direction, batch_size=batch_size, progress=sys.stderr.isatty())
+    typer.echo(json.dumps(result.to_dict(), allow_nan=False) if json_ else result.summary())
+
+
 def _option(text: str) -> tuple[str, Any]:
     """``key=value``, where the value is JSON (true, 3, "x") or else a plain string."""
     key, equals, value = text.partition("=")

@@ -265,6 +265,54 @@ def test_usage_errors_exit_with_2(arguments, message):
     assert message in result.stderr
 
 
+VERIFY = ["verify", "--model", "demo-gpt2-4l", "--task", "ioi", "--sites", "z,attn_out", "--n", "4", "--k", "3", "--sample", "6", "--device", "cpu"]
+
+
+def test_verify_prints_the_verified_cells_and_the_bounds():
+    import patchlab as pl
+
+    model = pl.load_model("demo-gpt2-4l", device="cpu")
+    method = pl.VerifiedPatching(screen=pl.AttributionPatching(), k=3, sample=6, subsets=8, seed=1)
+    wanted = method.run(model, pl.load_task("ioi", model, n=4, seed=1), ["z", "attn_out"], direction="noising", progress=False)
+    arguments = [*VERIFY, "--screen", "atp", "--subsets", "8", "--seed", "1", "--direction", "noising", "--batch-size", "4"]
+    text, as_json = patchlab(*arguments), patchlab(*arguments, "--json")
+    assert text.exit_code == as_json.exit_code == 0, text.output
+    assert text.stdout == f"{wanted.summary()}\n"
+    assert "With 95 % confidence at most" in text.stdout
+    assert "If the effects of cells add up" in text.stdout
+    assert len(as_json.stdout.splitlines()) == 1
+    printed, expected = json.loads(as_json.stdout), json.loads(json.dumps(wanted.to_dict()))
+    assert printed["provenance"].pop("method_options") == expected["provenance"].pop("method_options")
+    assert printed == expected
+    assert {row["found"] for row in printed["table"]} <= {"screen", "sample"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--k", "0"], "k is 0; ask for at least 1 cell"),
+        (["--target", "-1"], "target is -1.0; give a share of the gap above 0"),
+        (["--subsets", "3"], "subsets is 3; give 0 for none, or at least 8"),
+        (["--screen", "exact"], "the screen is exact patching itself"),
+        (["--screen", "realp"], "unknown method 'realp'; did you mean 'relp'"),
+        (["--sites", "zz"], "unknown site 'zz'"),
+        (["--model", "demo-gtp2"], "unknown model 'demo-gtp2'"),
+        (["--task", "iio"], "unknown task 'iio'"),
+        (["--direction", "noisy"], "unknown direction 'noisy'"),
+        (["--option", "seed=3"], "seed is not an option of a task but a setting of its own (--seed)"),
+    ],
+)
+def test_verify_refuses_wrong_names_and_numbers_in_one_line(change, message):
+    assert message in error_of(*VERIFY, *change)
+
+
+def test_verify_looks_at_groups_first_if_told_to():
+    result = patchlab(*VERIFY, "--hierarchical", "--target", "0.05")
+    assert result.exit_code == 0, result.output
+    assert "no effects cancel inside a group" in result.stdout
+    assert "|effect| >" in result.stdout
+
+
 @pytest.mark.parametrize(
     ("listing", "name"), [("tasks", "greater_than"), ("models", "demo-llama"), ("methods", "PRESET+ig:N"), ("sites", "mlp_post")]
 )
@@ -280,7 +328,7 @@ def test_version_and_help():
     import patchlab as pl
 
     assert patchlab("--version").stdout == f"patchlab {pl.__version__}\n"
-    assert {"demo", "compare", "tasks", "models", "methods", "sites"} <= set(patchlab("--help").stdout.split())
+    assert {"demo", "compare", "verify", "tasks", "models", "methods", "sites"} <= set(patchlab("--help").stdout.split())
 
 
 # -- the parts below the command line

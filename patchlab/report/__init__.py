@@ -2,6 +2,6 @@
 
 from patchlab.report.files import write
 from patchlab.report.folder import result_folder
-from patchlab.report.job import Job, Results, run
+from patchlab.report.job import Job, Results, named_task, run
 
-__all__ = ["Job", "Results", "result_folder", "run", "write"]
+__all__ = ["Job", "Results", "named_task", "result_folder", "run", "write"]

@@ -49,8 +49,7 @@ class Job:
                 f"a comparison needs {REFERENCE} (the reference) and at least one other method; got {', '.join(names)}. "
                 f"For instance: {REFERENCE},atp,relp."
             )
-        if own := sorted(OWN_FIELDS & set(self.options)):
-            raise TaskError(f"{own[0]} is not an option of a task but a setting of its own (--{own[0]}).")
+        _check_options(self.options)
         object.__setattr__(self, "methods", (REFERENCE, *(name for name in names if name != REFERENCE)))
         object.__setattr__(self, "sites", tuple(map(str, parse_sites(self.sites))))
 
@@ -70,6 +69,22 @@ class Results:
     maps: dict[str, ScoreMap]
     comparison: Comparison
     seconds: dict[str, float]
+
+
+def named_task(name: str, model: Model, *, n: int | None = None, seed: int = 0, options: Mapping[str, Any] | None = None) -> Task:
+    """A task in the words of the command line; ``n`` None means 32 pairs of a generator, and all rows of a file.
+
+    Raises:
+        TaskError: an unknown name or option, or an option that is a setting of its own.
+    """
+    _check_options(options or {})
+    count = DEFAULT_N if n is None and name in GENERATORS else n
+    return load_task(name, model, seed=seed, **({} if count is None else {"n": count}), **(options or {}))
+
+
+def _check_options(options: Mapping[str, Any]) -> None:
+    if own := sorted(OWN_FIELDS & set(options)):
+        raise TaskError(f"{own[0]} is not an option of a task but a setting of its own (--{own[0]}).")
 
 
 def run(job: Job, *, say: Callable[[str], Any] = lambda _: None, progress: bool = False) -> Results:
@@ -93,8 +108,7 @@ def run(job: Job, *, say: Callable[[str], Any] = lambda _: None, progress: bool 
 
     model = load_model(job.model, device=job.device)
     done("load model")
-    count = DEFAULT_N if job.n is None and job.task in GENERATORS else job.n
-    task = load_task(job.task, model, seed=job.seed, **({} if count is None else {"n": count}), **job.options)
+    task = named_task(job.task, model, n=job.n, seed=job.seed, options=job.options)
     accuracy = task.accuracy(model)
     done("load task")
     say(f"{model.name}: {task}, accuracy {', '.join(f'{value:.2f} on {side}' for side, value in accuracy.items())}")
