@@ -1,6 +1,7 @@
 """The facts about an architecture that everything else asks for."""
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from patchlab.adapters.lenses import Lens, make_lenses
@@ -38,11 +39,13 @@ class Architecture:
         return tuple(kind for kind in self.lenses if kind not in self.absent)
 
     def size(self, axis: str) -> int:
-        """Length of a model axis: layer, head, kv_head or neuron."""
+        """Length of a model axis: layer, head, kv_head, neuron, writer or reader."""
+        if axis in ("writer", "reader"):
+            return self.graph.allowed.shape[axis == "reader"]
         sizes = {"layer": self.n_layers, "head": self.n_heads, "kv_head": self.n_kv_heads, "neuron": self.d_mlp or 0}
         return sizes[axis]
 
-    @property
+    @cached_property
     def graph(self) -> Graph:
         """Its components and the edges between them.
 

@@ -29,6 +29,8 @@ class _Hook:
     edits: list[Edit] = field(default_factory=list)
     keep: list[Target] = field(default_factory=list)
     gradients: list[Target] = field(default_factory=list)
+    keep_raw: list[str] = field(default_factory=list)
+    gradient_raw: list[str] = field(default_factory=list)
     recorded: bool = False
     fired: int = 0
 
@@ -51,7 +53,7 @@ def run(model: Any, program: Program, *, cache: Any = None) -> Result:
     plan = _plan(model, program, edits)
     execution = _Execution(model, program)
     hooks = {name: partial(execution.at_hook, name, hook) for name, hook in plan.items()}
-    with torch.set_grad_enabled(bool(program.gradients)), hooked(model.hooks, hooks):
+    with torch.set_grad_enabled(bool(program.gradients or program.hook_gradients)), hooked(model.hooks, hooks):
         logits = forward(model, program, cache)
         for name, hook in plan.items():
             if hook.fired != 1:
@@ -59,7 +61,7 @@ def run(model: Any, program: Program, *, cache: Any = None) -> Result:
                     f"the hook {name} fired {hook.fired} times in one forward pass of {model.name}; a site must be computed exactly once."
                 )
         values = None if program.metric is None else evaluate(model, program, logits)
-        gradients = _gradients(model, logits, values, execution.leaves)
+        gradients, at_hooks = _gradients(model, program, logits, values, execution)
     kept = {"all": logits, "answer": logits[:, -1], "none": None}[program.logits]
     rows, length = program.tokens.shape
     return Result(
@@ -68,7 +70,9 @@ def run(model: Any, program: Program, *, cache: Any = None) -> Result:
         None if values is None else values.detach(),
         {target: execution.activations[target] for target in program.keep},
         gradients,
-        (1, 1 if gradients else 0, rows * length),
+        execution.hooks,
+        at_hooks,
+        (1, 1 if gradients or at_hooks else 0, rows * length),
     )
 
 
@@ -80,7 +84,9 @@ class _Execution:
     program: Program
     recorded: Recorded = field(default_factory=dict)
     activations: dict[Target, Tensor] = field(default_factory=dict)
+    hooks: dict[str, Tensor] = field(default_factory=dict)
     leaves: dict[Target, Tensor] = field(default_factory=dict)
+    raw_leaves: dict[str, Tensor] = field(default_factory=dict)
 
     def at_hook(self, name: str, hook: _Hook, module: Any, inputs: Any, value: Tensor) -> Tensor:
         """Rule, edits, capture; returns the tensor that flows on."""
@@ -91,13 +97,15 @@ class _Execution:
             lens, companion = self._lens(edit.address.kind, edit.address.layer)
             own = lens.read(value, companion)
             value = lens.write(value, companion, edit.apply(own, self.program.examples, self.program.positions))
-        if hook.gradients:
+        if hook.gradients or hook.gradient_raw:
             # a tensor of its own: if the model drops what a hook returns, no gradient may reach it by another way
             value = value.view_as(value) if value.requires_grad else value.detach().requires_grad_()
             self.leaves.update(dict.fromkeys(hook.gradients, value))
+            self.raw_leaves.update(dict.fromkeys(hook.gradient_raw, value))
         for target in hook.keep:
             lens, companion = self._lens(*target)
             self.activations[target] = lens.read(value, companion).detach().clone()
+        self.hooks.update((wanted, value.detach().clone()) for wanted in hook.keep_raw)
         if hook.recorded:
             self.recorded[name] = value
         return value
@@ -140,6 +148,10 @@ def _plan(model: Any, program: Program, edits: tuple[Edit, ...]) -> dict[str, _H
         _host(plan, model, *target).keep.append(target)
     for target in program.gradients:
         _host(plan, model, *target).gradients.append(target)
+    for name in program.hooks:
+        _hook(plan, model, name).keep_raw.append(name)
+    for name in program.hook_gradients:
+        _hook(plan, model, name).gradient_raw.append(name)
     return plan
 
 
@@ -206,27 +218,57 @@ def evaluate(model: Any, program: Program, logits: Float[Tensor, "row pos vocab"
 
 
 def _gradients(
-    model: Any, logits: Float[Tensor, "row pos vocab"], values: Float[Tensor, " row"] | None, leaves: dict[Target, Tensor]
-) -> dict[Target, Tensor]:
+    model: Any, program: Program, logits: Float[Tensor, "row pos vocab"], values: Float[Tensor, " row"] | None, execution: _Execution
+) -> tuple[dict[Target, Tensor], dict[str, Tensor]]:
     """Gradients of the summed metric: examples do not interact, so each row is its own example's gradient.
 
-    Where surrounding edits replace everything downstream of a site, its gradient is zero. Without them a site that no gradient
-    reaches is an error.
+    Where edits replace everything downstream of a site, its gradient is zero. Without them a site that no gradient reaches is an error.
     """
+    lenses, leaves = model.arch.lenses, {**execution.leaves, **execution.raw_leaves}
     if not leaves or values is None:
-        return {}
-    if not values.requires_grad:
-        if model.ambient and not logits.requires_grad:
-            return {(kind, layer): model.arch.lenses[kind].shape(torch.zeros_like(leaf)) for (kind, layer), leaf in leaves.items()}
+        return {}, {}
+    if values.requires_grad:
+        unique = list({id(leaf): leaf for leaf in leaves.values()}.values())
+        split = program.attention != "joint"
+        grads = torch.autograd.grad(values.sum(), unique, allow_unused=True, retain_graph=split)
+        found = dict(zip(map(id, unique), grads, strict=True))
+    elif model.ambient and not logits.requires_grad:
+        found, split = {}, False
+    else:
         raise InterventionError("the metric does not depend on the sites whose gradient is asked for (it must be differentiable in the logits).")
-    unique = list({id(leaf): leaf for leaf in leaves.values()}.values())
-    found = dict(zip(map(id, unique), torch.autograd.grad(values.sum(), unique, allow_unused=True), strict=True))
-    gradients = {}
-    for (kind, layer), leaf in leaves.items():
-        gradient = found[id(leaf)]
-        if gradient is None and model.ambient:
-            gradient = torch.zeros_like(leaf)
-        if gradient is None:
-            raise InterventionError(f"no gradient reaches {kind} of layer {layer}; under these rules it cannot be scored.")
-        gradients[kind, layer] = model.arch.lenses[kind].shape(gradient)
-    return gradients
+    gradients: dict[Target | str, Tensor] = {}
+    for key, leaf in leaves.items():
+        gradient = found.get(id(leaf))
+        if gradient is None and not (model.ambient or program.edits):
+            where = f"the hook {key}" if isinstance(key, str) else f"{key[0]} of layer {key[1]}"
+            raise InterventionError(f"no gradient reaches {where}; under these rules it cannot be scored.")
+        gradients[key] = torch.zeros_like(leaf) if gradient is None else gradient
+    at_sites = {key: lenses[key[0]].shape(gradients[key]) for key in execution.leaves}
+    if split:
+        at_sites |= _split(model, program, execution, gradients)
+    return at_sites, {name: gradients[name] for name in execution.raw_leaves}
+
+
+def _split(model: Any, program: Program, execution: _Execution, gradients: dict[Target | str, Tensor]) -> dict[Target, Tensor]:
+    """Gradients at k and v by the query head (and position) that reads them: from the gradient at z of that head alone, through its layer."""
+    arch, found = model.arch, {}
+    for layer in sorted({layer for kind, layer in program.gradients if kind in ("k", "v") and layer is not None}):
+        kinds = [kind for kind in ("k", "v") if (kind, layer) in execution.leaves]
+        z, inputs = execution.leaves["z", layer], [execution.leaves[kind, layer] for kind in kinds]
+        at_z = arch.lenses["z"].shape(gradients["z", layer])
+        copies = arch.n_heads // arch.n_kv_heads
+        dests = list(range(at_z.shape[1])) if program.attention == "dest" else [None]
+        parts: dict[str, list[Tensor]] = {kind: [] for kind in kinds}
+        for dest in dests:
+            shares = []
+            for copy in range(copies):
+                mask = torch.zeros_like(at_z)
+                chosen = slice(None) if dest is None else slice(dest, dest + 1)
+                mask[:, chosen, copy::copies] = at_z[:, chosen, copy::copies]
+                shares.append(torch.autograd.grad(z, inputs, mask.reshape(z.shape), retain_graph=True, allow_unused=True))
+            for kind, leaf, *of_copies in zip(kinds, inputs, *shares, strict=True):
+                whole = [arch.lenses[kind].shape(torch.zeros_like(leaf) if share is None else share) for share in of_copies]
+                parts[kind].append(torch.stack(whole, 3).flatten(2, 3))  # query head = kv head * copies + copy
+        for kind in kinds:
+            found[kind, layer] = parts[kind][0] if dests == [None] else torch.stack(parts[kind], 1)
+    return found

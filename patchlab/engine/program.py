@@ -30,6 +30,11 @@ class Program:
         rules: backward rules; None for the plain gradient.
         keep: site activations to return.
         gradients: sites at which the gradient of each row's metric is returned.
+        hooks: hooks of the Bridge, by name, whose values are returned as they are.
+        hook_gradients: hooks of the Bridge at which the gradient is returned.
+        attention: how gradients at k and v are told apart: ``joint``; by the query ``head`` that reads them
+            (``[row, pos, head, d_head]`` also where several share a key-value head); also by the position that does
+            (``dest``: ``[row, dest, pos, head, d_head]``). The last two need the gradient at z of the same layers.
         metric: evaluated per row; needs ``answers``.
         logits: which logits to return: of all positions, of the answer position (the last), or none.
     """
@@ -41,12 +46,15 @@ class Program:
     rules: Composite | None = None
     keep: tuple[Target, ...] = ()
     gradients: tuple[Target, ...] = ()
+    hooks: tuple[str, ...] = ()
+    hook_gradients: tuple[str, ...] = ()
+    attention: Literal["joint", "head", "dest"] = "joint"
     metric: Metric | None = None
     answers: Answers | None = None
     logits: Literal["all", "answer", "none"] = "none"
 
     def __post_init__(self) -> None:
-        if self.gradients and (self.metric is None or self.answers is None):
+        if (self.gradients or self.hook_gradients) and (self.metric is None or self.answers is None):
             raise InterventionError("gradients need a metric and its answers; give both or ask for no gradients.")
 
 
@@ -55,7 +63,8 @@ class Result:
     """What a run returned. It can itself be the source of an edit.
 
     ``activations`` and ``gradients`` map ``(kind, layer)`` to tensors ``[row, pos, d_model]``, ``[row, pos, head, d_head]``,
-    ``[row, pos, neuron]`` or ``[row, head, dest, src]``. ``work`` counts forwards, backwards and rows × positions computed.
+    ``[row, pos, neuron]`` or ``[row, head, dest, src]``. ``hooks`` and
+    ``hook_gradients`` map hook names to tensors as the Bridge has them. ``work`` counts forwards, backwards and rows × positions computed.
     """
 
     examples: Int[Tensor, " row"]
@@ -63,6 +72,8 @@ class Result:
     values: Float[Tensor, " row"] | None = None
     activations: Mapping[Target, Tensor] = field(default_factory=dict, repr=False)
     gradients: Mapping[Target, Tensor] = field(default_factory=dict, repr=False)
+    hooks: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
+    hook_gradients: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     work: tuple[int, int, int] = (0, 0, 0)
 
     def as_source(self) -> Kept:

@@ -2,7 +2,8 @@
 
 from patchlab.methods.base import Method
 from patchlab.methods.exact import ActivationPatching
-from patchlab.methods.linearized import AttributionPatching, IntegratedGradients, LinearizedPatching, RelevancePatching
+from patchlab.methods.linearized import LinearizedPatching
+from patchlab.methods.named import AttributionPatching, IntegratedGradients, RelevancePatching
 from patchlab.methods.registry import METHODS, get_method
 from patchlab.methods.second_order import SecondOrder
 from patchlab.methods.verified import VerifiedPatching

@@ -146,6 +146,9 @@ class Method(ABC):
         parsed = parse_sites(sites)
         for site in parsed:
             model.arch.check(site)
+        if any(site.kind == "edges" for site in parsed) and (len(parsed) > 1 or model.ambient):
+            got = "inside intervene" if len(parsed) == 1 else f"together with {len(parsed) - 1} other sites"
+            raise MethodError(f"edges are scored on the model as it is, in a run of their own; got them {got}. Run them alone.")
         _check_tokens(model, task)
         needs_axis = any(set(site.axes) & set(POSITION_AXES) for site in parsed)
         axis = task.position_axis() if needs_axis else None
@@ -241,6 +244,7 @@ class Method(ABC):
             "method_options": options,
             "task": f"{task.name}[{len(task)}]",
             "task_fingerprint": task.fingerprint,
+            "task_pairs": list(task.pair_fingerprints),
             "task_provenance": task.provenance,
             "model": model.name,
             "model_fingerprint": model.fingerprint,
@@ -252,6 +256,7 @@ class Method(ABC):
             "dtype": str(model.dtype).removeprefix("torch."),
             "not_scored": skipped,
             "ambient": ambient,
+            **({} if setting.edges is None else {"graph": model.arch.graph.as_dict()}),
             "notes": [f"{len(ambient)} surrounding edits; no cell is taken as a structural zero"] if ambient else [],
         }
 

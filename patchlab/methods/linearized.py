@@ -6,7 +6,7 @@ gradient's place (RelP). One point costs two forward passes and one backward pas
 corrections go with any of them: QK-fix takes one more forward pass each for q and k, GradDrop one more forward and backward pass per layer.
 """
 
-import re
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -15,16 +15,28 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from patchlab.engine import Target, continues
+from patchlab.engine import Result, Target, continues
 from patchlab.errors import MethodError
 from patchlab.interventions import Blend, Edit, Own, address
 from patchlab.methods.base import Method
 from patchlab.methods.corrections import drop_term, dropping, every_layer, qk_forwards, qk_scores
+from patchlab.methods.edges import EdgeScores, check_sums, edge_bytes, edge_options
+from patchlab.methods.quadrature import points_and_weights
 from patchlab.methods.runs import Meter, Runs, Setting, activation_bytes, itemsize, program, reduced
 from patchlab.rules import Composite, get_composite
 from patchlab.sites import KINDS, Site, parse_site
 
 _INPUT: Target = ("input", None)
+Path = Literal["inputs", "activations", "groups"]
+PATHS: dict[tuple[Path, str], str] = {
+    ("inputs", "midpoint"): "ig",
+    ("inputs", "left"): "ig-left",
+    ("inputs", "right"): "ig-right",
+    ("inputs", "trapezoid"): "ig-trapezoid",
+    ("activations", "midpoint"): "ig-activations",
+    ("groups", "left"): "eap-ig-activations",
+}
+"""What the usual paths are called."""
 
 
 @dataclass(frozen=True)
@@ -33,9 +45,12 @@ class LinearizedPatching(Method):
 
     Args:
         rules: backward rules, a preset's name or a composite; ``gradient`` has none.
-        n_steps: points on the path from baseline to source (midpoint rule); None takes the gradient at the baseline alone.
-        over: what moves along the path: ``inputs`` (all token embeddings) or ``activations`` (each layer's site alone, all
-            positions and heads, the rest at baseline).
+        n_steps: points on the path from baseline to source; None takes the gradient at the baseline alone.
+        over: what moves along the path: ``inputs`` (all token embeddings), ``activations`` (each layer's site alone, all
+            positions and heads, the rest at baseline) or, for edges, ``groups`` (as ``activations``, with the coefficients of all
+            readers averaged over all groups: what EAP-IG calls activations).
+        quadrature: where the points lie: ``midpoint``; ``left`` with the baseline's end, ``right`` with the source's, ``trapezoid``
+            with both. EAP-IG over inputs is ``right`` when noising.
         source: what is patched in; see :class:`patchlab.methods.Method`.
         qk_fix: for q and k, the softmax is recomputed with the patched queries or keys, and what it changes in the pattern is
             multiplied by the coefficient of the pattern. Rules of the softmax itself (AH, temperature) then do not act on q and k.
@@ -44,20 +59,20 @@ class LinearizedPatching(Method):
 
     rules: str | Composite = "gradient"
     n_steps: int | None = None
-    over: Literal["inputs", "activations"] = "inputs"
+    over: Path = "inputs"
+    quadrature: str = "midpoint"
     qk_fix: bool = False
     grad_drop: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _ = self.composite
-        if self.n_steps is not None and self.n_steps < 1:
-            raise MethodError(f"n_steps is {self.n_steps}; integrated gradients need at least 1 point on the path.")
-        if self.over not in ("inputs", "activations"):
-            raise MethodError(f"over is {self.over!r}; valid: 'inputs', 'activations'.")
-        if self.qk_fix and self.n_steps is not None and self.over == "activations":
+        points_and_weights(self.quadrature, 1 if self.n_steps is None else self.n_steps)
+        if self.over not in ("inputs", "activations", "groups"):
+            raise MethodError(f"over is {self.over!r}; valid: 'inputs', 'activations', 'groups'.")
+        if self.qk_fix and self.n_steps is not None and self.over != "inputs":
             raise MethodError(
-                "QK-fix needs the coefficient of the pattern, which has no path of its own when q or k moves alone; got over='activations'. "
+                f"QK-fix needs the coefficient of the pattern, which has no path of its own when q or k moves alone; got over={self.over!r}. "
                 "Use over='inputs', one point, or qk_fix=False."
             )
 
@@ -69,7 +84,8 @@ class LinearizedPatching(Method):
     @property
     def name(self) -> str:
         rules = self.composite.name
-        steps = f"ig:{self.n_steps}" if self.over == "inputs" else f"ig-activations:{self.n_steps}"
+        steps = f"{PATHS.get((self.over, self.quadrature), f'ig-{self.over}-{self.quadrature}')}:{self.n_steps}"
+        steps = "clean-corrupted" if steps == "ig-trapezoid:1" else steps
         parts = [] if rules == "gradient" else [rules]
         parts += [] if self.n_steps is None else [steps]
         if self.qk_fix and self.grad_drop and not parts:
@@ -93,6 +109,14 @@ class LinearizedPatching(Method):
                 f"Use direction='denoising', integrated gradients, or another metric."
             )
         self.composite.attach(setting.model.arch.places)
+        if setting.edges is None and self.over == "groups":
+            raise MethodError("over='groups' averages over the readers of edges; for nodes use over='activations'.")
+        if setting.edges is not None:
+            edge_options(setting, self.composite)
+            if self.qk_fix or self.grad_drop:
+                raise MethodError(
+                    f"{self.name} corrects scores of nodes: QK-fix and GradDrop are not defined for edges. Use the method without them."
+                )
         if self.grad_drop and setting.model.arch.n_layers < 2:
             raise MethodError(f"GradDrop drops one layer at a time, and {setting.model.name} has only one; use {self.name} without it.")
 
@@ -109,14 +133,17 @@ class LinearizedPatching(Method):
         if self.n_steps is None:
             return extra + (drops if self.grad_drop else 0)
         if self.over == "inputs":
-            return extra + self.n_steps * drops + (self.source != "paired" and not self.grad_drop)
-        return extra + (self.n_steps * drops + (not self.grad_drop)) * len(self._linear(setting))
+            return extra + self._n_points * drops + (self.source != "paired" and not self.grad_drop)
+        ends = not self.grad_drop and setting.edges is None
+        return extra + (self._n_points * drops + ends) * len(self._linear(setting))
 
     def predicted_bytes(self, setting: Setting, rows: int, length: int) -> int:
         # both runs' activations and the gradients, and what the backward pass of each block holds on to
         arch = setting.model.arch
-        per_block = rows * length * (12 * arch.d_model + 4 * (arch.d_mlp or 0) + 3 * arch.n_heads * length)
         fixed = 0
+        if setting.edges is not None:
+            fixed = edge_bytes(setting, rows, length)
+        per_block = rows * length * (12 * arch.d_model + 4 * (arch.d_mlp or 0) + 3 * arch.n_heads * length)
         if self._fixed(setting):  # the patterns, how they change and their coefficients, and the streams
             drops = arch.n_layers if self.grad_drop else 1
             fixed = arch.n_layers * rows * length * ((3 + drops) * arch.n_heads * length + arch.d_model)
@@ -132,11 +159,15 @@ class LinearizedPatching(Method):
         keep = self.source_targets(setting)
         if self._fixed(setting):
             keep = tuple(dict.fromkeys((*keep, *every_layer(setting, "resid_pre"), *every_layer(setting, "pattern"))))
+        if self.n_steps is None and setting.edges is not None:
+            return {"keep": keep, "rules": self._rules(setting, None), **edge_options(setting, self.composite)}
         if self.n_steps is None and not self.grad_drop:
             return {"keep": keep, "gradients": self._differentiated(setting), "rules": self._rules(setting, None)}
         return {"keep": keep}
 
     def score(self, setting: Setting, runs: Runs, meter: Meter, notes: dict[str, Any]) -> dict[str, np.ndarray]:
+        if setting.edges is not None:
+            return {str(setting.edges): self._edge_scores(setting, runs, meter, notes)}
         n_layers, skipped = setting.model.arch.n_layers, self.not_scored(setting)
         fixed = {str(site) for site in setting.sites if (site.kind, 0) in self._fixed(setting)}
         drops = list(range(n_layers)) if self.grad_drop else [None]
@@ -159,6 +190,34 @@ class LinearizedPatching(Method):
             for drop, part in zip(drops, parts, strict=True):
                 scores[name] += self._term(parse_site(name), part, drop, n_layers)
         return scores
+
+    def _edge_scores(self, setting: Setting, runs: Runs, meter: Meter, notes: dict[str, Any]) -> np.ndarray:
+        scores = EdgeScores(setting, runs, self.composite, {target: self._difference(runs, target) for target in setting.targets})
+        for point, weight, group in self._edge_points(setting, runs, meter):
+            scores.add(point, weight, group)
+        off, scale = scores.mismatch()
+        notes.setdefault("self_check", {}).setdefault("mismatch", []).extend([off] * len(runs.batch))
+        notes["self_check"].setdefault("largest_node_score", []).extend([scale] * len(runs.batch))
+        check_sums(setting, off, scale)
+        return scores.result()
+
+    def _edge_points(self, setting: Setting, runs: Runs, meter: Meter) -> Iterator[tuple[Result, float, Target | None]]:
+        """Runs at the points of the path, their weights, and the group of writers that they are for (None: all)."""
+        if self.n_steps is None:
+            yield runs.baseline, 1.0, None
+            return
+        options = {"rules": self._rules(setting, None), **edge_options(setting, self.composite)}
+        groups = ((_INPUT,),) if self.over == "inputs" else tuple((target,) for target in setting.targets)
+        for group in groups:
+            for at, weight in points_and_weights(self.quadrature, self.n_steps):
+                # a constant: what the group reads does not matter while it is set to a value
+                edits = tuple(Edit(address(*target), Blend(runs.baseline.as_source(), runs.source, at)) for target in group)
+                point = meter.run(setting.model, program(setting, runs, edits=edits, **options))
+                yield point, weight / (len(groups) if self.over == "groups" else 1), group[0] if self.over == "activations" else None
+
+    @property
+    def _n_points(self) -> int:
+        return 0 if self.n_steps is None else len(points_and_weights(self.quadrature, self.n_steps))
 
     def _coefficients(self, setting: Setting, runs: Runs, meter: Meter, drop: int | None) -> dict[Target, Tensor]:
         """What differences are multiplied by, with the backward contribution of layer ``drop`` dropped."""
@@ -192,6 +251,8 @@ class LinearizedPatching(Method):
             notes.append("GradDrop: mean of absolute scores, one layer's backward contribution dropped at a time; the scores are unsigned")
         if self._fixed(setting) and self.composite.pattern is not None:
             notes.append(f"q and k are scored by QK-fix, with the true softmax; the {type(self.composite.pattern).__name__} does not act on them")
+        if setting.edges is not None and self.composite.not_scored:
+            record["readers_not_scored"] = self.composite.not_scored
         return {**record, "notes": notes, "unsigned": self.grad_drop}
 
     @property
@@ -226,13 +287,12 @@ class LinearizedPatching(Method):
     def _along(
         self, setting: Setting, runs: Runs, meter: Meter, moving: tuple[Target, ...], at: tuple[Target, ...], rules: Composite | None
     ) -> dict[Target, Tensor]:
-        """Mean coefficients over the midpoints of the path on which ``moving`` goes from its own value to the source's."""
-        n_steps = self.n_steps or 1
+        """Mean coefficients over the points of the path on which ``moving`` goes from its own value to the source's."""
         total: dict[Target, Tensor] = {}
-        for step in range(n_steps):
-            edits = tuple(Edit(address(*target), Blend(Own(), runs.source, (step + 0.5) / n_steps)) for target in moving)
+        for point, weight in points_and_weights(self.quadrature, self.n_steps or 1):
+            edits = tuple(Edit(address(*target), Blend(Own(), runs.source, point)) for target in moving)
             found = meter.run(setting.model, program(setting, runs, edits=edits, gradients=at, rules=rules)).gradients
-            total = {key: gradient / n_steps + total.get(key, 0) for key, gradient in found.items()}
+            total = {key: gradient * weight + total.get(key, 0) for key, gradient in found.items()}
         return total
 
     def _difference(self, runs: Runs, key: Target) -> Float[Tensor, "batch *site"]:
@@ -269,78 +329,3 @@ def _cells(setting: Setting, runs: Runs, site: Site, difference: Float[Tensor, "
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-@dataclass(frozen=True)
-class AttributionPatching(LinearizedPatching):
-    """AtP: difference × gradient at the baseline. Source: Nanda 2023; Syed et al. 2023 (arXiv 2310.10348).
-
-    With ``qk_fix`` and ``grad_drop`` it is AtP* (Kramár et al. 2024, arXiv 2403.00745).
-
-    Example:
-        >>> AttributionPatching().run(model, task, ["resid_pre", "z"])  # doctest: +SKIP
-        >>> AttributionPatching(qk_fix=True, grad_drop=True).name
-        'atp*'
-    """
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.composite.plain or self.n_steps is not None:
-            raise MethodError(
-                "AttributionPatching is the plain gradient at one point; use RelevancePatching(rules=...) or IntegratedGradients(n_steps=...)."
-            )
-
-
-@dataclass(frozen=True, init=False)
-class IntegratedGradients(LinearizedPatching):
-    """IG: difference × the mean coefficient along a path. Source: Sundararajan et al. 2017; Hanna et al. 2024 (arXiv 2403.17806).
-
-    The completeness gap (Σ input scores − metric difference) is in the result's provenance, per example; with rules it is
-    reported as non-conservation.
-
-    Example:
-        >>> IntegratedGradients(5).name
-        'ig:5'
-        >>> IntegratedGradients(5, rules="relp").name
-        'relp+ig:5'
-    """
-
-    def __init__(
-        self,
-        n_steps: int = 5,
-        over: Literal["inputs", "activations"] = "inputs",
-        *,
-        rules: str | Composite = "gradient",
-        source: str = "paired",
-        qk_fix: bool = False,
-        grad_drop: bool = False,
-    ) -> None:
-        _set(self, n_steps=n_steps, over=over, rules=rules, source=source, qk_fix=qk_fix, grad_drop=grad_drop)
-
-
-@dataclass(frozen=True, init=False)
-class RelevancePatching(LinearizedPatching):
-    """RelP: difference × LRP propagation coefficient. Source: arXiv 2508.21258; presets in :data:`patchlab.rules.PRESETS`.
-
-    Example:
-        >>> RelevancePatching().name, RelevancePatching("relp-ah").name
-        ('relp', 'relp-ah')
-    """
-
-    def __init__(self, rules: str | Composite = "relp", *, source: str = "paired", qk_fix: bool = False, grad_drop: bool = False) -> None:
-        _set(self, n_steps=None, over="inputs", rules=rules, source=source, qk_fix=qk_fix, grad_drop=grad_drop)
-
-
-def _set(method: LinearizedPatching, **values: Any) -> None:
-    for name, value in values.items():
-        object.__setattr__(method, name, value)
-    method.__post_init__()
-
-
-_IG = re.compile(r"((?P<rules>[^+]+)\+)?ig:(?P<steps>-?\d+)")
-
-
-def parse_path_method(name: str) -> LinearizedPatching | None:
-    """``ig:5`` or ``relp+ig:5``; None if the name is neither."""
-    match = _IG.fullmatch(name)
-    return None if match is None else IntegratedGradients(int(match["steps"]), rules=match["rules"] or "gradient")

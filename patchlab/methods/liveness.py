@@ -27,7 +27,8 @@ def live_cells(arch: Architecture, site: Site, task: Task, axis: PositionAxis | 
         changed = np.asarray(pair.clean_ids) != np.asarray(pair.corrupted_ids)
         if not paired:
             changed = np.ones_like(changed)
-        live |= _one_example(arch, site, changed, None if axis is None else axis.index[example], task.metric.reads == "answer")
+        one = _edges_of_one if site.kind == "edges" else _one_example
+        live |= one(arch, site, changed, None if axis is None else axis.index[example], task.metric.reads == "answer")
     return live
 
 
@@ -61,3 +62,30 @@ def _one_example(arch: Architecture, site: Site, changed: Bool[np.ndarray, " pos
         if name not in kept:
             live = np.repeat(np.expand_dims(live, dim), arch.size(name), axis=dim)
     return live
+
+
+def _edges_of_one(arch: Architecture, site: Site, changed: Bool[np.ndarray, " pos"], index: Any, reads_answer: bool) -> Bool[np.ndarray, "*cells"]:
+    """Edges: what the writer holds can differ at a position, and what the reader reads there can matter."""
+    graph, length = arch.graph, len(changed)
+    prefix = np.logical_or.accumulate(changed)
+    written = np.tile(prefix, (len(graph.writers), 1))
+    written[0] = changed
+    if arch.parallel and graph.mlps:
+        written[graph.n_heads + 1] = changed  # the first MLP reads the input alone
+    last = np.arange(length) == length - 1
+    read = np.ones((len(graph.readers), length), dtype=bool)
+    crossing = np.isin(graph.reader_kind, ("k", "v"))
+    if reads_answer:
+        late = [*range(graph.reader_slice(graph.n_layers - 1).start, len(graph.readers))]
+        read[[reader for reader in late if not crossing[reader]]] = last
+    if "dest" not in site.axes:
+        by_pos = written[:, None, :] & read[None, :, :]
+        if "pos" not in site.axes:
+            return graph.allowed & by_pos.any(-1)
+        return graph.allowed[:, :, None] & (by_pos if index is None else by_pos.take(index, axis=2))
+    pairs = np.where(crossing[:, None, None], np.tri(length, dtype=bool), np.eye(length, dtype=bool) & read[:, :, None])
+    if reads_answer:
+        pairs[graph.reader_slice(graph.n_layers - 1).start :] &= last[:, None]
+    if index is not None:
+        pairs, written = pairs.take(index, axis=1).take(index, axis=2), written.take(index, axis=1)
+    return graph.allowed[:, :, None, None] & written[:, None, None, :] & pairs[None]

@@ -3,13 +3,19 @@
 from patchlab.errors import MethodError, unknown
 from patchlab.methods.base import Method
 from patchlab.methods.exact import ActivationPatching
-from patchlab.methods.linearized import AttributionPatching, LinearizedPatching, RelevancePatching, parse_path_method
+from patchlab.methods.linearized import LinearizedPatching
+from patchlab.methods.named import AttributionPatching, RelevancePatching, parse_path_method
 from patchlab.rules import PRESETS
 
 METHODS: dict[str, str] = {
     "exact": "activation patching: one patched forward pass per cell; the ground truth",
     "atp": "attribution patching: gradient at the baseline",
     "ig:N": "integrated gradients over the inputs, N points (midpoint rule)",
+    "ig-left:N": "the same with the baseline's end of the path, not the source's (ig-right:N the other way round, ig-trapezoid:N both)",
+    "ig-activations:N": "integrated gradients over activations: each layer's site moves alone",
+    "eap-ig-inputs:N": "EAP-IG over inputs with its own points when noising: ig-right:N",
+    "eap-ig-activations:N": "EAP-IG over activations, for edges: coefficients averaged over all groups that move",
+    "clean-corrupted": "mean of the coefficients at the clean and at the corrupted run",
     "relp": "relevance patching: LN-, Identity- and Half-rule",
     "relp-ah": "relp with the attention pattern held constant (q and k are not scored)",
     "attnlrp": "relp with the uniform rule on attention's bilinear maps",

@@ -39,7 +39,16 @@ class Setting:
     @property
     def targets(self) -> tuple[Target, ...]:
         """Every (kind, layer) that the sites need."""
-        return tuple(dict.fromkeys(t for site in self.sites for t in targets(site.kind, self.model.arch.n_layers)))
+        arch = self.model.arch
+        if self.edges is not None:
+            kinds = [kind for kind in ("input", "z", "mlp_out") if kind not in arch.absent]
+            return tuple(target for kind in kinds for target in targets(kind, arch.n_layers))
+        return tuple(dict.fromkeys(t for site in self.sites for t in targets(site.kind, arch.n_layers)))
+
+    @property
+    def edges(self) -> Site | None:
+        """The granularity of the edges, where edges are scored; the targets are then the writers."""
+        return self.sites[0] if self.sites[0].kind == "edges" else None
 
 
 @dataclass(frozen=True)
@@ -222,14 +231,21 @@ def reduced(setting: Setting, runs: Runs, site: Site, values: Float[Tensor, "bat
     for dim, name in reversed(list(enumerate(names, start=1))):
         if name not in site.axes:
             values = values.sum(dim)
-        elif name in POSITION_AXES and setting.axis is not None and setting.axis.names is not None:
-            index = torch.as_tensor(setting.axis.index[runs.batch.examples.cpu().numpy()], device=values.device)
-            shape = [1] * values.ndim
-            shape[0], shape[dim] = index.shape
-            expanded = [*values.shape]
-            expanded[dim] = index.shape[1]
-            values = values.gather(dim, index.reshape(shape).expand(expanded))
+        elif name in POSITION_AXES:
+            values = at_positions(setting, runs, values, dim)
     return values
+
+
+def at_positions(setting: Setting, runs: Runs, values: Float[Tensor, "batch *axes"], dim: int) -> Float[Tensor, "batch *cells"]:
+    """Values along a position axis, read at the named positions where the axis is made of those."""
+    if setting.axis is None or setting.axis.names is None:
+        return values
+    index = torch.as_tensor(setting.axis.index[runs.batch.examples.cpu().numpy()], device=values.device)
+    shape = [1] * values.ndim
+    shape[0], shape[dim] = index.shape
+    expanded = [*values.shape]
+    expanded[dim] = index.shape[1]
+    return values.gather(dim, index.reshape(shape).expand(expanded))
 
 
 def required(value: Any) -> Any:

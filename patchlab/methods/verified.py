@@ -16,7 +16,7 @@ from patchlab.methods.base import Method
 from patchlab.methods.bound import Bound
 from patchlab.methods.cells import Cells, Patcher
 from patchlab.methods.exact import ActivationPatching, addresses
-from patchlab.methods.linearized import RelevancePatching
+from patchlab.methods.named import RelevancePatching
 from patchlab.methods.runs import Meter
 from patchlab.methods.subsets import FEWEST, SubsetBound, largest_effect, memberships
 from patchlab.methods.verified_result import VerifiedResult, cell_columns, ordered

@@ -165,6 +165,11 @@ class Task:
         rows = [[pair.clean_ids, pair.corrupted_ids, pair.correct, pair.incorrect] for pair in self.pairs]
         return hashlib.sha256(json.dumps([rows, self.metric.name]).encode()).hexdigest()[:16]
 
+    @property
+    def pair_fingerprints(self) -> tuple[str, ...]:
+        """A hash of the token ids of each pair: whether two tasks share examples."""
+        return tuple(hashlib.sha256(json.dumps([pair.clean_ids, pair.corrupted_ids]).encode()).hexdigest()[:12] for pair in self.pairs)
+
     def batches(self, batch_size: int | None = None, device: torch.device | str = "cpu") -> list[Batch]:
         """The pairs as tensors: grouped by length, then cut into batches (None: one batch per length).
 
