@@ -44,7 +44,7 @@ class Circuit:
 
     graph: Graph
     edges: Bool[np.ndarray, "writer reader *pos"]
-    scores: Float[np.ndarray, "writer reader *pos"] | None = None
+    scores: Float[np.ndarray, "_writer _reader *_pos"] | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

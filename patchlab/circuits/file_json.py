@@ -40,12 +40,14 @@ def save(circuit: Circuit, path: Path) -> None:
     graph, flat = circuit.graph, circuit.collapsed()
     inside, node_scores = {*circuit.nodes, "logits"}, circuit.provenance.get("node_scores", {})
     nodes = {name: {"in_graph": name in inside} | ({"score": node_scores[name]} if name in node_scores else {}) for name in graph.nodes}
+    pairs = _order(graph)
+    at = tuple(np.array(pairs).T)
+    scores = [math.nan] * len(pairs) if flat.scores is None else flat.scores[at].tolist()
     edges: dict[str, dict[str, Any]] = {}
-    for writer, reader in _order(graph):
-        score = math.nan if flat.scores is None else float(flat.scores[writer, reader])
-        entry: dict[str, Any] = {"score": 0.0 if math.isnan(score) else score, "in_graph": bool(flat.edges[writer, reader])}
+    for (writer, reader), score, kept in zip(pairs, scores, flat.edges[at].tolist(), strict=True):
+        entry: dict[str, Any] = {"score": score, "in_graph": kept}
         if math.isnan(score):
-            entry["scored"] = False
+            entry |= {"score": 0.0, "scored": False}
         if circuit.n_positions is not None:
             entry["positions"] = np.flatnonzero(circuit.edges[writer, reader]).tolist()
             if circuit.scores is not None:
@@ -65,7 +67,8 @@ def _order(graph: Graph) -> list[tuple[int, int]]:
         mlp = [start + 3 * graph.n_heads] if graph.mlps else []
         groups = [heads + mlp] if graph.parallel else [heads, mlp]
         for group in groups:
-            pairs += [(writer, reader) for writer in range(len(graph.writers)) for reader in group if graph.allowed[writer, reader]]
+            before = np.flatnonzero(graph.allowed[:, group[0]]).tolist() if group else []
+            pairs += [(writer, reader) for writer in before for reader in group]
     return pairs + [(writer, len(graph.readers) - 1) for writer in range(len(graph.writers))]
 
 
@@ -82,7 +85,9 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _flag(value: Any, what: str) -> bool:
-    if value not in (True, False):  # 1 and 0 are equal to them
+    if value is True or value is False:
+        return value
+    if value not in (1, 0):
         raise CircuitError(f"in_graph of {what} must be true or false; got {value!r}.")
     return bool(value)
 
@@ -90,7 +95,7 @@ def _flag(value: Any, what: str) -> bool:
 def _number(value: Any, what: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise CircuitError(f"the score of {what} must be a number; got {value!r}.")
-    return float(value)
+    return float(value) if abs(value) < 1e300 else math.inf
 
 
 def _nodes(entries: Any, graph: Graph) -> tuple[set[str], dict[str, float]]:
@@ -108,10 +113,10 @@ def _nodes(entries: Any, graph: Graph) -> tuple[set[str], dict[str, float]]:
         fields = entry if isinstance(entry, dict) else {"in_graph": entry}
         if "neurons" in fields or "neurons_scores" in fields:
             raise CircuitError(f"{name} has neurons: this is a neuron-level circuit, and patchlab's circuits are made of whole edges.")
-        if _flag(fields.get("in_graph"), f"the node {name}"):
+        if _flag(fields.get("in_graph"), name):
             marked.add(name)
         if fields.get("score") is not None:
-            scores[name] = _number(fields["score"], f"the node {name}")
+            scores[name] = _number(fields["score"], name)
     return marked, scores
 
 
@@ -121,30 +126,30 @@ def _edges(
     if not isinstance(entries, dict):
         raise CircuitError(f"edges must map each edge to its score and whether it is in the circuit; got {type(entries).__name__}.")
     writers, readers = ({name: i for i, name in enumerate(names)} for names in (graph.writers, graph.readers))
-    shape = graph.allowed.shape if n_positions is None else (*graph.allowed.shape, n_positions)
-    mask, scores, seen = np.zeros(shape, dtype=bool), np.full(shape, np.nan), np.zeros(graph.allowed.shape, dtype=bool)
-    allowed = graph.allowed
+    allowed = graph.allowed.tolist()
+    places: dict[tuple[int, int], Any] = {}
     for name, entry in entries.items():
         writer, _, reader = name.partition("->")
         pair = writers.get(writer, -1), readers.get(reader, -1)
-        if min(pair) < 0 or not allowed[pair]:
+        if min(pair) < 0 or not allowed[pair[0]][pair[1]]:
             pair = graph.edge(name)  # says what is wrong with the name
         if not isinstance(entry, dict):
             raise CircuitError(f"the edge {name} must have in_graph and score; got {entry!r}.")
-        seen[pair] = True
-        kept = _flag(entry.get("in_graph"), f"the edge {name}")
-        score = entry.get("score")
-        value = math.nan if score is None or entry.get("scored") is False else _number(score, f"the edge {name}")
-        if n_positions is None:
-            mask[pair], scores[pair] = kept, value
-        else:
-            mask[pair], scores[pair] = _positions(name, entry, kept, n_positions)
-    if not seen[allowed].all():
-        missing = allowed & ~seen
+        kept, score = _flag(entry.get("in_graph"), name), entry.get("score")
+        value = math.nan if score is None or entry.get("scored") is False else _number(score, name)
+        places[pair] = (kept, value) if n_positions is None else _positions(name, entry, kept, n_positions)
+    if len(places) < graph.n_edges:
+        missing = [pair for pair in np.argwhere(graph.allowed).tolist() if tuple(pair) not in places]
         raise CircuitError(
-            f"{missing.sum():,} of {graph.n_edges:,} edges are missing, the first is {graph.name(*np.argwhere(missing)[0].tolist())}. "
+            f"{len(missing):,} of {graph.n_edges:,} edges are missing, the first is {graph.name(*missing[0])}. "
             f"The file is not whole, or its cfg is wrong."
         )
+    if len(places) < len(entries):
+        raise CircuitError(f"{len(entries) - len(places)} edges stand there twice, written differently. Write each edge once, as 'input->m0'.")
+    at = tuple(np.array(list(places)).T)
+    shape = graph.allowed.shape if n_positions is None else (*graph.allowed.shape, n_positions)
+    mask, scores = np.zeros(shape, dtype=bool), np.full(shape, np.nan)
+    mask[at], scores[at] = [kept for kept, _ in places.values()], [score for _, score in places.values()]
     return mask, scores
 
 
@@ -155,4 +160,4 @@ def _positions(name: str, entry: dict[str, Any], kept: bool, n: int) -> tuple[Bo
         raise CircuitError(f"the positions of the edge {name} do not fit {n} positions and in_graph {str(kept).lower()}. Write the file again.")
     mask = np.zeros(n, dtype=bool)
     mask[places] = True
-    return mask, np.array([math.nan if value is None else _number(value, f"the edge {name}") for value in values])
+    return mask, np.array([math.nan if value is None else _number(value, name) for value in values])
