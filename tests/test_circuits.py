@@ -132,7 +132,7 @@ def test_diff_lists_what_only_one_has() -> None:
         {"edge": "m1->logits", "kept_by": "first", "score_first": -3.0},
         {"edge": "a1.h0->logits", "kept_by": "second", "score_first": 0.0},
     ]
-    assert table["score_second"].isna().all()
+    assert np.isnan(table["score_second"].to_numpy()).all()
     assert len(one.diff(one)) == 0
 
 

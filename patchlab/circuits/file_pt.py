@@ -4,6 +4,7 @@ import io
 import json
 import math
 import pickle
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,8 @@ def save(circuit: Circuit, path: Path) -> None:
 def _load(raw: bytes) -> Any:
     """Never with ``weights_only=False``: such a file may run any code when it is loaded."""
     try:
-        return torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # of files that are refused in a moment
+            return torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if zipfile.is_zipfile(io.BytesIO(raw)):
             raise CircuitError(
