@@ -285,6 +285,19 @@ def test_a_new_model_goes_on_from_a_file(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert rest.provenance["engine"] == whole.provenance["engine"]
 
 
+def test_a_checkpoint_begins_with_what_the_model_remembers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    whole, model = scores(), model_of("gpt2")
+    interrupted(monkeypatch, 8, scores)
+    with pytest.raises(OutputError, match="there is no folder"):
+        scores(checkpoint=tmp_path / "no" / "run")
+    assert len(model.unfinished) == 1
+    interrupted(monkeypatch, 5, lambda: scores(checkpoint=tmp_path / "run"))
+    assert not model.unfinished
+    rest = scores(checkpoint=tmp_path / "run")
+    same(rest, whole)
+    assert rest.cost.forwards == whole.cost.forwards + 4
+
+
 def test_batches_and_notes_survive_the_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def run(**options: Any) -> ScoreMap:
         return scores(task=mixed_task(), method=get_method("ig:2"), sites="resid_pre", batch_size=1, **options)

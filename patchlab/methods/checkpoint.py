@@ -127,7 +127,7 @@ def keeping(unfinished: dict[str, Work], identity: Mapping[str, str | None], che
     """Give the work of a run: what an interrupted run of the same identity left, or none yet.
 
     After an exception the work is kept, in the checkpoint or, without one, in ``unfinished``; a note on the exception
-    says how to go on. When the run ends normally, what was kept is removed.
+    says how to go on. When the run ends normally, what was kept is removed. A new checkpoint begins with what is in ``unfinished``.
 
     Raises:
         MethodError: the checkpoint is of another run, damaged, or no checkpoint, or the run has a part that cannot be compared.
@@ -137,9 +137,14 @@ def keeping(unfinished: dict[str, Work], identity: Mapping[str, str | None], che
     if vague and checkpoint is not None:
         raise MethodError(f"this run cannot have a checkpoint: its {vague[0]} cannot be compared with that of a later call. {_WHY[vague[0]]}")
     key = json.dumps(identity, sort_keys=True)
-    work = Work(dict(identity)) if checkpoint is None or vague else _opened(Path(checkpoint), identity)
-    if checkpoint is None and not vague:
-        work = unfinished.pop(key, work)
+    path = None if checkpoint is None else Path(checkpoint)
+    if path is not None and path.is_file():
+        work = _opened(path, identity)
+    else:
+        work = Work(dict(identity)) if vague or key not in unfinished else unfinished[key]
+        work.path = path
+        work.save()  # whether it can be written shows now, not hours later
+    unfinished.pop(key, None)
     try:
         yield work
     except BaseException as error:
@@ -162,8 +167,8 @@ _WHY = {
 def batch_rows(unfinished: Mapping[str, Work], identity: Mapping[str, str | None], checkpoint: str | Path | None) -> int | None:
     """Examples per batch of an unfinished run that differs in nothing but its batches: their default follows the free memory."""
     known = [work.identity for work in unfinished.values()]
-    if checkpoint is not None:
-        known = [_read(Path(checkpoint)).identity] if Path(checkpoint).is_file() else []
+    if checkpoint is not None and Path(checkpoint).is_file():
+        known = [_read(Path(checkpoint)).identity]
     for other in known:
         if other != dict(identity) and {**other, "batches": None} == {**identity, "batches": None}:
             return int(str(other["batches"]).split()[-2])
@@ -196,11 +201,7 @@ def _stopped(work: Work, error: BaseException, vague: list[str]) -> None:
 
 
 def _opened(path: Path, identity: Mapping[str, str | None]) -> Work:
-    """The work in a checkpoint of the same run, or a new checkpoint."""
-    if not path.is_file():
-        work = Work(dict(identity), path)
-        work.save()  # whether it can be written shows now, not hours later
-        return work
+    """The work in a checkpoint, which must be of the same run."""
     work = _read(path)
     differing = [
         f"{name} is {work.identity.get(name)!r} there and {identity.get(name)!r} here"
