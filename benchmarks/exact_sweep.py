@@ -199,7 +199,7 @@ IDEAS: dict[str, Callable[[Trial], Work]] = {
     "many cells per call": lambda t: t.sweep(max_tokens=1),
     "keys and values of the prefix": lambda t: t.sweep(prefix=False),
     "enter at one position": lambda t: _patched(t, waves, "_LOCAL", ()),
-    "last layer: answer position only": lambda t: _patched(t, waves._Wave, "_hooks", _without_narrowing(waves._Wave._hooks)),
+    "last layer: answer position only": lambda t: _patched(t, waves.Wave, "_hooks", _without_narrowing(waves.Wave._hooks)),
     "skip structural zeros": lambda t: t.sweep(cells=t.every, start=0),
 }
 

@@ -69,16 +69,16 @@ def _problem(model: Any, *, prefix: bool) -> str | None:
         LookupError,
     ) as error:
         return f"{type(error).__name__}: {str(error).splitlines()[0][:120]}" if str(error) else type(error).__name__
-    tolerance = _tolerance(model.dtype)
+    allowed = tolerance(model.dtype)
     worst = (got - expected).abs().amax(1)
     index = int(worst.argmax())
     scale = float(expected.abs().max())
     return (
-        None if float(worst[index]) <= tolerance * scale else f"{cells[index][0].address} differs by {float(worst[index]) / scale:.2g} of the scale"
+        None if float(worst[index]) <= allowed * scale else f"{cells[index][0].address} differs by {float(worst[index]) / scale:.2g} of the scale"
     )
 
 
-def _tolerance(dtype: torch.dtype) -> float:
+def tolerance(dtype: torch.dtype) -> float:
     """Rounding, as a share of the scale: tight enough to notice a missing softcap."""
     if dtype == torch.float64:
         return 1e-9

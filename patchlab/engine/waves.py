@@ -95,7 +95,7 @@ def sweep(
             templates = {span: template(model, program, base, where, span) for span in spans}
             for chunk in chunks:
                 numbers = [entry.index for entry in chunk]
-                found = _Wave(model, program, base, where, templates, chunk, work).run().to(values.dtype)
+                found = Wave(model, program, base, where, templates, chunk, work).run().to(values.dtype)
                 values[torch.tensor(numbers, device=values.device)] = found
                 work.cells += len(chunk)
                 if done is not None:
@@ -141,7 +141,7 @@ def _is_local(edit: Edit, layer: int, start: int, length: int) -> bool:
 
 
 @dataclass
-class _Wave:
+class Wave:
     """Cells with one start position, in the order in which they join; row ``c · n + e`` is cell c of example e."""
 
     model: Any
@@ -164,8 +164,8 @@ class _Wave:
             waiting = self._local(layer, [entry for entry in self.entries if entry.layer == layer and entry.local])
             if hidden.shape[0]:
                 active = [entry for entry in self.entries if entry.joins() <= layer]
-                hidden = self._block(layer, hidden, self.templates[span], active)
-        return self._metric(hidden)
+                hidden = self.block(layer, hidden, self.templates[span], active)
+        return self.metric(hidden)
 
     def _whole(self, layer: int, joining: list[_Entry]) -> Float[Tensor, "row pos d_model"]:
         return self.base.inputs[layer][:, self.start :].repeat(len(joining), 1, 1)
@@ -177,13 +177,14 @@ class _Wave:
         here = self.base.inputs[layer][:, self.start : self.start + 1].repeat(len(joining), 1, 1)
         following = self._whole(layer + 1, joining)
         self.entering = True
-        following[:, :1] = self._block(layer, here, self.templates[1], joining)
+        following[:, :1] = self.block(layer, here, self.templates[1], joining)
         self.entering = False
         return following
 
-    def _block(
+    def block(
         self, layer: int, hidden: Float[Tensor, "row pos d_model"], template: Template, active: list[_Entry]
     ) -> Float[Tensor, "row pos d_model"]:
+        """The output of one block on rows of this wave, with the edits of the cells that are active."""
         args, kwargs = template.calls[layer]
         prefix = Prefix(self.base, self.start)
         kwargs = {name: prefix if value is not None and value is template.cache else value for name, value in kwargs.items()}
@@ -193,9 +194,11 @@ class _Wave:
         else:
             kwargs["hidden_states"] = hidden
         self.work.block_positions += hidden.shape[0] * hidden.shape[1]
-        with hooked(self.model.hooks, self._hooks(layer, active, narrow=hidden.shape[1] > 1)):
-            output = self.model.bridge.blocks[layer](*args, **kwargs)
-        self.companions.clear()
+        try:
+            with hooked(self.model.hooks, self._hooks(layer, active, narrow=hidden.shape[1] > 1)):
+                output = self.model.bridge.blocks[layer](*args, **kwargs)
+        finally:
+            self.companions.clear()
         return output[0] if isinstance(output, tuple) else output
 
     def _hooks(self, layer: int, active: list[_Entry], *, narrow: bool) -> dict[str, Callable[..., Tensor | None]]:
@@ -254,11 +257,13 @@ class _Wave:
         edited = edit.apply(whole, examples, positions).narrow(dim, first, computed)
         return lens.write(host, companion, edited[..., : own.shape[3]] if edit.address.kind == "pattern" else edited)
 
-    def _metric(self, hidden: Float[Tensor, "row pos d_model"]) -> Float[Tensor, "cell example"]:
+    def metric(self, hidden: Float[Tensor, "row pos d_model"]) -> Float[Tensor, "cell example"]:
+        """The metric of each cell, from the last block's output."""
         metric, answers = self.program.metric, self.program.answers
         if metric is None or answers is None:
             raise InterventionError("a sweep evaluates a metric; give the program a metric and answers.")
-        n, cells = self.program.tokens.shape[0], len(self.entries)
+        n = self.program.tokens.shape[0]
+        cells = hidden.shape[0] // n
         index = torch.arange(n, device=hidden.device).repeat(cells)
         if metric.reads == "all":
             logits = unembed(self.model, hidden, None)
