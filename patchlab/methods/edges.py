@@ -134,24 +134,28 @@ class EdgeScores:
     def _readers(self, point: Result, chunk: slice) -> Iterator[tuple[slice, int, Tensor]]:
         """Readers, the number of writers before them, and their coefficients ``[batch, pos, reader, d_model]`` (or with dest first)."""
         heads, arch = self.graph.n_heads, self.setting.model.arch
+        letters = [letter for letter in "qkv" if letter not in self.composite.not_scored]
         for layer, part in enumerate(self.parts):
             first, before = self.graph.reader_slice(layer).start, self.graph.writer_slice(layer).start
+            found = {letter: self._head_readers(part, letter, point.gradients[letter, layer], point, chunk) for letter in letters}
+            if "dest" not in self.axes:  # one product for all
+                yield slice(first + 3 * heads - len(letters) * heads, first + 3 * heads), before, torch.cat(list(found.values()), 2)
             for i, letter in enumerate("qkv"):
-                if letter in self.composite.not_scored:
-                    continue
-                gradient = point.gradients[letter, layer][chunk]
-                split = gradient.ndim == 5
-                gradient = gradient[:, -self.span :, -self.span :] if split else gradient[:, -self.span :]
-                stream = torch.einsum("...hk,hkd->...hd", gradient, part.reading[letter])
-                dests = stream.unbind(1) if split else [stream]
-                back = [self._through(part.before, point, chunk, one) for one in dests]
-                yield slice(first + i * heads, first + (i + 1) * heads), before, torch.stack(back, 1) if split else back[0]
+                if "dest" in self.axes and letter in found:
+                    yield slice(first + i * heads, first + (i + 1) * heads), before, found[letter]
             if self.graph.mlps:
                 gradient = point.hook_gradients[f"blocks.{layer}.mlp.hook_in"][chunk, -self.span :].unsqueeze(2)
                 earlier = before if self.graph.parallel else before + heads
                 yield slice(first + 3 * heads, first + 3 * heads + 1), earlier, self._through(part.mlp, point, chunk, gradient)
         final = point.gradients["resid_post", arch.n_layers - 1][chunk, -self.span :].unsqueeze(2)
         yield self.graph.reader_slice(None), len(self.graph.writers), final
+
+    def _head_readers(self, part: "_Layer", letter: str, gradient: Tensor, point: Result, chunk: slice) -> Tensor:
+        split = gradient.ndim == 5
+        gradient = gradient[chunk, -self.span :, -self.span :] if split else gradient[chunk, -self.span :]
+        stream = torch.einsum("...hk,hkd->...hd", gradient, part.reading[letter])
+        back = [self._through(part.before, point, chunk, one) for one in (stream.unbind(1) if split else [stream])]
+        return torch.stack(back, 1) if split else back[0]
 
     def _contract(self, into: Tensor, written: Tensor, coefficients: Tensor, readers: slice) -> None:
         coefficients = coefficients.to(written.dtype)
@@ -215,13 +219,12 @@ class _Layer:
     @cached_property
     def reading(self) -> dict[str, Float[Tensor, "head d_head d_model"]]:
         """Weights of q, k and v for each query head, transposed."""
-        weights = {letter: self.places[letter].parameters()[0].T for letter in "qkv"}
-        return {
-            letter: weight.unflatten(0, (self.n_heads // (1 if letter == "q" else self.copies), -1)).repeat_interleave(
-                1 if letter == "q" else self.copies, 0
-            )
-            for letter, weight in weights.items()
-        }
+        found = {}
+        for letter in "qkv":
+            copies = 1 if letter == "q" else self.copies
+            weight = self.places[letter].parameters()[0].T.unflatten(0, (self.n_heads // copies, -1))
+            found[letter] = weight if copies == 1 else weight.repeat_interleave(copies, 0)
+        return found
 
     @cached_property
     def output(self) -> Float[Tensor, "head d_head d_model"]:
