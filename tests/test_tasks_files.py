@@ -1,4 +1,4 @@
-"""Task files: patchlab's own, EAP-IG's and feature-circuits', and everything that can be wrong with one."""
+"""Task files: patchlab's own, EAP-IG's, feature-circuits' and auto-circuit's, and everything that can be wrong with one."""
 
 import csv
 import json
@@ -274,6 +274,82 @@ def test_feature_circuits(name, rows, kept, shared_dir, gpt2_bpe):
         with pytest.raises(TaskError, match=r"lengths \[6, 7, 8, 9\].*no named position in common"):
             made.position_axis()
     assert all(text.startswith(" ") for one in made.pairs for text in texts(made, one.correct + one.incorrect))
+
+
+PROMPT = {
+    "clean": "When Mary and John went out, John gave it to",
+    "corrupt": "When Mary and John went out, Mary gave it to",
+    "answers": [" Mary"],
+    "wrong_answers": [" John", " them"],
+}
+
+
+def prompts(folder: Path, *pairs: Any, name: str = "prompts.json", **shared: Any) -> Path:
+    """A file as auto-circuit reads it: one object over several lines."""
+    path = folder / name
+    path.write_text(json.dumps({**shared, "prompts": list(pairs)}, indent=2))
+    return path
+
+
+def test_auto_circuit(tmp_path, gpt2_bpe):
+    other = {**PROMPT, "clean": PROMPT["corrupt"], "corrupt": PROMPT["clean"], "answers": [" John"], "wrong_answers": [" Mary"]}
+    made = load_task(prompts(tmp_path, PROMPT, other, word_idxs={"IO": 1, "S2": 7}), gpt2_bpe)
+    assert (len(made), made.provenance["format"], made.metric.name) == (2, "auto-circuit", "logit_diff")
+    first = made.pairs[0]
+    assert made.tokenizer.decode(first.clean_ids[1:]) == PROMPT["clean"]
+    assert made.tokenizer.decode(first.corrupted_ids[1:]) == PROMPT["corrupt"]
+    assert (texts(made, first.correct), texts(made, first.incorrect)) == ([" Mary"], [" John", " them"])
+    assert [texts(made, (first.clean_ids[first.positions[name]],)) for name in ("IO", "S2")] == [[" Mary"], [" John"]]
+    bare = load_task(prompts(tmp_path, PROMPT, word_idxs={"IO": 1, "S2": 7}), gpt2_bpe, bos=False).pairs[0]
+    assert (bare.positions["IO"], bare.positions["S2"]) == (1, 7), "counted from the first token, with or without bos"
+    # on one line it is the same file
+    (tmp_path / "line.json").write_text(json.dumps({"prompts": [PROMPT]}))
+    assert load_task(tmp_path / "line.json", gpt2_bpe).pairs[0].clean_ids == first.clean_ids
+
+
+def test_auto_circuit_labels_of_every_token(tmp_path, gpt2_bpe):
+    labels = ["when", "IO", "and", "S", "went", "out", ",", "S", "gave", "it", "to"]
+    path = prompts(tmp_path, PROMPT, seq_labels=labels)
+    assert len(load_task(path, gpt2_bpe, bos=False).pairs[0]) == len(labels)
+    made = load_task(path, gpt2_bpe).pairs[0]
+    assert made.positions["IO"] == 2
+    assert "S" not in made.positions, "a label that occurs twice names no position"
+    short = load_task(prompts(tmp_path, PROMPT, seq_labels=labels[:-1], word_idxs={"IO": 1}), gpt2_bpe)
+    assert set(short.pairs[0].positions) == {"END"}
+    assert short.provenance["notes"] == ["positions left out where the prompt is not 10 tokens long, for which the file names them"]
+
+
+def test_auto_circuit_ids(tmp_path):
+    pair = {"clean": [1, 2, 3], "corrupt": [1, 4, 3], "answers": [5], "wrong_answers": [6, 7]}
+    made = load_task(prompts(tmp_path, pair, word_idxs={"B": 1}), Stub(bos_id=1)).pairs[0]
+    assert (made.clean_ids, made.corrupted_ids, made.correct, made.incorrect) == ((1, 2, 3), (1, 4, 3), (5,), (6, 7))
+    assert made.positions["B"] == 1, "ids are used as they are"
+    alone = load_task(prompts(tmp_path, {**pair, "wrong_answers": []}), Stub(), metric="neg_kl")
+    assert alone.pairs[0].incorrect == ()
+
+
+@pytest.mark.parametrize(
+    ("shared", "change", "message"),
+    [
+        ({"prompts": {"clean": 1}}, {}, "bad.json: prompts must be a list of objects .* got dict"),
+        ({"prompts": [1]}, {}, "bad.json: prompts must be a list of objects"),
+        ({"prompts": []}, {}, "bad.json is empty"),
+        ({}, {"clean": None}, "pair 0 of bad.json: clean is missing"),
+        ({}, {"corrupt": ""}, "pair 0 of bad.json: corrupt must be a text that is not empty"),
+        ({}, {"answers": " Mary"}, "pair 0 of bad.json: answers must be a list of texts or of token ids; got ' Mary'"),
+        ({}, {"answers": []}, "pair 0 of bad.json: there is no correct answer"),
+        ({}, {"wrong_answers": [1, " John"]}, "wrong_answers must be a token id or a list of them"),
+        ({}, {"clean": ["When"]}, "clean must be a token id or a list of them"),
+        ({"word_idxs": ["IO"]}, {}, "word_idxs must map names to token indices"),
+        ({"word_idxs": {"IO": -1}}, {}, "word_idxs must map names to token indices"),
+        ({"word_idxs": {"IO": 30}}, {}, "position IO is 31, outside a prompt of 12 tokens"),
+        ({"seq_labels": "IO"}, {}, "seq_labels must be a list of texts, one per token"),
+    ],
+)
+def test_bad_auto_circuit_files(shared, change, message, tmp_path, gpt2_bpe):
+    (tmp_path / "bad.json").write_text(json.dumps({"prompts": [{**PROMPT, **change}], **shared}))
+    with pytest.raises(TaskError, match=message):
+        load_task(tmp_path / "bad.json", gpt2_bpe)
 
 
 @pytest.mark.parametrize("name", ["gpt2-random.swap1", "trained-gpt2-4l.docstring"])

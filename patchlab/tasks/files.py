@@ -1,4 +1,4 @@
-"""Reading task files: patchlab's own JSONL and CSV, EAP-IG's CSV and feature-circuits' JSONL."""
+"""Reading task files: patchlab's own JSONL and CSV, EAP-IG's CSV, feature-circuits' JSONL and auto-circuit's JSON."""
 
 import csv
 import hashlib
@@ -11,7 +11,7 @@ from typing import Any
 
 from patchlab.errors import PatchlabError, TaskError, unknown
 from patchlab.tasks.base import Pair, TaskModel
-from patchlab.tasks.formats import Row, recognise
+from patchlab.tasks.formats import Row, recognise, unfold
 from patchlab.tasks.lexicon import Lexicon
 
 ON_MISMATCH = ("raise", "drop")
@@ -28,13 +28,15 @@ class TaskFile:
 
 
 def read_rows(path: Path) -> list[tuple[int, dict[str, Any]]]:
-    """The rows of a CSV or JSON-lines file as (line number, fields).
+    """The rows of a CSV or JSON-lines file as (line number, fields); of one JSON object with a list of prompts, without line numbers (0).
 
     Raises:
         TaskError: the file is missing, unreadable, empty, or has a malformed line.
     """
     if path.suffix not in SUFFIXES:
-        raise TaskError(f"{path} ends in {path.suffix!r}; a task file is one of {', '.join(SUFFIXES)} (.json with one object per line).")
+        raise TaskError(
+            f"{path} ends in {path.suffix!r}; a task file is one of {', '.join(SUFFIXES)} (.json with one object per line, or one with prompts)."
+        )
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -46,6 +48,8 @@ def read_rows(path: Path) -> list[tuple[int, dict[str, Any]]]:
 
 
 def _json_rows(path: Path, text: str) -> list[tuple[int, dict[str, Any]]]:
+    if (document := _document(text)) is not None:
+        return [(0, fields) for fields in unfold(path.name, document)]
     rows = []
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
@@ -58,6 +62,15 @@ def _json_rows(path: Path, text: str) -> list[tuple[int, dict[str, Any]]]:
             raise TaskError(f"{path.name}, line {number}: expected an object with the fields of one pair; got {type(row).__name__}.")
         rows.append((number, row))
     return rows
+
+
+def _document(text: str) -> dict[str, Any] | None:
+    """The file as one object with prompts, if it is one."""
+    try:
+        whole = json.loads(text)
+    except json.JSONDecodeError:
+        return None
+    return whole if isinstance(whole, dict) and "prompts" in whole else None
 
 
 def _csv_rows(path: Path, text: str) -> list[tuple[int, dict[str, Any]]]:
@@ -122,7 +135,7 @@ def load_file(path: Path, model: TaskModel, *, bos: bool, corrupted: str = "corr
 
 
 def _where(path: Path, i: int, number: int) -> str:
-    return f"pair {i} of {path.name} (line {number})"
+    return f"pair {i} of {path.name}" + (f" (line {number})" if number else "")
 
 
 def _metric(name: str, rows: list[Row], default: str | None) -> str | None:
@@ -226,6 +239,11 @@ class _Encoder:
     def positions(self, row: Row, clean: tuple[int, ...]) -> dict[str, int]:
         """The named positions; negative ones count from the end. A name given by a word is left out if the word is not one token."""
         named = {name: place + len(clean) if place < 0 else place for name, place in row.positions.items()}
+        start = int(row.ids["clean"] is None and self.words is not None and clean[0] == self.words.bos_id)
+        if row.n_labelled in (None, len(clean) - start):
+            named |= {name: place + start for name, place in row.labels.items()}
+        else:
+            self.notes.append(f"positions left out where the prompt is not {row.n_labelled} tokens long, for which the file names them")
         for name, (word, which) in row.words.items():
             ids = {encoded[0] for text in (word, " " + word) if self.words and (encoded := self.words.encode(text)) and len(encoded) == 1}
             places = [place for place, token in enumerate(clean) if token in ids]

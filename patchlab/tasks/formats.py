@@ -18,7 +18,8 @@ class Row:
     """One pair as its file gives it: texts, ids or both. ``where`` names it in messages.
 
     ``words`` names positions by a word of the clean text and which of its occurrences is meant: ``{"S2": ("John", 1)}``.
-    ``foreign_ids`` are answer ids of a tokenizer that the file does not name.
+    ``foreign_ids`` are answer ids of a tokenizer that the file does not name. ``labels`` names positions counted from the first token after
+    a bos that is put in front; where ``n_labelled`` says how many tokens were counted, they hold for prompts of that many only.
     """
 
     where: str
@@ -29,6 +30,8 @@ class Row:
     positions: Mapping[str, int] = field(default_factory=dict)
     words: Mapping[str, tuple[str, int]] = field(default_factory=dict)
     foreign_ids: tuple[int, int] | None = None
+    labels: Mapping[str, int] = field(default_factory=dict)
+    n_labelled: int | None = None
     template: str = ""
     metric: str | None = None
 
@@ -214,9 +217,56 @@ def _read_feature_circuits(where: str, fields: Fields, corrupted: str) -> Row:
     return _of_text(where, clean, patch, [right], [wrong])
 
 
+# --- auto-circuit ----------------------------------------------------------------------------------------------------
+
+
+def unfold(name: str, document: Fields) -> list[dict[str, Any]]:
+    """The pairs of a prompt file of auto-circuit, one object with a list of ``prompts``; each pair takes the file's labels with it.
+
+    Raises:
+        TaskError: prompts that are no list of objects.
+    """
+    prompts = document["prompts"]
+    if not isinstance(prompts, list) or not all(isinstance(prompt, dict) for prompt in prompts):
+        raise TaskError(f"{name}: prompts must be a list of objects with clean, corrupt, answers and wrong_answers; got {type(prompts).__name__}.")
+    shared = {key: document[key] for key in ("seq_labels", "word_idxs") if document.get(key) is not None}
+    return [{**prompt, **shared} for prompt in prompts]
+
+
+def _read_auto_circuit(where: str, fields: Fields, corrupted: str) -> Row:
+    """``word_idxs`` names positions; without it, the entries of ``seq_labels`` (one per token) that occur once do."""
+    texts: dict[str, str | None] = {"clean": None, "corrupted": None}
+    ids: dict[str, tuple[int, ...] | None] = {"clean": None, "corrupted": None}
+    for side, column in (("clean", "clean"), ("corrupted", "corrupt")):
+        if isinstance(fields.get(column), list):
+            ids[side] = _ids(where, fields, column)
+        else:
+            texts[side] = _needed(where, fields, column)
+    answer_texts: dict[str, tuple[str, ...] | None] = {"correct": None, "incorrect": None}
+    answer_ids: dict[str, tuple[int, ...] | None] = {"correct": None, "incorrect": None}
+    for side, column in (("correct", "answers"), ("incorrect", "wrong_answers")):
+        values = fields.get(column)
+        if not isinstance(values, list):
+            raise TaskError(f"{where}: {column} must be a list of texts or of token ids; got {values!r}.")
+        if not values or isinstance(values[0], int):
+            answer_ids[side] = _ids(where, fields, column)
+        else:
+            answer_texts[side] = _texts(where, fields, column)
+    sequence, places = fields.get("seq_labels"), fields.get("word_idxs")
+    if sequence is not None and not (isinstance(sequence, list) and all(isinstance(label, str) for label in sequence)):
+        raise TaskError(f"{where}: seq_labels must be a list of texts, one per token; got {sequence!r}.")
+    if places is None:
+        counts = Counter(sequence or ())
+        places = {label: i for i, label in enumerate(sequence or ()) if label and counts[label] == 1}
+    if not isinstance(places, dict) or not all(isinstance(place, int) and not isinstance(place, bool) and place >= 0 for place in places.values()):
+        raise TaskError(f'{where}: word_idxs must map names to token indices, as in {{"S1": 4}}; got {places!r}.')
+    return Row(where, texts, ids, answer_texts, answer_ids, labels={**places}, n_labelled=len(sequence) if sequence else None)
+
+
 FORMATS = (
     Format("patchlab", ("clean", "corrupted", "correct", "incorrect"), _read_own),
     Format("EAP-IG", ("clean", "corrupted", "correct_idx", "incorrect_idx"), _read_eap_ioi, check=_check_eap_ioi),
     Format("EAP-IG greater-than", ("clean", "corrupted", "label"), _read_eap_years, metric="prob_diff"),
     Format("feature-circuits", ("clean_prefix", "patch_prefix", "clean_answer", "patch_answer"), _read_feature_circuits),
+    Format("auto-circuit", ("clean", "corrupt", "answers", "wrong_answers"), _read_auto_circuit),
 )

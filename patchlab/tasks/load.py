@@ -33,7 +33,7 @@ def load_task(
     metric: str | Metric | Callable[[Tensor, Answers], Tensor] | None = None,
     **options: Any,
 ) -> Task:
-    """Prompt pairs as token ids for a model: from a generator or from a JSONL or CSV file.
+    """Prompt pairs as token ids for a model: from a generator or from a JSONL, CSV or auto-circuit file.
 
     Args:
         name_or_path: a name of :data:`TASKS`, or a file with clean, corrupted, correct and incorrect (text or ids).
