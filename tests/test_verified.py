@@ -327,6 +327,17 @@ def test_the_subset_bound_shrinks_with_more_subsets_and_is_sharp_for_one_cell() 
     assert largest_effect(one, -2.0 * one[0], 0.95) == pytest.approx(2.0)
 
 
+def test_few_cells_leave_some_subsets_empty() -> None:
+    effects = np.array([3.0, 2.0, -1.5, 0.5]).reshape(1, 1, 4)
+    search, patcher = searched(effects, effects, k=1, sample=2, subsets=64, max_share=0.25)
+    assert search.subsets is not None
+    assert len(search.verified) == 1
+    assert 8 <= search.joint_runs < 64  # three cells, each in eight
+    assert len(patcher.asked) == 1 + 2 + search.joint_runs
+    assert "" not in patcher.asked
+    assert search.subsets.at_most > 2
+
+
 def test_each_cell_is_in_the_same_number_of_subsets() -> None:
     members = memberships(50, 80, 3)
     assert (members.sum(1) == 10).all()

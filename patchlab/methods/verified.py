@@ -174,6 +174,7 @@ class _Search:
         self.target: float | None = None
         self.bound: Bound | None = None
         self.subsets: SubsetBound | None = None
+        self.joint_runs = 0
         self.stopped = ""
 
     def run(self, target: float | None) -> None:
@@ -272,8 +273,11 @@ class _Search:
     def _patch_subsets(self, left: list[int], unit: str) -> None:
         """Patch random subsets of the unverified cells jointly."""
         members = memberships(len(left), self.method.subsets, self.method.seed)
-        joint = self.patcher.joint([[self.cells.where[left[i]] for i in np.flatnonzero(column)] for column in members.T])
-        at_most = largest_effect(members, joint.mean(1), self.method.confidence)
+        filled = np.flatnonzero(members.any(0))  # a subset of few cells may have none, and then no effect
+        joint = np.zeros(members.shape[1])
+        joint[filled] = self.patcher.joint([[self.cells.where[left[i]] for i in np.flatnonzero(members[:, j])] for j in filled]).mean(1)
+        self.joint_runs = len(filled)
+        at_most = largest_effect(members, joint, self.method.confidence)
         seen = max((self.means[i] for i in self.drawn), default=0.0)
         self.subsets = SubsetBound(self.method.confidence, len(left), self.method.subsets, float(members.mean()), at_most, seen, unit)
 
@@ -293,7 +297,7 @@ class _Search:
             "verified": float(len(self.verified)),
             "sample": float(len(self.drawn)),
             "groups": float(len(self.groups)),
-            "subsets": 0.0 if self.subsets is None else float(self.subsets.subsets),
+            "subsets": float(self.joint_runs),
         }
         passes["unpatched"] = meter.forwards / len(self.patcher.batches) - sum(value for name, value in passes.items() if name != "screen")
         mine = {
