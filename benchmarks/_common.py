@@ -76,11 +76,11 @@ def hf_module(shape: Shape, device: str) -> Any:
     return AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval().to(device)
 
 
-def bridged(shape: Shape, device: str) -> Model:
+def bridged(shape: Shape, device: str, dtype: torch.dtype = torch.float32) -> Model:
     """The same model, the way patchlab and TransformerLens run it."""
     from transformer_lens.model_bridge.sources import build_bridge_from_module
 
-    module = hf_module(shape, device)
+    module = hf_module(shape, device).to(dtype)
     bridge = build_bridge_from_module(module, type(module).__name__, hf_config=module.config, tokenizer=None)
     return wrap_bridge(bridge, f"{shape.family}-shape")
 

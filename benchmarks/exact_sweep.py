@@ -22,8 +22,9 @@ from patchlab.engine import Program, Support, Work, run, support, sweep, waves
 from patchlab.interventions import Edit
 from patchlab.methods import ActivationPatching
 from patchlab.metrics import Metric
-from patchlab.models import Model
+from patchlab.models import Model, load_model
 from patchlab.sites import Site
+from patchlab.tasks import load_task
 from patchlab.tasks.base import Task
 
 MAPS = {
@@ -267,18 +268,46 @@ def precision(model: Model, task: Task, options: argparse.Namespace) -> list[dic
     return found
 
 
+def half(shape: common.Shape, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Effects of a model in bfloat16 against the same model in float32: random weights of a shape, and the packaged models."""
+    found = []
+    names = [f"{shape.family}-shape", *([] if options.tiny else ("demo-gpt2", "demo-llama"))]
+    for name in names:
+        whole, short = (_in_dtype(name, shape, dtype, options.device) for dtype in (torch.float32, torch.bfloat16))
+        task = common.random_task("S2", shape.vocab) if name.endswith("shape") else load_task("ioi", whole, n=32)
+        for site in ("resid_pre", "mlp_out", "z"):
+            timed = [common.timed(options.device, lambda m=m: ActivationPatching().run(m, task, site, progress=False)) for m in (whole, short)]  # noqa: B023
+            live = timed[0][1].live[site].to_numpy()
+            exact, rough = (scores.mean(site).to_numpy()[live] for _, scores in timed)
+            found.append(
+                {
+                    "model": name,
+                    "map": site,
+                    "engine": timed[1][1].provenance["engine"],
+                    "max_difference_of_largest_effect": float(np.abs(rough - exact).max() / np.abs(exact).max()),
+                    "pearson": float(np.corrcoef(rough, exact)[0, 1]),
+                    "time_of_float32": timed[1][0] / timed[0][0],
+                }
+            )
+    return found
+
+
+def _in_dtype(name: str, shape: common.Shape, dtype: torch.dtype, device: str) -> Model:
+    return common.bridged(shape, device, dtype) if name.endswith("shape") else load_model(name, device=device, dtype=dtype)
+
+
 def main() -> None:
     parser = common.arguments(__doc__)
     parser.add_argument("--sample", type=int, default=4, help="cells that TransformerLens runs per repeat and map")
     parser.add_argument("--budget", type=float, default=40, help="no further repeats of a map after this many seconds")
-    parser.add_argument("--skip", nargs="*", default=[], choices=["gpt2", "llama", "s2", "abc", "replay", "ideas", "scaling", "precision"])
+    parser.add_argument("--skip", nargs="*", default=[], choices=["gpt2", "llama", "s2", "abc", "replay", "ideas", "scaling", "precision", "bf16"])
     parser.add_argument("--maps", nargs="*", default=list(MAPS), choices=list(MAPS), metavar="MAP", help=", ".join(MAPS))
     options = parser.parse_args()
     options.workload_of_ideas = "S2"
     torch.set_num_threads(options.threads)
     if options.quick or options.tiny:
         options.repeats = 1
-    skip = {*options.skip} | ({"abc", "llama", "scaling", "ideas", "precision"} if options.quick else set())
+    skip = {*options.skip} | ({"abc", "llama", "scaling", "ideas", "precision", "bf16"} if options.quick else set())
     shapes = (common.TINY_GPT2, common.TINY_LLAMA) if options.tiny else (common.GPT2, common.LLAMA)
     report: dict[str, Any] = {"benchmark": "exact_sweep", "machine": common.machine(options.device), "pairs": 8, "length": 15, "results": []}
     for shape in shapes:
@@ -316,6 +345,14 @@ def main() -> None:
         if shape.family == "gpt2" and "precision" not in skip:
             report["precision"] = precision(model, common.random_task("S2", shape.vocab), options)
             print(*report["precision"], sep="\n", flush=True)
+    if "bf16" not in skip:
+        report["bf16"] = half(shapes[0], options)
+        for row in report["bf16"]:
+            print(
+                f"{row['model']:<12} {row['map']:<10} bfloat16 is off by {row['max_difference_of_largest_effect']:.3f} of the largest effect, "
+                f"Pearson {row['pearson']:.3f}, {row['time_of_float32']:.2f} of the time ({row['engine']})",
+                flush=True,
+            )
     if "scaling" not in skip:
         report["scaling"] = scale(options)
         for row in report["scaling"]:

@@ -21,6 +21,7 @@ _KEYS = {
     "ideas": ("workload", "map", "idea"),
     "scaling": ("what", "value"),
     "precision": ("precision",),
+    "bf16": ("model", "map"),
 }
 
 
@@ -118,6 +119,25 @@ def sweep_page(report: dict[str, Any]) -> str:
                 [
                     [row["precision"], _number(row["seconds"], " s"), _number(row["max_difference_of_largest_effect"], "", 2)]
                     for row in report["precision"]
+                ],
+            ),
+        ]
+    if "bf16" in report:
+        parts += [
+            "\n### Models in bfloat16\n",
+            "The same maps on the same weights in bfloat16, against float32: S2 on the shape's random weights, IOI (32 pairs) on the packaged "
+            "models. Effects that are small against the logits' rounding are lost, which random weights have many of: for screening.\n",
+            table(
+                ["model", "map", "largest difference, as a share of the largest effect", "Pearson over live cells", "time of float32"],
+                [
+                    [
+                        row["model"],
+                        row["map"],
+                        _number(row["max_difference_of_largest_effect"], "", 2),
+                        f"{row['pearson']:.3f}",
+                        _number(row["time_of_float32"], "×", 2),
+                    ]
+                    for row in report["bf16"]
                 ],
             ),
         ]

@@ -52,6 +52,8 @@ def test_exact_sweep() -> None:
     assert all(row["block_positions"] < row["block_positions_without"] for row in fewer)
     assert {row["what"] for row in report["scaling"]} == {"layers", "width", "length", "pairs"}
     assert [row["precision"] for row in report["precision"]] == ["highest", "high", "medium"]
+    assert [(row["model"], row["map"]) for row in report["bf16"]] == [("gpt2-shape", name) for name in ("resid_pre", "mlp_out", "z")]
+    assert all(row["max_difference_of_largest_effect"] > 0 for row in report["bf16"])
 
 
 def test_linearized() -> None:
