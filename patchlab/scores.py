@@ -244,7 +244,8 @@ class ScoreMap:
         """A long table with one row per score.
 
         Columns: ``site``, ``example``, the axes that occur (``<NA>`` where a site lacks one), ``token`` and ``position``
-        beside ``pos`` (``dest_token``, ... beside ``dest`` and ``src``), ``effect`` in metric units, ``live``.
+        beside ``pos`` (``dest_token``, ... beside ``dest`` and ``src``), the name of the ``edge`` where edges are scored (pairs that
+        are no edge are left out), ``effect`` in metric units, ``live``.
         """
         frames = []
         for site in self.sites:
@@ -259,7 +260,12 @@ class ScoreMap:
                         columns[label] = coord.to_numpy()[tuple(grid[d] for d in coord.dims)].ravel()
             columns["effect"] = array.to_numpy().ravel()
             columns["live"] = np.broadcast_to(self.live[site].to_numpy(), array.shape).ravel()
-            frames.append(pd.DataFrame(columns))
+            frame = pd.DataFrame(columns)
+            if "writer" in grid:
+                writers, readers = (np.array(names)[frame[axis]] for axis, names in (("writer", self.graph.writers), ("reader", self.graph.readers)))
+                frame["edge"] = np.char.add(np.char.add(writers, "->"), readers)
+                frame = frame[self.graph.allowed[frame["writer"], frame["reader"]]]
+            frames.append(frame)
         table = pd.concat(frames, ignore_index=True)
         return table.reindex(columns=[*table.columns.drop(["effect", "live"]), "effect", "live"])
 

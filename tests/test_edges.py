@@ -183,6 +183,17 @@ def test_saved_edges_come_back(tmp_path: Path) -> None:
     assert loaded.data["reader_name"].to_numpy().tolist() == list(scores.graph.readers)
 
 
+def test_the_table_of_edges_names_them() -> None:
+    scores = scores_of(pl.AttributionPatching(), model_of("gpt2"), swap_task(), "edges[writer,reader,pos]", "noising")
+    table = scores.to_dataframe()
+    assert len(table) == 3 * scores.graph.n_edges * 5
+    assert set(table["edge"]) == set(scores.graph.names())
+    row = table.query("edge == 'a0.h1->a2.h3<k>' and example == 1 and pos == 3").iloc[0]
+    writer, reader = scores.graph.edge("a0.h1->a2.h3<k>")
+    assert row["effect"] == scores.data["edges[writer,reader,pos]"].to_numpy()[1, writer, reader, 3]
+    assert (row["writer"], row["reader"], row["live"]) == (writer, reader, True)
+
+
 class _Halved(NormRule):
     """A rule that no closed form is known for."""
 
