@@ -1,6 +1,6 @@
 """Single cells, to be patched in any order: where they are, what a screen gives them, and their exact effects."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -10,6 +10,7 @@ from patchlab.errors import MethodError
 from patchlab.interventions import Edit
 from patchlab.methods.base import free_bytes
 from patchlab.methods.exact import ActivationPatching, addresses, patched
+from patchlab.methods.exact_edges import EdgeCell, edge_cells, edge_effects, set_effects
 from patchlab.methods.runs import Meter, Runs, Setting, mean_source, unpatched
 from patchlab.scores import ScoreMap
 from patchlab.sites import Site
@@ -22,7 +23,7 @@ class Cells:
 
     site: Int[np.ndarray, " cell"]
     index: list[tuple[int, ...]]
-    where: list[Site]
+    where: list[Site | EdgeCell]
     screen: Float[np.ndarray, " cell"]
 
     @staticmethod
@@ -31,10 +32,15 @@ class Cells:
             raise MethodError(
                 f"the screen {screen.provenance['method']} does not score {name} ({reason}); leave the site out or take another screen."
             )
+        for kind, reason in screen.provenance.get("readers_not_scored", {}).items():
+            raise MethodError(
+                f"the screen {screen.provenance['method']} does not score edges into {kind} ({reason}); take another screen, such as 'relp'."
+            )
         site, index, where, scores = [], [], [], []
         for number, one in enumerate(setting.sites):
             mean = screen.mean(one).to_numpy()
-            for cell, address in addresses(setting, one, setting.live[str(one)]):
+            found = edge_cells(setting) if one.kind == "edges" else addresses(setting, one, setting.live[str(one)])
+            for cell, address in found:
                 site.append(number)
                 index.append(cell)
                 where.append(address)
@@ -58,27 +64,39 @@ class Patcher:
         examples = np.concatenate([batch.examples.cpu().numpy() for batch in batches])
         self.order = np.argsort(examples)
 
-    def effects(self, cells: list[Site]) -> Float[np.ndarray, "cell example"]:
+    def effects(self, cells: Sequence[Site | EdgeCell]) -> Float[np.ndarray, "cell example"]:
         """Exact effects, in metric units."""
         return self.joint([[cell] for cell in cells])
 
-    def joint(self, sets: Sequence[Sequence[Site]]) -> Float[np.ndarray, "set example"]:
+    def joint(self, sets: Sequence[Sequence[Site | EdgeCell]]) -> Float[np.ndarray, "set example"]:
         """Exact effects of sets of cells, each set patched at once, in metric units."""
         if not sets:
             return np.zeros((0, len(self.order)))
-        parts = []
-        for number in range(len(self.batches)):
-            runs = self._runs(number)
-            edits = [tuple(Edit(cell, runs.source) for cell in cells) for cells in sets]
-            parts.append(patched(self.setting, runs, self.meter, edits, engine=self.exact.engine))
-        return np.concatenate(parts, axis=1)[:, self.order]
+        return np.concatenate([self._patched(runs, sets) for runs in self.runs()], axis=1)[:, self.order]
+
+    def runs(self) -> Iterator[Runs]:
+        """The unpatched runs of every batch."""
+        return map(self._runs, range(len(self.batches)))
+
+    def _patched(self, runs: Runs, sets: Sequence[Sequence[Site | EdgeCell]]) -> Float[np.ndarray, "set batch"]:
+        edges = [[cell.index for cell in cells if isinstance(cell, EdgeCell)] for cells in sets]
+        if self.setting.edges is None:
+            edits = [tuple(Edit(cell, runs.source) for cell in cells if isinstance(cell, Site)) for cells in sets]
+            return patched(self.setting, runs, self.meter, edits, engine=self.exact.engine)
+        if all(len(indices) == 1 for indices in edges):
+            single = np.array([indices[0] for indices in edges])
+            return edge_effects(self.setting, runs, self.meter, single, engine=self.exact.engine)
+        masks = np.zeros((len(edges), *self.setting.live[str(self.setting.edges)].shape), dtype=bool)
+        for mask, indices in zip(masks, edges, strict=True):
+            mask[tuple(np.array(indices).T)] = True
+        return set_effects(self.setting, runs, self.meter, masks)
 
     def _runs(self, number: int) -> Runs:
         if number in self.kept:
             return self.kept[number]
         batch = self.batches[number]
-        resume = self.exact.resumes(self.setting)
-        runs = unpatched(self.setting, batch, self.meter, source=self.exact.source, at=self.setting.targets, baseline={}, resume=resume)
+        resume, options = self.exact.resumes(self.setting), self.exact.baseline_options(self.setting)
+        runs = unpatched(self.setting, batch, self.meter, source=self.exact.source, at=self.setting.targets, baseline=options, resume=resume)
         if self.keeps:
             self.kept[number] = runs
         return runs

@@ -12,6 +12,7 @@ from patchlab.engine import Cell, Support, Work, continues, support, sweep
 from patchlab.errors import MethodError, unknown
 from patchlab.interventions import Edit, Kept
 from patchlab.methods.base import Method
+from patchlab.methods.exact_edges import check_edges, edge_bytes, frozen_norms, score_edges
 from patchlab.methods.runs import Meter, Runs, Setting, activation_bytes, first_difference, itemsize, program, required, token_bytes
 from patchlab.sites import Position, Site
 
@@ -47,10 +48,18 @@ class ActivationPatching(Method):
     def forwards(self, setting: Setting) -> int:
         return sum(int(live.sum()) for live in setting.live.values())
 
+    def check(self, setting: Setting) -> None:
+        check_edges(setting)
+
+    def baseline_options(self, setting: Setting) -> dict[str, Any]:
+        return {} if setting.edges is None else {"keep": setting.targets}
+
     def resumes(self, setting: Setting) -> bool:
         return self.engine == "auto" and support(setting.model).mode == "prefix" and continues(setting.model)
 
     def predicted_bytes(self, setting: Setting, rows: int, length: int) -> int:
+        if setting.edges is not None:
+            return edge_bytes(setting, rows, length)
         arch = setting.model.arch
         kept = 3 * arch.n_layers * rows * length * arch.d_model
         return (
@@ -60,6 +69,8 @@ class ActivationPatching(Method):
         )
 
     def score(self, setting: Setting, runs: Runs, meter: Meter, notes: dict[str, Any]) -> dict[str, np.ndarray]:
+        if setting.edges is not None:
+            return {str(setting.edges): score_edges(setting, runs, meter, engine=self.engine)}
         scores = {str(site): np.zeros((len(runs.batch), *setting.live[str(site)].shape)) for site in setting.sites}
         cells = [(str(site), index, where) for site in setting.sites for index, where in addresses(setting, site, setting.live[str(site)])]
         edits = [(Edit(where, runs.source),) for _, _, where in cells]
@@ -67,6 +78,9 @@ class ActivationPatching(Method):
         for (name, index, _), effect in zip(cells, effects, strict=True):
             scores[name][(slice(None), *index)] = effect
         return scores
+
+    def _provenance(self, setting: Setting, skipped: dict[str, str]) -> dict[str, Any]:
+        return {**super()._provenance(setting, skipped), **frozen_norms(setting)}
 
 
 def patched(

@@ -1,0 +1,347 @@
+"""The fast exact engine for single edges: one reader's input carries a writer's output of another run, everything else is as it is.
+
+Only one edge changes, so its writer's current output is the baseline's, and the reader's input is the baseline's plus the difference
+δ between the two runs. What follows is computed once where it is shared and only where it differs:
+
+- *q, k, v of a head.* The block runs on x + δ with two of q, k, v held at the baseline's; its z is then each head's under the
+  change of its own third (one run for the readers of all heads). One head's change goes through W_O, and the block is finished
+  with that attention output: its own post-norm, residual, MLP.
+- *mlp.* The block is finished with the baseline's attention output and δ added to the input of the MLP's norm only.
+- *logits.* δ is added to the last block's output.
+
+From there rows of many edges go through the model's own blocks together, from the first position that can differ.
+"""
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from patchlab.adapters import Architecture, LinearPlace, NormPlace
+from patchlab.engine.blocks import Baseline, Template, baseline, empty_cache, template
+from patchlab.engine.literal import hooked
+from patchlab.engine.program import Program, Target
+from patchlab.engine.waves import ACCELERATOR_TOKENS, CPU_TOKENS, Wave, Work
+from patchlab.errors import InterventionError, SiteError
+from patchlab.interventions import Source, address
+
+
+@dataclass(frozen=True)
+class Differences:
+    """What every writer adds to the residual stream in the source run minus what it adds in the baseline run.
+
+    Where a norm follows the attention, a head's share of its output is taken with the denominator of the baseline run (frozen).
+
+    Args:
+        arch: of the model.
+        changes: source − baseline at ``input`` and at ``z`` and ``mlp_out`` of every layer.
+        scales: the denominators of the norms after the attention, per layer that has one.
+    """
+
+    arch: Architecture
+    changes: Mapping[Target, Tensor] = field(repr=False)
+    scales: Mapping[int, Float[Tensor, "row pos 1"]] = field(default_factory=dict, repr=False)
+
+    @staticmethod
+    def of(model: Any, own: Mapping[Target, Tensor], source: Source, examples: Int[Tensor, " row"]) -> "Differences":
+        """Of a source and the baseline's activations at all writers."""
+        changes = {key: source.values(address(*key), value, examples) - value for key, value in own.items()}
+        scales = {layer: _denominator(model, place, layer, own["z", layer]) for layer, place in post_norms(model.arch).items()}
+        return Differences(model.arch, changes, scales)
+
+    def written(self, writer: int, start: int) -> Float[Tensor, "row pos d_model"]:
+        """δ of one writer at the positions from the start on."""
+        graph = self.arch.graph
+        if writer == 0:
+            return self.changes["input", None][:, start:]
+        layer, head = divmod(writer - 1, graph.n_heads + graph.mlps)
+        if head == graph.n_heads:
+            return self.changes["mlp_out", layer][:, start:]
+        change = self.changes["z", layer][:, start:, head] @ self.outputs[layer][head]
+        if layer not in self.scales:
+            return change
+        place, scale = post_norms(self.arch)[layer], self.scales[layer][:, start:]
+        centred = change - change.mean(-1, keepdim=True) if place.centred else change
+        return ((centred if place.weight is None else centred * place.weight) / scale).to(change.dtype)
+
+    @cached_property
+    def outputs(self) -> dict[int, Float[Tensor, "head d_head d_model"]]:
+        """What the z of every head is multiplied by.
+
+        Raises:
+            SiteError: a model that does not show it.
+        """
+        places = {place.name: place for place in self.arch.places if isinstance(place, LinearPlace) and place.problem is None}
+        found = {}
+        for layer in range(self.arch.n_layers):
+            name = f"blocks.{layer}.attn.o"
+            if name not in places:
+                raise SiteError(f"edges need the output weights of every attention layer, and {self.arch.family} does not show {name}.")
+            found[layer] = places[name].parameters()[0].unflatten(0, (self.arch.n_heads, -1))
+        return found
+
+
+def post_norms(arch: Architecture) -> dict[int, NormPlace]:
+    """The norms between an attention's output and the residual stream, by layer (Gemma-2)."""
+    places = {place.name: place for place in arch.places if isinstance(place, NormPlace)}
+    return {layer: places[f"blocks.{layer}.ln1_post"] for layer in range(arch.n_layers) if f"blocks.{layer}.ln1_post" in places}
+
+
+def _denominator(model: Any, place: NormPlace, layer: int, z: Float[Tensor, "row pos head d_head"]) -> Float[Tensor, "row pos 1"]:
+    seen: list[Tensor] = []
+    name = f"{place.name}.hook_scale"
+    with torch.no_grad(), hooked(model.hooks, {name: lambda module, inputs, value: seen.append(value.clone())}):
+        place.module(model.bridge.blocks[layer].attn.o(z.flatten(2)))
+    return seen[0]
+
+
+def edge_sweep(
+    model: Any,
+    program: Program,
+    edges: Int[np.ndarray, "edge 2"],
+    differences: Differences,
+    *,
+    where: Sequence[Int[Tensor, " row"]] | None = None,
+    grouped: bool = False,
+    prefix: bool = True,
+    max_tokens: int | None = None,
+    start: int = 0,
+    base: Baseline | None = None,
+    done: Callable[[list[int], Tensor], Any] | None = None,
+    skip: Collection[int] = frozenset(),
+    work: Work | None = None,
+) -> Float[Tensor, "edge row"]:
+    """The metric of a run with one edge patched, for every edge and row of the program.
+
+    Args:
+        model: the model; nothing surrounds the runs.
+        program: rows, examples, metric and answers, shared by all edges; without edits.
+        edges: writer and reader of each edge, as in the model's graph.
+        differences: what the writers' outputs change by.
+        where: per edge the position, for each row, at which the reader reads the change; None for all positions.
+        grouped: a changed key or value is seen by all query heads that share it, not only by the reader's own.
+        prefix: use the baseline's keys and values before the start (causal attention).
+        max_tokens: rows × positions that go through a block at once; at most (and by default) what suits the device.
+        start: no writer's output differs before this position.
+        base: the baseline's run, if it was made before.
+        done: called with the numbers of the edges that are finished, and their metric, ``[edge, row]``.
+        skip: numbers of edges whose metric is not needed (NaN); the others come out as without it, to the bit.
+        work: counts what was computed.
+
+    Raises:
+        InterventionError: surrounding edits, or no metric.
+    """
+    if program.metric is None or program.answers is None:
+        raise InterventionError("a sweep evaluates a metric; give the program a metric and answers.")
+    if model.ambient:
+        raise InterventionError("single edges are patched on the model as it is; leave the intervene block, or patch sites instead of edges.")
+    work = Work() if work is None else work
+    usual = CPU_TOKENS if program.tokens.device.type == "cpu" else ACCELERATOR_TOKENS
+    max_tokens = usual if max_tokens is None else min(max_tokens, usual)
+    rows, length = program.tokens.shape
+    dtype = torch.float64 if model.dtype == torch.float64 else torch.float32
+    values = torch.full((len(edges), rows), torch.nan, device=program.tokens.device, dtype=dtype)
+    with torch.no_grad():
+        if base is None:
+            base, _ = baseline(model, program, cache=empty_cache() if prefix else None)
+            work.forwards += 1
+        for first, chunks in _chunks(model.arch, edges, _starts(edges, where, start, prefix), max_tokens // rows, length):
+            wanted = [chunk for chunk in chunks if not all(number in skip for number in chunk)]
+            if not wanted:
+                continue
+            run = _Run(Wave(model, program, base, first, {}, [], work), template(model, program, base, first, length - first), differences, grouped)
+            for chunk in wanted:
+                found = run.values([_Edge(int(edges[i, 0]), int(edges[i, 1]), None if where is None else where[i]) for i in chunk]).to(dtype)
+                values[torch.tensor(chunk, device=values.device)] = found
+                work.cells += len(chunk)
+                if done is not None:
+                    done(chunk, found)
+    return values
+
+
+def _starts(edges: Int[np.ndarray, "edge 2"], where: Sequence[Tensor] | None, start: int, prefix: bool) -> Int[np.ndarray, " edge"]:
+    """First position that each edge changes, over all rows."""
+    if where is None or not prefix:
+        return np.full(len(edges), start if prefix else 0)
+    return np.array([max(start, int(position.min())) for position in where], dtype=np.int64)
+
+
+def _chunks(
+    arch: Architecture, edges: Int[np.ndarray, "edge 2"], starts: Int[np.ndarray, " edge"], positions: int, length: int
+) -> Iterator[tuple[int, list[list[int]]]]:
+    """Numbers of edges that run together: of one start, the earliest layers first, the readers of one writer side by side."""
+    layers = edges[:, 1] // (3 * arch.n_heads + arch.graph.mlps)
+    order = np.lexsort((edges[:, 1], edges[:, 0], layers, starts))
+    for first in np.unique(starts).tolist():
+        mine = order[starts[order] == first].tolist()
+        step = max(1, positions // (length - first))
+        yield first, [mine[i : i + step] for i in range(0, len(mine), step)]
+
+
+@dataclass(frozen=True, eq=False)
+class _Edge:
+    """One edge, at one position of each row or at all."""
+
+    writer: int
+    reader: int
+    where: Tensor | None
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """The baseline's block on the positions that are computed: its input, what its attention gives, its output."""
+
+    before: Float[Tensor, "row pos d_model"]
+    attention: Float[Tensor, "row pos d_model"]
+    after: Float[Tensor, "row pos d_model"]
+
+
+class _Seen(Exception):
+    """Everything that a run of a block is for has been seen."""
+
+
+@dataclass
+class _Run:
+    """Runs of edges with one start position; row ``e · n + i`` is edge e of example i."""
+
+    wave: Wave
+    template: Template
+    differences: Differences
+    grouped: bool
+    layers: dict[int, _Layer] = field(default_factory=dict)
+
+    @property
+    def _answer_only(self) -> bool:
+        metric = self.wave.program.metric
+        return metric is not None and metric.reads == "answer"
+
+    def values(self, edges: list[_Edge]) -> Float[Tensor, "edge row"]:
+        """The metric of every edge's run; the edges come in the order of their readers' layers."""
+        arch = self.wave.model.arch
+        size = 3 * arch.n_heads + arch.graph.mlps
+        changes: dict[tuple[int, int], Tensor] = {}
+        hidden = self.wave.base.inputs[0][:0, self.wave.start :]
+        for layer in range(min(edges[0].reader // size, arch.n_layers), arch.n_layers):
+            if hidden.shape[0]:
+                hidden = self.wave.block(layer, hidden, self.template, [])
+            if layer == arch.n_layers - 1 and self._answer_only:
+                hidden = hidden[:, -1:]
+            mine = [edge for edge in edges if edge.reader // size == layer]
+            heads = [edge for edge in mine if edge.reader % size < 3 * arch.n_heads]
+            mlps = [edge for edge in mine if edge.reader % size == 3 * arch.n_heads]
+            order = {id(edge): i for i, edge in enumerate([*heads, *mlps])}
+            if mine:
+                joining = self._joining(layer, heads, mlps, changes)
+                joining = joining.unflatten(0, (len(mine), -1))[[order[id(edge)] for edge in mine]].flatten(0, 1)
+                hidden = torch.cat([hidden, joining])
+        final = [self._change(edge, changes) for edge in edges if edge.reader // size == arch.n_layers]
+        if final:
+            after = self._layer(arch.n_layers - 1).after
+            hidden = torch.cat([hidden[:, -after.shape[1] :], *(after + change[:, -after.shape[1] :] for change in final)])
+        return self.wave.metric(hidden)
+
+    def _change(self, edge: _Edge, known: dict[tuple[int, int], Tensor]) -> Float[Tensor, "row pos d_model"]:
+        """δ of an edge, at its position only where it has one."""
+        start = self.wave.start
+        change = known.get((edge.writer, start))
+        if change is None:
+            change = known[edge.writer, start] = self.differences.written(edge.writer, start)
+        if edge.where is None:
+            return change
+        here = torch.arange(start, start + change.shape[1], device=change.device) == edge.where[:, None]
+        return change * here[..., None]
+
+    def _layer(self, layer: int) -> _Layer:
+        """The baseline's block, run once."""
+        if layer not in self.layers:
+            before, attention = self.wave.base.inputs[layer][:, self.wave.start :], list[Tensor]()
+            attn = self.wave.model.bridge.blocks[layer].attn
+            with hooked({"attn": attn}, {"attn": lambda module, inputs, value: attention.append(value[0] if isinstance(value, tuple) else value)}):
+                after = self.wave.block(layer, before, self.template, [])
+            if layer == self.wave.model.arch.n_layers - 1 and self._answer_only:
+                before, after, attention = before[:, -1:], after[:, -1:], [attention[0][:, -1:]]
+            self.layers[layer] = _Layer(before, attention[0], after)
+        return self.layers[layer]
+
+    def _joining(self, layer: int, heads: list[_Edge], mlps: list[_Edge], known: dict[tuple[int, int], Tensor]) -> Float[Tensor, "row pos d_model"]:
+        """The block's output for edges into heads, then for edges into the MLP."""
+        arch, own = self.wave.model.arch, self._layer(layer)
+        moved = self._moved(layer, heads, known) if heads else own.attention[:0]
+        if heads and arch.parallel and layer not in self.differences.scales:
+            through = own.after.repeat(len(heads), 1, 1) + moved
+            return torch.cat([through, self._joining(layer, [], mlps, known)]) if mlps else through
+        attention = own.attention.repeat(len(heads) + len(mlps), 1, 1)
+        attention[: len(moved)] += moved
+        added = [self._change(edge, known)[:, -attention.shape[1] :] for edge in mlps]
+        return self._finished(layer, attention, torch.cat(added) if added else None)
+
+    def _moved(self, layer: int, edges: list[_Edge], known: dict[tuple[int, int], Tensor]) -> Float[Tensor, "row pos d_model"]:
+        """How the attention's output (before a norm after it) differs, for edges into its heads."""
+        arch, n = self.wave.model.arch, self.wave.program.tokens.shape[0]
+        places = [divmod(edge.reader - arch.graph.reader_slice(layer).start, arch.n_heads) for edge in edges]
+        probes: dict[Any, int] = {}
+        index = [
+            probes.setdefault((edge.writer, letter, None if edge.where is None else id(edge.where)), len(probes))
+            for edge, (letter, _) in zip(edges, places, strict=True)
+        ]
+        chosen = [index.index(probe) for probe in range(len(probes))]
+        z = self._probed(layer, [self._change(edges[i], known) for i in chosen], [places[i][0] for i in chosen])
+        z = z[:, :, -self._layer(layer).attention.shape[1] :]
+        change, weights = z[1:] - z[:1], self.differences.outputs[layer]
+        moved = []
+        for probe, (letter, head) in zip(index, places, strict=True):
+            copies = arch.graph.copies if self.grouped and letter else 1
+            seen = slice(head // copies * copies, head // copies * copies + copies)
+            moved.append(change[probe][:, :, seen].flatten(2) @ weights[seen].flatten(0, 1))
+        return torch.stack(moved).flatten(0, 1) if moved else z.new_zeros(0, n)
+
+    def _probed(self, layer: int, changes: list[Tensor], letters: list[int]) -> Float[Tensor, "probe row pos head d_head"]:
+        """The z of every head when its q (0), k (1) or v (2) alone is computed from the input plus a change; the baseline's first."""
+        model, own = self.wave.model, self.wave.base.inputs[layer][:, self.wave.start :]
+        name, n = f"blocks.{layer}.attn.hook_", own.shape[0]
+        hidden = torch.cat([own, *(own + change for change in changes)])
+        free = torch.tensor([-1, *letters], device=own.device)
+        seen: list[Tensor] = []
+        hooks: dict[str, Callable[..., Tensor | None]] = {f"{name}{letter}": partial(_held, n, free == number) for number, letter in enumerate("qkv")}
+        try:
+            with hooked(model.hooks, {**hooks, f"{name}z": partial(_see, seen)}):
+                self.wave.block(layer, hidden, self.template, [])
+        except _Seen:
+            pass
+        return model.arch.lenses["z"].shape(seen[0]).unflatten(0, (-1, n))
+
+    def _finished(
+        self, layer: int, attention: Float[Tensor, "row pos d_model"], added: Float[Tensor, "some pos d_model"] | None
+    ) -> Float[Tensor, "row pos d_model"]:
+        """The block's output with a given output of its attention, and more in the MLP's input on the last rows."""
+        model, own = self.wave.model, self._layer(layer)
+        attn = model.bridge.blocks[layer].attn
+        norm = next((name for name in (f"blocks.{layer}.ln2.hook_in", f"blocks.{layer}.ln1.hook_in") if name in model.hooks), None)
+        norm = f"blocks.{layer}.mlp.hook_in" if norm is None else norm
+        hooks = {} if added is None else {norm: partial(_add, added)}
+        object.__setattr__(attn, "forward", lambda *args, **kwargs: (attention, None))
+        try:
+            with hooked(model.hooks, hooks):
+                return self.wave.block(layer, own.before.repeat(attention.shape[0] // own.before.shape[0], 1, 1), self.template, [])
+        finally:
+            attn.__dict__.pop("forward")
+
+
+def _held(n: int, free: Tensor, module: Any, inputs: Any, value: Tensor) -> Tensor:
+    """Rows of probes that do not change this third of the attention get the baseline's."""
+    groups = value.unflatten(0, (-1, n))
+    return torch.where(free.reshape(-1, *[1] * value.ndim), groups, groups[:1]).flatten(0, 1)
+
+
+def _see(seen: list[Tensor], module: Any, inputs: Any, value: Tensor) -> Tensor:
+    seen.append(value)
+    raise _Seen
+
+
+def _add(added: Tensor, module: Any, inputs: Any, value: Tensor) -> Tensor:
+    return torch.cat([value[: value.shape[0] - added.shape[0]], value[value.shape[0] - added.shape[0] :] + added])
