@@ -205,6 +205,9 @@ def test_other_tools_find_what_they_expect(tmp_path: Path) -> None:
     assert set(named["edges"]) == set(SMALL.names())
     assert named["edges"]["input->m0"] == {"score": partly[SMALL.edge("input->m0")], "in_graph": False}
     assert named["edges"]["input->a1.h0<q>"] == {"score": 0.0, "in_graph": False, "scored": False}
+    Circuit.empty(SMALL).save(tmp_path / "empty.json")
+    marked = [name for name, entry in json.loads((tmp_path / "empty.json").read_text())["nodes"].items() if entry["in_graph"]]
+    assert marked == ["logits"], "EAP-IG always counts the logits in"
     tensors = torch.load(tmp_path / "a.pt", weights_only=True)
     assert set(tensors) == {*eap_ig_pt(), "patchlab"}
     assert (tensors["src_nodes"], tensors["dst_nodes"]) == (list(SMALL.writers), list(SMALL.readers))
