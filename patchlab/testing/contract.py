@@ -17,6 +17,7 @@ from patchlab.methods.base import DIRECTIONS, Method
 from patchlab.methods.liveness import cell_shape
 from patchlab.metrics import Answers, Metric
 from patchlab.models import Model
+from patchlab.score_arrays import unscored_readers
 from patchlab.scores import ScoreMap
 from patchlab.sites import POSITION_AXES, Site, parse_sites
 from patchlab.tasks.base import Task
@@ -33,9 +34,10 @@ def check_method(
 ) -> None:
     """Check the contract that every method must pass.
 
-    Scores have the right axes, are finite (or NaN throughout with a reason), read-only and zero at structural zeros; they do
-    not depend on batch size or on the order of the examples; provenance, the literal engine's cost and the unpatched metrics are true; a saved
-    map loads as it was; the model comes out bit for bit as it went in, also after an exception in the metric.
+    Scores have the right axes, are finite (or NaN throughout with a reason, edges reader by reader), read-only and zero at
+    structural zeros; they do not depend on batch size or on the order of the examples; provenance, the literal engine's cost and
+    the unpatched metrics are true; a saved map loads as it was; the model comes out bit for bit as it went in, also after an
+    exception in the metric.
 
     Args:
         method: the method.
@@ -173,6 +175,10 @@ def _check_map(method: Method, model: Model, task: Task, sites: tuple[Site, ...]
             _require(bool(np.isnan(values).all()), f"{name} is not scored but has values")
             _require(len(scores.provenance["not_scored"][name]) > 10, f"{name} is not scored and nothing says why")
             continue
+        if site.kind == "edges":
+            cut = unscored_readers(scores.provenance)
+            _require(bool(np.isnan(values[:, :, cut]).all()), f"{name} has values for readers that are not scored")
+            values, live = values[:, :, ~cut], live[:, ~cut]
         _require(bool(np.isfinite(values).all()), f"{name} has scores that are not finite")
         largest = float(np.abs(values).max(initial=0.0))
         _require(float(np.abs(values[:, ~live]).max(initial=0.0)) <= 1e-6 * largest, f"structural zeros of {name} are not zero")
