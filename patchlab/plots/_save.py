@@ -69,6 +69,9 @@ def save(
 
 
 def _image(figure: go.Figure, kind: str, scale: float | int) -> bytes:
+    if figure.layout.sliders or figure.layout.updatemenus:  # nobody can move them in an image
+        figure = go.Figure(figure)
+        figure.layout.sliders = figure.layout.updatemenus = None
     return figure.to_image(format=kind.lstrip("."), scale=scale)
 
 

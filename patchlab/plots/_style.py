@@ -17,6 +17,8 @@ INK, MUTED, GREY, PALE = "#1f2328", "#636c76", "#dcdfe3", "#f3f4f6"
 FONT = "Helvetica Neue, Helvetica, Arial, Liberation Sans, DejaVu Sans, sans-serif"
 RED_BLUE = "RdBu"
 """Red below 0, blue above, white at 0: the scale of the patching literature."""
+NEGATIVE, POSITIVE, UNSCORED = "#b2182b", "#2166ac", "#8b949e"
+"""The ends of that scale, for lines; and what has no score."""
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255", "#999933")
 """Okabe and Ito's palette (2008), told apart with colour-blind eyes, extended by two of Tol's."""
 

@@ -1,0 +1,51 @@
+"""Circuits as DOT text, the language of Graphviz."""
+
+import numpy as np
+
+from patchlab.circuits.circuit import Circuit
+
+_STYLES = {"q": "dashed", "k": "dotted"}
+_WIDEST = 6.0
+
+
+def to_dot(circuit: Circuit) -> str:
+    """The circuit as a digraph in DOT, layers from bottom to top.
+
+    An edge into a head carries its letter ``q``, ``k`` or ``v`` as label; width grows with |score|, red is a negative and blue a positive score, grey
+    no score. A position-resolved circuit is collapsed, and says so in a comment. Graphviz (``dot -Tsvg``) draws it; patchlab does not need it.
+
+    Example:
+        >>> from patchlab.graph import Graph
+        >>> print(to_dot(Circuit.of(Graph(1, 1, 4), ["input->a0.h0<v>", "a0.h0->logits"])))
+        digraph circuit {
+          // a graph of 1 layers × 1 heads, width 4: 2 of 8 edges
+          rankdir=BT; node [shape=box, fontname="Helvetica"]; edge [fontname="Helvetica", fontsize=9];
+          { rank=same; "input"; }
+          { rank=same; "a0.h0"; }
+          { rank=same; "logits"; }
+          "input" -> "a0.h0" [label="v", color="#8b949e", penwidth=1.00, style=solid, tooltip="input->a0.h0<v>"];
+          "a0.h0" -> "logits" [color="#8b949e", penwidth=1.00, style=solid, tooltip="a0.h0->logits"];
+        }
+    """
+    flat, graph = circuit.collapsed(), circuit.graph
+    pairs = np.argwhere(flat.edges)
+    scores = np.full(len(pairs), np.nan) if flat.scores is None else flat.scores[tuple(pairs.T)]
+    largest = float(np.nan_to_num(np.abs(scores)).max(initial=0.0)) or 1.0
+    lines = ["digraph circuit {", f"  // {graph}: {flat.n_edges:,} of {graph.n_edges:,} edges"]
+    if circuit.n_positions is not None:
+        lines.append(f"  // {circuit.n_positions} positions collapsed: an edge is there if it is kept at any, its score is the sum")
+    lines.append('  rankdir=BT; node [shape=box, fontname="Helvetica"]; edge [fontname="Helvetica", fontsize=9];')
+    rows: dict[str, list[str]] = {}
+    for node in circuit.nodes:
+        rows.setdefault(node.partition(".h")[0], []).append(node)
+    for row in rows.values():
+        lines.append("  { rank=same; " + " ".join(f'"{node}";' for node in row) + " }")
+    for (writer, reader), score in zip(pairs.tolist(), scores.tolist(), strict=True):
+        kind, known = graph.reader_kind[reader], not np.isnan(score)
+        label = f'label="{kind}", ' if len(kind) == 1 else ""
+        colour = "#8b949e" if not known else "#b2182b" if score < 0 else "#2166ac"
+        width = 1.0 + (_WIDEST - 1.0) * abs(score) / largest if known else 1.0
+        tooltip = graph.name(writer, reader) + (f" {score:+.4g}" if known else "")
+        look = f'{label}color="{colour}", penwidth={width:.2f}, style={_STYLES.get(kind, "solid")}, tooltip="{tooltip}"'
+        lines.append(f'  "{graph.writers[writer]}" -> "{graph.nodes[graph.reader_node[reader]]}" [{look}];')
+    return "\n".join([*lines, "}"])

@@ -1,0 +1,273 @@
+"""The graph of a circuit in layers: input at the bottom, logits on top, edges by sign and size."""
+
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+
+from patchlab.circuits import Circuit
+from patchlab.errors import CircuitError
+from patchlab.plots._circuit_layout import HALF_HEIGHT, HALF_WIDTH, PORTS, Layout, place, routes
+from patchlab.plots._style import INK, MUTED, NEGATIVE, PALE, POSITIVE, UNSCORED, Box, Page, words_width
+
+SIZES = (5, 10, 20, 50, 100, 200, 500, 1000)
+"""Sizes that the slider offers, beside the one asked for and the whole circuit."""
+DASHES = {"q": "dash", "k": "dot"}
+_WIDTHS = (1.0, 1.6, 2.4, 3.4, 4.6, 6.0, 7.6, 9.4)
+_TOP, _BOTTOM, _SLIDER = 104, 12, 64
+
+
+@dataclass(frozen=True)
+class EdgeMark:
+    """An edge: its ends, what it feeds (``q``, ``k``, ``v``, ``mlp``, ``logits``), its score (NaN: none), and its hover text."""
+
+    name: str
+    writer: str
+    reader: str
+    kind: str
+    score: float
+    hover: str
+
+
+@dataclass(frozen=True)
+class View:
+    """The edges of largest |score| and the nodes they join, with the inputs of a head that are used, in places."""
+
+    edges: tuple[EdgeMark, ...]
+    nodes: dict[str, tuple[str, ...]]
+    layout: Layout
+
+
+@dataclass(frozen=True)
+class CircuitData:
+    """Views of several sizes, which of them is shown first, the largest |score|, and the words around them."""
+
+    title: str
+    about: str
+    legend: tuple[str, ...]
+    n_edges: int
+    largest: float
+    views: tuple[View, ...]
+    shown: int
+
+    def subtitle(self, view: View) -> str:
+        """What a view shows: ``50 of 756 edges``."""
+        return f"<b>{len(view.edges):,} of {self.n_edges:,} edges</b>{self.about}"
+
+
+def _prepare_circuit(circuit: Circuit, max_edges: int = 50) -> CircuitData:
+    if max_edges < 1:
+        raise CircuitError(f"max_edges is {max_edges}; draw at least 1 edge.")
+    if not circuit.n_edges:
+        raise CircuitError("the circuit has no edges, so there is nothing to draw; choose a larger one.")
+    flat = circuit.collapsed()
+    marks = _marks(circuit, flat)
+    first = min(max_edges, len(marks))
+    most = max(first, SIZES[-1])
+    offered = {size for size in SIZES if size <= 0.75 * len(marks)}
+    sizes = sorted({size for size in (*offered, first, len(marks)) if size <= most})
+    views = []
+    for size in sizes:
+        edges = tuple(marks[:size])
+        joined = {mark.writer for mark in edges} | {mark.reader for mark in edges}
+        used = {(mark.reader, mark.kind) for mark in edges}
+        nodes = {node: tuple(letter for letter in PORTS if (node, letter) in used) for node in circuit.graph.nodes if node in joined}
+        views.append(View(edges, nodes, place(circuit.graph, nodes)))
+    scores = np.abs([mark.score for mark in marks])
+    record = circuit.provenance
+    who = " × ".join(str(record[key]) for key in ("model", "task") if record.get(key)) or str(circuit.graph)
+    method = record.get("method") or record.get("file")
+    title = f"Circuit of {who}" + (f", {method}" if method else "")
+    words = [*([f"largest by |{_what(record)}|"] if len(sizes) > 1 else []), *(str(record[key]) for key in ("how", "direction") if record.get(key))]
+    words += ["pruned"] * bool(record.get("pruned"))
+    words += [f"{circuit.n_positions} positions collapsed"] * (circuit.n_positions is not None)
+    about = "".join(f" · {escape(word, quote=False)}" for word in words)
+    known = scores[np.isfinite(scores)]
+    largest = float(known.max(initial=0.0))
+    return CircuitData(title, about, _legend(record, marks, largest), len(marks), largest, tuple(views), sizes.index(first))
+
+
+def _what(record: dict[str, Any]) -> str:
+    return "effect" if record.get("direction") else "score"
+
+
+def _marks(circuit: Circuit, flat: Circuit) -> list[EdgeMark]:
+    """The edges, largest |score| first; those without a score last, in the order of the graph."""
+    graph, unit = circuit.graph, str(circuit.provenance.get("metric_unit", ""))
+    pairs = np.argwhere(flat.edges)
+    scores = np.full(len(pairs), np.nan) if flat.scores is None else flat.scores[tuple(pairs.T)]
+    order = np.argsort(-np.nan_to_num(np.abs(scores), nan=-1.0), kind="stable")
+    marks = []
+    for i in order:
+        writer, reader = pairs[i].tolist()
+        name, score = graph.name(writer, reader), float(scores[i])
+        value = "no score" if np.isnan(score) else f"{_what(circuit.provenance)} {score:+.3g} {unit}"
+        hover = f"<b>{escape(name)}</b><br>{escape(value)}{_at(circuit, writer, reader)}"
+        marks.append(EdgeMark(name, graph.writers[writer], graph.nodes[graph.reader_node[reader]], graph.reader_kind[reader], score, hover))
+    return marks
+
+
+def _at(circuit: Circuit, writer: int, reader: int) -> str:
+    """At which positions an edge of a position-resolved circuit is kept, the largest first."""
+    if circuit.n_positions is None:
+        return ""
+    kept = np.flatnonzero(circuit.edges[writer, reader])
+    names = circuit.positions or [str(i) for i in range(circuit.n_positions)]
+    if circuit.scores is None:
+        return f"<br>at {escape(', '.join(names[i] for i in kept[:6]))}"
+    values = circuit.scores[writer, reader]
+    order = kept[np.argsort(-np.abs(values[kept]), kind="stable")][:6]
+    return f"<br>at {escape(', '.join(f'{names[i]} {values[i]:+.2g}' for i in order))}"
+
+
+def _legend(record: dict[str, Any], marks: list[EdgeMark], largest: float) -> tuple[str, ...]:
+    """Two lines: what the colours mean, and the strokes and widths."""
+
+    def line(colour: str, words: str, stroke: str = "━━") -> str:
+        return f'<span style="color:{colour}">{stroke}</span> {escape(words, quote=False)}'
+
+    metric = record.get("metric", "the metric")
+    signs = {NEGATIVE: [mark for mark in marks if mark.score < 0], POSITIVE: [mark for mark in marks if mark.score > 0]}
+    if record.get("direction") in ("noising", "denoising"):
+        helps = {"noising": NEGATIVE, "denoising": POSITIVE}[record["direction"]]
+        told = {
+            colour: f"patching it {change} {metric}: it {'supports the behaviour' if colour == helps else 'works against it'}"
+            for colour, change in ((NEGATIVE, "lowers"), (POSITIVE, "raises"))
+        }
+    else:
+        told = {NEGATIVE: "negative score", POSITIVE: "positive score"}
+    words = [line(colour, told[colour]) for colour, some in signs.items() if some]
+    if any(np.isnan(mark.score) for mark in marks):
+        words.append(line(UNSCORED, "no score"))
+    kinds = {mark.kind for mark in marks}
+    strokes = {letter: line(MUTED, f"into {letter}", stroke) for letter, stroke in {"q": "╍╍", "k": "┅┅"}.items() if letter in kinds}
+    looks = [*strokes.values(), line(MUTED, "into v, an MLP or the logits")] if strokes else []
+    if largest:
+        unit = f" {record['metric_unit']}" if record.get("metric_unit") else ""
+        looks.append(f"width: |{_what(record)}|, thickest {largest:.3g}{escape(unit, quote=False)}")
+    return tuple(" &nbsp;·&nbsp; ".join(some) for some in (words, looks) if some)
+
+
+def circuit(circuit: Circuit, max_edges: int = 50) -> go.Figure:
+    """A circuit as a graph in layers: the input at the bottom, the logits on top, information flows upwards.
+
+    Shows the ``max_edges`` edges of largest |score|; the slider changes how many (5, 10, 20, 50, ..., at most 1,000 or ``max_edges``).
+    Heads stand in a column per head index, their inputs q, k, v are places in the lower side of the box. Red edges have a negative effect, blue
+    ones a positive effect (as in the heatmaps), the width is |effect|. Of a position-resolved circuit the positions are summed; the hover text
+    has them.
+
+    Args:
+        circuit: what to draw.
+        max_edges: how many edges are shown first.
+
+    Raises:
+        CircuitError: a circuit without edges, or ``max_edges`` below 1.
+
+    Example:
+        >>> relp = pl.RelevancePatching().run(model, task, "edges", direction="noising")  # doctest: +SKIP
+        >>> pl.plots.circuit(pl.circuits.top_n(relp, 200)).show()  # doctest: +SKIP
+    """
+    return _draw(_prepare_circuit(circuit, max_edges))
+
+
+def _draw(data: CircuitData) -> go.Figure:
+    pages = [_draw_view(data, view) for view in data.views]
+    figure = pages[data.shown]
+    if len(pages) == 1:
+        return figure
+    traces: list[tuple[Any, int]] = [(trace, i) for i, page in enumerate(pages) for trace in page.data]
+    steps = []
+    for i, (page, view) in enumerate(zip(pages, data.views, strict=True)):
+        layout = page.layout
+        changes = {name: layout[name] for name in ("width", "height", "annotations", "shapes")}
+        changes |= {f"{axis}.{name}": layout[axis][name] for axis in ("xaxis", "yaxis") for name in ("range", "domain")}
+        changes |= {"yaxis.tickvals": layout.yaxis.tickvals, "yaxis.ticktext": layout.yaxis.ticktext}
+        steps.append({"label": f"{len(view.edges):,}", "method": "update", "args": [{"visible": [own == i for _, own in traces]}, changes]})
+    whole = go.Figure(layout=figure.layout)
+    for trace, own in traces:
+        trace.visible = own == data.shown
+        whole.add_trace(trace)
+    whole.update_layout(sliders=[{
+        "active": data.shown,
+        "steps": steps,
+        "currentvalue": {"prefix": "edges: ", "font": {"size": 12, "color": INK}},
+        "x": 0, "y": 0, "xanchor": "left", "yanchor": "bottom", "lenmode": "pixels", "len": min(420, 60 + 50 * len(steps)),
+        "pad": {"l": 16, "b": 8, "t": 0},
+        "font": {"size": 11, "color": MUTED},
+        "minorticklen": 0,
+        "ticklen": 4,
+        "bordercolor": MUTED,
+    }])  # fmt: skip
+    return whole
+
+
+def _draw_view(data: CircuitData, view: View) -> go.Figure:
+    layout, subtitle = view.layout, data.subtitle(view)
+    slider = _SLIDER if len(data.views) > 1 else 0
+    area, margin, left = layout.right - layout.left, 42, 76
+    height = layout.height + 2 * margin
+    width = max(words_width(data.title, subtitle), *(words_width("", line) for line in data.legend), left + area + 16)
+    page = Page(width, _TOP + height + _BOTTOM + slider, data.title, subtitle)
+    for i, words in enumerate(data.legend):
+        page.note(16, 60 + 20 * i, words)
+    ticks = {"tickvals": [(band.low + band.high) / 2 for band in layout.bands], "ticktext": [f"layer {band.layer}" for band in layout.bands]}
+    spare = max(0.0, width - 16 - left - area)
+    hidden = {"showline": False, "ticks": "", "fixedrange": False}
+    box = Box(left, _TOP, area + spare, height)
+    across = {"range": [layout.left - spare / 2, layout.right + spare / 2], "showticklabels": False, **hidden}
+    up = {"range": [-margin, layout.height + margin], "tickmode": "array", "tickfont": {"size": 11, "color": MUTED}, **ticks, **hidden}
+    where = page.panel(box, across, up)
+    for i, band in enumerate(layout.bands):
+        shade = PALE if i % 2 == 0 else "white"
+        size = {"x0": 0, "x1": 1, "y0": band.low, "y1": band.high}
+        page.figure.add_shape(type="rect", xref="x domain", yref="y", **size, fillcolor=shade, line_width=0, layer="below")
+    _draw_edges(page, data, view, where)
+    _draw_nodes(page, view, where)
+    page.figure.update_layout(hovermode="closest", hoverdistance=12)
+    return page.figure
+
+
+def _draw_edges(page: Page, data: CircuitData, view: View, where: dict[str, str]) -> None:
+    """Edges of one colour, width and stroke are one trace, so that hundreds of edges are tens of traces; the thin ones are drawn first."""
+    points = 40 if len(view.edges) <= 100 else 16
+    lines = routes(view.layout, [(mark.writer, mark.reader, mark.kind) for mark in view.edges], points)
+    groups: dict[tuple[float, str, str], list[tuple[EdgeMark, np.ndarray]]] = {}
+    for mark, line in zip(view.edges, lines, strict=True):
+        colour = UNSCORED if np.isnan(mark.score) else NEGATIVE if mark.score < 0 else POSITIVE
+        share = abs(mark.score) / data.largest if data.largest and not np.isnan(mark.score) else 0.0
+        width = min(_WIDTHS, key=lambda w: abs(w - (_WIDTHS[0] + share * (_WIDTHS[-1] - _WIDTHS[0]))))
+        groups.setdefault((width, colour, DASHES.get(mark.kind, "solid")), []).append((mark, line.round(1)))
+    for (width, colour, dash), members in sorted(groups.items()):
+        x, y, text = [], [], []
+        for mark, line in members:
+            x += [*line[:, 0].tolist(), None]
+            y += [*line[:, 1].tolist(), None]
+            text += [mark.hover] * len(line) + [None]
+        look = {"mode": "lines", "line": {"color": colour, "width": width, "dash": dash}, "opacity": 0.7}
+        page.figure.add_trace(go.Scatter(x=x, y=y, text=text, hovertemplate="%{text}<extra></extra>", **look, **where))
+
+
+def _draw_nodes(page: Page, view: View, where: dict[str, str]) -> None:
+    x, y = [], []
+    for a, b in view.layout.places.values():
+        x += [a - HALF_WIDTH, a + HALF_WIDTH, a + HALF_WIDTH, a - HALF_WIDTH, a - HALF_WIDTH, None]
+        y += [b - HALF_HEIGHT, b - HALF_HEIGHT, b + HALF_HEIGHT, b + HALF_HEIGHT, b - HALF_HEIGHT, None]
+    fill = {"fill": "toself", "fillcolor": "white", "line": {"color": INK, "width": 1}}
+    page.figure.add_trace(go.Scatter(x=x, y=y, mode="lines", hoverinfo="skip", **fill, **where))
+    names = [f"<b>{node}</b>" for node in view.nodes]
+    places = [view.layout.places[node] for node in view.nodes]
+    raised = [b + 5 if letters else b for (_, b), letters in zip(places, view.nodes.values(), strict=True)]
+    hover = [_node_text(node, view.edges) for node in view.nodes]
+    text = {"mode": "text", "text": names, "textfont": {"size": 11, "color": INK}, "hovertext": hover}
+    page.figure.add_trace(go.Scatter(x=[a for a, _ in places], y=raised, hovertemplate="%{hovertext}<extra></extra>", **text, **where))
+    ports = [(*view.layout.places[node], letter) for node, letters in view.nodes.items() for letter in letters]
+    small = {"mode": "text", "textfont": {"size": 9, "color": MUTED}, "hoverinfo": "skip", "text": [letter for *_, letter in ports]}
+    page.figure.add_trace(go.Scatter(x=[a + PORTS[letter] for a, _, letter in ports], y=[b - 8 for _, b, _ in ports], **small, **where))
+
+
+def _node_text(node: str, edges: tuple[EdgeMark, ...]) -> str:
+    into, out = ([mark for mark in edges if end(mark) == node] for end in (lambda mark: mark.reader, lambda mark: mark.writer))
+    counts = [f"{len(some)} {words}" for some, words in ((into, "in"), (out, "out")) if some]
+    return f"<b>{node}</b><br>edges shown: {', '.join(counts)}"
