@@ -1,20 +1,34 @@
 """Circuits: parts of a model's graph, chosen from edge scores, exchanged as files, and evaluated."""
 
+from patchlab.circuits.ablations import ABLATIONS, OptimalFit
 from patchlab.circuits.circuit import Circuit
+from patchlab.circuits.curves import FaithfulnessCurve, faithfulness_curve, random_circuit
+from patchlab.circuits.dot import to_dot
+from patchlab.circuits.evaluate import Evaluation, evaluate
 from patchlab.circuits.files import read, write
+from patchlab.circuits.heldout import split
 from patchlab.circuits.select import greedy, threshold, top_n
 from patchlab.circuits.shape import kv_view
 from patchlab.circuits.submission import MIB_FRACTIONS, convert, read_submission, write_submission
 
 __all__ = [
+    "ABLATIONS",
     "MIB_FRACTIONS",
     "Circuit",
+    "Evaluation",
+    "FaithfulnessCurve",
+    "OptimalFit",
     "convert",
+    "evaluate",
+    "faithfulness_curve",
     "greedy",
     "kv_view",
+    "random_circuit",
     "read",
     "read_submission",
+    "split",
     "threshold",
+    "to_dot",
     "top_n",
     "write",
     "write_submission",

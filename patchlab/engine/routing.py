@@ -69,7 +69,7 @@ def run_circuits(
     if model not in _checked:
         _check_model(model)
         _checked.add(model)
-    rows, budget = program.tokens.shape[0], _budget(model, max_bytes)
+    rows, budget = program.tokens.shape[0], pass_bytes(model) if max_bytes is None else max_bytes
     fitting = max(1, int(budget // row_bytes(model, program.tokens.shape[1])))
     each = min(rows, fitting)
     layers, parts = layers_of(model), []
@@ -82,6 +82,11 @@ def run_circuits(
                 done(of_rows[-1].numel())
         parts.append(torch.cat(of_rows, 1))
     return torch.cat(parts)
+
+
+def pass_bytes(model: Any) -> int:
+    """Memory for the activations of one forward pass where no budget is given, in bytes."""
+    return CPU_BYTES if model.device.type == "cpu" else ACCELERATOR_BYTES
 
 
 def row_bytes(model: Any, length: int) -> int:
@@ -226,11 +231,6 @@ def _part(program: Program, part: slice) -> Program:
 
 def _slices(total: int, size: int) -> list[slice]:
     return [slice(start, min(total, start + size)) for start in range(0, total, size)]
-
-
-def _budget(model: Any, max_bytes: int | float | None) -> int | float:
-    usual = CPU_BYTES if model.device.type == "cpu" else ACCELERATOR_BYTES
-    return usual if max_bytes is None else max_bytes
 
 
 def _check(model: Any, program: Program, ablated: Contributions, keep: Bool[Tensor, "circuit writer reader *where"]) -> None:
