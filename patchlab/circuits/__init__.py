@@ -7,6 +7,7 @@ from patchlab.circuits.dot import to_dot
 from patchlab.circuits.evaluate import Evaluation, evaluate
 from patchlab.circuits.files import read, write
 from patchlab.circuits.heldout import split
+from patchlab.circuits.roc import ROC, agreement_with, roc
 from patchlab.circuits.select import greedy, threshold, top_n
 from patchlab.circuits.shape import kv_view
 from patchlab.circuits.submission import MIB_FRACTIONS, convert, read_submission, write_submission
@@ -14,10 +15,12 @@ from patchlab.circuits.submission import MIB_FRACTIONS, convert, read_submission
 __all__ = [
     "ABLATIONS",
     "MIB_FRACTIONS",
+    "ROC",
     "Circuit",
     "Evaluation",
     "FaithfulnessCurve",
     "OptimalFit",
+    "agreement_with",
     "convert",
     "evaluate",
     "faithfulness_curve",
@@ -26,6 +29,7 @@ __all__ = [
     "random_circuit",
     "read",
     "read_submission",
+    "roc",
     "split",
     "threshold",
     "to_dot",

@@ -131,7 +131,7 @@ class _Ranked:
         if by not in BY:
             raise CircuitError(unknown("importance", by, BY))
         if isinstance(scores, ScoreMap):
-            effects, provenance = _mean_effects(scores)
+            effects, provenance = mean_effects(scores)
             graph, direction = scores.graph, str(scores.provenance.get("direction"))
         else:
             effects, provenance = scores, {"direction": direction}
@@ -170,7 +170,12 @@ class _Ranked:
         return made.pruned() if prune else made
 
 
-def _mean_effects(scores: ScoreMap) -> tuple[Float[np.ndarray, "writer reader *pos"], dict[str, Any]]:
+def mean_effects(scores: ScoreMap) -> tuple[Float[np.ndarray, "writer reader *pos"], dict[str, Any]]:
+    """Mean effects of the edges of a map, and its provenance with the names of the positions.
+
+    Raises:
+        CircuitError: a map without edge scores, or with more than one site of them.
+    """
     names = [name for name in scores.sites if parse_site(name).kind == "edges"]
     usable = [name for name in names if parse_site(name).axes in (("writer", "reader"), ("writer", "reader", "pos"))]
     if len(usable) != 1:
