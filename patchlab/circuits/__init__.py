@@ -1,6 +1,7 @@
 """Circuits: parts of a model's graph, chosen from edge scores, exchanged as files, and evaluated."""
 
 from patchlab.circuits.ablations import ABLATIONS, OptimalFit
+from patchlab.circuits.acdc import acdc
 from patchlab.circuits.circuit import Circuit
 from patchlab.circuits.curves import FaithfulnessCurve, faithfulness_curve, random_circuit
 from patchlab.circuits.dot import to_dot
@@ -20,6 +21,7 @@ __all__ = [
     "Evaluation",
     "FaithfulnessCurve",
     "OptimalFit",
+    "acdc",
     "agreement_with",
     "convert",
     "evaluate",

@@ -1,0 +1,193 @@
+"""ACDC: take edges away one after the other, from the logits upwards, and keep those that are missed.
+
+Source: Conmy et al. 2023, "Towards automated circuit discovery for mechanistic interpretability", arXiv 2304.14997, algorithm 1.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from tqdm.auto import tqdm
+
+from patchlab.circuits.ablations import Ablation, ablation_for
+from patchlab.circuits.circuit import Circuit
+from patchlab.circuits.measure import described, full_divergence, rows_per_pass, with_full_logits
+from patchlab.engine.routing import run_circuits
+from patchlab.errors import CircuitError, unknown
+from patchlab.graph import Graph
+from patchlab.models import Model
+from patchlab.tasks.base import Task
+
+MEASURES = ("kl", "metric")
+LONGEST = 64
+"""Edges that are taken away tentatively in one go, at most."""
+
+
+def acdc(
+    model: Model,
+    task: Task,
+    taus: float | Sequence[float],
+    *,
+    measure: str = "kl",
+    ablation: str = "resample",
+    train: Task | None = None,
+    prune: bool = True,
+    max_memory: int | float | None = None,
+    progress: bool = True,
+) -> dict[float, Circuit]:
+    """A circuit per threshold: an edge goes if without it the measure is worse by less than ``tau`` than with it.
+
+    Readers are visited from the logits upwards and the writers of each from the last to the first; what was taken away stays away. Several edges
+    are tried in one forward pass, each on top of those before it, up to the first that is kept; the result is that of the loop over single edges.
+
+    Args:
+        model: the model.
+        task: examples; the measure is a mean over them.
+        taus: thresholds above 0, in nats (``kl``) or in the metric's unit.
+        measure: ``kl`` to the full model's output, or ``metric`` (the task's; higher is better).
+        ablation: what edges that are taken away carry; see :data:`patchlab.circuits.ABLATIONS` (not ``optimal``).
+        train: examples for means.
+        prune: drop what dangles afterwards.
+        max_memory: bytes for the activations of one forward pass.
+        progress: show a progress bar on stderr.
+
+    Returns:
+        A circuit by threshold. Its ``scores`` are the effects of the edges when they were tried (a noising effect: negative is worse);
+        provenance counts ``forwards``, edges ``tried`` (with the repeated ones) and edges ``skipped`` because what they feed was gone.
+
+    Raises:
+        CircuitError: no thresholds, one that is not above 0, an unknown measure, or an ablation that would be fitted anew at every step.
+
+    Example:
+        >>> circuits = acdc(model, task, [0.01, 0.1])  # doctest: +SKIP
+    """
+    chosen = [float(tau) for tau in ([taus] if isinstance(taus, (int, float)) else taus)]
+    if not chosen or not all(0 < tau < float("inf") for tau in chosen):
+        raise CircuitError(f"ACDC needs thresholds above 0; got {chosen}. An edge goes if the measure is worse by less than tau without it.")
+    if measure not in MEASURES:
+        raise CircuitError(unknown("measure", measure, MEASURES))
+    if ablation == "optimal":
+        raise CircuitError("ACDC changes the circuit at every step, and optimal ablation would be fitted anew each time; use 'mean' or 'resample'.")
+    way = ablation_for(model, task, ablation, train=train)
+    graph = model.arch.graph
+    found: dict[float, Circuit] = {}
+    with tqdm(total=len(chosen) * graph.n_edges, desc="acdc", unit="edge", disable=not progress, leave=False) as bar:
+        for tau in chosen:
+            search = _Search(_Measure(model, task, way, measure, max_memory), graph, tau, bar)
+            circuit = Circuit(graph, search.run(), search.effects, _provenance(model, task, way, measure, search))
+            found[tau] = circuit.pruned() if prune else circuit
+    return found
+
+
+def _provenance(model: Model, task: Task, way: Ablation, measure: str, search: "_Search") -> dict[str, Any]:
+    counts = {"forwards": search.measure.forwards, "tried": search.tried, "skipped": search.skipped}
+    how = f"ACDC with tau {search.tau:g} by {measure}"
+    record = {**described(model, task), **way.provenance(), "method": "acdc", "direction": "noising", "how": how}
+    return {**record, "tau": search.tau, "measure": measure, **counts}
+
+
+@dataclass
+class _Measure:
+    """The measure of circuits, mean over the examples; higher is better."""
+
+    model: Model
+    task: Task
+    way: Ablation
+    kind: str
+    max_memory: int | float | None
+    forwards: int = 0
+    parts: list[Any] = field(init=False)
+
+    def __post_init__(self) -> None:
+        metric = self.task.metric if self.kind == "metric" else full_divergence(self.task.metric.reads)
+        batches = self.task.batches(rows_per_pass(self.model, self.task), self.model.device)
+        self.parts = [(with_full_logits(self.model, batch, metric), self.way.of(batch)) for batch in batches]
+        self.forwards += len(batches) * (metric.needs_clean + (self.way.constants is None))
+
+    def __call__(self, masks: Bool[np.ndarray, "circuit writer reader"]) -> Float[np.ndarray, " circuit"]:
+        total = np.zeros(len(masks))
+        keep = torch.as_tensor(masks, device=self.model.device)
+        with torch.no_grad():
+            for program, ablated in self.parts:
+                values = run_circuits(self.model, program, ablated, keep, max_bytes=self.max_memory, done=self._count)
+                total += values.double().sum(1).cpu().numpy()
+        return total / len(self.task)
+
+    def _count(self, finished: int) -> None:
+        self.forwards += 1
+
+
+@dataclass
+class _Search:
+    """The state of one search: which edges are left, and what the measure is with them."""
+
+    measure: _Measure
+    graph: Graph
+    tau: float
+    bar: Any
+    tried: int = 0
+    skipped: int = 0
+
+    def run(self) -> Bool[np.ndarray, "writer reader"]:
+        """The edges that are kept."""
+        self.kept = self.graph.allowed.copy()
+        self.effects = np.full(self.kept.shape, np.nan)
+        value, length = float(self.measure(self.kept[None])[0]), 8
+        order = list(_order(self.graph))
+        place = 0
+        while place < len(order):
+            trial = self._next(order[place : place + length])
+            if not trial:
+                self._drop(order[place])
+                place += 1
+                continue
+            masks = np.repeat(self.kept[None], len(trial), axis=0)
+            for i, edge in enumerate(trial):
+                masks[(slice(i, None), *edge)] = False
+            values = self.measure(masks)
+            self.tried += len(trial)
+            gone = 0
+            for edge, after in zip(trial, values.tolist(), strict=True):
+                self.effects[edge] = after - value
+                if value - after >= self.tau:
+                    place += 1
+                    self.bar.update(1)
+                    break
+                self.kept[edge] = False
+                value, gone = after, gone + 1
+            place += gone
+            self.bar.update(gone)
+            length = min(LONGEST, 2 * length) if gone == len(trial) else max(2, min(LONGEST, 2 * gone))
+        return self.kept
+
+    def _next(self, edges: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        """The edges to try together: up to one whose reader would feed nothing any more; none if the first already feeds nothing."""
+        left = self.kept.copy()
+        trial = []
+        for edge in edges:
+            if not self._feeds(left, edge[1]):
+                break
+            trial.append(edge)
+            left[edge] = False
+        return trial
+
+    def _feeds(self, kept: Bool[np.ndarray, "writer reader"], reader: int) -> bool:
+        node = int(self.graph.reader_node[reader])
+        return node == len(self.graph.writers) or bool(kept[node].any())
+
+    def _drop(self, edge: tuple[int, int]) -> None:
+        """Take away an edge into what feeds nothing: no output changes."""
+        self.kept[edge] = False
+        self.effects[edge] = 0.0
+        self.skipped += 1
+        self.bar.update(1)
+
+
+def _order(graph: Graph) -> Iterator[tuple[int, int]]:
+    """Readers from the logits upwards, the writers of each from the last to the first."""
+    for reader in reversed(range(len(graph.readers))):
+        for writer in reversed(np.flatnonzero(graph.allowed[:, reader]).tolist()):
+            yield writer, reader
