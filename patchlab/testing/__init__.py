@@ -9,13 +9,14 @@ For people who write a method of their own::
         check_method(MyMethod(), model, toy_task(model), ["resid_pre", "z"])
 """
 
-from patchlab.testing.circuits import TOY_CIRCUITS, ToyCircuit, induction_toy, lookup_toy
+from patchlab.testing.circuits import TOY_CIRCUITS, ToyCircuit, auc_table, induction_toy, lookup_toy
 from patchlab.testing.contract import check_method
 from patchlab.testing.toys import linear_toy, micro_model, micro_task, toy_task
 
 __all__ = [
     "TOY_CIRCUITS",
     "ToyCircuit",
+    "auc_table",
     "check_method",
     "induction_toy",
     "linear_toy",

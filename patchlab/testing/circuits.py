@@ -12,13 +12,15 @@ answer is lost (each docstring says why).
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
 import numpy as np
-from jaxtyping import Bool
+import pandas as pd
 
+from patchlab.circuits import Circuit, roc
+from patchlab.methods import get_method
 from patchlab.metrics import METRICS
 from patchlab.models import Model
 from patchlab.tasks.base import Pair, Task
@@ -51,9 +53,9 @@ class ToyCircuit:
     level: float
 
     @property
-    def truth(self) -> Bool[np.ndarray, "writer reader"]:
-        """The true edges as a mask over the graph."""
-        return self.model.arch.graph.mask(self.edges)
+    def circuit(self) -> Circuit:
+        """The true edges as a circuit."""
+        return Circuit.of(self.model.arch.graph, self.edges)
 
     def __repr__(self) -> str:
         return f"ToyCircuit({self.name}: {len(self.edges)} of {self.model.arch.graph.n_edges} edges, {len(self.task)} pairs)"
@@ -152,6 +154,43 @@ def lookup_toy(*, sharpness: float = 12.0, leak: float = 1e-3, seed: int = 0) ->
 
 TOY_CIRCUITS: Mapping[str, Callable[..., ToyCircuit]] = MappingProxyType({"induction": induction_toy, "lookup": lookup_toy})
 """The toys by name."""
+AUC_METHODS = (
+    "exact",
+    "atp",
+    "ig:5",
+    "eap-ig-inputs:5",
+    "eap-ig-activations:5",
+    "clean-corrupted",
+    "relp",
+    "attnlrp",
+    "gim",
+    "cp-lrp",
+    "relp-ah",
+    "relp+ig:5",
+)
+"""The methods of :func:`auc_table`."""
+
+
+def auc_table(methods: Iterable[str] = AUC_METHODS, *, toys: Mapping[str, ToyCircuit] | None = None) -> pd.DataFrame:
+    """How well the edge scores of methods tell the true edges of toys from the others: AUC, one row per method, one column per toy.
+
+    Scores are means over the examples in the noising direction, ranked by size; edges that a method cannot score rank last.
+
+    Args:
+        methods: by name.
+        toys: by the names of the columns; default both at a sharpness of 12, where softmax still passes a gradient, and of 24, where it hardly does.
+
+    Example:
+        >>> auc_table(["exact", "atp"]).loc["exact"].min()  # doctest: +SKIP
+        1.0
+    """
+    if toys is None:
+        toys = {f"{name}, sharpness {sharpness:g}": make(sharpness=sharpness) for sharpness in (12.0, 24.0) for name, make in TOY_CIRCUITS.items()}
+    rows = {}
+    for name in methods:
+        maps = {title: get_method(name).run(toy.model, toy.task, "edges", direction="noising", progress=False) for title, toy in toys.items()}
+        rows[name] = {title: roc(scores, toys[title].circuit, not_scored="worst").auc for title, scores in maps.items()}
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("method")
 
 
 def _toy(name: str, build: Builder, pairs: list[Pair], edges: tuple[str, ...], sharpness: float, leak: float) -> ToyCircuit:
