@@ -1,8 +1,11 @@
-"""Figures of score maps and comparisons: each module prepares plain data, then draws it. Nothing here changes plotly's own settings."""
+"""Figures of score maps, comparisons and circuits: each module prepares plain data, then draws it. Nothing here changes plotly's own settings."""
 
 from patchlab.plots._agreement import agreement
+from patchlab.plots._circuit import circuit
 from patchlab.plots._comparison import comparison
+from patchlab.plots._edges import edge_heatmap
+from patchlab.plots._faithfulness import faithfulness
 from patchlab.plots._heatmaps import heatmaps
 from patchlab.plots._save import save
 
-__all__ = ["agreement", "comparison", "heatmaps", "save"]
+__all__ = ["agreement", "circuit", "comparison", "edge_heatmap", "faithfulness", "heatmaps", "save"]

@@ -245,7 +245,7 @@ def _draw_edges(page: Page, data: CircuitData, view: View, where: dict[str, str]
             x += [*line[:, 0].tolist(), None]
             y += [*line[:, 1].tolist(), None]
             text += [mark.hover] * len(line) + [None]
-        look = {"mode": "lines", "line": {"color": colour, "width": width, "dash": dash}, "opacity": 0.7}
+        look = {"mode": "lines", "line": {"color": colour, "width": width, "dash": dash, "simplify": False}, "opacity": 0.7}
         page.figure.add_trace(go.Scatter(x=x, y=y, text=text, hovertemplate="%{text}<extra></extra>", **look, **where))
 
 

@@ -1,0 +1,183 @@
+"""Faithfulness against the size of the circuit: which score finds the smaller faithful one."""
+
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+from jaxtyping import Float, Int, Shaped
+
+from patchlab.circuits.curves import RANDOM, FaithfulnessCurve
+from patchlab.errors import CircuitError
+from patchlab.plots._style import COLOURS, INK, MUTED, Box, Page, words_width
+
+LEVEL = 0.9
+"""What counts as faithful in the legend: 90 % of what the model does beyond its ablated self."""
+RANDOM_COLOUR = "#8b949e"
+_WIDTH, _HEIGHT, _LEFT = 720, 380, 70
+
+
+@dataclass(frozen=True)
+class FaithfulnessLine:
+    """One method: faithfulness with its 95 % interval at each number of edges asked for, and what the legend says of it."""
+
+    method: str
+    colour: str
+    n_requested: Int[np.ndarray, " size"]
+    n_edges: Float[np.ndarray, " size"]
+    value: Float[np.ndarray, " size"]
+    low: Float[np.ndarray, " size"]
+    high: Float[np.ndarray, " size"]
+    hover: Shaped[np.ndarray, " size"]
+    smallest: int | None
+    legend: str
+
+
+@dataclass(frozen=True)
+class FaithfulnessData:
+    """Lines in the order of the curve (random circuits last), all edges of the graph, the range of the vertical axis, and the words."""
+
+    title: str
+    subtitle: str
+    total: int
+    lines: tuple[FaithfulnessLine, ...]
+    span: tuple[float, float]
+
+
+def _prepare_faithfulness(curve: FaithfulnessCurve, level: float | int = LEVEL) -> FaithfulnessData:
+    table = curve.table.to_dict("records")
+    areas = {str(row["method"]): row for row in curve.areas.to_dict("records")}
+    names = sorted(dict.fromkeys(str(row["method"]) for row in table), key=lambda name: name == RANDOM)
+    if not names:
+        raise CircuitError("the curve has no rows, so there is nothing to draw.")
+    lines = tuple(
+        _line(name, COLOURS[i % len(COLOURS)], [row for row in table if row["method"] == name], areas[name], level) for i, name in enumerate(names)
+    )
+    about = curve.provenance
+    total = max(round(row["n_requested"] / row["fraction"]) for row in table if row["fraction"] > 0)
+    who = " × ".join(str(about[key]) for key in ("model", "task") if about.get(key))
+    words = [who, about.get("metric"), f"{about['ablation']} ablation" if about.get("ablation") else None]
+    importance = "|effect|" if about.get("by", "abs") == "abs" else "signed importance"
+    chosen = {"top_n": f"edges of largest {importance}", "greedy": f"chosen greedily by {importance}"}.get(str(about.get("how")))
+    words += [chosen, "bands: 95 % CI over examples"]
+    subtitle = " · ".join(str(word) for word in words if word)
+    return FaithfulnessData("Faithfulness of circuits by size", subtitle, total, lines, _span(lines))
+
+
+def _line(name: str, colour: str, rows: list[dict[Any, Any]], area: dict[Any, Any], level: float | int) -> FaithfulnessLine:
+    good = [row for row in rows if row["faithfulness"] >= level]
+    best = min(good, key=lambda row: row["n_edges"], default=None)
+    reach = f"f ≥ {level:g} at no size" if best is None else f"f ≥ {level:g} from {best['n_edges']:,.0f} edges"
+    words = [f"{key.upper()} {area[key]:.3f} [{area[f'{key}_lo']:.3f}, {area[f'{key}_hi']:.3f}]" for key in ("cpr", "cmd")]
+    drawn = [row for row in rows if row["n_requested"] > 0]
+    hover = [
+        f"<b>{escape(name)}</b><br>{row['n_requested']:,} edges ({row['fraction']:.2%}) asked for, {row['n_edges']:,.4g} after pruning<br>"
+        f"faithfulness {row['faithfulness']:.3f} [{row['lo']:.3f}, {row['hi']:.3f}]<br>metric {row['metric']:.3g}"
+        for row in drawn
+    ]
+    n_edges, value, low, high = (np.array([row[column] for row in drawn], dtype=float) for column in ("n_edges", "faithfulness", "lo", "hi"))
+    return FaithfulnessLine(
+        name,
+        RANDOM_COLOUR if name == RANDOM else colour,
+        np.array([row["n_requested"] for row in drawn], dtype=int),
+        n_edges,
+        value,
+        low,
+        high,
+        np.array(hover, dtype=object),
+        best["n_requested"] if best and best["n_requested"] else None,
+        " · ".join([*words, reach]),
+    )
+
+
+def _span(lines: tuple[FaithfulnessLine, ...]) -> tuple[float, float]:
+    """From 0 (or below) to 1 (or above), without letting a wild interval squeeze the rest."""
+    values = np.concatenate([line.value for line in lines])
+    bounds = np.concatenate([part for line in lines for part in (line.low, line.high)])
+    bounds = bounds[np.isfinite(bounds)]
+    low, high = float(values.min(initial=0.0)), float(values.max(initial=1.0))
+    room = 0.35 * (high - low)
+    low, high = max(low - room, float(bounds.min(initial=low))), min(high + room, float(bounds.max(initial=high)))
+    return low - 0.05 * (high - low), high + 0.05 * (high - low)
+
+
+def faithfulness(curve: FaithfulnessCurve, *, level: float | int = LEVEL) -> go.Figure:
+    """Faithfulness against the number of edges that were asked for (before pruning; log axis), a line with a 95 % band per method.
+
+    Random circuits of the same sizes are grey. The dashed line is 1, the whole model; the dotted one ``level``, and a ring marks the size from
+    which a method reaches it. The legend has the areas (CPR: under the curve, high is good; CMD: between the curve and 1, low is good) and the
+    number of edges, after pruning, of the smallest circuit that is faithful enough. A size of 0 has no place on the axis.
+
+    Args:
+        curve: what :func:`patchlab.circuits.faithfulness_curve` returned.
+        level: what counts as faithful.
+
+    Raises:
+        CircuitError: a curve without rows.
+
+    Example:
+        >>> pl.plots.faithfulness(pl.circuits.faithfulness_curve(model, {"EAP": atp, "edge-RelP": relp}, held_out)).show()  # doctest: +SKIP
+    """
+    return _draw(_prepare_faithfulness(curve, level), float(level))
+
+
+def _draw(data: FaithfulnessData, level: float) -> go.Figure:
+    top = 68 + 20 * len(data.lines) + 14
+    legend = [f'<span style="color:{line.colour}">━━</span> <b>{escape(line.method, quote=False)}</b> &nbsp; {line.legend}' for line in data.lines]
+    width = max(words_width(data.title, data.subtitle), *(0.97 * words_width("", line) for line in legend), _LEFT + _WIDTH + 20)
+    page = Page(width, top + _HEIGHT + 74, data.title, escape(data.subtitle, quote=False))
+    for i, line in enumerate(legend):
+        page.note(16, 64 + 20 * i, line)
+    sizes = np.unique(np.concatenate([line.n_requested for line in data.lines]))
+    ends = np.log10([sizes[0], sizes[-1]])
+    margin = 0.03 * max(float(ends[1] - ends[0]), 0.3)
+    ticks = _thinned(sizes.tolist(), (_WIDTH - 20) / (float(ends[1] - ends[0]) + 2 * margin))
+    share = [f"{n:,}<br><span style='color:{MUTED}'>{_percent(n / data.total)}</span>" for n in ticks]
+    across = {"type": "log", "range": [float(ends[0]) - margin, float(ends[1]) + margin], "tickmode": "array", "tickvals": ticks, "ticktext": share}
+    across |= {"title": {"text": f"edges asked for, of {data.total:,} (log scale)"}, "showgrid": False}
+    box = Box(_LEFT, top, width - _LEFT - 20, _HEIGHT)
+    where = page.panel(box, across, {"range": data.span, "title": {"text": "faithfulness"}, "nticks": 8})
+    for height, dash in ((1.0, "dash"), (level, "dot")):
+        line = {"color": MUTED, "width": 1, "dash": dash}
+        page.figure.add_shape(type="line", xref="x domain", yref="y", x0=0, x1=1, y0=height, y1=height, line=line, layer="below")
+        mark = {"xanchor": "right", "yanchor": "bottom", "showarrow": False, "font": {"size": 10, "color": MUTED}}
+        page.figure.add_annotation(x=1, xref="x domain", y=height, yref="y", text=f"{height:g}", **mark)
+    for line in data.lines:
+        if np.isfinite(line.low).any():
+            band = {"mode": "lines", "line": {"width": 0}, "hoverinfo": "skip", **where}
+            page.figure.add_trace(go.Scatter(x=line.n_requested, y=line.low, **band))
+            page.figure.add_trace(go.Scatter(x=line.n_requested, y=line.high, fill="tonexty", fillcolor=_faint(line.colour), **band))
+    for line in sorted(data.lines, key=lambda line: line.method != RANDOM):
+        look = {"mode": "lines+markers", "line": {"color": line.colour, "width": 2}, "marker": {"size": 5, "color": line.colour}}
+        more = {"text": line.hover, "hovertemplate": "%{text}<extra></extra>", "name": line.method}
+        page.figure.add_trace(go.Scatter(x=line.n_requested, y=line.value, **look, **more, **where))
+        if line.smallest is not None:
+            at = line.n_requested == line.smallest
+            ring = {"size": 12, "color": "white", "line": {"width": 2.5, "color": line.colour}}
+            ringed = {"mode": "markers", "marker": ring, "text": line.hover[at], "hovertemplate": "%{text}<extra></extra>"}
+            page.figure.add_trace(go.Scatter(x=line.n_requested[at], y=line.value[at], **ringed, **where))
+    page.figure.update_layout(hovermode="closest", font={"color": INK})
+    return page.figure
+
+
+def _thinned(sizes: list[int], per_decade: float) -> list[int]:
+    """Ticks with room for their labels."""
+    kept: list[int] = []
+    for n in sizes:
+        if not kept or (np.log10(n) - np.log10(kept[-1])) * per_decade >= 44:
+            kept.append(n)
+    return kept
+
+
+def _percent(share: float) -> str:
+    """A share of the edges, to two digits: ``0.1 %``.
+
+    >>> _percent(0.001), _percent(0.2), _percent(1.0)
+    ('0.1 %', '20 %', '100 %')
+    """
+    return f"{float(f'{100 * share:.2g}'):g} %"
+
+
+def _faint(colour: str) -> str:
+    return f"rgba({', '.join(str(int(colour[i : i + 2], 16)) for i in (1, 3, 5))}, 0.16)"
