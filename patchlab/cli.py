@@ -10,11 +10,12 @@ import typer
 from typer.core import TyperGroup
 
 from patchlab import __version__
+from patchlab.cli_circuit import circuit
+from patchlab.cli_options import BatchSize, Device, Force, Json, ModelName, N, Pairs, TaskName, TaskOptions, task_option
 from patchlab.errors import PatchlabError
 
 METHODS = "exact,atp,ig:5,relp"
 SITES = "resid_pre,attn_out,mlp_out,z"
-N = 32
 
 
 class _Group(TyperGroup):
@@ -43,8 +44,7 @@ def _main(version: Annotated[bool, typer.Option("--version", callback=_version, 
     pass
 
 
-Force = Annotated[bool, typer.Option("--force", help="Replace the results of an earlier run in the folder.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout (everything else goes to stderr).")]
+app.add_typer(circuit, name="circuit")
 
 
 @app.command()
@@ -63,30 +63,30 @@ def demo(
 
 @app.command()
 def compare(
-    model: Annotated[str, typer.Option(help="A packaged model (patchlab models), a local Hugging Face folder, or a hub name.")],
-    task: Annotated[str, typer.Option(help="A generator (patchlab tasks) or a JSONL or CSV file.")],
+    model: ModelName,
+    task: TaskName,
     out: Annotated[Path, typer.Option(help="Folder for the results.")],
     methods: Annotated[str, typer.Option(help="Comma-separated (patchlab methods); exact is the reference.")] = METHODS,
     sites: Annotated[str, typer.Option(help="Comma-separated (patchlab sites), with axes where not the default: z[layer,pos,head].")] = SITES,
     direction: Annotated[str, typer.Option(help="denoising or noising.")] = "denoising",
-    n: Annotated[int | None, typer.Option(help=f"Number of pairs [default: {N}; all rows of a file].", show_default=False)] = None,
+    n: Pairs = None,
     seed: Annotated[int, typer.Option(help="Seed of the task's generator.")] = 0,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, ... [default: CUDA if present].", show_default=False)] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Examples per batch [default: chosen].", show_default=False)] = None,
-    option: Annotated[list[str] | None, typer.Option(help="An option of the task, key=value; repeat for several.", show_default=False)] = None,
+    device: Device = None,
+    batch_size: BatchSize = None,
+    option: TaskOptions = None,
     force: Force = False,
     json_: Json = False,
 ) -> None:
     """Compare methods with exact patching on one task."""
-    options = dict(_option(text) for text in option or [])
+    options = dict(task_option(text) for text in option or [])
     _compare(model, task, methods, sites, out=out, direction=direction, n=n, seed=seed, device=device, batch_size=batch_size,
              options=options, force=force, as_json=json_)  # fmt: skip
 
 
 @app.command()
 def verify(
-    model: Annotated[str, typer.Option(help="A packaged model (patchlab models), a local Hugging Face folder, or a hub name.")],
-    task: Annotated[str, typer.Option(help="A generator (patchlab tasks) or a JSONL or CSV file.")],
+    model: ModelName,
+    task: TaskName,
     sites: Annotated[str, typer.Option(help="Comma-separated (patchlab sites); their cells compete.")] = "z[layer,pos,head]",
     screen: Annotated[str, typer.Option(help="The method that says where to look (patchlab methods).")] = "relp",
     k: Annotated[int, typer.Option(help="How many cells are wanted; at most 5 % of those that can matter.")] = 20,
@@ -95,18 +95,18 @@ def verify(
     subsets: Annotated[int, typer.Option(help="Random subsets that are patched jointly; their bound assumes that effects add up.")] = 0,
     hierarchical: Annotated[bool, typer.Option("--hierarchical", help="Look at layers and positions as a whole first.")] = False,
     direction: Annotated[str, typer.Option(help="denoising or noising.")] = "denoising",
-    n: Annotated[int | None, typer.Option(help=f"Number of pairs [default: {N}; all rows of a file].", show_default=False)] = None,
+    n: Pairs = None,
     seed: Annotated[int, typer.Option(help="Seed of the task's generator and of the sample.")] = 0,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, ... [default: CUDA if present].", show_default=False)] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Examples per batch [default: chosen].", show_default=False)] = None,
-    option: Annotated[list[str] | None, typer.Option(help="An option of the task, key=value; repeat for several.", show_default=False)] = None,
+    device: Device = None,
+    batch_size: BatchSize = None,
+    option: TaskOptions = None,
     json_: Json = False,
 ) -> None:
     """Find the cells with the largest exact effects, and bound how many were missed.
 
     A cheap method says where to look, exact patching says what is there.
     """
-    options = dict(_option(text) for text in option or [])
+    options = dict(task_option(text) for text in option or [])
     from transformers.utils.logging import disable_progress_bar
 
     from patchlab.methods import VerifiedPatching, get_method
@@ -123,17 +123,6 @@ def verify(
     pairs = named_task(task, loaded, n=n, seed=seed, options=options)
     result = method.run(loaded, pairs, wanted, direction=direction, batch_size=batch_size, progress=sys.stderr.isatty())
     typer.echo(json.dumps(result.to_dict(), allow_nan=False) if json_ else result.summary())
-
-
-def _option(text: str) -> tuple[str, Any]:
-    """``key=value``, where the value is JSON (true, 3, "x") or else a plain string."""
-    key, equals, value = text.partition("=")
-    if not (key.isidentifier() and equals):
-        raise typer.BadParameter(f"{text!r} is not of the form key=value.", param_hint="--option")
-    try:
-        return key, json.loads(value)
-    except json.JSONDecodeError:
-        return key, value
 
 
 def _compare(

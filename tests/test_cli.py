@@ -170,7 +170,7 @@ def test_repeating_the_recorded_command_is_the_same_job(done):
     assert words[words.index("--sites") + 1] == "resid_pre,attn_out[layer]"
     job = report.Job("m", "t", ("exact", "atp"), ("z",), n=3, batch_size=2, options={"order": "BABA", "bos": True, "names": "a b"})
     assert command(job).endswith("""--n 3 --seed 0 --batch-size 2 --option order=BABA --option bos=true --option 'names=a b'""")
-    given = dict(cli._option(word) for word in ("order=BABA", "bos=true", "names=a b"))
+    given = dict(cli.task_option(word) for word in ("order=BABA", "bos=true", "names=a b"))
     assert given == job.options
 
 

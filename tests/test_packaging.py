@@ -31,6 +31,8 @@ RANKS = (
     {"compare", "agreement", "alignment", "reliability", "circuits"},
     {"plots", "sweeps"},
     {"report"},
+    {"cli_options"},
+    {"cli_circuit"},
     {"cli"},
 )
 # Helpers that belong to no noun: they may import nothing of patchlab but errors, and everything may import them.

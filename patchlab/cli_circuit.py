@@ -1,0 +1,246 @@
+"""``patchlab circuit``: find circuits from edge scores, evaluate, draw and convert them.
+
+``find`` works on the first half of the pairs and ``evaluate`` on the other (the same ``--task``, ``--n``, ``--seed`` and ``--option`` give the same
+halves), so that no circuit is judged by the pairs it was chosen on.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from patchlab.cli_options import BatchSize, Device, Force, Json, ModelName, Pairs, TaskName, TaskOptions, task_option
+
+METHODS = "atp,ig:5,relp"
+EDGES = 200
+
+circuit = typer.Typer(
+    no_args_is_help=True, add_completion=False, rich_markup_mode=None, help="Find, evaluate, draw and convert circuits: parts of a model's graph."
+)
+Replace = Annotated[bool, typer.Option("--force", help="Replace an existing file.")]
+Seed = Annotated[int, typer.Option(help="Seed of the task's generator, of the halves and of the resamples.")]
+How = Annotated[str, typer.Option(help="top_n (the largest) or greedy (from the logits upwards).")]
+By = Annotated[str, typer.Option(help="Importance: abs, or signed (what supports the behaviour first).")]
+Whole = Annotated[bool, typer.Option("--all", help="Use all pairs, not one half of them.")]
+
+
+@circuit.command()
+def find(
+    model: ModelName,
+    task: TaskName,
+    out: Annotated[Path, typer.Option(help="File for the circuit, .json or .pt, as EAP-IG and MIB read it.")],
+    method: Annotated[str, typer.Option(help="The method that scores the edges (patchlab methods).")] = "relp",
+    edges: Annotated[int | None, typer.Option(help=f"How many edges to choose, before pruning [default: {EDGES}].", show_default=False)] = None,
+    threshold: Annotated[float | None, typer.Option(help="All edges at least this important, instead of a number.", show_default=False)] = None,
+    how: How = "top_n",
+    by: By = "abs",
+    direction: Annotated[str, typer.Option(help="denoising or noising.")] = "noising",
+    n: Pairs = None,
+    seed: Seed = 0,
+    whole: Whole = False,
+    device: Device = None,
+    batch_size: BatchSize = None,
+    option: TaskOptions = None,
+    force: Replace = False,
+    json_: Json = False,
+) -> None:
+    """Score the edges, choose the important ones, write them as a circuit.
+
+    Works on the first half of the pairs; evaluate takes the other.
+    """
+    options = dict(task_option(text) for text in option or [])
+    if edges is not None and threshold is not None:
+        raise typer.BadParameter("give a number of edges or a threshold, not both.", param_hint="--edges, --threshold")
+    from patchlab.circuits import threshold as above
+    from patchlab.circuits.curves import HOW
+    from patchlab.circuits.files import SUFFIXES
+    from patchlab.circuits.select import BY
+    from patchlab.errors import CircuitError, OutputError, unknown
+    from patchlab.methods import get_method
+
+    for what, got, valid in (("way to choose edges", how, HOW), ("importance", by, BY), ("kind of circuit file", out.suffix, SUFFIXES)):
+        if got not in valid:
+            raise CircuitError(unknown(what, got, valid))
+    if out.exists() and not force:
+        raise OutputError(f"{out} exists and is not overwritten; choose another name with --out, or replace it with --force.")
+    scorer = get_method(method.strip())
+    loaded, first, second = _load(model, task, n, seed, options, device, whole)
+    scores = scorer.run(loaded, first or second, "edges", direction=direction, batch_size=batch_size, progress=sys.stderr.isatty())
+    found = HOW[how](scores, EDGES if edges is None else edges, by=by) if threshold is None else above(scores, threshold, by=by)
+    found.save(out, overwrite=force)
+    if json_:
+        counts = {"n_edges": found.n_edges, "n_nodes": len(found.nodes), "graph_edges": found.graph.n_edges, "graph_nodes": len(found.graph.nodes)}
+        _say_json({"out": str(out), **counts, "edges": found.edge_names, "provenance": found.provenance})
+    else:
+        typer.echo(f"{found.summary()}\nwrote {out}")
+
+
+@circuit.command()
+def evaluate(
+    model: ModelName,
+    task: TaskName,
+    files: Annotated[list[Path] | None, typer.Argument(metavar="[CIRCUIT.json]...", help="Circuit files.", show_default=False)] = None,
+    ablation: Annotated[str, typer.Option(help="What other edges carry: resample, zero, mean, mean_positional or optimal.")] = "resample",
+    minimality: Annotated[str | None, typer.Option(help="Leave out each edge or node in turn.", show_default=False)] = None,
+    curve: Annotated[Path | None, typer.Option(help="Compare methods over sizes instead; a folder for the results.", show_default=False)] = None,
+    methods: Annotated[str, typer.Option(help="With --curve: comma-separated (patchlab methods).")] = METHODS,
+    sizes: Annotated[
+        str | None, typer.Option(help="With --curve: numbers of edges, comma-separated [default: MIB's ten shares].", show_default=False)
+    ] = None,
+    how: How = "top_n",
+    by: By = "abs",
+    random: Annotated[int, typer.Option(help="With --curve: draws of random circuits of the same sizes.")] = 5,
+    n: Pairs = None,
+    seed: Seed = 0,
+    whole: Whole = False,
+    device: Device = None,
+    batch_size: BatchSize = None,
+    option: TaskOptions = None,
+    force: Force = False,
+    json_: Json = False,
+) -> None:
+    """Run the model with all edges outside circuits ablated: how faithful are they?
+
+    Works on the second half of the pairs (the first fits means and constants). With --curve, every method scores the edges on the first half, and
+    circuits of MIB's ten sizes are evaluated on the second: which score finds the smaller faithful circuit.
+    """
+    options = dict(task_option(text) for text in option or [])
+    if bool(files) == (curve is not None):
+        raise typer.BadParameter("give circuit files, or --curve and a folder.", param_hint="CIRCUIT.json, --curve")
+    if curve is not None:
+        if whole:
+            raise typer.BadParameter("a curve chooses on one half and evaluates on the other; leave --all out.", param_hint="--all")
+        settings = {
+            "sizes": None if sizes is None else _numbers(sizes),
+            "how": how,
+            "by": by,
+            "ablation": ablation,
+            "random": random,
+            "seed": seed,
+            "batch_size": batch_size,
+        }
+        _curve(curve, methods, (model, task, n, seed, options, device), settings, force=force, as_json=json_)
+        return
+    from patchlab import circuits
+    from patchlab.errors import CircuitError
+
+    paths = list(files or [])
+    named = {path.stem: circuits.read(path) for path in paths}
+    if len(named) < len(paths):
+        raise CircuitError(f"circuits are named after their files, and two of them have one name; got {', '.join(map(str, paths))}.")
+    loaded, first, second = _load(model, task, n, seed, options, device, whole)
+    train = None if ablation in ("resample", "zero") else first
+    result = circuits.evaluate(
+        loaded, named, second, ablation=ablation, train=train, minimality=minimality, seed=seed, batch_size=batch_size, progress=sys.stderr.isatty()
+    )
+    if json_:
+        from patchlab.report.curve import records
+
+        _say_json({"table": records(result.table), "minimality": records(result.minimality), "provenance": result.provenance})
+        return
+    typer.echo(repr(result))
+    if len(result.minimality):
+        typer.echo(result.minimality.sort_values("minimality", ascending=False).to_string(index=False, float_format="%.4f"))
+
+
+@circuit.command()
+def plot(
+    file: Annotated[Path, typer.Argument(metavar="CIRCUIT.json", help="A circuit file.")],
+    out: Annotated[Path, typer.Option(help="File for the figure: .html, .png, .svg, .pdf, ..., or .dot for Graphviz.")],
+    edges: Annotated[int, typer.Option(help="Edges shown first, those of largest |score|; the slider shows more.")] = 50,
+    matrix: Annotated[bool, typer.Option("--matrix", help="Draw a matrix of writers and readers instead of a graph.")] = False,
+    force: Replace = False,
+    json_: Json = False,
+) -> None:
+    """Draw a circuit."""
+    import warnings
+
+    from patchlab import circuits, plots
+    from patchlab.output import writing
+
+    drawn = circuits.read(file)
+    if out.suffix in (".dot", ".gv"):
+        with writing(out, overwrite=force) as temporary:
+            temporary.write_text(circuits.to_dot(drawn) + "\n", encoding="utf-8")
+        written = out
+    else:
+        figure = plots.edge_heatmap(drawn) if matrix else plots.circuit(drawn, edges)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            written = plots.save(figure, out, overwrite=force)
+        for warning in caught:
+            typer.echo(f"warning: {warning.message}", err=True)
+    if json_:
+        _say_json({"out": str(written), "n_edges": drawn.n_edges})
+    else:
+        typer.echo(f"wrote {written}")
+
+
+@circuit.command()
+def convert(
+    src: Annotated[Path, typer.Argument(metavar="SRC", help="A circuit file, or a folder with such files (an MIB submission).")],
+    dst: Annotated[Path, typer.Argument(metavar="DST", help="A .json or .pt file, or a new folder.")],
+    suffix: Annotated[str | None, typer.Option(help="Of a folder: .json or .pt for all files [default: the other].", show_default=False)] = None,
+    force: Replace = False,
+    json_: Json = False,
+) -> None:
+    """Convert circuits between JSON and .pt; every file is checked on the way."""
+    from patchlab import circuits
+
+    written = [str(path) for path in circuits.convert(src, dst, suffix=suffix, overwrite=force)]
+    if json_:
+        _say_json({"files": written})
+    else:
+        typer.echo("\n".join(f"wrote {path}" for path in written))
+
+
+def _load(model: str, task: str, n: int | None, seed: int, options: dict[str, Any], device: str | None, whole: bool) -> tuple[Any, Any, Any]:
+    """The model, the half that circuits are chosen on (None with ``whole``), and the half that they are evaluated on (with ``whole`` all pairs)."""
+    from transformers.utils.logging import disable_progress_bar
+
+    from patchlab.circuits import split
+    from patchlab.models import load_model
+    from patchlab.report import named_task
+
+    disable_progress_bar()  # for files that load in a second
+    loaded = load_model(model, device=device)
+    pairs = named_task(task, loaded, n=n, seed=seed, options=options)
+    first, second = (None, pairs) if whole else split(pairs, seed=seed)
+    return loaded, first, second
+
+
+def _curve(out: Path, methods: str, where: tuple[Any, ...], settings: dict[str, Any], *, force: bool, as_json: bool) -> None:
+    from patchlab import report
+    from patchlab.circuits import faithfulness_curve
+    from patchlab.methods import get_method
+
+    scorers = {scorer.name: scorer for scorer in map(get_method, (name.strip() for name in methods.split(",")))}
+    progress = sys.stderr.isatty()
+    with report.result_folder(out, force=force) as folder:
+        loaded, first, second = _load(*where, whole=False)
+        maps = {}
+        for name, scorer in scorers.items():
+            maps[name] = scorer.run(loaded, first, "edges", direction="noising", batch_size=settings["batch_size"], progress=progress)
+            typer.echo(f"{name}: {maps[name].cost.seconds:.1f} s", err=True)
+        train = None if settings["ablation"] in ("resample", "zero") else first
+        found = faithfulness_curve(loaded, maps, second, train=train, progress=progress, **settings)
+        run = report.write_curve(folder, found, say=lambda line: typer.echo(line, err=True))
+    target = out.expanduser().resolve()
+    typer.echo(f"done: open {target / 'faithfulness.html'}", err=True)
+    if as_json:
+        _say_json({"out": str(target), **run})
+    else:
+        typer.echo(repr(found))
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(word) for word in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not a list of whole numbers such as 10,20,50.", param_hint="--sizes") from None
+
+
+def _say_json(record: dict[str, Any]) -> None:
+    typer.echo(json.dumps(record, allow_nan=False))

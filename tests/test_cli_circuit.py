@@ -1,0 +1,310 @@
+"""patchlab circuit: what its commands write and print, that halves are kept apart, and how errors read."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from typer.testing import CliRunner
+
+import patchlab as pl
+from patchlab import cli
+from patchlab.circuits import Circuit, FaithfulnessCurve, split
+from patchlab.circuits.heldout import overlap
+
+WHERE = ["--model", "demo-gpt2-4l", "--task", "ioi", "--n", "12", "--device", "cpu"]
+
+
+def patchlab(*arguments: object):
+    return CliRunner().invoke(cli.app, ["circuit", *map(str, arguments)], prog_name="patchlab")
+
+
+def printed(*arguments: object) -> dict:
+    result = patchlab(*arguments, "--json")
+    assert result.exit_code == 0, result.output
+    assert len(result.stdout.splitlines()) == 1
+    return json.loads(result.stdout)
+
+
+def error_of(*arguments: object) -> str:
+    """The one line that a command fails with."""
+    result = patchlab(*arguments)
+    assert result.exit_code == 1, result.output
+    assert result.stdout == ""
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("error: ")
+    return last
+
+
+@pytest.fixture(scope="module")
+def halves():
+    model = pl.load_model("demo-gpt2-4l", device="cpu")
+    return model, *split(pl.load_task("ioi", model, n=12))
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """A circuit that find made, and what it printed."""
+    path = tmp_path_factory.mktemp("circuit") / "c.json"
+    return path, printed("find", *WHERE, "--edges", 40, "--out", path)
+
+
+# find
+
+
+def test_find_chooses_from_the_scores_of_the_first_half(found, halves):
+    path, record = found
+    model, first, second = halves
+    scores = pl.RelevancePatching().run(model, first, "edges", direction="noising", progress=False)
+    wanted = pl.circuits.top_n(scores, 40)
+    circuit = Circuit.load(path)
+    assert circuit.edge_names == wanted.edge_names == record["edges"]
+    np.testing.assert_allclose(circuit.scores[circuit.edges], wanted.scores[wanted.edges], rtol=1e-5)
+    assert record["n_edges"] == circuit.n_edges <= 40
+    assert (record["n_nodes"], record["graph_edges"], record["graph_nodes"]) == (len(circuit.nodes), 479, 22)
+    assert record["out"] == str(path)
+    assert record["provenance"]["method"] == "relp"
+    assert overlap(circuit.provenance, first) == len(first)
+    assert overlap(circuit.provenance, second) == 0
+
+
+def test_every_option_of_find_reaches_the_selection(tmp_path, halves):
+    model = halves[0]
+    scores = pl.AttributionPatching().run(
+        model, pl.load_task("ioi", model, n=5, seed=3, order="BABA"), "edges", direction="denoising", progress=False
+    )
+    choose = [
+        "find",
+        *WHERE,
+        "--n",
+        5,
+        "--seed",
+        3,
+        "--option",
+        "order=BABA",
+        "--all",
+        "--method",
+        "atp",
+        "--direction",
+        "denoising",
+        "--batch-size",
+        2,
+    ]
+    for number, (options, wanted) in enumerate(
+        [
+            (["--edges", 20, "--how", "greedy"], pl.circuits.greedy(scores, 20)),
+            (["--edges", 20, "--by", "signed"], pl.circuits.top_n(scores, 20, by="signed")),
+            (["--threshold", 0.5], pl.circuits.threshold(scores, 0.5)),
+        ]
+    ):
+        record = printed(*choose, *options, "--out", tmp_path / f"{number}.pt")
+        assert record["edges"] == wanted.edge_names
+        assert Circuit.load(tmp_path / f"{number}.pt").edge_names == wanted.edge_names
+
+
+def test_find_prints_a_summary_and_does_not_overwrite_unasked(found, tmp_path):
+    path = tmp_path / "c.json"
+    result = patchlab("find", *WHERE, "--edges", 10, "--out", path)
+    assert result.exit_code == 0, result.output
+    assert result.stdout == f"{Circuit.load(path).summary().replace(', c.json', '')}\nwrote {path}\n"
+    before = path.read_bytes()
+    assert "exists and is not overwritten" in error_of("find", *WHERE, "--edges", 20, "--out", path)
+    assert path.read_bytes() == before
+    assert printed("find", *WHERE, "--edges", 20, "--out", path, "--force")["n_edges"] > 0
+    assert path.read_bytes() != before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--how", "greedily"], "unknown way to choose edges 'greedily'; did you mean 'greedy'"),
+        (["--by", "abss"], "unknown importance 'abss'; did you mean 'abs'"),
+        (["--out", "c.txt"], "unknown kind of circuit file '.txt'"),
+        (["--method", "realp"], "unknown method 'realp'; did you mean 'relp'"),
+        (["--model", "demo-gtp2"], "unknown model 'demo-gtp2'"),
+        (["--task", "iio"], "unknown task 'iio'"),
+        (["--direction", "noisy"], "unknown direction 'noisy'"),
+        (["--edges", "0"], "at least 1; got 0"),
+        (["--edges", "480"], "480 edges were asked for"),
+        (["--threshold", "-1"], "got -1.0"),
+        (["--method", "relp-ah", "--edges", "400"], "Not scored: edges into q"),
+        (["--n", "1"], "a part would be empty"),
+        (["--option", "seed=3"], "seed is not an option of a task but a setting of its own (--seed)"),
+    ],
+)
+def test_find_refuses_wrong_names_and_numbers_in_one_line(change, message, tmp_path):
+    assert message in error_of("find", *WHERE, "--out", tmp_path / "c.json", *change)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_usage_errors_exit_with_2(tmp_path):
+    for arguments, message in (
+        (["find", *WHERE, "--out", tmp_path / "c.json", "--edges", 3, "--threshold", 1], "not both"),
+        (["find", *WHERE], "--out"),
+        (["evaluate", *WHERE], "give circuit files, or --curve"),
+        (["evaluate", "c.json", *WHERE, "--curve", tmp_path / "o"], "give circuit files, or --curve"),
+        (["evaluate", *WHERE, "--curve", tmp_path / "o", "--all"], "leave --all out"),
+        (["evaluate", *WHERE, "--curve", tmp_path / "o", "--sizes", "10,many"], "'10,many' is not a list of whole numbers"),
+        (["paint"], "paint"),
+    ):
+        result = patchlab(*arguments)
+        assert result.exit_code == 2
+        assert message in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+# evaluate
+
+
+def test_evaluate_runs_the_circuit_on_the_other_half(found, halves):
+    path, _ = found
+    model, first, second = halves
+    wanted = pl.circuits.evaluate(model, {"c": Circuit.load(path)}, second, ablation="mean", train=first, progress=False)
+    record = printed("evaluate", path, *WHERE, "--ablation", "mean")
+    assert record["table"][0]["circuit"] == "c"
+    assert record["table"][0]["faithfulness"] == pytest.approx(wanted.faithfulness(), abs=1e-5)
+    assert record["provenance"]["ablation"] == "mean"
+    assert record["provenance"]["ablation_examples"] == "ioi[6]"
+    assert record["provenance"]["selection"] == {"c": "disjoint"}
+    text = patchlab("evaluate", path, *WHERE, "--ablation", "mean")
+    assert text.stdout == f"{wanted!r}\n"
+
+
+def test_evaluate_prints_what_each_node_adds(found, tmp_path):
+    path, _ = found
+    other = tmp_path / "other.json"
+    Circuit.of(Circuit.load(path).graph, ["input->m0", "m0->logits"]).save(other)
+    record = printed("evaluate", path, other, *WHERE, "--minimality", "node")
+    assert [row["circuit"] for row in record["table"]] == ["c", "other"]
+    parts = {row["part"] for row in record["minimality"] if row["circuit"] == "other"}
+    assert parts == {"m0"}
+    text = patchlab("evaluate", other, *WHERE, "--minimality", "edge").stdout
+    assert "input->m0" in text
+    assert "minimality" in text
+
+
+def test_evaluate_refuses_what_does_not_fit(found, tmp_path):
+    path, _ = found
+    assert "comes from 6 of the 12 examples" in error_of("evaluate", path, *WHERE, "--all")
+    assert "belongs to" in error_of("evaluate", path, *WHERE, "--model", "demo-gpt2")
+    assert "unknown ablation 'means'" in error_of("evaluate", path, *WHERE, "--ablation", "means")
+    assert "unknown part for minimality 'head'" in error_of("evaluate", path, *WHERE, "--minimality", "head")
+    assert "nowhere.json" in error_of("evaluate", tmp_path / "nowhere.json", *WHERE)
+    broken = tmp_path / "c.json"
+    broken.write_text("{")
+    assert str(broken) in error_of("evaluate", broken, *WHERE)
+    broken.write_bytes(path.read_bytes())
+    assert "two of them have one name" in error_of("evaluate", path, broken, *WHERE)
+
+
+# evaluate --curve
+
+
+@pytest.fixture(scope="module")
+def curve(tmp_path_factory):
+    out = tmp_path_factory.mktemp("curve") / "out"
+    arguments = ["evaluate", *WHERE, "--curve", out, "--methods", "atp, relp", "--sizes", "5,40,479", "--random", 2, "--ablation", "zero"]
+    return out, printed(*arguments), arguments
+
+
+def test_curve_writes_tables_figure_and_the_smallest_circuits(curve):
+    out, record, _ = curve
+    names = {path.name for path in out.iterdir()}
+    assert {"faithfulness.csv", "areas.csv", "curve.json", "faithfulness.html", "run.json"} <= names
+    assert set(record["files"]) == names
+    assert record["out"] == str(out)
+    table = pd.read_csv(out / "faithfulness.csv")
+    assert list(dict.fromkeys(table["method"])) == ["atp", "relp", "random"]
+    assert [row["faithfulness"] for row in record["table"]] == pytest.approx(table["faithfulness"].tolist())
+    assert set(table["n_requested"]) == {5, 40, 479}
+    loaded = FaithfulnessCurve.load(out / "curve.json")
+    for name in ("atp", "relp"):
+        best = record["smallest"][name]
+        assert best["faithfulness"] >= 0.9
+        assert best["n_edges"] == loaded.smallest(name)["n_edges"] == Circuit.load(out / f"circuit.{name}.json").n_edges
+    assert record["provenance"]["ablation"] == "zero"
+    assert record["provenance"]["selection"] == {"atp": "disjoint", "relp": "disjoint"}
+    assert record["provenance"]["random_draws"] == 2
+
+
+def test_curve_does_not_replace_results_unasked(curve):
+    out, _, arguments = curve
+    before = (out / "run.json").stat().st_mtime_ns
+    assert "already holds results" in error_of(*arguments)
+    assert (out / "run.json").stat().st_mtime_ns == before
+    result = patchlab(*arguments, "--force")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith("FaithfulnessCurve(demo-gpt2-4l × ioi[6], logit_diff, zero ablation)\n  atp: CPR")
+    assert f"done: open {out / 'faithfulness.html'}" in result.stderr
+
+
+def test_curve_errors_leave_nothing_behind(tmp_path):
+    arguments = ["evaluate", *WHERE, "--curve", tmp_path / "o"]
+    assert "unknown method 'realp'" in error_of(*arguments, "--methods", "realp")
+    assert "unknown way to choose edges 'gredy'" in error_of(*arguments, "--methods", "atp", "--how", "gredy")
+    assert "numbers of edges from 0 to 479" in error_of(*arguments, "--methods", "atp", "--sizes", "10,480")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_curve_without_a_browser_has_no_png_and_says_why(curve, tmp_path, monkeypatch):
+    from patchlab import report
+
+    def broken(*_):
+        raise RuntimeError("no browser")
+
+    monkeypatch.setattr("patchlab.plots._save._image", broken)
+    said: list[str] = []
+    run = report.write_curve(tmp_path, FaithfulnessCurve.load(curve[0] / "curve.json"), say=said.append)
+    assert len(said) == 1
+    assert "no browser" in said[0]
+    assert "faithfulness.png" not in run["files"]
+    assert "faithfulness.html" in run["files"]
+
+
+# plot and convert
+
+
+def test_plot_writes_html_and_dot(found, tmp_path):
+    path, record = found
+    for name, options in (("c.html", ["--edges", 10]), ("m.html", ["--matrix"])):
+        assert printed("plot", path, "--out", tmp_path / name, *options) == {"out": str(tmp_path / name), "n_edges": record["n_edges"]}
+    graph, matrix = ((tmp_path / name).read_text() for name in ("c.html", "m.html"))
+    assert f"10 of {record['n_edges']} edges" in graph
+    assert "q, k and v of a head" in matrix
+    assert patchlab("plot", path, "--out", tmp_path / "c.dot").stdout == f"wrote {tmp_path / 'c.dot'}\n"
+    assert (tmp_path / "c.dot").read_text() == pl.circuits.to_dot(Circuit.load(path)) + "\n"
+    for name in ("c.dot", "c.html"):
+        assert "exists and is not overwritten" in error_of("plot", path, "--out", tmp_path / name)
+        assert patchlab("plot", path, "--out", tmp_path / name, "--force").exit_code == 0
+    assert "cannot tell the format of 'c.gif'" in error_of("plot", path, "--out", tmp_path / "c.gif")
+    assert "draw at least 1 edge" in error_of("plot", path, "--out", tmp_path / "d.html", "--edges", 0)
+
+
+def test_plot_without_a_browser_writes_html_and_warns(found, tmp_path, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("no browser")
+
+    monkeypatch.setattr("patchlab.plots._save._image", broken)
+    result = patchlab("plot", found[0], "--out", tmp_path / "c.png", "--json")
+    assert result.exit_code == 0
+    assert json.loads(result.stdout)["out"] == str(tmp_path / "c.html")
+    assert "no browser" in result.stderr
+
+
+def test_convert_between_json_and_pt_and_folders(found, tmp_path):
+    path, _ = found
+    assert printed("convert", path, tmp_path / "c.pt") == {"files": [str(tmp_path / "c.pt")]}
+    assert patchlab("convert", tmp_path / "c.pt", tmp_path / "back.json").stdout == f"wrote {tmp_path / 'back.json'}\n"
+    assert Circuit.load(tmp_path / "back.json").equals(Circuit.load(path))
+    assert "exists and is not overwritten" in error_of("convert", path, tmp_path / "c.pt")
+    assert patchlab("convert", path, tmp_path / "c.pt", "--force").exit_code == 0
+    folder = tmp_path / "sub" / "ioi_demo"
+    folder.mkdir(parents=True)
+    (folder / "c.json").write_bytes(path.read_bytes())
+    assert printed("convert", tmp_path / "sub", tmp_path / "new") == {"files": [str(tmp_path / "new" / "ioi_demo" / "c.pt")]}
+    assert "nowhere" in error_of("convert", tmp_path / "nowhere.json", tmp_path / "d.pt")
+    assert "unknown kind of circuit file '.npz'" in error_of("convert", path, tmp_path / "d.npz")
+
+
+def test_help_names_the_commands():
+    assert {"find", "evaluate", "plot", "convert"} <= set(patchlab("--help").stdout.split())
