@@ -19,6 +19,7 @@ from patchlab.circuits import (
     OptimalFit,
     evaluate,
     faithfulness_curve,
+    greedy,
     random_circuit,
     split,
     top_n,
@@ -208,6 +209,7 @@ class TestAblations:
         result = measured(circuit, task, "optimal", family, train=train, fit=OptimalFit(steps=3), completeness=False)
         losses = result.provenance["optimal_losses"]["circuit"]
         assert losses["final"] < losses["at_mean"]
+        assert ("denominator in the run itself" in result.provenance.get("post_norm", "")) == (family == "gemma2")
 
     def test_refuses_what_does_not_fit(self) -> None:
         task = kl_task(3)
@@ -371,6 +373,15 @@ class TestCurves:
         assert curve.provenance["selection"] == {"AtP": "disjoint"}
         assert "AtP: CPR" in repr(curve)
         assert "random: CPR" in repr(curve)
+
+    @pytest.mark.parametrize("by", ["abs", "signed"])
+    def test_other_ways_to_choose(self, by: str) -> None:
+        curve = self.curve(how="greedy", by=by, sizes=[30, 60], random=1)
+        scores = scores_of(pl.AttributionPatching(), model_of(*MODEL), split(gap_task(12))[0], "edges", "noising")
+        for circuit, n in zip(curve.circuits["AtP"], (30, 60), strict=True):
+            assert circuit.equals(greedy(scores, n, by=by))
+            assert circuit.provenance["how"].startswith(f"greedy {n} by {'|effect|' if by == 'abs' else 'signed'}")
+        assert (curve.provenance["how"], curve.provenance["by"]) == ("greedy", by)
 
     def test_areas_by_hand(self) -> None:
         curve = self.curve(random=0)

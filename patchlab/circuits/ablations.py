@@ -11,7 +11,7 @@ from torch import Tensor
 
 from patchlab.circuits.circuit import Circuit
 from patchlab.circuits.measure import Progress, checked, distinct, full_divergence, key_of, masks_on, rows_per_pass, with_full_logits
-from patchlab.engine.routing import pass_bytes, row_bytes, run_circuits
+from patchlab.engine.routing import pass_bytes, row_bytes, run_circuits, slices
 from patchlab.engine.wiring import Contributions, contributions
 from patchlab.errors import CircuitError, unknown
 from patchlab.models import Model
@@ -78,20 +78,21 @@ class Ablation:
     ) -> Float[np.ndarray, "circuit example"]:
         """The task's metric of every circuit on every example; equal circuits are run once."""
         unlike, places = distinct(circuits)
-        group = self._group(unlike, task, max_bytes)
         values = np.zeros((len(unlike), len(task)))
-        batches = task.batches(batch_size or rows_per_pass(self.model, task), self.model.device)
-        for start in range(0, len(unlike), group):
-            some = unlike[start : start + group]
-            constants = self.fitted_to(some, max_bytes) if self.kind == "optimal" else None
+        budget = pass_bytes(self.model) if max_bytes is None else max_bytes
+        batches = task.batches(batch_size or rows_per_pass(self.model, task, budget), self.model.device)
+        for some in slices(len(unlike), self._fitted_at_once(budget)):
+            constants = self.fitted_to(unlike[some], max_bytes) if self.kind == "optimal" else None
             for batch in batches:
                 ablated = self.of(batch) if constants is None else constants
-                program = with_full_logits(self.model, batch, task.metric)
-                with torch.no_grad():
-                    found = run_circuits(self.model, program, ablated, masks_on(some, task, batch), max_bytes=max_bytes)
-                values[start : start + group, batch.examples.cpu().numpy()] = found.double().cpu().numpy()
-                if done is not None:
-                    done(len(some) * len(batch))
+                program, columns = with_full_logits(self.model, batch, task.metric), batch.examples.cpu().numpy()
+                for part in slices(len(unlike[some]), _masked_at_once(unlike, batch, budget)):
+                    keep = masks_on(unlike[some][part], task, batch)
+                    with torch.no_grad():
+                        found = run_circuits(self.model, program, ablated.circuits(part), keep, max_bytes=max_bytes)
+                    values[some.start + part.start : some.start + part.stop, columns] = found.double().cpu().numpy()
+                    if done is not None:
+                        done(found.numel())
         return values[places]
 
     def losses_of(self, circuits: Mapping[str, Circuit]) -> dict[str, Any]:
@@ -146,14 +147,19 @@ class Ablation:
         self.losses.update(zip(map(key_of, circuits), ends, strict=True))
         return Contributions((mean + spread * best).to(mean.dtype))
 
-    def _group(self, circuits: Sequence[Circuit], task: Task, max_bytes: int | float | None) -> int:
-        """How many circuits are set up at once: as many as have masks, or constants to fit, of moderate size."""
-        each = circuits[0].graph.allowed.size
-        if any(circuit.n_positions for circuit in circuits):
-            each *= max(len(pair) for pair in task.pairs) * len(task)
-        if self.kind == "optimal" and self.train is not None:
-            each = max(each, 4 * row_bytes(self.model, max(len(pair) for pair in self.train.pairs)))
-        return max(1, int((pass_bytes(self.model) if max_bytes is None else max_bytes) // each))
+    def _fitted_at_once(self, budget: int | float) -> int:
+        """How many circuits get their constants fitted together."""
+        if self.kind != "optimal" or self.train is None:
+            return 2**62
+        return max(1, int(budget // (4 * row_bytes(self.model, max(len(pair) for pair in self.train.pairs)))))
+
+
+def _masked_at_once(circuits: Sequence[Circuit], batch: Batch, budget: int | float) -> int:
+    """How many circuits' masks are set up together."""
+    each = circuits[0].graph.allowed.size
+    if any(circuit.n_positions for circuit in circuits):
+        each *= batch.clean.numel()
+    return max(1, int(budget // each))
 
 
 def ablation_for(model: Model, task: Task, kind: str = "resample", *, train: Task | None = None, fit: OptimalFit | None = None) -> Ablation:
@@ -191,7 +197,7 @@ def ablation_for(model: Model, task: Task, kind: str = "resample", *, train: Tas
 def _mean(model: Model, task: Task, of: Callable[[Tensor], Tensor], *, positional: bool) -> Float[Tensor, "writer one own_pos width"]:
     """Mean over examples (and positions) of what every writer writes on the corrupted prompts, summed in float64; never over writers."""
     total, count = torch.zeros((), dtype=torch.float64, device=model.device), 0
-    for batch in task.batches(rows_per_pass(model, task, share=3), model.device):
+    for batch in task.batches(rows_per_pass(model, task, pass_bytes(model) / 3), model.device):
         values = of(contributions(model, batch.corrupted).values.double())
         total = total + values.sum(1 if positional else (1, 2), keepdim=True)
         count += len(batch) if positional else batch.corrupted.numel()

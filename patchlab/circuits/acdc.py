@@ -103,7 +103,7 @@ class _Measure:
 
     def __post_init__(self) -> None:
         metric = self.task.metric if self.kind == "metric" else full_divergence(self.task.metric.reads)
-        batches = self.task.batches(rows_per_pass(self.model, self.task), self.model.device)
+        batches = self.task.batches(rows_per_pass(self.model, self.task, self.max_memory), self.model.device)
         self.parts = [(with_full_logits(self.model, batch, metric), self.way.of(batch)) for batch in batches]
         self.forwards += len(batches) * (metric.needs_clean + (self.way.constants is None))
 

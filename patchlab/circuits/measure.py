@@ -16,6 +16,9 @@ from patchlab.metrics import Metric
 from patchlab.models import Model
 from patchlab.tasks.base import Batch, Task
 
+POST_NORM = "the norm behind the attention divides each head's part by its denominator in the run itself, where all heads are as in that run"
+"""What a head's contribution is where a norm follows the attention (Gemma 2); noted in the provenance."""
+
 
 def checked(circuit: Circuit, model: Model, task: Task, what: str = "the circuit") -> Circuit:
     """The circuit on the model's graph.
@@ -61,9 +64,10 @@ def _at_positions(circuit: Circuit, n: int) -> Bool[np.ndarray, "writer reader p
     return circuit.edges if circuit.edges.ndim == 3 else np.repeat(circuit.edges[:, :, None], n, axis=2)
 
 
-def rows_per_pass(model: Model, task: Task, share: int = 1) -> int:
-    """Examples of a task whose run as one circuit takes at most 1 / ``share`` of the memory of a forward pass."""
-    return max(1, int(pass_bytes(model) // (share * row_bytes(model, max(len(pair) for pair in task.pairs)))))
+def rows_per_pass(model: Model, task: Task, budget: int | float | None = None) -> int:
+    """Examples of a task whose run as one circuit fits into the memory of a forward pass, in bytes."""
+    budget = pass_bytes(model) if budget is None else budget
+    return max(1, int(budget // row_bytes(model, max(len(pair) for pair in task.pairs))))
 
 
 def with_full_logits(model: Model, batch: Batch, metric: Metric) -> Program:
@@ -105,6 +109,7 @@ def described(model: Model, task: Task) -> dict[str, Any]:
         "task_provenance": task.provenance,
         "metric": task.metric.name,
         "metric_unit": task.metric.unit,
+        **({"post_norm": POST_NORM} if any(place.name.endswith(".ln1_post") for place in model.arch.places) else {}),
     }
 
 

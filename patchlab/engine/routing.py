@@ -73,9 +73,9 @@ def run_circuits(
     fitting = max(1, int(budget // row_bytes(model, program.tokens.shape[1])))
     each = min(rows, fitting)
     layers, parts = layers_of(model), []
-    for circuits in _slices(keep.shape[0], max(1, fitting // rows)):
+    for circuits in slices(keep.shape[0], max(1, fitting // rows)):
         of_rows = []
-        for part in _slices(rows, each):
+        for part in slices(rows, each):
             chunk = keep[circuits][:, :, :, part] if keep.ndim == 5 and keep.shape[3] > 1 else keep[circuits]
             of_rows.append(_one_pass(model, layers, _part(program, part), ablated.circuits(circuits).rows(part), chunk))
             if done is not None:
@@ -229,7 +229,8 @@ def _part(program: Program, part: slice) -> Program:
     return replace(program, tokens=program.tokens[part], examples=program.examples[part], answers=answers, positions={})
 
 
-def _slices(total: int, size: int) -> list[slice]:
+def slices(total: int, size: int) -> list[slice]:
+    """Cuts of at most ``size``."""
     return [slice(start, min(total, start + size)) for start in range(0, total, size)]
 
 
