@@ -199,6 +199,11 @@ class TestAblations:
             assert losses[name]["final"] < 0.7 * losses[name]["at_mean"]
         assert fitted.provenance["optimal_fit"] == {"steps": 25, "lr": 0.1}
         assert fitted.provenance["ablation_examples"] == "swap[4]"
+        # where steps are so large that the last one is not the best, the best one counts
+        wild = evaluate(model, circuits["a"], train, ablation="optimal", fit=OptimalFit(steps=6, lr=3.0), **options)
+        ends = wild.provenance["optimal_losses"]["circuit"]
+        assert -wild.metric["circuit"].mean() == pytest.approx(ends["final"], rel=1e-6)
+        assert ends["final"] <= ends["at_mean"] == pytest.approx(losses["a"]["at_mean"])
         alone = evaluate(model, circuits["b"], train, ablation="optimal", fit=OptimalFit(steps=25), max_memory=1, **options)
         np.testing.assert_allclose(alone.metric["circuit"], fitted.metric["b"], rtol=1e-5)
 
@@ -400,10 +405,18 @@ class TestCurves:
         for i, n in enumerate((150, 200)):
             drawn = [random_circuit(graph, n, seed=seed) for seed in (0, 1)]
             assert rows["n_edges"].iloc[i] == np.mean([circuit.n_edges for circuit in drawn])
-            values = [measured(circuit, held_out).faithfulness() for circuit in drawn]
+            results = [measured(circuit, held_out) for circuit in drawn]
+            values = [result.faithfulness() for result in results]
             assert rows["faithfulness"].iloc[i] == pytest.approx(np.mean(values))
             assert values[0] != values[1]
-            assert rows["lo"].iloc[i] < min(values) + 0.2
+            scale = Scale(results[0].metric_full, results[0].metric_empty)
+            of_draw = scale.resampled(np.stack([result.metric["circuit"] for result in results]))
+            either = np.random.default_rng(0).integers(2, size=(2, 1000))  # two random circuits of the two, for each resample of the examples
+            together = of_draw[np.arange(1000)[:, None], either.T].mean(1)
+            low, high = np.quantile(together, [0.025, 0.975])
+            room = 0.25 * (high - low)
+            assert rows["lo"].iloc[i] == pytest.approx(low, abs=room)
+            assert rows["hi"].iloc[i] == pytest.approx(high, abs=room)
         small, large = (random_circuit(graph, n, seed=3, prune=False) for n in (20, 90))
         assert (small.n_edges, large.n_edges) == (20, 90)
         assert not (small - large).n_edges
