@@ -302,6 +302,8 @@ def test_large_graphs_keep_the_nodes_with_the_largest_edges(monkeypatch):
     assert data.writers == ("input", "a0.h1", "m1")
     assert data.nodes == ("m1", "a2.h3", "logits")
     assert "the 3 writers and 3 readers with the largest" in data.subtitle
+    few = _prepare_edge_heatmap(Circuit(GRAPH, GRAPH.mask(["m1->logits"]), np.where(GRAPH.allowed, effects, np.nan)))
+    assert (few.writers, few.nodes) == (("m1",), ("logits",)), "not filled up with nodes that have no edges"
 
 
 def test_matrix_figure_switches_between_its_panels():

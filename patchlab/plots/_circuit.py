@@ -61,7 +61,9 @@ def _prepare_circuit(circuit: Circuit, max_edges: int = 50) -> CircuitData:
     if max_edges < 1:
         raise CircuitError(f"max_edges is {max_edges}; draw at least 1 edge.")
     if not circuit.n_edges:
-        raise CircuitError("the circuit has no edges, so there is nothing to draw; choose a larger one.")
+        raise CircuitError(
+            "the circuit has no edges, so there is nothing to draw; choose more (pruning leaves none where input and logits are not joined)."
+        )
     flat = circuit.collapsed()
     marks = _marks(circuit, flat)
     first = min(max_edges, len(marks))

@@ -100,10 +100,13 @@ def _any_per_node(graph: Graph, mask: Bool[np.ndarray, "writer reader"]) -> Bool
 
 def _largest(graph: Graph, values: Float[np.ndarray, "writer reader"]) -> tuple[np.ndarray, np.ndarray]:
     """Writers and reading nodes to draw, in the order of the graph."""
-    size = np.nan_to_num(np.abs(_per_node(graph, np.abs(values), "qkv")))
-    chosen = (np.sort(np.argsort(-size.max(axis), kind="stable")[:_MOST_NODES]) for axis in (1, 0))
-    rows, columns = chosen
-    return rows, columns
+    size = np.nan_to_num(_per_node(graph, np.abs(values), "qkv"))
+    chosen = []
+    for largest in (size.max(1), size.max(0)):
+        order = np.argsort(-largest, kind="stable")
+        few = order[:_MOST_NODES][largest[order[:_MOST_NODES]] > 0] if len(order) > _MOST_NODES else order
+        chosen.append(np.sort(few))
+    return chosen[0], chosen[1]
 
 
 def _texts(
