@@ -304,7 +304,7 @@ def test_no_faithfulness_without_a_behaviour() -> None:
 def test_circuits_of_another_model_empty_ones_and_none() -> None:
     task = swap_task(2)
     other = Circuit.full(Graph(2, 4, 16))
-    with pytest.raises(CircuitError, match=r"this circuit belongs to a graph of 2 layers.* and the model to a graph of 3 layers.*n_layers 2 and 3"):
+    with pytest.raises(CircuitError, match=r"circuit 'circuit' belongs to a graph of 2 layers.* and gpt2 to a graph of 3 layers.*n_layers 2 and 3"):
         measured(other, task)
     with pytest.raises(CircuitError, match="circuit 'circuit' has no edges, so its faithfulness is 0 by definition"):
         measured(Circuit.empty(some().graph), task)

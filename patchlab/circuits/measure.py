@@ -1,6 +1,7 @@
 """Running circuits on a task: which edges are kept where, and the metric of every circuit on every example."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from patchlab.circuits.circuit import Circuit
+from patchlab.circuits.shape import common_graph
 from patchlab.engine import Program, run
 from patchlab.engine.routing import pass_bytes, row_bytes
 from patchlab.errors import CircuitError
@@ -26,7 +28,7 @@ def checked(circuit: Circuit, model: Model, task: Task, what: str = "the circuit
     Raises:
         CircuitError: a circuit of another model, or one whose positions are not those of the task.
     """
-    circuit = circuit.on(model.arch.graph)
+    circuit = replace(circuit, graph=common_graph(circuit.graph, model.arch.graph, what, model.name))
     if circuit.n_positions is not None:
         axis = task.position_axis()
         names = tuple(role or str(place) for place, role in enumerate(axis.roles or [""] * len(axis)))
@@ -75,7 +77,7 @@ def with_full_logits(model: Model, batch: Batch, metric: Metric) -> Program:
     answers = batch.answers
     if metric.needs_clean:
         logits = run(model, Program(batch.clean, batch.examples, logits="all" if metric.reads == "all" else "answer")).logits
-        answers = type(answers)(answers.correct, answers.correct_mask, answers.incorrect, answers.incorrect_mask, logits)
+        answers = replace(answers, clean_logits=logits)
     return Program(batch.clean, batch.examples, metric=metric, answers=answers)
 
 
