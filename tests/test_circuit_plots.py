@@ -157,7 +157,7 @@ def test_edges_start_at_their_writer_and_end_at_their_input():
         ("input", "m0", "mlp"),
         ("m0", "logits", "logits"),
     ]
-    layout = place(GRAPH, GRAPH.nodes)
+    layout = place(GRAPH, GRAPH.nodes, ends)
     for (writer, reader, kind), line in zip(ends, routes(layout, ends, 30), strict=True):
         (x0, y0), (x1, y1) = layout.places[writer], layout.places[reader]
         assert abs(line[0, 0] - x0) <= HALF_WIDTH
@@ -173,8 +173,10 @@ def test_edges_start_at_their_writer_and_end_at_their_input():
 
 
 def test_edges_that_leave_one_side_leave_apart_and_the_longer_runs_outside():
-    layout = place(GRAPH, ["input", "m0", "m1", "m2", "logits"])
-    near, far = routes(layout, [("input", "m1", "mlp"), ("input", "logits", "logits")], 40)
+    edges, nodes = [("input", "m1", "mlp"), ("input", "logits", "logits")], ["input", "m0", "m1", "m2", "logits"]
+    layout = place(GRAPH, nodes, edges)
+    assert layout.right > place(GRAPH, nodes, edges[:1]).right > place(GRAPH, nodes).right, "room for the edges that there are"
+    near, far = routes(layout, edges, 40)
     assert near[0, 1] > far[0, 1]
     assert far[:, 0].max() > near[:, 0].max()
 

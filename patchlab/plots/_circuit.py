@@ -30,6 +30,11 @@ class EdgeMark:
     score: float
     hover: str
 
+    @property
+    def ends(self) -> tuple[str, str, str]:
+        """Writer, reader and kind."""
+        return self.writer, self.reader, self.kind
+
 
 @dataclass(frozen=True)
 class View:
@@ -76,7 +81,7 @@ def _prepare_circuit(circuit: Circuit, max_edges: int = 50) -> CircuitData:
         joined = {mark.writer for mark in edges} | {mark.reader for mark in edges}
         used = {(mark.reader, mark.kind) for mark in edges}
         nodes = {node: tuple(letter for letter in PORTS if (node, letter) in used) for node in circuit.graph.nodes if node in joined}
-        views.append(View(edges, nodes, place(circuit.graph, nodes)))
+        views.append(View(edges, nodes, place(circuit.graph, nodes, [mark.ends for mark in edges])))
     scores = np.abs([mark.score for mark in marks])
     record = circuit.provenance
     who = " × ".join(str(record[key]) for key in ("model", "task") if record.get(key)) or str(circuit.graph)
@@ -234,7 +239,7 @@ def _draw_view(data: CircuitData, view: View) -> go.Figure:
 def _draw_edges(page: Page, data: CircuitData, view: View, where: dict[str, str]) -> None:
     """Edges of one colour, width and stroke are one trace, so that hundreds of edges are tens of traces; the thin ones are drawn first."""
     points = 40 if len(view.edges) <= 100 else 16
-    lines = routes(view.layout, [(mark.writer, mark.reader, mark.kind) for mark in view.edges], points)
+    lines = routes(view.layout, [mark.ends for mark in view.edges], points)
     groups: dict[tuple[float, str, str], list[tuple[EdgeMark, np.ndarray]]] = {}
     for mark, line in zip(view.edges, lines, strict=True):
         colour = UNSCORED if np.isnan(mark.score) else NEGATIVE if mark.score < 0 else POSITIVE

@@ -7,7 +7,7 @@ side are spread over that side in the order in which they cross least.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Float
@@ -58,8 +58,8 @@ def layer_and_head(node: str) -> tuple[int | None, int | None]:
     return int(layer), int(head) if head else None
 
 
-def place(graph: Graph, nodes: Iterable[str]) -> Layout:
-    """Stand the nodes in rows and columns."""
+def place(graph: Graph, nodes: Iterable[str], edges: Sequence[tuple[str, str, str]] = ()) -> Layout:
+    """Stand the nodes in rows and columns; the area leaves room for these edges (writer, reader, kind of input)."""
     nodes = tuple(nodes)
     rows: dict[int, list[str]] = {}
     for node in nodes:
@@ -78,13 +78,15 @@ def place(graph: Graph, nodes: Iterable[str]) -> Layout:
     step = min(COLUMN, _WIDEST / max(1.0, -min(columns.values(), default=0.0)))
     places = {node: (columns[node] * step if node in columns else 0.0, heights[node]) for node in nodes}
     spine = tuple(sorted(heights[node] for node in nodes if node not in columns))
-    left = min((x for x, _ in places.values()), default=0.0) - HALF_WIDTH - CLEARANCE
+    left = min((x for x, _ in places.values()), default=0.0) - HALF_WIDTH
     bands = tuple(
         Band(layer, min(ys) - ROW / 2 - LAYER_GAP / 4, max(ys) + ROW / 2 + LAYER_GAP / 4)
         for layer in range(graph.n_layers)
         if (ys := [heights[node] for node in nodes if layer_and_head(node)[0] == layer])
     )
-    return Layout(places, bands, left, HALF_WIDTH + CLEARANCE + _bow(y), y, spine)
+    layout = Layout(places, bands, left - CLEARANCE, HALF_WIDTH + CLEARANCE, y, spine)
+    reached = [bound for line in routes(layout, edges, 12) for bound in (line[:, 0].min(), line[:, 0].max())]
+    return replace(layout, left=min([left, *reached]) - CLEARANCE, right=max([HALF_WIDTH, *reached]) + CLEARANCE)
 
 
 def _columns(rows: dict[int, list[str]]) -> dict[str, float]:
