@@ -13,12 +13,13 @@ from patchlab.circuits.select import mean_effects
 from patchlab.errors import CircuitError
 from patchlab.graph import Graph
 from patchlab.plots._circuit_layout import layer_and_head
-from patchlab.plots._style import GREY, INK, MUTED, PALE, RED_BLUE, Box, Page, words_width
+from patchlab.plots._style import INK, MUTED, RED_BLUE, Box, Page, words_width
 from patchlab.scores import ScoreMap
 
 _ALL = "q, k and v"
 _SIDE, _MOST_NODES = 940, 320
 """Pixels of the matrix at most; more nodes than this are cut to those with the largest edges."""
+_NO_EDGE, _NOT_SCORED = "#e9ebee", "#b6bcc3"
 _TEXTS = 60_000
 """Beyond this many cells there is no hover text of one's own per cell."""
 
@@ -157,8 +158,8 @@ def _draw(data: EdgeHeatmapData) -> go.Figure:
     n_rows, n_columns = len(data.writers), len(data.nodes)
     cell = max(2.0, min(26.0, _SIDE / max(n_rows, n_columns)))
     left, top, foot = 92, 96, 78
-    legend = f'<span style="color:{GREY}">■</span> not scored &nbsp;·&nbsp; ' if data.not_scored.any() else ""
-    legend += "pale: no edge &nbsp;·&nbsp; colours go with the square root of the effect"
+    legend = f'<span style="color:{_NOT_SCORED}">■</span> not scored &nbsp;·&nbsp; ' if data.not_scored.any() else ""
+    legend += f'<span style="color:{_NO_EDGE}">■</span> no edge &nbsp;·&nbsp; colours go with the square root of the effect'
     width = max(words_width(data.title, data.subtitle), left + cell * n_columns + 110)
     page = Page(width, top + cell * n_rows + foot, data.title, escape(data.subtitle, quote=False))
     page.note(16, 58, legend, colour=MUTED)
@@ -167,7 +168,7 @@ def _draw(data: EdgeHeatmapData) -> go.Figure:
     down = {"range": [n_rows - 0.5, -0.5], **_ticks(data.writers, cell, 0), "title": {"text": "writer"}, "mirror": True}
     where = page.panel(box, across, down)
     shade = np.where(data.not_scored, 1.0, np.where(data.possible, np.nan, 0.0))
-    greys = [[0, PALE], [1, GREY]]
+    greys = [[0, _NO_EDGE], [1, _NOT_SCORED]]
     page.figure.add_trace(go.Heatmap(z=shade, zmin=0, zmax=1, colorscale=greys, showscale=False, hoverinfo="skip", **where))
     for i, panel in enumerate(data.panels):
         z = np.sign(panel.effects) * np.sqrt(np.abs(panel.effects))
@@ -180,11 +181,11 @@ def _draw(data: EdgeHeatmapData) -> go.Figure:
             page.figure.add_shape(
                 type="line", xref="x" if along == "x" else "x domain", yref="y" if along == "y" else "y domain", line=line, opacity=0.5, **ends
             )
-    _draw_scale(page, data, Box(left + box.width + 16, top, 10, min(260, max(96, box.height))))
+    _draw_scale(page, data, Box(left + box.width + 16, top + 20, 10, min(260, max(96, box.height))))
     buttons = [
         {"label": panel.name, "method": "restyle", "args": [{"visible": [True, *(other is panel for other in data.panels)]}]} for panel in data.panels
     ]
-    place = {"x": (page.width - 16) / page.width, "y": 1 - 10 / page.height, "xanchor": "right", "yanchor": "top"}
+    place = {"x": (page.width - 16) / page.width, "y": 1 - 56 / page.height, "xanchor": "right", "yanchor": "top"}
     page.figure.update_layout(updatemenus=[{"type": "buttons", "direction": "right", "buttons": buttons, "font": {"size": 11}, **place}])
     return page.figure
 
