@@ -81,7 +81,7 @@ def find(
 def evaluate(
     model: ModelName,
     task: TaskName,
-    files: Annotated[list[Path] | None, typer.Argument(metavar="[CIRCUIT.json]...", help="Circuit files.", show_default=False)] = None,
+    files: Annotated[list[Path] | None, typer.Argument(metavar="CIRCUIT.json", help="Circuit files.", show_default=False)] = None,
     ablation: Annotated[str, typer.Option(help="What other edges carry: resample, zero, mean, mean_positional or optimal.")] = "resample",
     minimality: Annotated[str | None, typer.Option(help="Leave out each edge or node in turn.", show_default=False)] = None,
     curve: Annotated[Path | None, typer.Option(help="Compare methods over sizes instead; a folder for the results.", show_default=False)] = None,

@@ -388,6 +388,10 @@ def test_curve_figure_has_log_axis_bands_and_rings():
     assert {shape.y0 for shape in figure.layout.shapes} == {1.0, 0.9}
     without = curve({"EAP": [0.0, 0.3, 0.8, 1.0]})
     without.table[["lo", "hi"]] = np.nan
+    without.areas[["cpr_lo", "cpr_hi", "cmd_lo", "cmd_hi"]] = np.nan
+    line = _prepare_faithfulness(without).lines[0]
+    assert line.legend.startswith("CPR 0.800 · CMD 0.200 ·")
+    assert "nan" not in line.hover[0]
     assert not any(trace.fill for trace in plots.faithfulness(without).data)
 
 

@@ -69,11 +69,11 @@ def _line(name: str, colour: str, rows: list[dict[Any, Any]], area: dict[Any, An
     good = [row for row in rows if row["faithfulness"] >= level]
     best = min(good, key=lambda row: row["n_edges"], default=None)
     reach = f"f ≥ {level:g} at no size" if best is None else f"f ≥ {level:g} from {best['n_edges']:,.0f} edges"
-    words = [f"{key.upper()} {area[key]:.3f} [{area[f'{key}_lo']:.3f}, {area[f'{key}_hi']:.3f}]" for key in ("cpr", "cmd")]
+    words = [f"{key.upper()} {_with_interval(area[key], area[f'{key}_lo'], area[f'{key}_hi'])}" for key in ("cpr", "cmd")]
     drawn = [row for row in rows if row["n_requested"] > 0]
     hover = [
         f"<b>{escape(name)}</b><br>{row['n_requested']:,} edges ({row['fraction']:.2%}) asked for, {row['n_edges']:,.4g} after pruning<br>"
-        f"faithfulness {row['faithfulness']:.3f} [{row['lo']:.3f}, {row['hi']:.3f}]<br>metric {row['metric']:.3g}"
+        f"faithfulness {_with_interval(row['faithfulness'], row['lo'], row['hi'])}<br>metric {row['metric']:.3g}"
         for row in drawn
     ]
     n_edges, value, low, high = (np.array([row[column] for row in drawn], dtype=float) for column in ("n_edges", "faithfulness", "lo", "hi"))
@@ -89,6 +89,11 @@ def _line(name: str, colour: str, rows: list[dict[Any, Any]], area: dict[Any, An
         best["n_requested"] if best and best["n_requested"] else None,
         " · ".join([*words, reach]),
     )
+
+
+def _with_interval(value: float, low: float, high: float) -> str:
+    """A value with its interval; without, where there is none (one example)."""
+    return f"{value:.3f}" + (f" [{low:.3f}, {high:.3f}]" if np.isfinite(low) else "")
 
 
 def _span(lines: tuple[FaithfulnessLine, ...]) -> tuple[float, float]:
