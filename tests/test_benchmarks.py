@@ -65,6 +65,21 @@ def test_linearized() -> None:
         assert row["positions"] < row["positions_of_plain"]
 
 
+def test_edges() -> None:
+    report = report_of("edges.py")
+    assert [row["workload"] for row in report["exact"]] == [row["workload"] for row in report["linearised"]] == ["S2", "ABC"]
+    for row in report["exact"]:
+        assert row["engine"] == "prefix"
+        assert row["max_difference_of_scale"] < 1e-4
+        assert row["edges"] == sum(stratum["edges"] for stratum in row["strata"]) == 262
+        assert row["sampled_edges"] == sum(stratum["sampled"] for stratum in row["strata"])
+        assert set(row["ratios"]) == {"plain", "split", "routed", "loop"}
+        assert 0 < row["block_positions_per_edge"] < row["block_positions_of_a_forward"]
+    for row in report["linearised"]:
+        assert set(row["ratios"]) == {"atp / plain", "relp / plain"}
+        assert set(row["extra_peak_gb"]) == {"atp", "relp"}
+
+
 def test_the_page_says_what_was_measured() -> None:
     maker = page_maker()
     reports = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(maker.RESULTS.glob("*.json"))}
@@ -81,7 +96,7 @@ def test_results_are_replaced_row_by_row() -> None:
     assert found["pairs"] == 8
 
 
-@pytest.mark.parametrize("script", ["exact_sweep.py", "linearized.py", "make_performance_page.py"])
+@pytest.mark.parametrize("script", ["edges.py", "exact_sweep.py", "linearized.py", "make_performance_page.py"])
 def test_every_benchmark_says_what_it_does(script: str) -> None:
     done = subprocess.run([sys.executable, str(ROOT / "benchmarks" / script), "--help"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

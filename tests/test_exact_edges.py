@@ -15,6 +15,7 @@ from torch import Tensor
 
 import patchlab as pl
 from patchlab.engine import Program, Support, Work, run, waves
+from patchlab.engine import edge_sweep as edge_sweep_module
 from patchlab.engine.edge_support import _found, edge_support
 from patchlab.engine.edge_sweep import Differences, edge_sweep
 from patchlab.engine.literal import hooked
@@ -219,8 +220,9 @@ def test_published_values(reference_dir: Path, model_name: str, task_name: str) 
 def test_the_edges_of_a_hand_made_circuit_stand_out(name: str) -> None:
     toy = TOY_CIRCUITS[name]()
     lost = -scores_of(pl.ActivationPatching(), toy.model, toy.task, "edges", "noising").mean("edges").to_numpy()
-    assert lost[toy.truth].min() >= toy.matters
-    assert np.abs(lost[~toy.truth]).max() <= toy.level
+    truth = toy.model.arch.graph.mask(toy.edges)
+    assert lost[truth].min() >= toy.matters
+    assert np.abs(lost[~truth]).max() <= toy.level
 
 
 # ---------- keys and values that several query heads share ----------
@@ -394,6 +396,27 @@ def test_what_is_left_out_changes_nothing() -> None:
     for number, values in seen.items():
         assert torch.equal(values, whole[number])
         assert torch.equal(part[number], whole[number])
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(monkeypatch) -> None:
+    model, task, right, calls = model_of("gpt2"), swap_task(), Metric.__call__, 0
+    monkeypatch.setattr(edge_sweep_module, "CPU_TOKENS", 120)
+    whole = scores_of(pl.ActivationPatching(), model, task, "edges", "noising")
+
+    def interrupted(metric: Metric, logits: Tensor, answers: Any) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 12:
+            raise KeyboardInterrupt
+        return right(metric, logits, answers)
+
+    monkeypatch.setattr(Metric, "__call__", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        scores_of(pl.ActivationPatching(), model, task, "edges", "noising")
+    again = scores_of(pl.ActivationPatching(), model, task, "edges", "noising")
+    np.testing.assert_array_equal(again.data["edges"], whole.data["edges"])
+    chunks = int(np.ceil(whole.live["edges"].sum() / 10))
+    assert calls < 2 * chunks
 
 
 def test_results_do_not_depend_on_memory_or_batches() -> None:

@@ -199,8 +199,8 @@ def _positions(setting: Setting, runs: Runs, cells: Int[np.ndarray, "edge axis"]
     """Where each edge is read, per row; None for everywhere."""
     if cells.shape[1] < 3:
         return None
-    index = _index(setting, runs)
-    return [index[:, place] for place in cells[:, 2].tolist()]
+    columns = _index(setting, runs).unbind(1)  # one tensor per place, which all edges there share
+    return [columns[place] for place in cells[:, 2].tolist()]
 
 
 def _one_hot(where: Int[Tensor, " row"], length: int) -> Bool[Tensor, "row pos"]:
