@@ -4,7 +4,7 @@
 and weighted by how many edges each has; a full map is an extrapolation, and the report says so. It is held against ways that take
 whole passes for every edge: ``plain``, one forward pass of TransformerLens (in which no edge can be patched, so this is the least);
 ``split``, the same with split q, k and v inputs; ``routed``, one routed pass of patchlab's, from which the exact effects may not differ;
-``loop``, a pass on the corrupted prompts and a routed one on the clean prompts, which is what EAP-IG's loop over edges runs.
+``loop``, a corrupted and a routed pass: the two passes that EAP-IG's evaluation of one graph makes, as patchlab runs them, not its code.
 
 *Linearised.* All edges with one point of the path, score map included, against two forward passes and one backward pass of the plain
 Hugging Face model without parameter gradients; and the memory that both need at their peak.
