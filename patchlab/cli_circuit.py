@@ -74,7 +74,7 @@ def find(
         counts = {"n_edges": found.n_edges, "n_nodes": len(found.nodes), "graph_edges": found.graph.n_edges, "graph_nodes": len(found.graph.nodes)}
         _say_json({"out": str(out), **counts, "edges": found.edge_names, "provenance": found.provenance})
     else:
-        typer.echo(f"{found.summary()}\nwrote {out}")
+        typer.echo(f"{scores}\n{found.summary()}\nwrote {out}")
 
 
 @circuit.command()

@@ -308,7 +308,9 @@ class ScoreMap:
             shape = ", ".join(f"{axis} {self.live.sizes[axis]}" for axis in self.live[site].dims)
             sites.append(f"{parse_site(site).kind}[{shape}]" + (" (not scored)" if site in skipped else ""))
         head = ", ".join(str(about.get(key, "?")) for key in ("method", "direction", "metric"))
-        return f"ScoreMap({head}, {self.subject}) {' '.join(sites)}; {self.cost}"
+        check = about.get("self_check")
+        sums = f"; edges add up to node scores within {max(check['mismatch']) / max(*check['largest_node_score'], 1e-300):.0e}" if check else ""
+        return f"ScoreMap({head}, {self.subject}) {' '.join(sites)}{sums}; {self.cost}"
 
 
 def _counted(number: int, noun: str) -> str:

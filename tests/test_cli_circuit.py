@@ -106,7 +106,11 @@ def test_find_prints_a_summary_and_does_not_overwrite_unasked(found, tmp_path):
     path = tmp_path / "c.json"
     result = patchlab("find", *WHERE, "--edges", 10, "--out", path)
     assert result.exit_code == 0, result.output
-    assert result.stdout == f"{Circuit.load(path).summary().replace(', c.json', '')}\nwrote {path}\n"
+    scored, _, rest = result.stdout.partition("\n")
+    assert scored.startswith(
+        "ScoreMap(relp, noising, logit_diff, demo-gpt2-4l × ioi[6]) edges[writer 21, reader 53]; edges add up to node scores within "
+    )
+    assert rest == f"{Circuit.load(path).summary().replace(', c.json', '')}\nwrote {path}\n"
     before = path.read_bytes()
     assert "exists and is not overwritten" in error_of("find", *WHERE, "--edges", 20, "--out", path)
     assert path.read_bytes() == before

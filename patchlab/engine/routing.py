@@ -162,7 +162,7 @@ class _Pass:
         here, reader = self.graph.writer_slice(layer), self.graph.reader_slice(layer).stop - 1
         base, used = (self.base, here.start) if self.graph.parallel else (self.behind, here.stop - 1)
         x = self._read(base, used, slice(reader, reader + 1))
-        return self._repeated(self.layers[layer].norms["mlp"](x)[:, 0]).reshape(value.shape)
+        return self._repeated(self.layers[layer].into_mlp(x)[:, 0]).reshape(value.shape)
 
     def _from_mlp(self, layer: int, value: Tensor) -> None:
         last = self.graph.writer_slice(layer).stop - 1

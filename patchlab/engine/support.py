@@ -73,9 +73,7 @@ def _problem(model: Any, *, prefix: bool) -> str | None:
     worst = (got - expected).abs().amax(1)
     index = int(worst.argmax())
     scale = float(expected.abs().max())
-    return (
-        None if float(worst[index]) <= allowed * scale else f"{cells[index][0].address} differs by {float(worst[index]) / scale:.2g} of the scale"
-    )
+    return None if float(worst[index]) <= allowed * scale else f"{cells[index][0].address} differs by {float(worst[index]) / scale:.2g} of the scale"
 
 
 def tolerance(dtype: torch.dtype) -> float:

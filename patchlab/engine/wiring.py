@@ -1,6 +1,6 @@
 """What readers read through and writers write through: a block's own norms and linear maps, for code that computes parts of it by itself."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,20 +54,29 @@ def contributions(model: Any, tokens: Int[Tensor, "row pos"]) -> Contributions:
 
 @dataclass(frozen=True)
 class Layer:
-    """The parts of a block that a run of circuits computes itself: how readers read, and how heads write."""
+    """A block as edges see it: norms before the attention, before the MLP and after the attention; how each query head reads and writes."""
 
-    norms: Mapping[str, Callable[[Tensor], Tensor]]
+    before: NormPlace | None
+    mlp: NormPlace | None
+    post: NormPlace | None
     read: Mapping[str, tuple[Float[Tensor, "head d_model d_head"], Float[Tensor, "head one d_head"] | None]]
     write: Float[Tensor, "head d_head d_model"]
     bias: Float[Tensor, " d_model"] | None
-    post: NormPlace | None
+
+    @property
+    def norms(self) -> tuple[NormPlace, ...]:
+        """The norms that are there."""
+        return tuple(place for place in (self.before, self.mlp, self.post) if place is not None)
 
     def inputs(self, letter: str, x: Float[Tensor, "circuit head row pos d_model"]) -> Float[Tensor, "circuit head row pos d_head"]:
         """Queries, keys or values of every head, from what it reads."""
         weight, bias = self.read[letter]
-        normed = self.norms["attn"](x)
-        out = torch.matmul(normed.flatten(2, 3), weight)
+        out = torch.matmul(_normed(self.before, x).flatten(2, 3), weight)
         return (out if bias is None else out + bias).unflatten(2, x.shape[2:4])
+
+    def into_mlp(self, x: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_model"]:
+        """The MLP's input, from what it reads."""
+        return _normed(self.mlp, x)
 
     def heads(self, z: Float[Tensor, "circuit row pos head d_head"]) -> tuple[Float[Tensor, "circuit head row pos d_model"], Tensor | float]:
         """What every head adds to the stream, and what the attention adds besides (its bias)."""
@@ -104,33 +113,30 @@ def layers_of(model: Any) -> list[Layer]:
         ModelError: a query, key, value or output map that is no plain linear map.
     """
     arch, places = model.arch, {place.name: place for place in model.arch.places}
-
-    def norm(name: str) -> Callable[[Tensor], Tensor]:
-        return places[name].module.original_component if name in places else torch.nn.Identity()
-
     layers: list[Layer] = []
     for i in range(arch.n_layers):
         block = f"blocks.{i}"
         read = {}
         for letter, heads in (("q", arch.n_heads), ("k", arch.n_kv_heads), ("v", arch.n_kv_heads)):
             weight, bias = _linear(model, places, f"{block}.attn.{letter}")
-            times = arch.n_heads // heads
-            weight = weight.unflatten(1, (heads, -1)).transpose(0, 1).repeat_interleave(times, 0)
-            bias = None if bias is None else bias.unflatten(0, (heads, 1, -1)).repeat_interleave(times, 0)
+            weight = weight.unflatten(1, (heads, -1)).transpose(0, 1)
+            bias = None if bias is None else bias.unflatten(0, (heads, 1, -1))
+            if (times := arch.n_heads // heads) > 1:
+                weight, bias = (None if part is None else part.repeat_interleave(times, 0) for part in (weight, bias))
             read[letter] = (weight, bias)
         write, bias = _linear(model, places, f"{block}.attn.o")
-        mlp_norm = f"{block}.ln2" if f"{block}.ln2" in places or not arch.parallel else f"{block}.ln1"
-        post = places.get(f"{block}.ln1_post")
-        layers.append(
-            Layer(
-                {"attn": norm(f"{block}.ln1"), "mlp": norm(mlp_norm)},
-                read,
-                write.unflatten(0, (arch.n_heads, -1)),
-                bias,
-                post if isinstance(post, NormPlace) else None,
-            )
-        )
+        before, mlp, post = (_norm(places.get(f"{block}.{name}")) for name in ("ln1", "ln2", "ln1_post"))
+        mlp = before if mlp is None and arch.parallel else mlp
+        layers.append(Layer(before, mlp, post, read, write.unflatten(0, (arch.n_heads, -1)), bias))
     return layers
+
+
+def _norm(place: Any) -> NormPlace | None:
+    return place if isinstance(place, NormPlace) else None
+
+
+def _normed(place: NormPlace | None, x: Tensor) -> Tensor:
+    return x if place is None else place.module.original_component(x)
 
 
 def _linear(model: Any, places: Mapping[str, Any], name: str) -> tuple[Tensor, Tensor | None]:

@@ -7,8 +7,6 @@ Source: EAP, Syed et al. 2023 (arXiv 2310.10348); EAP-IG, Hanna et al. 2024 (arX
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -16,8 +14,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from patchlab.adapters import Architecture, LinearPlace, NormPlace
+from patchlab.adapters import NormPlace
 from patchlab.engine import Result, Target
+from patchlab.engine.wiring import Layer, layers_of
 from patchlab.errors import MethodError
 from patchlab.interventions import Kept
 from patchlab.methods.runs import Runs, Setting, at_positions, first_difference, itemsize
@@ -43,7 +42,7 @@ def edge_options(setting: Setting, composite: Composite) -> dict[str, Any]:
     layers = range(arch.n_layers)
     letters = [letter for letter in "qkv" if letter not in composite.not_scored]
     gradients: list[Target] = [*setting.targets, *((letter, layer) for letter in letters for layer in layers), ("resid_post", arch.n_layers - 1)]
-    norms = [place for layer in layers for place in _norms(arch, layer) if place is not None]
+    norms = [place for layer in layers_of(setting.model) for place in layer.norms]
     by_dest = setting.edges is not None and "dest" in setting.edges.axes
     return {
         "gradients": tuple(gradients),
@@ -74,7 +73,7 @@ class EdgeScores:
         start = first_difference(runs.batch) if isinstance(runs.source, Kept) else 0
         self.span = length - start
         self.differences = {key: value[:, -self.span :] for key, value in differences.items()}
-        self.parts = [_Layer.of(arch, layer) for layer in range(arch.n_layers)]
+        self.parts = layers_of(setting.model)
         shape = (n, *self.graph.allowed.shape, *[length] * len(self.axes))
         kind = torch.float64 if setting.model.dtype == torch.float64 else torch.float32
         self.total = torch.zeros(shape, dtype=kind, device=runs.baseline_tokens.device)
@@ -123,7 +122,7 @@ class EdgeScores:
         written[:, 0] = embedded
         for layer, part in enumerate(self.parts):
             where = self.graph.writer_slice(layer)
-            heads = torch.einsum("bphk,hkd->bphd", self.differences["z", layer][chunk], part.output.to(written.dtype))
+            heads = torch.einsum("bphk,hkd->bphd", self.differences["z", layer][chunk], part.write.to(written.dtype))
             if part.post is not None:
                 heads = norm_jvp(self.composite.norm, part.post, *self._norm_inputs(point, part.post, chunk), heads)
             written[:, where.start : where.start + self.graph.n_heads] = heads.transpose(1, 2)
@@ -150,10 +149,10 @@ class EdgeScores:
         final = point.gradients["resid_post", arch.n_layers - 1][chunk, -self.span :].unsqueeze(2)
         yield self.graph.reader_slice(None), len(self.graph.writers), final
 
-    def _head_readers(self, part: "_Layer", letter: str, gradient: Tensor, point: Result, chunk: slice) -> Tensor:
+    def _head_readers(self, part: Layer, letter: str, gradient: Tensor, point: Result, chunk: slice) -> Tensor:
         split = gradient.ndim == 5
         gradient = gradient[chunk, -self.span :, -self.span :] if split else gradient[chunk, -self.span :]
-        stream = torch.einsum("...hk,hkd->...hd", gradient, part.reading[letter])
+        stream = torch.einsum("...hk,hdk->...hd", gradient, part.read[letter][0])
         back = [self._through(part.before, point, chunk, one) for one in (stream.unbind(1) if split else [stream])]
         return torch.stack(back, 1) if split else back[0]
 
@@ -195,50 +194,6 @@ class EdgeScores:
         self.nodes[:, rows] += weight * found[:, rows]
 
 
-@dataclass(frozen=True)
-class _Layer:
-    """One block as edges see it: the norms, what q, k and v multiply, per query head, and what heads are multiplied by."""
-
-    before: NormPlace | None
-    post: NormPlace | None
-    mlp: NormPlace | None
-    places: dict[str, LinearPlace]
-    n_heads: int
-    copies: int
-
-    @staticmethod
-    def of(arch: Architecture, layer: int) -> "_Layer":
-        before, post, mlp = _norms(arch, layer)
-        found = {place.name: place for place in arch.places if isinstance(place, LinearPlace)}
-        places = {letter: found.get(f"blocks.{layer}.attn.{letter}") for letter in "qkvo"}
-        missing = [letter for letter, place in places.items() if place is None or place.problem is not None]
-        if missing:
-            raise MethodError(f"edges need the weights of q, k, v and o of every layer; {arch.family} does not show {missing} of layer {layer}.")
-        return _Layer(before, post, mlp, {k: v for k, v in places.items() if v is not None}, arch.n_heads, arch.graph.copies)
-
-    @cached_property
-    def reading(self) -> dict[str, Float[Tensor, "head d_head d_model"]]:
-        """Weights of q, k and v for each query head, transposed."""
-        found = {}
-        for letter in "qkv":
-            copies = 1 if letter == "q" else self.copies
-            weight = self.places[letter].parameters()[0].T.unflatten(0, (self.n_heads // copies, -1))
-            found[letter] = weight if copies == 1 else weight.repeat_interleave(copies, 0)
-        return found
-
-    @cached_property
-    def output(self) -> Float[Tensor, "head d_head d_model"]:
-        """What each head's z is multiplied by."""
-        return self.places["o"].parameters()[0].unflatten(0, (self.n_heads, -1))
-
-
-def _norms(arch: Architecture, layer: int) -> tuple[NormPlace | None, NormPlace | None, NormPlace | None]:
-    """The norms before the attention, after it, and before the MLP."""
-    places = {place.name: place for place in arch.places if isinstance(place, NormPlace)}
-    before, post, mlp = (places.get(f"blocks.{layer}.{name}") for name in ("ln1", "ln1_post", "ln2"))
-    return before, post, before if mlp is None and arch.parallel else mlp
-
-
 def _writer_bytes(setting: Setting, rows: int, length: int) -> int:
     arch = setting.model.arch
     return rows * length * len(arch.graph.writers) * arch.d_model * max(4, itemsize(setting))
@@ -248,11 +203,11 @@ def _chunk_bytes(setting: Setting) -> int | float:
     return CHUNK_BYTES if setting.max_memory is None else min(CHUNK_BYTES, setting.max_memory / 4)
 
 
-def check_sums(setting: Setting, off: float, scale: float) -> str:
-    """The self-check in words.
+def check_sums(setting: Setting, off: float, scale: float) -> None:
+    """Hold the sums of the writers' edges against their node scores.
 
     Raises:
-        MethodError: the edges of a writer do not add up to its node score, so the model is not what the graph says.
+        MethodError: they do not add up, so the model is not what the graph says.
     """
     allowed = {torch.float64: 1e-5, torch.float32: 1e-3}.get(setting.model.dtype, 0.2)
     if off > allowed * scale:
@@ -260,4 +215,3 @@ def check_sums(setting: Setting, off: float, scale: float) -> str:
             f"the edges of {setting.model.name} do not add up: the sum of a writer's edges differs from its node score by {off:.2g}, and the largest "
             f"node score is {scale:.2g}. This architecture has a path that the graph lacks; score nodes instead (sites z, mlp_out)."
         )
-    return f"self-check: the sum of each writer's edges equals its node score to {off / scale if scale else 0.0:.1e} of the largest"
