@@ -22,6 +22,8 @@ _KEYS = {
     "scaling": ("what", "value"),
     "precision": ("precision",),
     "bf16": ("model", "map"),
+    "exact": ("model", "workload"),
+    "linearised": ("model", "workload"),
 }
 
 
@@ -200,7 +202,59 @@ def verified_page(report: dict[str, Any]) -> str:
     )
 
 
-PARTS: dict[str, Callable[[dict[str, Any]], str]] = {"exact_sweep": sweep_page, "linearized": linearized_page, "verified": verified_page}
+def edges_page(report: dict[str, Any]) -> str:
+    """Exact and linearised edges."""
+    linearised = [
+        [
+            row["model"],
+            row["workload"],
+            f"{row['edges']:,}",
+            *(_number(row["ratios"][f"{name} / plain"], "×") for name in ("atp", "relp")),
+            *(f"{row['extra_peak_gb'][name]:+.2f} GB" for name in ("atp", "relp")),
+        ]
+        for row in report["linearised"]
+    ]
+    ways = {"plain": "plain forward", "split": "split inputs", "routed": "routed pass", "loop": "two passes"}
+    exact = [
+        [
+            row["model"],
+            row["workload"],
+            _number(1000 * row["seconds_per_edge"]["exact"], " ms"),
+            f"{60 * row['hours_for_all_edges_extrapolated']:.0f} min",
+            *(_number(row["ratios"][way], "×") for way in ways),
+            f"{row['block_positions_of_a_forward'] / row['block_positions_per_edge']:.3g}×",
+            f"{row['max_difference_of_scale']:.0e}",
+        ]
+        for row in report["exact"]
+    ]
+    goal, most = report["exact"][0]["goal"], report["linearised"][0]
+    return "\n".join(
+        [
+            "## Edges\n",
+            _machine(report) + "\n",
+            f"EAP (`atp`) and edge-RelP (`relp`) for all edges at one point, score map included, against two forwards and one backward of the plain "
+            f"Hugging Face model; the goal is at most {most['goal']}×, with at most {most['goal_extra_peak_gb']} GB more at the peak (resident "
+            f"memory, which is a rough measure).\n",
+            table(["model", "workload", "edges", "EAP / plain", "RelP / plain", "extra peak, EAP", "extra peak, RelP"], linearised),
+            "\nExact patching of single edges: time per edge on a sample of every layer and kind of reader, weighted by how many edges each has; the "
+            "time for all edges is an extrapolation. Ratios are to what takes whole passes for every edge: *plain forward*, one forward pass of "
+            "TransformerLens, in which no edge can be patched, so it is the least that any such way needs; *split inputs*, the same with split q, k "
+            "and v inputs; *routed pass*, a forward pass of patchlab's in which every reader has an input of its own; *two passes*, that and a "
+            f"corrupted pass, as published edge-by-edge loops make them (ours, not their code). The goal is {goal:.0f}×. An edge needs the blocks "
+            f"after its reader, at the positions from the first difference on, and matrix products are most of the time: *fewer block positions* "
+            f"bounds what is left to gain against a plain forward, whose other cost is the logits of all positions. "
+            f"*Difference*: to the routed pass, share of the metric's scale.\n",
+            table(["model", "workload", "per edge", "all edges", *ways.values(), "fewer block positions", "difference"], exact),
+        ]
+    )
+
+
+PARTS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "exact_sweep": sweep_page,
+    "linearized": linearized_page,
+    "edges": edges_page,
+    "verified": verified_page,
+}
 
 
 def page(reports: dict[str, dict[str, Any]]) -> str:
