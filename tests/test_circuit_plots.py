@@ -11,12 +11,15 @@ from score_maps import make_map
 from patchlab import plots
 from patchlab.circuits import Circuit, to_dot, top_n
 from patchlab.circuits.curves import FaithfulnessCurve
-from patchlab.errors import CircuitError
+from patchlab.compare import compare
+from patchlab.errors import CircuitError, ScoreError
 from patchlab.graph import Graph
+from patchlab.plots._agreement import _prepare_agreement
 from patchlab.plots._circuit import _prepare_circuit
 from patchlab.plots._circuit_layout import HALF_HEIGHT, HALF_WIDTH, PORTS, place, routes
 from patchlab.plots._edges import _prepare_edge_heatmap
 from patchlab.plots._faithfulness import _prepare_faithfulness
+from patchlab.plots._heatmaps import _prepare_heatmaps
 from patchlab.plots._style import NEGATIVE, POSITIVE, UNSCORED
 
 GRAPH = Graph(3, 4, 8)
@@ -413,3 +416,43 @@ def test_controls_are_left_out_of_images_and_stay_in_the_figure(monkeypatch, tmp
         plots.save(figure, tmp_path / f"{len(seen)}.png")
         assert len(figure.layout.sliders) + len(figure.layout.updatemenus) == 1
     assert seen == [(0, 0), (0, 0)]
+
+
+# edges in the figures of every site
+
+
+def test_heatmaps_of_edges_show_the_largest_writers_and_readers_by_name():
+    effects = np.where(GRAPH.allowed, 0.0, np.nan)
+    effects[GRAPH.edge("a0.h2->a2.h1<k>")] = -3.0
+    facet = _prepare_heatmaps(edge_map(effects, live={"edges": GRAPH.allowed})).rows[0][0]
+    row, column = facet.rows.texts.index("a0.h2"), facet.columns.texts.index("a2.h1&lt;k&gt;")
+    shown = np.asarray(facet.values)
+    assert shown[row, column] == -3.0
+    assert "writer a0.h2<br>reader a2.h1&lt;k&gt;" in facet.hover[row, column]
+    assert shown.shape == (len(GRAPH.writers), 24)
+    assert f"24 of {len(GRAPH.readers)} readers" in facet.description
+    assert len(plots.heatmaps(edge_map(effects)).data)
+
+
+def test_heatmaps_refuse_edges_by_position():
+    effects = np.zeros((2, *GRAPH.allowed.shape, 3))
+    scores = make_map({"edges[writer,reader,pos]": effects}, graph=GRAPH.as_dict(), direction="noising")
+    with pytest.raises(ScoreError, match="no panels for edges by position; .* Draw it with plots.edge_heatmap"):
+        plots.heatmaps(scores)
+
+
+def test_agreement_of_edges_is_over_those_that_all_maps_score():
+    exact, other, third = (random_effects(seed=seed) for seed in range(3))
+    third[:, np.array(GRAPH.reader_kind) == "q"] = np.nan
+    live = {"edges": GRAPH.allowed}
+    methods = {"a": edge_map(other, live=live), "b": edge_map(third, live=live, readers_not_scored={"q": "no pattern"})}
+    panels = _prepare_agreement(edge_map(exact, live=live), methods).rows[0]
+    table = compare(edge_map(exact, live=live), methods, n_boot=2).table.query("cells == 'all'").set_index("method")
+    for panel in panels:
+        assert panel.live.all()
+        assert len(panel.exact) == GRAPH.n_edges - GRAPH.allowed[:, np.array(GRAPH.reader_kind) == "q"].sum()
+        assert panel.pearson == pytest.approx(table.loc[panel.method, "pearson"])
+    assert panels[0].layer.max() == GRAPH.n_layers, "the logits read after the last layer"
+    first = panels[0].hover.tolist().index("<b>edges</b><br>writer a0.h2<br>reader a2.h1&lt;k&gt;")
+    assert (panels[0].exact[first], panels[0].layer[first]) == (exact[GRAPH.edge("a0.h2->a2.h1<k>")], 2)
+    assert len(plots.agreement(edge_map(exact, live=live), methods).data)

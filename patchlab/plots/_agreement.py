@@ -15,6 +15,7 @@ from patchlab.alignment import check_alike, check_names
 from patchlab.plots._facets import cell_texts
 from patchlab.plots._style import INK, MUTED, PALE, Box, Page, about, heading, words_width
 from patchlab.scores import ScoreMap
+from patchlab.sites import parse_site
 
 PANEL, GAP_X, GAP_Y = 200, 58, 64
 _MANY = 4000
@@ -56,7 +57,8 @@ def _prepare_agreement(reference: ScoreMap, methods: Mapping[str, ScoreMap]) -> 
     check_names(name_of_reference, methods)
     for name, other in methods.items():
         check_alike(name_of_reference, reference, name, other)
-    rows = tuple(tuple(_scatter(reference, other, name, site) for name, other in methods.items()) for site in reference.sites)
+    every = (reference, *methods.values())
+    rows = tuple(tuple(_scatter(reference, other, name, site, every) for name, other in methods.items()) for site in reference.sites)
     ranges = tuple(_range(row) for row in rows)
     title = f"Approximations against {name_of_reference} patching, effect on {reference.provenance.get('metric', 'the metric')}"
     unit = str(reference.provenance.get("metric_unit", ""))
@@ -71,21 +73,44 @@ def _range(row: Sequence[Scatter]) -> tuple[float, float]:
     return low - margin, high + margin
 
 
-def _scatter(reference: ScoreMap, other: ScoreMap, method: str, site: str) -> Scatter:
+def _scatter(reference: ScoreMap, other: ScoreMap, method: str, site: str, all_maps: Sequence[ScoreMap]) -> Scatter:
     exact, approximation = (scores.mean(site).to_numpy().ravel() for scores in (reference, other))
     live = reference.live[site]
-    layer = np.broadcast_to(live["layer"].to_numpy().reshape(-1, *[1] * (live.ndim - 1)), live.shape).ravel()
+    layer, hover = _layers(reference, site), cell_texts(reference, site)
     chosen = live.to_numpy().ravel()
+    if parse_site(site).kind == "edges":
+        there = _common_edges(site, all_maps)
+        exact, approximation, chosen, layer, hover = (part[there] for part in (exact, approximation, chosen, layer, hover))
     pair = exact[None, chosen], approximation[None, chosen]
     r, s = (float(statistic(*pair)[0]) if chosen.any() else float("nan") for statistic in (pearson, slope))
     skipped = reference.not_scored.get(site) or other.not_scored.get(site)
-    return Scatter(site, method, exact, approximation, chosen, layer, cell_texts(reference, site), r, s, skipped)
+    return Scatter(site, method, exact, approximation, chosen, layer, hover, r, s, skipped)
+
+
+def _common_edges(site: str, maps: Sequence[ScoreMap]) -> Bool[np.ndarray, " cell"]:
+    """Pairs that are edges and that every map scores, as :func:`patchlab.compare` counts them."""
+    live = maps[0].live[site]
+    common = np.broadcast_to(maps[0].graph.allowed.reshape(*live.shape[:2], *[1] * (live.ndim - 2)), live.shape).copy()
+    for scores in maps:
+        if site not in scores.not_scored:
+            common &= np.isfinite(scores.mean(site).to_numpy())
+    return common.ravel()
+
+
+def _layers(scores: ScoreMap, site: str) -> Int[np.ndarray, " cell"]:
+    """The layer of every cell of a site (flattened); of an edge that of its reader, the logits one above the last."""
+    live = scores.live[site]
+    if parse_site(site).kind == "edges":
+        graph = scores.graph
+        layers = np.arange(len(graph.readers)) // (3 * graph.n_heads + graph.mlps)
+        return np.broadcast_to(layers.reshape(1, -1, *[1] * (live.ndim - 2)), live.shape).ravel()
+    return np.broadcast_to(live["layer"].to_numpy().reshape(-1, *[1] * (live.ndim - 1)), live.shape).ravel()
 
 
 def agreement(reference: ScoreMap, methods: Mapping[str, ScoreMap]) -> go.Figure:
     """Scatter of each approximation against the reference: a row per site, a column per method, a point per cell.
 
-    Points are example means, coloured by layer; structural zeros are grey. The dashed line is identity, the solid one
+    Points are example means, coloured by layer (of an edge, its reader's); structural zeros are grey. The dashed line is identity, the solid one
     approximation = slope · exact; r is the Pearson correlation over live cells. The panels of a row share their axes.
 
     Raises:
@@ -110,7 +135,7 @@ def _draw(data: AgreementData) -> go.Figure:
             across = {**shared, "title": {"text": f"{escape(data.reference, quote=False)} effect{unit}" if i == n_rows - 1 else ""}}
             up = {**shared, "title": {"text": f"approximation{unit}" if j == 0 else ""}}
             _draw_scatter(page, scatter, box, page.panel(box, across, up), span)
-    layers = 1 + max(int(scatter.layer.max()) for row in data.rows for scatter in row)
+    layers = 1 + max(int(scatter.layer.max(initial=0)) for row in data.rows for scatter in row)
     bar = {
         "x": (44 + n_columns * (PANEL + GAP_X)) / width,
         "y": 1 - 92 / page.height,

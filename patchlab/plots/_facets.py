@@ -10,12 +10,15 @@ import numpy as np
 import xarray as xr
 from jaxtyping import Bool, Float, Int, Shaped
 
+from patchlab.errors import ScoreError
 from patchlab.plots._style import Pixels, heading_height, shown, sparse_ticks
 from patchlab.score_arrays import label_of
 from patchlab.scores import ScoreMap
 from patchlab.sites import KINDS, POSITION_AXES, parse_site
 
 TOP_NEURONS = 32
+TOP_EDGE_ENDS = 24
+"""Writers, and readers, that a panel of edges shows."""
 _TITLES = {"pos": "position", "dest": "destination", "src": "source", "kv_head": "KV head"}
 
 
@@ -126,7 +129,15 @@ _Panel = tuple[str, str, Int[np.ndarray, "row column"], Axis, Axis]
 def _layout(cells: "_Cells", size: np.ndarray, most: int) -> Iterator[_Panel]:
     """Name, note, indices of the cells (into the flattened map), and the two axes of every panel."""
     axes, index = cells.axes, np.arange(size.size).reshape(size.shape)
-    if "dest" in axes and "src" in axes:
+    if axes[0] == "writer":
+        if len(axes) > 2:
+            raise ScoreError(
+                f"heatmaps has no panels for edges by position; got {cells.site}. Draw it with plots.edge_heatmap, which sums positions."
+            )
+        rows, columns = (np.sort(np.argsort(-size.max(other), kind="stable")[:TOP_EDGE_ENDS]) for other in (1, 0))
+        note = f"; the {len(rows)} of {len(size)} writers and {len(columns)} of {size.shape[1]} readers with the largest effect"
+        yield "", note, index[np.ix_(rows, columns)], cells.ends("writer", rows), cells.ends("reader", columns, angle=-60)
+    elif "dest" in axes and "src" in axes:
         lead = axes[:-2]
         chosen = _largest(size.max((-1, -2)), most)
         note = f"; the {len(chosen)} of {size[..., 0, 0].size} {lead[-1]}s with the largest effect"
@@ -175,6 +186,11 @@ class _Cells:
         places = sparse_ticks(size, 16)
         return Axis(title, tuple(places), tuple(str(self.mean[name].to_numpy()[i]) for i in places))
 
+    def ends(self, name: str, chosen: Int[np.ndarray, " end"], *, angle: int = 0) -> Axis:
+        """Ticks of some writers or readers: their names."""
+        texts = tuple(escape(str(text)) for text in self.mean[f"{name}_name"].to_numpy()[chosen])
+        return Axis(name, tuple(range(len(chosen))), texts, angle)
+
     def place(self, cell: int) -> str:
         """Where a cell is: its site, and a line per axis."""
         index = np.unravel_index(cell, self.mean.shape)
@@ -186,7 +202,8 @@ class _Cells:
         return f"{self.place(cell)}<br>effect {self._values[cell]:.3g} {escape(unit)}{zero}"
 
     def _axis_lines(self, axis: str) -> list[str]:
-        lines = [f"<br>{_TITLES.get(axis, axis)} {index}" for index in self.mean[axis].to_numpy()]
+        shown_by = f"{axis}_name" if f"{axis}_name" in self.mean.coords else axis
+        lines = [f"<br>{_TITLES.get(axis, axis)} {escape(str(index))}" for index in self.mean[shown_by].to_numpy()]
         if axis in POSITION_AXES:
             lines = [f"{line} {tokens}" for line, (_, tokens) in zip(lines, self._positions(axis), strict=True)]
         return lines
