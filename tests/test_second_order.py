@@ -133,6 +133,8 @@ def test_refusals() -> None:
     with pytest.raises(MethodError, match="needs a model in float32 or float64.*bfloat16"):
         scores_of(SecondOrder(), half, task, "z")
     atp, second = (scores_of(method, model, task, "z") for method in (pl.AttributionPatching(), SecondOrder()))
+    with pytest.raises(MethodError, match="second-order terms are of nodes, and edges are edges; ask for z and mlp_out"):
+        SecondOrder().run(model_of("gpt2", torch.float32), swap_task(n=2), "edges", progress=False)
     with pytest.raises(ScoreError, match="needs a map of SecondOrder as its second; got one of 'atp'"):
         unreliable(atp, atp)
     with pytest.raises(ScoreError, match="fraction is 0.0; it must be above 0"):

@@ -54,6 +54,8 @@ class SecondOrder(Method):
         return "second-order" if self.probes == 1 else f"second-order:{self.probes}"
 
     def check(self, setting: Setting) -> None:
+        if setting.edges is not None:
+            raise MethodError(f"second-order terms are of nodes, and {setting.edges} are edges; ask for z and mlp_out, whose outputs edges carry.")
         if setting.model.dtype not in STEPS:
             raise MethodError(
                 f"a second derivative needs a model in float32 or float64; {setting.model.name} is in "
