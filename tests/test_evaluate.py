@@ -199,6 +199,10 @@ class TestAblations:
             assert losses[name]["final"] < 0.7 * losses[name]["at_mean"]
         assert fitted.provenance["optimal_fit"] == {"steps": 25, "lr": 0.1}
         assert fitted.provenance["ablation_examples"] == "swap[4]"
+        short = evaluate(model, circuits["a"], train, ablation="optimal", fit=OptimalFit(steps=8, lr=0.3), **options)
+        assert short.provenance["optimal_losses"]["circuit"]["still_falling"]
+        assert "circuit were still improving after 8 steps; raise OptimalFit.steps." in repr(short)
+        assert "still improving" not in repr(means)
         # where steps are so large that the last one is not the best, the best one counts
         wild = evaluate(model, circuits["a"], train, ablation="optimal", fit=OptimalFit(steps=6, lr=3.0), **options)
         ends = wild.provenance["optimal_losses"]["circuit"]

@@ -74,6 +74,11 @@ class Evaluation:
             + (f", completeness {row['completeness']:.3f}" if np.isfinite(row["completeness"]) else "")
             for row in self.table.to_dict("records")
         ]
+        falling = [name for name, fit in about.get("optimal_losses", {}).items() if fit["still_falling"]]
+        if falling:
+            rows.append(
+                f"  The fitted constants of {', '.join(falling)} were still improving after {about['optimal_fit']['steps']} steps; raise OptimalFit.steps."
+            )
         return "\n".join([head, *rows])
 
 
