@@ -59,6 +59,9 @@ def test_by_the_metric_of_the_task() -> None:
     found = acdc(model, task, 0.05, measure="metric", prune=False, progress=False)[0.05]
     np.testing.assert_array_equal(found.edges, one_by_one(model, task, 0.05)[0])
     assert found.provenance["how"] == "ACDC with tau 0.05 by metric"
+    assert (found.provenance["metric"], found.provenance["metric_unit"]) == ("logit_diff", "logits")
+    by_kl = acdc(model, task, 0.05, progress=False)[0.05].provenance
+    assert (by_kl["metric"], by_kl["metric_unit"]) == ("neg_kl_to_full", "nats"), "what its scores are effects on"
 
 
 def test_effects_are_those_of_the_trials() -> None:

@@ -235,6 +235,8 @@ class TestAblations:
         templates = Task("two", (pair(5, (1,), 1, template="x"), pair(5, (1,), 2, template="y")), task.metric)
         with pytest.raises(CircuitError, match="examples of one template with its roles at the same positions; two has several"):
             measured(some(), templates, "mean_positional")
+        with pytest.raises(CircuitError, match="fit= is the budget of optimal ablation, and 'zero' fits nothing; leave it out"):
+            measured(some(), task, "zero", fit=OptimalFit())
         for steps, lr in ((0, 0.1), (5, 0.0)):
             with pytest.raises(CircuitError, match="at least one step and a positive learning rate"):
                 OptimalFit(steps, lr)
@@ -425,6 +427,9 @@ class TestCurves:
         assert (small.n_edges, large.n_edges) == (20, 90)
         assert not (small - large).n_edges
         assert random_circuit(graph, 90, seed=3).equals(large.pruned())
+        assert large.scores is None, "what it was drawn by is no effect"
+        assert "90 random edges (top_n, seed 3)" in repr(large)
+        assert random_circuit(graph, 90, seed=3).provenance["pruned"] > large.provenance.get("pruned", False)
         assert not random_circuit(graph, 90, seed=4, prune=False).equals(large)
 
     def test_smallest_circuit(self) -> None:

@@ -177,12 +177,14 @@ def ablation_for(model: Model, task: Task, kind: str = "resample", *, train: Tas
         fit: the budget of optimal ablation.
 
     Raises:
-        CircuitError: an unknown kind, positional means over examples that do not line up, or no examples to fit constants on.
+        CircuitError: an unknown kind, positional means over examples that do not line up, no examples to fit constants on, or a fit of another kind.
     """
     if kind not in ABLATIONS:
         raise CircuitError(unknown("ablation", kind, ABLATIONS))
     if kind == "optimal" and train is None:
         raise CircuitError("optimal ablation fits its constants on examples of their own; pass train=, another part of the task (circuits.split).")
+    if kind != "optimal" and fit is not None:
+        raise CircuitError(f"fit= is the budget of optimal ablation, and {kind!r} fits nothing; leave it out, or pass ablation='optimal'.")
     source = None if kind in ("resample", "zero") else train or task
     fit = fit or OptimalFit()
     if source is None:

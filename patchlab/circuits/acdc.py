@@ -18,6 +18,7 @@ from patchlab.circuits.measure import described, full_divergence, rows_per_pass,
 from patchlab.engine.routing import run_circuits
 from patchlab.errors import CircuitError, unknown
 from patchlab.graph import Graph
+from patchlab.metrics import Metric
 from patchlab.models import Model
 from patchlab.tasks.base import Task
 
@@ -55,7 +56,7 @@ def acdc(
         progress: show a progress bar on stderr.
 
     Returns:
-        A circuit by threshold. Its ``scores`` are the effects of the edges when they were tried (a noising effect: negative is worse);
+        A circuit by threshold. Its ``scores`` are the effects of the edges on the measure when they were tried (negative is worse);
         provenance counts ``forwards``, edges ``tried`` (with the repeated ones) and edges ``skipped`` because what they feed was gone.
 
     Raises:
@@ -85,7 +86,9 @@ def acdc(
 def _provenance(model: Model, task: Task, way: Ablation, measure: str, search: "_Search") -> dict[str, Any]:
     counts = {"forwards": search.measure.forwards, "tried": search.tried, "skipped": search.skipped}
     how = f"ACDC with tau {search.tau:g} by {measure}"
-    record = {**described(model, task), **way.provenance(), "method": "acdc", "direction": "noising", "how": how}
+    metric = search.measure.metric
+    measured = {"metric": metric.name, "metric_unit": metric.unit}
+    record = {**described(model, task), **way.provenance(), **measured, "method": "acdc", "direction": "noising", "how": how}
     return {**record, "tau": search.tau, "measure": measure, **counts}
 
 
@@ -99,10 +102,11 @@ class _Measure:
     kind: str
     max_memory: int | float | None
     forwards: int = 0
+    metric: Metric = field(init=False)
     parts: list[Any] = field(init=False)
 
     def __post_init__(self) -> None:
-        metric = self.task.metric if self.kind == "metric" else full_divergence(self.task.metric.reads)
+        self.metric = metric = self.task.metric if self.kind == "metric" else full_divergence(self.task.metric.reads)
         batches = self.task.batches(rows_per_pass(self.model, self.task, self.max_memory), self.model.device)
         self.parts = [(with_full_logits(self.model, batch, metric), self.way.of(batch)) for batch in batches]
         self.forwards += len(batches) * (metric.needs_clean + (self.way.constants is None))

@@ -123,7 +123,9 @@ def random_circuit(graph: Graph, n: int, *, seed: int = 0, how: str = "top_n", p
     """
     if how not in HOW:
         raise CircuitError(unknown("way to choose edges", how, HOW))
-    return HOW[how](np.random.default_rng(seed).random(graph.allowed.shape) + 1.0, n, prune=prune, graph=graph)
+    drawn = HOW[how](np.random.default_rng(seed).random(graph.allowed.shape) + 1.0, n, prune=prune, graph=graph)
+    about = {"how": f"{n:,} random edges ({how}, seed {seed})", "n_requested": n, **({"pruned": True} if prune else {})}
+    return Circuit(graph, drawn.edges, None, about)
 
 
 def faithfulness_curve(
