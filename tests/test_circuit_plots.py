@@ -285,6 +285,8 @@ def test_pairs_that_are_no_edges_are_told_from_edges_without_scores():
     assert np.isnan(data.panels[1].effects).all()
     total = sum(effects[GRAPH.edge(f"input->a2.h1<{letter}>")] for letter in "kv")
     assert data.panels[0].effects[0, head] == pytest.approx(total)
+    assert "summed unless one is chosen (q not scored)" in data.subtitle
+    assert "not scored" not in _prepare_edge_heatmap(edge_map(random_effects())).subtitle
 
 
 def test_of_a_circuit_only_its_edges_are_drawn():

@@ -72,7 +72,10 @@ def _prepare_edge_heatmap(scores: ScoreMap | Circuit) -> EdgeHeatmapData:
     if (len(rows), len(columns)) != (len(graph.writers), len(graph.nodes) - 1):
         subtitle += f"; the {len(rows)} writers and {len(columns)} readers with the largest"
     who = " × ".join(str(record[key]) for key in ("model", "task") if record.get(key))
-    words = filter(None, [who, record.get("direction"), subtitle, f"{_ALL} of a head summed unless one is chosen"])
+    kinds = np.array(graph.reader_kind)
+    cut = [letter for letter in "qkv" if (missing | ~graph.allowed)[:, kinds == letter].all()]
+    summed = f"{_ALL} of a head summed unless one is chosen" + (f" ({' and '.join(cut)} not scored)" if cut else "")
+    words = filter(None, [who, record.get("direction"), subtitle, summed])
     method = record.get("method") or record.get("file")
     title = f"Edge effects on {record.get('metric', 'the metric')}" + (f": {method}" if method else "")
     possible = _any_per_node(graph, graph.allowed)[cells]
