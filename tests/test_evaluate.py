@@ -480,7 +480,11 @@ class TestCurves:
         with pytest.raises(pl.PatchlabError, match="exists and is not overwritten"):
             curve.save(tmp_path / "curve.json")
         (tmp_path / "broken.json").write_text(json.dumps({"table": 3}))
-        for name in ("broken.json", "absent.json"):
+        record = json.loads((tmp_path / "curve.json").read_text())
+        (tmp_path / "columns.json").write_text(json.dumps(record | {"table": {"method": ["x"]}}))
+        other = {name: ["x"] * 2 for name in record["areas"]}
+        (tmp_path / "methods.json").write_text(json.dumps(record | {"areas": other}))
+        for name in ("broken.json", "absent.json", "columns.json", "methods.json"):
             with pytest.raises(CircuitError, match="cannot read the faithfulness curve"):
                 FaithfulnessCurve.load(tmp_path / name)
 

@@ -30,6 +30,11 @@ from patchlab.tasks.base import Task
 
 HOW: dict[str, Callable[..., Circuit]] = {"top_n": top_n, "greedy": greedy}
 RANDOM = "random"
+_COLUMNS = {
+    "table": ("method", "n_requested", "fraction", "n_edges", "faithfulness", "lo", "hi", "metric"),
+    "areas": ("method", "cpr", "cpr_lo", "cpr_hi", "cmd", "cmd_lo", "cmd_hi"),
+}
+"""What a file of a curve must have."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,7 +100,10 @@ class FaithfulnessCurve:
         try:
             with open(path, encoding="utf-8") as file:
                 record = json.load(file)
-            return FaithfulnessCurve(pd.DataFrame(record["table"]), pd.DataFrame(record["areas"]), {}, record["provenance"])
+            table, areas = (pd.DataFrame({key: record[name][key] for key in columns}) for name, columns in _COLUMNS.items())
+            if not len(table) or set(table["method"]) != set(areas["method"]):
+                raise ValueError("its areas are not those of the methods in its table")
+            return FaithfulnessCurve(table, areas, {}, dict(record["provenance"]))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CircuitError(f"cannot read the faithfulness curve {path}: {error}. Give a file that FaithfulnessCurve.save wrote.") from error
 

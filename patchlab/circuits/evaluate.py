@@ -76,9 +76,8 @@ class Evaluation:
         ]
         falling = [name for name, fit in about.get("optimal_losses", {}).items() if fit["still_falling"]]
         if falling:
-            rows.append(
-                f"  The fitted constants of {', '.join(falling)} were still improving after {about['optimal_fit']['steps']} steps; raise OptimalFit.steps."
-            )
+            steps = about["optimal_fit"]["steps"]
+            rows.append(f"  The fitted constants of {', '.join(falling)} were still improving after {steps} steps; raise OptimalFit.steps.")
         return "\n".join([head, *rows])
 
 
