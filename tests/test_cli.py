@@ -392,3 +392,12 @@ def test_a_page_that_cannot_be_written_is_an_error_of_ours(results, tmp_path):
     (tmp_path / "index.html").mkdir()
     with pytest.raises(OutputError, match="cannot write to"):
         report.write(tmp_path, results)
+
+
+@pytest.mark.usefixtures("no_images")
+def test_compare_of_edges(tmp_path):
+    arguments = ["--model", "demo-gpt2-4l", "--task", "ioi", "--n", "4", "--methods", "atp,exact", "--sites", "edges"]
+    result = patchlab("compare", *arguments, "--direction", "noising", "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert "edges" in result.stdout
+    assert {"heatmaps.html", "agreement.html", "scores.atp.nc"} <= {path.name for path in (tmp_path / "out").iterdir()}
