@@ -11,6 +11,7 @@ from score_maps import make_map
 from patchlab import plots
 from patchlab.circuits import Circuit, to_dot, top_n
 from patchlab.circuits.curves import FaithfulnessCurve
+from patchlab.circuits.submission import MIB_FRACTIONS
 from patchlab.compare import compare
 from patchlab.errors import CircuitError, ScoreError
 from patchlab.graph import Graph
@@ -346,6 +347,7 @@ def curve(values: dict[str, list[float]], sizes: tuple[int, ...] = (0, 10, 100, 
     return FaithfulnessCurve(pd.DataFrame(rows), pd.DataFrame(areas), {}, about)
 
 
+MIB_SIZES = tuple(round(1000 * share) for share in MIB_FRACTIONS)
 VALUES = {"random": [0.0, 0.0, 0.1, 1.0], "EAP": [0.0, 0.3, 0.8, 1.0], "edge-RelP": [0.0, 0.5, 0.95, 1.0]}
 
 
@@ -357,7 +359,9 @@ def test_a_line_per_method_with_its_areas_and_smallest_faithful_circuit():
     np.testing.assert_allclose(relp.value, [0.5, 0.95, 1.0])
     np.testing.assert_allclose(relp.low, relp.value - 0.05)
     assert relp.smallest == 100
-    assert relp.legend == "CPR 0.800 [0.700, 0.850] · CMD 0.200 [0.150, 0.300] · f ≥ 0.9 from 90 edges"
+    assert relp.legend == "f ≥ 0.9 from 90 edges"  # areas over other sizes than MIB's are not CPR and CMD
+    (line,) = _prepare_faithfulness(curve({"EAP": [0.1] * 8 + [0.95, 1.0]}, MIB_SIZES)).lines
+    assert line.legend == "CPR 0.800 [0.700, 0.850] · CMD 0.200 [0.150, 0.300] · f ≥ 0.9 from 450 edges"
     assert "100 edges (10.00%) asked for, 90 after pruning<br>faithfulness 0.950 [0.900, 0.990]" in relp.hover[1]
     assert random.colour == "#8b949e"
     assert len({line.colour for line in data.lines}) == 3
@@ -391,7 +395,7 @@ def test_curve_figure_has_log_axis_bands_and_rings():
     rings = [trace for trace in figure.data if trace.mode == "markers"]
     assert sorted(float(ring.x[0]) for ring in rings) == [100.0, 1000.0, 1000.0]
     assert {shape.y0 for shape in figure.layout.shapes} == {1.0, 0.9}
-    without = curve({"EAP": [0.0, 0.3, 0.8, 1.0]})
+    without = curve({"EAP": [0.1] * 9 + [1.0]}, MIB_SIZES)
     without.table[["lo", "hi"]] = np.nan
     without.areas[["cpr_lo", "cpr_hi", "cmd_lo", "cmd_hi"]] = np.nan
     line = _prepare_faithfulness(without).lines[0]

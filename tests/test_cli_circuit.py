@@ -238,7 +238,7 @@ def test_curve_does_not_replace_results_unasked(curve):
     assert (out / "run.json").stat().st_mtime_ns == before
     result = patchlab(*arguments, "--force")
     assert result.exit_code == 0, result.output
-    assert result.stdout.startswith("FaithfulnessCurve(demo-gpt2-4l × ioi[6], logit_diff, zero ablation)\n  atp: CPR")
+    assert result.stdout.startswith("FaithfulnessCurve(demo-gpt2-4l × ioi[6], logit_diff, zero ablation)\n  atp: f ≥ 0.9 from ")
     assert f"done: open {out / 'faithfulness.html'}" in result.stderr
 
 

@@ -384,6 +384,7 @@ class TestCurves:
         assert curve.provenance["selection"] == {"AtP": "disjoint"}
         assert "AtP: CPR" in repr(curve)
         assert "random: CPR" in repr(curve)
+        assert "CPR" not in repr(self.curve(sizes=[30, 60], random=0)), "an area over other sizes is not MIB's"
 
     @pytest.mark.parametrize("by", ["abs", "signed"])
     def test_other_ways_to_choose(self, by: str) -> None:
@@ -491,7 +492,7 @@ class TestCurves:
     def test_refuses_what_makes_no_sense(self) -> None:
         n = model_of(*MODEL).arch.graph.n_edges
         for sizes in ([], [5, 5], [9, 3], [-1, 4], [4, n + 1]):
-            with pytest.raises(CircuitError, match=f"sizes are numbers of edges from 0 to {n}"):
+            with pytest.raises(CircuitError, match=f"sizes are whole numbers of edges from 0 to {n}"):
                 self.curve(sizes=sizes)
         with pytest.raises(CircuitError, match="unknown way to choose edges 'topn'; did you mean 'top_n'"):
             self.curve(how="topn")

@@ -221,3 +221,12 @@ def _check_lengths(task: Task, train: Task) -> None:
         raise CircuitError(
             f"positional means need examples of one template with its roles at the same positions; {train.name} has several. Use ablation='mean'."
         )
+
+
+def still_falling(provenance: Mapping[str, Any]) -> list[str]:
+    """A line that says which circuits' constants were not fitted to the end; none where all were, or nothing was fitted."""
+    falling = [name for name, fit in provenance.get("optimal_losses", {}).items() if fit["still_falling"]]
+    if not falling:
+        return []
+    steps = provenance["optimal_fit"]["steps"]
+    return [f"  The fitted constants of {', '.join(falling)} were still improving after {steps} steps; raise OptimalFit.steps."]

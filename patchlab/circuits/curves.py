@@ -12,7 +12,7 @@ from jaxtyping import Float
 from tqdm.auto import tqdm
 
 from patchlab.bootstrap import interval, resampling_weights
-from patchlab.circuits.ablations import OptimalFit, ablation_for
+from patchlab.circuits.ablations import OptimalFit, ablation_for, still_falling
 from patchlab.circuits.circuit import Circuit
 from patchlab.circuits.faithfulness import Scale
 from patchlab.circuits.heldout import check_disjoint
@@ -42,10 +42,12 @@ class FaithfulnessCurve:
     """Faithfulness of circuits of growing size, per method.
 
     Args:
-        table: a long table: ``method``, ``n_requested`` (edges before pruning), ``fraction`` (of all edges), ``n_edges`` (after pruning),
-            ``faithfulness`` with its 95 % interval ``lo``, ``hi`` over examples (for ``random`` also over draws), ``metric`` (mean, in its unit).
-        areas: per method ``cpr`` (area under f, high is good) and ``cmd`` (area between f and 1, low is good) with intervals: trapezoids
-            over the requested fractions as MIB takes them, from the smallest to the largest, without a point at 0.
+        table: a long table: ``method``, ``n_requested`` (edges before pruning), ``fraction`` (of all edges), ``n_edges`` (after pruning;
+            counted per position for circuits by position), ``faithfulness`` with its 95 % interval ``lo``, ``hi`` over examples (for
+            ``random`` also over draws), ``metric`` (mean, in its unit).
+        areas: per method ``cpr`` (area under f, high is good) and ``cmd`` (area between f and 1, low is good; of ``random``: of the mean
+            over draws) with intervals: trapezoids over the requested fractions, from the smallest to the largest, without a point at 0.
+            They are MIB's CPR and CMD only at MIB's ten sizes (:attr:`mib_sizes`).
         circuits: the circuits of each method, in the order of its rows (not of ``random``).
         provenance: model, task, ablation, selection; JSON-able.
     """
@@ -54,6 +56,12 @@ class FaithfulnessCurve:
     areas: pd.DataFrame
     circuits: Mapping[str, tuple[Circuit, ...]] = field(repr=False)
     provenance: dict[str, Any] = field(repr=False)
+
+    @property
+    def mib_sizes(self) -> bool:
+        """Whether the sizes are MIB's ten, which CPR and CMD are defined on."""
+        shares = sorted(set(self.table["fraction"]))
+        return len(shares) == len(MIB_FRACTIONS) and bool(np.allclose(shares, sorted(MIB_FRACTIONS)))
 
     def smallest(self, method: str, level: float | int = 0.9) -> pd.Series | None:
         """The row of the smallest circuit (after pruning) whose faithfulness is at least ``level``; None if no size reaches it.
@@ -119,8 +127,9 @@ class FaithfulnessCurve:
         for row in self.areas.to_dict("records"):
             best = self.smallest(row["method"])
             reach = "f ≥ 0.9 at no size" if best is None else f"f ≥ 0.9 from {best['n_edges']:,.0f} edges"
-            lines.append(f"  {row['method']}: CPR {row['cpr']:.3f} [{row['cpr_lo']:.3f}, {row['cpr_hi']:.3f}], CMD {row['cmd']:.3f}; {reach}")
-        return "\n".join([head, *lines])
+            areas = f"CPR {row['cpr']:.3f} [{row['cpr_lo']:.3f}, {row['cpr_hi']:.3f}], CMD {row['cmd']:.3f}; " if self.mib_sizes else ""
+            lines.append(f"  {row['method']}: {areas}{reach} (of the sizes tried)")
+        return "\n".join([head, *lines, *still_falling(about)])
 
 
 def random_circuit(graph: Graph, n: int, *, seed: int = 0, how: str = "top_n", prune: bool = True) -> Circuit:
@@ -230,8 +239,10 @@ def _sizes(name: str, scores: ScoreMap, sizes: Sequence[int] | None) -> list[Siz
     if sizes is None:
         return [(int(share * total), share, total) for share in MIB_FRACTIONS]
     chosen = [int(n) for n in sizes]
-    if not chosen or sorted(set(chosen)) != chosen or not 0 <= chosen[0] <= chosen[-1] <= total:
-        raise CircuitError(f"sizes are numbers of edges from 0 to {total:,} (all of {name!r}), each larger than the one before; got {list(sizes)}.")
+    if chosen != list(sizes) or not chosen or sorted(set(chosen)) != chosen or not 0 <= chosen[0] <= chosen[-1] <= total:
+        raise CircuitError(
+            f"sizes are whole numbers of edges from 0 to {total:,} (all of {name!r}), each larger than the one before; got {list(sizes)}."
+        )
     return [(n, n / total, total) for n in chosen]
 
 

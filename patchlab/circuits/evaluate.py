@@ -10,7 +10,7 @@ from jaxtyping import Float
 from tqdm.auto import tqdm
 
 from patchlab.bootstrap import interval
-from patchlab.circuits.ablations import OptimalFit, ablation_for
+from patchlab.circuits.ablations import OptimalFit, ablation_for, still_falling
 from patchlab.circuits.circuit import Circuit
 from patchlab.circuits.faithfulness import Scale
 from patchlab.circuits.heldout import check_disjoint
@@ -74,11 +74,7 @@ class Evaluation:
             + (f", completeness {row['completeness']:.3f}" if np.isfinite(row["completeness"]) else "")
             for row in self.table.to_dict("records")
         ]
-        falling = [name for name, fit in about.get("optimal_losses", {}).items() if fit["still_falling"]]
-        if falling:
-            steps = about["optimal_fit"]["steps"]
-            rows.append(f"  The fitted constants of {', '.join(falling)} were still improving after {steps} steps; raise OptimalFit.steps.")
-        return "\n".join([head, *rows])
+        return "\n".join([head, *rows, *still_falling(about)])
 
 
 def evaluate(
@@ -108,7 +104,7 @@ def evaluate(
         circuit: one circuit, or several by name.
         task: examples to evaluate on: others than those that the circuit was chosen by.
         ablation: what the other edges carry, one of :data:`patchlab.circuits.ABLATIONS`.
-        train: examples for means (default: those of ``task``) and for the constants of optimal ablation.
+        train: examples for means (default: those of ``task``) and for the constants of optimal ablation; resampling and zeroing need none.
         fit: the budget of optimal ablation.
         completeness: also run the complement of each circuit.
         minimality: leave out each ``edge`` or ``node`` of each circuit in turn: one run each.
@@ -126,6 +122,8 @@ def evaluate(
     Example:
         >>> evaluate(model, top_n(scores, 100), held_out).faithfulness()  # doctest: +SKIP
     """
+    if not isinstance(circuit, (Circuit, Mapping)):
+        raise CircuitError(f"give one circuit, or several by name as in {{'relp': circuit}}; got {type(circuit).__name__}.")
     circuits = {"circuit": circuit} if isinstance(circuit, Circuit) else dict(circuit)
     if not circuits:
         raise CircuitError("no circuits to evaluate; give a circuit, or several by name.")

@@ -153,12 +153,17 @@ class _Ranked:
 
     def check(self, n: int) -> None:
         scored, there = int((self.importance > -np.inf).sum()), self.graph.n_edges * self.importance[0, 0].size
-        if n < 1:
-            raise CircuitError(f"n is the number of edges to choose, at least 1; got {n}. Circuit.empty(graph) is the circuit without edges.")
+        if not isinstance(n, (int, np.integer)) or n < 1:
+            raise CircuitError(
+                f"n is the number of edges to choose, a whole number of at least 1; got {n}. Circuit.empty(graph) is the circuit without edges."
+            )
         if n > there:
             raise CircuitError(f"{n:,} edges were asked for; {self.graph} has {there:,}.")
         if n > scored:
-            raise CircuitError(f"{n:,} edges were asked for and {scored:,} of {there:,} are scored.{self.reasons()} Ask for at most {scored:,}.")
+            raise CircuitError(
+                f"{n:,} edges were asked for and {scored:,} of {there:,} are scored.{self.reasons()} "
+                f"A curve takes sizes=[...] up to that, and all edges. Ask for at most {scored:,}."
+            )
 
     def reasons(self) -> str:
         """Why some edges have no score, as sentences with a space in front."""

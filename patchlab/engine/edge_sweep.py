@@ -14,7 +14,7 @@ From there rows of many edges go through the model's own blocks together, from t
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,12 +22,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from patchlab.adapters import Architecture, LinearPlace, NormPlace
+from patchlab.adapters import Architecture, NormPlace
 from patchlab.engine.blocks import Baseline, Template, baseline, empty_cache, template
 from patchlab.engine.literal import hooked
 from patchlab.engine.program import Program, Target
 from patchlab.engine.waves import ACCELERATOR_TOKENS, CPU_TOKENS, Wave, Work
-from patchlab.errors import InterventionError, SiteError
+from patchlab.engine.wiring import Layer, layers_of
+from patchlab.errors import InterventionError
 from patchlab.interventions import Source, address
 
 
@@ -38,12 +39,12 @@ class Differences:
     Where a norm follows the attention, a head's share of its output is taken with the denominator of the baseline run (frozen).
 
     Args:
-        arch: of the model.
+        layers: the blocks of the model.
         changes: source − baseline at ``input`` and at ``z`` and ``mlp_out`` of every layer.
         scales: the denominators of the norms after the attention, per layer that has one.
     """
 
-    arch: Architecture
+    layers: Sequence[Layer]
     changes: Mapping[Target, Tensor] = field(repr=False)
     scales: Mapping[int, Float[Tensor, "row pos 1"]] = field(default_factory=dict, repr=False)
 
@@ -51,45 +52,20 @@ class Differences:
     def of(model: Any, own: Mapping[Target, Tensor], source: Source, examples: Int[Tensor, " row"]) -> "Differences":
         """Of a source and the baseline's activations at all writers."""
         changes = {key: source.values(address(*key), value, examples) - value for key, value in own.items()}
-        scales = {layer: _denominator(model, place, layer, own["z", layer]) for layer, place in post_norms(model.arch).items()}
-        return Differences(model.arch, changes, scales)
+        layers = layers_of(model)
+        scales = {i: _denominator(model, layer.post, i, own["z", i]) for i, layer in enumerate(layers) if layer.post is not None}
+        return Differences(layers, changes, scales)
 
     def written(self, writer: int, start: int) -> Float[Tensor, "row pos d_model"]:
         """δ of one writer at the positions from the start on."""
-        graph = self.arch.graph
         if writer == 0:
             return self.changes["input", None][:, start:]
-        layer, head = divmod(writer - 1, graph.n_heads + graph.mlps)
-        if head == graph.n_heads:
+        heads = self.layers[0].write.shape[0]
+        layer, head = divmod(writer - 1, heads + (("mlp_out", 0) in self.changes))
+        if head == heads:
             return self.changes["mlp_out", layer][:, start:]
-        change = self.changes["z", layer][:, start:, head] @ self.outputs[layer][head]
-        if layer not in self.scales:
-            return change
-        place, scale = post_norms(self.arch)[layer], self.scales[layer][:, start:]
-        centred = change - change.mean(-1, keepdim=True) if place.centred else change
-        return ((centred if place.weight is None else centred * place.weight) / scale).to(change.dtype)
-
-    @cached_property
-    def outputs(self) -> dict[int, Float[Tensor, "head d_head d_model"]]:
-        """What the z of every head is multiplied by.
-
-        Raises:
-            SiteError: a model that does not show it.
-        """
-        places = {place.name: place for place in self.arch.places if isinstance(place, LinearPlace) and place.problem is None}
-        found = {}
-        for layer in range(self.arch.n_layers):
-            name = f"blocks.{layer}.attn.o"
-            if name not in places:
-                raise SiteError(f"edges need the output weights of every attention layer, and {self.arch.family} does not show {name}.")
-            found[layer] = places[name].parameters()[0].unflatten(0, (self.arch.n_heads, -1))
-        return found
-
-
-def post_norms(arch: Architecture) -> dict[int, NormPlace]:
-    """The norms between an attention's output and the residual stream, by layer (Gemma-2)."""
-    places = {place.name: place for place in arch.places if isinstance(place, NormPlace)}
-    return {layer: places[f"blocks.{layer}.ln1_post"] for layer in range(arch.n_layers) if f"blocks.{layer}.ln1_post" in places}
+        change = self.changes["z", layer][:, start:, head] @ self.layers[layer].write[head]
+        return (self.layers[layer].scaled(change) / self.scales[layer][:, start:]).to(change.dtype) if layer in self.scales else change
 
 
 def _denominator(model: Any, place: NormPlace, layer: int, z: Float[Tensor, "row pos head d_head"]) -> Float[Tensor, "row pos 1"]:
@@ -292,7 +268,7 @@ class _Run:
         chosen = [index.index(probe) for probe in range(len(probes))]
         z = self._probed(layer, [self._change(edges[i], known) for i in chosen], [places[i][0] for i in chosen])
         z = z[:, :, -self._layer(layer).attention.shape[1] :]
-        change, weights = z[1:] - z[:1], self.differences.outputs[layer]
+        change, weights = z[1:] - z[:1], self.differences.layers[layer].write
         moved = []
         for probe, (letter, head) in zip(index, places, strict=True):
             copies = arch.graph.copies if self.grouped and letter else 1
@@ -321,9 +297,9 @@ class _Run:
         """The block's output with a given output of its attention, and more in the MLP's input on the last rows."""
         model, own = self.wave.model, self._layer(layer)
         attn = model.bridge.blocks[layer].attn
-        norm = next((name for name in (f"blocks.{layer}.ln2.hook_in", f"blocks.{layer}.ln1.hook_in") if name in model.hooks), None)
-        norm = f"blocks.{layer}.mlp.hook_in" if norm is None else norm
-        hooks = {} if added is None else {norm: partial(_add, added)}
+        norm = self.differences.layers[layer].mlp
+        entry = f"blocks.{layer}.mlp.hook_in" if norm is None else f"{norm.name}.hook_in"
+        hooks = {} if added is None else {entry: partial(_add, added)}
         object.__setattr__(attn, "forward", lambda *args, **kwargs: (attention, None))
         try:
             with hooked(model.hooks, hooks):

@@ -87,10 +87,10 @@ class Layer:
         total = parts.sum(1) + rest
         scale = self._inverse_denominator(total)
         bias = getattr(self.post.module.original_component, "bias", None)
-        rest = self._scaled(rest) * scale if isinstance(rest, Tensor) else rest
-        return self._scaled(parts) * scale[:, None], rest if bias is None else rest + bias
+        rest = self.scaled(rest) * scale if isinstance(rest, Tensor) else rest
+        return self.scaled(parts) * scale[:, None], rest if bias is None else rest + bias
 
-    def _scaled(self, x: Tensor) -> Tensor:
+    def scaled(self, x: Tensor) -> Tensor:
         """Weight times (centred) input: the post-norm without its denominator and bias."""
         if self.post is None:
             return x
@@ -102,7 +102,7 @@ class Layer:
         component = self.post.module.original_component if self.post is not None else torch.nn.Identity()
         out, bias = component(total), getattr(component, "bias", None)
         out = out if bias is None else out - bias
-        numerator = self._scaled(total)
+        numerator = self.scaled(total)
         return (out * numerator).sum(-1, keepdim=True) / (numerator * numerator).sum(-1, keepdim=True).clamp_min(1e-30)
 
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from patchlab.engine import Support, Work
 from patchlab.engine.edge_support import edge_mask, edge_support, run_edge_sets
-from patchlab.engine.edge_sweep import Differences, edge_sweep, post_norms
+from patchlab.engine.edge_sweep import Differences, edge_sweep
+from patchlab.engine.wiring import layers_of
 from patchlab.errors import MethodError
 from patchlab.graph import Graph
 from patchlab.interventions import Kept
@@ -169,7 +170,7 @@ def edge_bytes(setting: Setting, rows: int, length: int) -> int:
 
 def frozen_norms(setting: Setting) -> dict[str, str]:
     """What provenance says about edges of models with norms after the attention."""
-    return {"post_norm": FROZEN} if setting.edges is not None and post_norms(setting.model.arch) else {}
+    return {"post_norm": FROZEN} if setting.edges is not None and any(layer.post for layer in layers_of(setting.model)) else {}
 
 
 def _differences(setting: Setting, runs: Runs) -> Differences:

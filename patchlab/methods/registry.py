@@ -13,7 +13,7 @@ METHODS: dict[str, str] = {
     "ig:N": "integrated gradients over the inputs, N points (midpoint rule)",
     "ig-left:N": "the same with the baseline's end of the path, not the source's (ig-right:N the other way round, ig-trapezoid:N both)",
     "ig-activations:N": "integrated gradients over activations: each layer's site moves alone",
-    "eap-ig-inputs:N": "EAP-IG over inputs with its own points when noising: ig-right:N",
+    "eap-ig-inputs:N": "EAP-IG over inputs with its own points when noising; results show it as ig-right:N",
     "eap-ig-activations:N": "EAP-IG over activations, for edges: coefficients averaged over all groups that move",
     "clean-corrupted": "mean of the coefficients at the clean and at the corrupted run",
     "relp": "relevance patching: LN-, Identity- and Half-rule",

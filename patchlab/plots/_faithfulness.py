@@ -47,7 +47,7 @@ class FaithfulnessData:
 
 def _prepare_faithfulness(curve: FaithfulnessCurve, level: float | int = LEVEL) -> FaithfulnessData:
     table = curve.table.to_dict("records")
-    areas = {str(row["method"]): row for row in curve.areas.to_dict("records")}
+    areas = {str(row["method"]): row if curve.mib_sizes else {} for row in curve.areas.to_dict("records")}
     names = sorted(dict.fromkeys(str(row["method"]) for row in table), key=lambda name: name == RANDOM)
     if not names:
         raise CircuitError("the curve has no rows, so there is nothing to draw.")
@@ -69,7 +69,7 @@ def _line(name: str, colour: str, rows: list[dict[Any, Any]], area: dict[Any, An
     good = [row for row in rows if row["faithfulness"] >= level]
     best = min(good, key=lambda row: row["n_edges"], default=None)
     reach = f"f ≥ {level:g} at no size" if best is None else f"f ≥ {level:g} from {best['n_edges']:,.0f} edges"
-    words = [f"{key.upper()} {_with_interval(area[key], area[f'{key}_lo'], area[f'{key}_hi'])}" for key in ("cpr", "cmd")]
+    words = [f"{key.upper()} {_with_interval(area[key], area[f'{key}_lo'], area[f'{key}_hi'])}" for key in ("cpr", "cmd")] if area else []
     drawn = [row for row in rows if row["n_requested"] > 0]
     hover = [
         f"<b>{escape(name)}</b><br>{row['n_requested']:,} edges ({row['fraction']:.2%}) asked for, {row['n_edges']:,.4g} after pruning<br>"
