@@ -19,6 +19,7 @@ from patchlab.errors import InterventionError, ModelError, unknown
 from patchlab.hub import hub_folder
 from patchlab.interventions import Edit, as_edits
 from patchlab.sites import Site
+from patchlab.tasks.base import Prompts
 
 _FOLDER = Path(__file__).parent / "demo_models"
 DEMO_MODELS: dict[str, Path] = {path.name: path for path in sorted(_FOLDER.glob("*/")) if (path / "config.json").is_file()}
@@ -66,6 +67,11 @@ class Model:
         return self.arch.vocab_size
 
     @property
+    def n_positions(self) -> int | None:
+        """Length of the longest prompt it reads; None where nothing limits it."""
+        return self.arch.n_positions
+
+    @property
     def bos_id(self) -> int | None:
         """Id of the token that begins a text, if the tokenizer has one."""
         return None if self.tokenizer is None else self.tokenizer.bos_token_id
@@ -85,7 +91,7 @@ class Model:
 
     def run(
         self,
-        tokens: str | list[str] | list[int] | list[list[int]] | Int[Tensor, "row pos"],
+        tokens: str | list[str] | list[int] | list[list[int]] | Int[Tensor, "row pos"] | Prompts,
         *,
         edits: Edit | list[Edit] | tuple[Edit, ...] = (),
         keep: str | list[str | Site] | tuple[str | Site, ...] = (),
@@ -94,7 +100,8 @@ class Model:
         """Run prompts with edits, keeping activations.
 
         Args:
-            tokens: a text, texts with the same number of tokens, or token ids.
+            tokens: a text, texts with the same number of tokens, token ids, or prompts of a task (``task.prompts("clean")``), which bring
+                their named positions with them.
             edits: applied in order.
             keep: sites to keep: a kind (``"z"``, all layers) or an address (``"L9.z"``).
             positions: what named positions in the edits mean; END is the last position unless given.
@@ -106,11 +113,13 @@ class Model:
             >>> clean = model.run("When Mary and John ...", keep="z")  # doctest: +SKIP
             >>> model.run("When ...", edits=[pl.Edit("L9.H6.z@END", clean)]).logits.shape  # doctest: +SKIP
         """
-        ids = self._tokens(tokens)
+        prompts = tokens if isinstance(tokens, Prompts) else None
+        ids = self._tokens(tokens if prompts is None else prompts.tokens)
+        named = {"END": -1, **({} if prompts is None else prompts.positions), **(positions or {})}
         program = Program(
             ids,
-            row_numbers(ids),
-            positions={name: self._position(name, index, ids) for name, index in ({"END": -1} | dict(positions or {})).items()},
+            row_numbers(ids) if prompts is None else prompts.examples.to(self.device),
+            positions={name: self._position(name, index, ids) for name, index in named.items()},
             edits=as_edits(edits),
             keep=self._targets(keep),
             logits="all",
@@ -150,6 +159,8 @@ class Model:
             ids = torch.tensor(rows, dtype=torch.long)
         if not 0 <= int(ids.min()) <= int(ids.max()) < self.vocab_size:
             raise InterventionError(f"token ids must lie in 0 to {self.vocab_size - 1}; got {int(ids.min())} to {int(ids.max())}.")
+        if self.n_positions is not None and ids.shape[1] > self.n_positions:
+            raise InterventionError(f"the prompts have {ids.shape[1]} tokens, and {self.name} reads {self.n_positions} at most. Shorten them.")
         return ids.to(self.device)
 
     def __repr__(self) -> str:
@@ -159,13 +170,21 @@ class Model:
         return f"Model({self.name}: {a.family}, {a.n_layers} layers, {heads}, d_model {a.d_model}; {self.dtype}, {self.device}{absent})"
 
 
-def load_model(name_or_path: str | Path, *, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None) -> Model:
-    """Load a packaged demo model, a local Hugging Face directory, or a hub name that TransformerLens can bridge.
+def load_model(
+    name_or_path: str | Path | nn.Module,
+    *,
+    tokenizer: Any = None,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+) -> Model:
+    """Load a packaged demo model, a local Hugging Face directory, or a hub name that TransformerLens can bridge; or take a model in memory.
 
     Args:
-        name_or_path: ``demo-gpt2``, a directory with a config.json, or a hub name such as ``gpt2``.
-        device: default CUDA if present, else CPU; ``mps`` only on request.
-        dtype: default float32.
+        name_or_path: ``demo-gpt2``, a directory with a config.json, a hub name such as ``gpt2``, or a Hugging Face causal language model.
+            A model in memory is taken over as it is: bridged in place, frozen, in eval mode and with eager attention.
+        tokenizer: a Hugging Face tokenizer, instead of the one that lies beside the weights; a model in memory has none of its own.
+        device: default CUDA if present, else CPU; ``mps`` only on request. A model in memory stays where it is.
+        dtype: default float32; a model in memory stays as it is.
 
     Raises:
         ModelError: unknown name, unreachable hub, unsupported architecture, missing device, or a failed self-test.
@@ -173,7 +192,10 @@ def load_model(name_or_path: str | Path, *, device: str | torch.device | None = 
     Example:
         >>> load_model("demo-gpt2-4l").arch.n_layers  # doctest: +SKIP
         4
+        >>> load_model(AutoModelForCausalLM.from_pretrained(path), tokenizer=AutoTokenizer.from_pretrained(path))  # doctest: +SKIP
     """
+    if isinstance(name_or_path, nn.Module):
+        return _taken_over(name_or_path, tokenizer, None if device is None else _device(device), None if dtype is None else _dtype(dtype))
     where, kind = _device(device), _dtype(dtype)
     name = str(name_or_path)
     if name in DEMO_MODELS:
@@ -187,7 +209,7 @@ def load_model(name_or_path: str | Path, *, device: str | torch.device | None = 
         raise ModelError(f"there is no directory {name}; give a Hugging Face model directory, a hub name, or one of: {', '.join(DEMO_MODELS)}.")
     else:
         folder = hub_folder(name, DEMO_MODELS)
-    return _load_folder(folder, name, where, kind)
+    return _load_folder(folder, name, where, kind, tokenizer)
 
 
 def wrap_bridge(bridge: Any, name: str, tokenizer: Any = None) -> Model:
@@ -195,8 +217,34 @@ def wrap_bridge(bridge: Any, name: str, tokenizer: Any = None) -> Model:
     return Model(bridge, name, tokenizer)
 
 
-def _load_folder(folder: Path, name: str, device: torch.device, dtype: torch.dtype) -> Model:
+def _taken_over(module: nn.Module, tokenizer: Any, device: torch.device | None, dtype: torch.dtype | None) -> Model:
+    """A model that is already in memory."""
+    config: Any = getattr(module, "config", None)
+    name = str(getattr(config, "name_or_path", "") or type(module).__name__)
+    if hasattr(module, "hook_dict"):
+        raise ModelError(f"{name} is a TransformerLens bridge already; use patchlab.wrap_bridge.")
+    if config is None or not hasattr(module, "set_attn_implementation"):
+        raise ModelError(f"a model in memory is a Hugging Face causal language model; got {type(module).__name__}. For a bridge use wrap_bridge.")
+    try:
+        module.set_attn_implementation("eager")  # type: ignore[operator]
+    except (ValueError, AttributeError) as error:
+        raise ModelError(f"{name}: its attention cannot be made eager, which hooks need: {_first_line(error)}") from error
+    module.to(device=device, dtype=dtype)
+    return _bridged(module, name, tokenizer)
+
+
+def _bridged(module: Any, name: str, tokenizer: Any) -> Model:
     from transformer_lens.model_bridge.sources import build_bridge_from_module
+
+    try:
+        # the Bridge gives its tokenizer special tokens that the model was not trained with, so it gets a copy
+        bridge = build_bridge_from_module(module, type(module).__name__, hf_config=module.config, tokenizer=copy.deepcopy(tokenizer))
+    except (ValueError, KeyError, NotImplementedError, AttributeError) as error:
+        raise ModelError(f"{name}: TransformerLens cannot bridge {type(module).__name__}: {_first_line(error)}") from error
+    return Model(bridge, name, tokenizer)
+
+
+def _load_folder(folder: Path, name: str, device: torch.device, dtype: torch.dtype, tokenizer: Any = None) -> Model:
     from transformers import AutoModelForCausalLM
 
     try:
@@ -211,13 +259,7 @@ def _load_folder(folder: Path, name: str, device: torch.device, dtype: torch.dty
     if wrong := sorted(report["missing_keys"]) + sorted(key for key, *_ in report["mismatched_keys"]):
         raise ModelError(f"{name}: {len(wrong)} weights are missing from {folder} or have another shape than config.json says, such as {wrong[0]}.")
     module.to(device)
-    tokenizer = _tokenizer(folder, name)
-    try:
-        # the Bridge gives its tokenizer special tokens that the model was not trained with, so it gets a copy
-        bridge = build_bridge_from_module(module, type(module).__name__, hf_config=module.config, tokenizer=copy.deepcopy(tokenizer))
-    except (ValueError, KeyError, NotImplementedError, AttributeError) as error:
-        raise ModelError(f"{name}: TransformerLens cannot bridge {type(module).__name__}: {_first_line(error)}") from error
-    return Model(bridge, name, tokenizer)
+    return _bridged(module, name, _tokenizer(folder, name) if tokenizer is None else tokenizer)
 
 
 @contextmanager

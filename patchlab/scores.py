@@ -310,7 +310,8 @@ class ScoreMap:
         head = ", ".join(str(about.get(key, "?")) for key in ("method", "direction", "metric"))
         check = about.get("self_check")
         sums = f"; edges add up to node scores within {max(check['mismatch']) / max(*check['largest_node_score'], 1e-300):.0e}" if check else ""
-        return f"ScoreMap({head}, {self.subject}) {' '.join(sites)}{sums}; {self.cost}"
+        notes = "".join(f"; note: {note}" for note in about.get("notes", ()))
+        return f"ScoreMap({head}, {self.subject}) {' '.join(sites)}{sums}; {self.cost}{notes}"
 
 
 def _counted(number: int, noun: str) -> str:

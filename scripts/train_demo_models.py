@@ -243,7 +243,13 @@ def measure(model: torch.nn.Module, lexicon: Lexicon, n: int) -> dict[str, tuple
     with_bos = Lexicon(lexicon.model_name, lexicon.tokenizer, lexicon.vocab_size, 0)
     held_out = held_out_names(lexicon)
     plain = SimpleNamespace(
-        name=lexicon.model_name, tokenizer=lexicon.tokenizer, bos_id=0, vocab_size=lexicon.vocab_size, device="cpu", run=lambda tokens: model(tokens)
+        name=lexicon.model_name,
+        tokenizer=lexicon.tokenizer,
+        bos_id=0,
+        vocab_size=lexicon.vocab_size,
+        n_positions=64,
+        device="cpu",
+        run=lambda tokens: model(tokens),
     )
     found = {}
     for label, name, options, least in requirements():

@@ -18,6 +18,7 @@ class Stub:
     logits: Any = None
     name: str = "stub"
     device: str = "cpu"
+    n_positions: int | None = None
 
     def run(self, tokens: torch.Tensor) -> Any:
         rows = torch.stack([self.logits(row) for row in tokens])

@@ -10,7 +10,7 @@ from patchlab.engine import Program, run
 from patchlab.interventions import Average, Edit, Kept
 from patchlab.methods.exact import addresses
 from patchlab.methods.liveness import cell_shape, live_cells
-from patchlab.methods.runs import Setting, named_positions
+from patchlab.methods.runs import Setting
 from patchlab.metrics import Metric
 from patchlab.models import Model
 from patchlab.sites import POSITION_AXES, parse_site
@@ -50,7 +50,7 @@ def _dead_effects(model: Model, task: Task, direction: str, source: str = "paire
         worst[name], number[name] = 0.0, len(dead)
         for batch in task.batches():
             tokens, others = (batch.corrupted, batch.clean) if direction == "denoising" else (batch.clean, batch.corrupted)
-            named = named_positions(Setting(model, task, (site,), "denoising", axis, {}), batch)
+            named = batch.positions
             shared = {"positions": named, "metric": task.metric}
             own = run(model, Program(tokens, batch.examples, answers=batch.answers, **shared)).values
             activations = run(model, Program(others, batch.examples, keep=everything)).activations

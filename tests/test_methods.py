@@ -257,6 +257,19 @@ def test_gaps_under_rules_are_called_non_conservation() -> None:
     assert "non_conservation" not in scores_of(get_method("relp"), model_of("gpt2"), swap_task(), "z").provenance
 
 
+def test_pairs_of_several_lengths_without_names_are_scored_at_their_ends() -> None:
+    model, mixed = model_of("gpt2"), mixed_task()
+    nameless = Task("nameless", tuple(replace(one, positions={}) for one in mixed.pairs), mixed.metric)
+    scores = scores_of(pl.ActivationPatching(), model, nameless, ["resid_pre", "z"])
+    at_end = scores_of(pl.ActivationPatching(), model, mixed, ["resid_pre"]).data["resid_pre"]
+    assert scores.data["resid_pre"].shape == (4, LAYERS, 1)
+    np.testing.assert_array_equal(scores.data["resid_pre"][:, :, 0], at_end[:, :, at_end.position.to_numpy().tolist().index("END")])
+    (note,) = scores.provenance["notes"]
+    assert "share no named position but END, so positions are scored at END alone" in note
+    assert note in repr(scores)
+    assert scores_of(pl.ActivationPatching(), model, nameless, ["z"]).provenance["notes"] == []
+
+
 @pytest.mark.parametrize("name", ["exact", "atp", "ig:2", "relp"])
 def test_named_positions_are_direct_indices(name: str) -> None:
     """The map over named positions, pair by pair, equals the map over indices of that pair alone, read at the named indices."""
@@ -278,8 +291,6 @@ def test_named_positions_are_direct_indices(name: str) -> None:
 def test_sites_without_positions_need_no_names() -> None:
     task = Task("nameless", (pair(5, (1,), 1), pair(6, (1,), 2)), METRICS["logit_diff"])
     assert scores_of(pl.AttributionPatching(), model_of("gpt2"), task, "z").data["z"].shape == (2, LAYERS, HEADS)
-    with pytest.raises(TaskError, match="cannot be lined up by position"):
-        scores_of(pl.AttributionPatching(), model_of("gpt2"), task, "resid_pre")
 
 
 METHOD_NAMES = ("exact", "atp", "ig:2", "relp", "relp-ah", "gim", "relp+ig:2")

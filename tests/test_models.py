@@ -77,6 +77,56 @@ def test_a_local_directory_gives_the_logits_of_hugging_face(name: str, directori
     assert capfd.readouterr().out == ""
 
 
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_a_model_in_memory_is_the_one_of_its_directory(name: str, directories: dict[str, Path]) -> None:
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+    from_folder = pl.load_model(directories[name], device="cpu")
+    module = AutoModelForCausalLM.from_pretrained(directories[name], attn_implementation="sdpa", dtype=torch.float32)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(directories[name])
+    model = pl.load_model(module.train(), tokenizer=tokenizer)
+    assert model.fingerprint == from_folder.fingerprint
+    assert model.arch.sites == from_folder.arch.sites  # patterns among them, which sdpa would not show
+    assert not module.training
+    torch.testing.assert_close(model.run(TEXT).logits, from_folder.run(TEXT).logits, rtol=0, atol=0)
+    assert pl.load_model(hf_module(name), dtype="float64").dtype == torch.float64
+    nameless = pl.load_model(hf_module(name))
+    assert (nameless.tokenizer, nameless.name) == (None, type(hf_module(name)).__name__)
+
+
+def test_what_is_no_model_in_memory_is_refused(directories: dict[str, Path]) -> None:
+    with pytest.raises(ModelError, match=r"a Hugging Face causal language model; got Linear"):
+        pl.load_model(torch.nn.Linear(2, 2))
+    with pytest.raises(ModelError, match=r"a TransformerLens bridge already; use patchlab\.wrap_bridge"):
+        pl.load_model(pl.load_model(directories["gpt2"], device="cpu").bridge)
+
+
+def test_a_tokenizer_can_be_given_beside_a_directory(directories: dict[str, Path], llama_copy: Path) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    for file in llama_copy.glob("tokenizer*"):
+        file.unlink()
+    assert pl.load_model(llama_copy, device="cpu").tokenizer is None
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(directories["llama"])
+    assert pl.load_model(llama_copy, tokenizer=tokenizer, device="cpu").to_ids(TEXT) == [1, 3, 14, 15]
+
+
+def test_prompts_of_a_task_bring_their_positions(demo_gpt2_4l: pl.Model) -> None:
+    task = pl.load_task("ioi", demo_gpt2_4l, n=4, order="mixed")
+    clean = demo_gpt2_4l.run(task.prompts("clean"), keep="resid_pre")
+    patched = demo_gpt2_4l.run(task.prompts("corrupted"), edits=[pl.Edit("L2.resid_pre@S2", clean)])
+    places = torch.tensor([pair.positions["S2"] for pair in task.pairs])
+    by_hand = demo_gpt2_4l.run(task.prompts("corrupted").tokens, edits=[pl.Edit("L2.resid_pre@S2", clean)], positions={"S2": places})
+    torch.testing.assert_close(patched.logits, by_hand.logits, rtol=0, atol=0)
+    assert not torch.equal(patched.logits, demo_gpt2_4l.run(task.prompts("corrupted")).logits)
+    part = task.select([3, 1]).prompts("clean")
+    assert demo_gpt2_4l.run(part).examples.tolist() == [0, 1]
+    with pytest.raises(InterventionError, match=r"names the position 'S9'; this run knows"):
+        demo_gpt2_4l.run(part, edits=[pl.Edit("L2.resid_pre@S9", pl.zero())])
+    with pytest.raises(InterventionError, match=r"the prompts have 65 tokens, and demo-gpt2-4l reads 64 at most"):
+        demo_gpt2_4l.run([[1] * 65])
+
+
 def test_the_qwen2_tokenizer_that_returns_nothing_is_not_used(directories: dict[str, Path]) -> None:
     from transformers import AutoTokenizer
 

@@ -1,5 +1,6 @@
 """Pairs, batches, position axes, and the generators with two kinds of tokenizer."""
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -98,9 +99,47 @@ def test_same_template_but_other_roles_is_not_aligned():
     assert axis.names == ("S", "END")
 
 
-def test_nothing_to_line_up_by():
-    with pytest.raises(TaskError, match=r"lengths \[2, 3\].*no named position in common but END.*positions column"):
-        task(pair(1, 2), pair(1, 2, 3)).position_axis()
+def test_pairs_that_share_no_name_line_up_at_their_ends_and_say_so():
+    axis = task(pair(1, 2), pair(1, 2, 3)).position_axis()
+    assert axis.names == ("END",)
+    assert axis.index.tolist() == [[1], [2]]
+    assert "(lengths [2, 3], 1 template) share no named position but END, so positions are scored at END alone" in axis.note
+    assert "2 templates" in task(pair(1, 2), pair(1, 2, 3, template="b")).position_axis().note
+    assert task(pair(1, 2), pair(3, 2)).position_axis().note == ""
+
+
+def test_prompts_bring_their_named_positions():
+    two = task(pair(7, 8, 9, positions={"S": 0}), pair(7, 8, 9, positions={"S": 1, "V": 2}))
+    prompts = two.prompts("corrupted")
+    assert prompts.tokens.tolist() == [list(one.corrupted_ids) for one in two.pairs]
+    assert {name: index.tolist() for name, index in prompts.positions.items()} == {"S": [0, 1], "END": [2, 2]}
+    mixed = task(pair(1, 2), pair(1, 2, 3), pair(4, 2))
+    with pytest.raises(TaskError, match=r"one length, and toy has lengths \[2, 3\]\. Run each of task.batches\(\) apart"):
+        mixed.prompts("clean")
+    assert mixed.batches()[0].prompts("clean").examples.tolist() == [0, 2]
+    with pytest.raises(TaskError, match="unknown side 'cleen'.*clean, corrupted"):
+        two.prompts("cleen")
+
+
+def test_show_writes_tokens_positions_and_answers(demo_gpt2_4l, capsys):
+    made = load_task("ioi", demo_gpt2_4l, n=5)
+    made.show(2)
+    text = capsys.readouterr().out
+    assert text == made.describe(2) + "\n"
+    first = made.pairs[0]
+    clean, corrupted = (made.token_text(ids[first.positions["S2"]]) for ids in (first.clean_ids, first.corrupted_ids))
+    assert next(line.split() for line in text.splitlines() if line.endswith("S2")) == [str(first.positions["S2"]), repr(clean), repr(corrupted), "S2"]
+    assert f"pair 0: correct {made.token_text(first.correct[0])!r}, incorrect {made.token_text(first.incorrect[0])!r}" in text
+    assert text.count("pair ") == 2
+    assert text.endswith("... and 3 more pairs\n")
+    assert "more" not in made.describe(None)
+    assert "incorrect none" in task(pair(1, 2, incorrect=())).describe()
+
+
+def test_prompts_longer_than_the_model_reads_are_refused_with_their_pair(gpt2_bpe):
+    short = dataclasses.replace(gpt2_bpe, n_positions=10)
+    with pytest.raises(TaskError, match="pair 0 of ioi has 1\\d tokens, and gpt2 reads 10 at most. Shorten or drop such pairs"):
+        load_task("ioi", short, n=4)
 
 
 def test_fingerprint_follows_ids_answers_and_metric():

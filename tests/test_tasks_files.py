@@ -111,6 +111,88 @@ def test_positions_template_and_metric_columns(tmp_path, gpt2_bpe):
     assert load_task(table(tmp_path, *({**row, "positions": json.dumps(row["positions"])} for row in rows)), gpt2_bpe).pairs == made.pairs
 
 
+def test_positions_named_by_words(tmp_path, gpt2_bpe):
+    row = {**GOOD, "positions": {"S2": "John", "S1": "John", "IO": " Mary", "PLACE": "store", "COMMA": 10}}
+    made = load_task(jsonl(tmp_path, row), gpt2_bpe)
+    pair = made.pairs[0]
+    assert {name: made.token_text(pair.clean_ids[place]) for name, place in pair.positions.items()} == {
+        "S1": " John", "S2": " John", "IO": "Mary" if pair.positions["IO"] == 1 else " Mary", "PLACE": " store", "COMMA": " John", "END": " to",
+    }  # fmt: skip
+    assert pair.positions["S1"] < pair.positions["PLACE"] < pair.positions["S2"]
+    listed = load_task(jsonl(tmp_path, {**GOOD, "positions": ["store", "drink"]}, name="listed.jsonl"), gpt2_bpe)
+    assert {name: listed.token_text(listed.pairs[0].clean_ids[place]) for name, place in listed.pairs[0].positions.items()} == {
+        "store": " store", "drink": " drink", "END": " to",
+    }  # fmt: skip
+    assert load_task(table(tmp_path, {**row, "positions": json.dumps(row["positions"])}), gpt2_bpe).pairs == made.pairs
+
+
+@pytest.mark.parametrize(
+    ("positions", "message"),
+    [
+        ({"SUBJECT": "John"}, r"SUBJECT is 'John', which is 2 tokens of the clean prompt, at 4, 10; give the index.*SUBJECT1.* 4 ' John' 5"),
+        ({"S3": "John"}, "S3 is 'John', which is 2 tokens of the clean prompt"),
+        ({"S0": "John"}, "S0 is 'John', which is 2 tokens"),
+        ({"X": "Marianne"}, r"X is 'Marianne', which is no token of the clean prompt; give a token.* Its tokens: 0 '<\|endoftext\|>' 1 'When'"),
+        ({"two words": "John"}, "'two words' cannot name a position"),
+        ({"1": "store"}, "'1' cannot name a position"),
+        ({"S1": 1.5}, "positions must map names to token indices or words"),
+        ({"S1": " "}, "positions must map names to token indices or words"),
+        ([4], "or list different words; got"),
+    ],
+)  # fmt: skip
+def test_bad_positions_echo_the_tokens(positions, message, tmp_path, gpt2_bpe):
+    with pytest.raises(TaskError, match=message):
+        load_task(jsonl(tmp_path, {**GOOD, "positions": positions}), gpt2_bpe)
+
+
+def test_tasks_from_python_lists_are_those_of_a_file(tmp_path, gpt2_bpe):
+    rows = [{**GOOD, "positions": {"S2": "John"}}, {**GOOD, "corrupted": GOOD["corrupted"].replace("Mary gave", "Tom gave")}]
+    from_file = load_task(jsonl(tmp_path, *rows), gpt2_bpe)
+    made = Task.from_pairs(gpt2_bpe, rows, name="mine")
+    assert (made.pairs, made.name, made.metric) == (from_file.pairs, "mine", from_file.metric)
+    assert made.provenance == {key: value for key, value in from_file.provenance.items() if key not in ("file", "sha256", "corrupted_column")}
+    assert Task.from_pairs(gpt2_bpe, list(made.pairs)).pairs == made.pairs
+    tuples = [tuple(row[key] for key in ("clean", "corrupted", "correct", "incorrect")) for row in rows]
+    assert [one.clean_ids for one in Task.from_pairs(gpt2_bpe, tuples).pairs] == [one.clean_ids for one in made.pairs]
+    several = Task.from_pairs(gpt2_bpe, [(*tuples[0][:2], (" Mary", " him"), "John")], metric="prob_diff", bos=False)
+    assert (len(several.pairs[0].correct), several.metric.name, several.pairs[0].clean_ids[0] == gpt2_bpe.bos_id) == (2, "prob_diff", False)
+
+
+@pytest.mark.parametrize(
+    ("pairs", "options", "message"),
+    [
+        ([], {}, "pairs is a list of"),
+        ("clean", {}, "pairs is a list of"),
+        ([("a", "b", "c")], {}, "pair 0 of pairs: a pair is"),
+        ([GOOD, ("When Mary", "When Marianne", " a", " b")], {}, "pair 1 of pairs: clean has 3 tokens and corrupted 4"),
+        ([GOOD], {"seed": 1}, "unknown option of a list of pairs 'seed'"),
+        ([GOOD], {"chat": True}, "gpt2 has no chat template"),
+    ],
+)
+def test_bad_lists(pairs, options, message, gpt2_bpe):
+    with pytest.raises(TaskError, match=message):
+        Task.from_pairs(gpt2_bpe, pairs, **options)
+
+
+def test_chat_templates_on_request(tmp_path, shared_dir):
+    chatty = with_gpt2_tokenizer(shared_dir)
+    chatty.tokenizer.chat_template = (
+        "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}[answer]:{% endif %}"
+    )
+    row = {**GOOD, "correct": "Mary", "incorrect": "John", "positions": {"S2": "John"}}
+    made = load_task(jsonl(tmp_path, row), chatty, chat=True)
+    pair = made.pairs[0]
+    text = made.tokenizer.decode(pair.clean_ids)
+    assert text == f"<|endoftext|>[user] {GOOD['clean']}\n[answer]:"
+    assert pair.clean_ids.count(chatty.bos_id) == 1
+    assert texts(made, pair.correct + pair.incorrect) == [" Mary", " John"]
+    assert texts(made, (pair.clean_ids[pair.positions["S2"]],)) == [" John"]
+    assert "prompts are a user's message in the tokenizer's chat template" in made.provenance["notes"]
+    assert Task.from_pairs(chatty, [row], chat=True).pairs == made.pairs
+    with pytest.raises(TaskError, match="token ids cannot be put into a chat template"):
+        load_task(jsonl(tmp_path, {**row, "clean_ids": list(pair.clean_ids)}, name="ids.jsonl"), chatty, chat=True)
+
+
 def test_another_column_as_corrupted(tmp_path, gpt2_bpe):
     row = {**GOOD, "harder": GOOD["clean"].replace("Mary and", "Tom and")}
     made = load_task(jsonl(tmp_path, row), gpt2_bpe, corrupted="harder")
@@ -172,7 +254,7 @@ def test_only_correct_and_n(tmp_path, gpt2_bpe):
         ([{**GOOD, "correct_id": "x"}], "correct_id must be a token id or a list of them; got 'x'"),
         ([{**GOOD, "clean_ids": [1, 99999]}], r"clean has the ids \[99999\], outside the vocabulary of gpt2 \(0 to 50256\)"),
         ([{**GOOD, "clean_ids": [-1]}], r"clean has the ids \[-1\]"),
-        ([{**GOOD, "positions": {"S1": "four"}}], "positions must map names to token indices"),
+        ([{**GOOD, "positions": {"S1": None}}], "positions must map names to token indices"),
         ([{**GOOD, "positions": {"S1": 40}}], "position S1 is 40, outside a prompt of 15 tokens"),
         ([{**GOOD, "positions": "{"}], "positions looks like JSON and is not"),
         ([{**GOOD, "metric": "logit_diff"}, {**GOOD, "metric": "prob_diff"}], r"asks for the metrics \['logit_diff', 'prob_diff'\]"),
@@ -203,7 +285,7 @@ def test_bad_paths_and_options(tmp_path, gpt2_bpe):
     with pytest.raises(TaskError, match=r"ends in '.txt'; a task file is one of .csv, .json, .jsonl"):
         load_task(tmp_path / "notes.txt", gpt2_bpe)
     path = jsonl(tmp_path, GOOD)
-    with pytest.raises(TaskError, match="unknown option of a task file 'order'; Valid: corrupted, on_mismatch"):
+    with pytest.raises(TaskError, match="unknown option of a task file 'order'; Valid: chat, corrupted, on_mismatch"):
         load_task(path, gpt2_bpe, order="ABBA")
     with pytest.raises(TaskError, match="unknown on_mismatch 'skip'; Valid: drop, raise"):
         load_task(path, gpt2_bpe, on_mismatch="skip")
@@ -271,8 +353,9 @@ def test_feature_circuits(name, rows, kept, shared_dir, gpt2_bpe):
         with pytest.raises(TaskError, match="Patching needs equal lengths"):
             load_task(path, gpt2_bpe)
     else:
-        with pytest.raises(TaskError, match=r"lengths \[6, 7, 8, 9\].*no named position in common"):
-            made.position_axis()
+        axis = made.position_axis()
+        assert axis.names == ("END",)
+        assert "(lengths [6, 7, 8, 9], 1 template) share no named position but END" in axis.note
     assert all(text.startswith(" ") for one in made.pairs for text in texts(made, one.correct + one.incorrect))
 
 

@@ -239,6 +239,8 @@ class Method(ABC):
         options = {field.name: _plain(getattr(self, field.name)) for field in fields(self)}
         packages = {name: importlib.metadata.version(name) for name in ("torch", "transformer-lens", "transformers", "numpy")}
         ambient = [f"{edit.op} {edit.address}" for edit in model.ambient]
+        notes = [f"{len(ambient)} surrounding edits; no cell is taken as a structural zero"] if ambient else []
+        notes += [setting.axis.note] if setting.axis is not None and setting.axis.note else []
         return {
             "method": self.name,
             "method_options": options,
@@ -257,7 +259,7 @@ class Method(ABC):
             "not_scored": skipped,
             "ambient": ambient,
             **({} if setting.edges is None else {"graph": model.arch.graph.as_dict()}),
-            "notes": [f"{len(ambient)} surrounding edits; no cell is taken as a structural zero"] if ambient else [],
+            "notes": notes,
         }
 
 

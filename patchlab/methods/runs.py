@@ -64,7 +64,7 @@ class Runs:
     clean: Tensor
     corrupted: Tensor
     source: Source
-    positions: dict[str, Int[Tensor, " batch"]]
+    positions: Mapping[str, Int[Tensor, " batch"]]
     baseline: Result
     base: Baseline | None = None
 
@@ -140,7 +140,7 @@ def unpatched(
     if source != "paired":
         patched_in = Zero() if source == "zero" else required(setting.mean)
     tokens = batch.corrupted if denoising else batch.clean
-    return Runs(batch, answers, tokens, required(clean.values), required(corrupted.values), patched_in, named_positions(setting, batch), base)
+    return Runs(batch, answers, tokens, required(clean.values), required(corrupted.values), patched_in, batch.positions, base)
 
 
 def first_difference(batch: Batch) -> int:
@@ -163,7 +163,7 @@ def _resumed(setting: Setting, batch: Batch, meter: Meter, *, at: tuple[Target, 
     base, resumed = run_rest(setting.model, rest, cache, start, source.activations)
     clean, corrupted = (source, meter.count(base)) if denoising else (meter.count(base), source)
     patched_in = Kept(source.activations, batch.examples)
-    positions = named_positions(setting, batch)
+    positions = batch.positions
     return Runs(batch, answers, tokens, required(clean.values), required(corrupted.values), patched_in, positions, base, resumed)
 
 
@@ -181,19 +181,12 @@ def _run_clean(setting: Setting, batch: Batch, meter: Meter, extra: Mapping[str,
 
 
 def _program(setting: Setting, batch: Batch, tokens: Int[Tensor, "batch pos"], extra: Mapping[str, Any], **options: Any) -> Program:
-    return Program(tokens, batch.examples, positions=named_positions(setting, batch), **options, **extra)
+    return Program(tokens, batch.examples, positions=batch.positions, **options, **extra)
 
 
 def program(setting: Setting, runs: Runs, **options: Any) -> Program:
     """A program on the baseline prompts of a batch that evaluates the task's metric."""
     return Program(runs.baseline_tokens, runs.batch.examples, positions=runs.positions, metric=setting.task.metric, answers=runs.answers, **options)
-
-
-def named_positions(setting: Setting, batch: Batch) -> dict[str, Int[Tensor, " batch"]]:
-    """The named positions that all pairs of a batch have."""
-    pairs = [setting.task.pairs[i] for i in batch.examples.tolist()]
-    names = set(pairs[0].positions).intersection(*(pair.positions for pair in pairs))
-    return {name: torch.tensor([pair.positions[name] for pair in pairs], device=setting.model.device) for name in names}
 
 
 def mean_source(setting: Setting, batches: list[Batch], meter: Meter, *, at: tuple[Target, ...], positional: bool) -> Average:

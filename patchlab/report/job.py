@@ -117,6 +117,8 @@ def run(job: Job, *, say: Callable[[str], Any] = lambda _: None, progress: bool 
         maps[name] = get_method(name).run(model, task, list(job.sites), direction=job.direction, batch_size=job.batch_size, progress=progress)
         done(name)
         say(f"{name}: {maps[name].cost.seconds:.1f} s")
+    for note in dict.fromkeys(note for scores in maps.values() for note in scores.provenance.get("notes", ())):
+        say(f"note: {note}")
     comparison = compare(maps[REFERENCE], {name: maps[name] for name in job.methods if name != REFERENCE})
     done("compare")
     return Results(job, model, task, accuracy, maps, comparison, seconds)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
@@ -11,10 +12,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from patchlab.errors import TaskError
+from patchlab.errors import TaskError, unknown
 from patchlab.metrics import METRICS, Answers, Metric, get_metric
 
 END = "END"
+SIDES = ("clean", "corrupted")
 
 
 @runtime_checkable
@@ -39,6 +41,11 @@ class TaskModel(Protocol):
     @property
     def vocab_size(self) -> int:
         """Number of logits."""
+        ...
+
+    @property
+    def n_positions(self) -> int | None:
+        """Length of the longest prompt it reads; None where nothing limits it."""
         ...
 
     @property
@@ -98,16 +105,36 @@ class Pair:
 
 
 @dataclass(frozen=True)
+class Prompts:
+    """Prompts of one length for :meth:`patchlab.Model.run`, which example each row is, and where the named positions lie in each."""
+
+    tokens: Int[Tensor, "row pos"]
+    examples: Int[Tensor, " row"]
+    positions: Mapping[str, Int[Tensor, " row"]]
+
+
+@dataclass(frozen=True)
 class Batch:
-    """Pairs of one length, as tensors. ``examples`` are their indices in the task."""
+    """Pairs of one length, as tensors. ``examples`` are their indices in the task, ``positions`` the named positions that all of them have."""
 
     examples: Int[Tensor, " batch"]
     clean: Int[Tensor, "batch pos"]
     corrupted: Int[Tensor, "batch pos"]
     answers: Answers
+    positions: Mapping[str, Int[Tensor, " batch"]]
 
     def __len__(self) -> int:
         return self.clean.shape[0]
+
+    def prompts(self, side: str) -> Prompts:
+        """The ``clean`` or the ``corrupted`` prompts, to run with edits at named positions.
+
+        Raises:
+            TaskError: another side.
+        """
+        if side not in SIDES:
+            raise TaskError(unknown("side", side, SIDES))
+        return Prompts(getattr(self, side), self.examples, self.positions)
 
 
 @dataclass(frozen=True)
@@ -116,13 +143,14 @@ class PositionAxis:
 
     Cell p of the axis lies at token ``index[e, p]`` of example e. ``names`` is None where positions are aligned
     by index; ``tokens[e][p]`` is the text of the clean token there, and ``roles[p]`` the cell's named position ("" where it has
-    none), also on an axis aligned by index.
+    none), also on an axis aligned by index. ``note`` says what the axis leaves out ("": nothing).
     """
 
     names: tuple[str, ...] | None
     index: Int[np.ndarray, "example pos"]
     tokens: tuple[tuple[str, ...], ...]
     roles: tuple[str, ...] = ()
+    note: str = ""
 
     def __len__(self) -> int:
         return self.index.shape[1]
@@ -132,7 +160,7 @@ class PositionAxis:
 class Task:
     """Pairs of prompts, the metric that reads the answers, and where they come from.
 
-    Make one with :func:`patchlab.load_task`. ``provenance`` is JSON-able: generator or file, options, seed, bos, tokenizer.
+    Make one with :func:`patchlab.load_task` or :meth:`from_pairs`. ``provenance`` is JSON-able: generator or file, options, seed, bos, tokenizer.
 
     Raises:
         TaskError: no pairs.
@@ -158,6 +186,51 @@ class Task:
         text = f"Task({self.name}[{len(self)}], {self.metric.name}, {tokens}"
         text += f", {templates} templates" if templates > 1 else ""
         return f"{text}; positions {' '.join(self.position_names())})"
+
+    @classmethod
+    def from_pairs(cls, model: TaskModel, pairs: Sequence[Any], *, name: str = "pairs", **options: Any) -> "Task":
+        """A task from a Python list.
+
+        Args:
+            model: its tokenizer makes the ids.
+            pairs: each a :class:`Pair`, a dictionary with the fields of a task file (``clean``, ``corrupted``, ``correct``, ``incorrect``,
+                and, if wanted, ``positions``, ``template``, ...), or a tuple of the first four.
+            name: how results refer to it.
+            options: as of :func:`patchlab.load_task` for a file: ``bos``, ``only_correct``, ``metric``, ``chat``, ``on_mismatch``, ...
+
+        Raises:
+            TaskError: no pairs, or one that cannot be used; the message names it.
+
+        Example:
+            >>> pl.Task.from_pairs(model, [("Mary and John ... John gave to", "Mary and John ... Mary gave to", "Mary", "John")])  # doctest: +SKIP
+        """
+        from patchlab.tasks.load import task_of_pairs  # which stands on this module
+
+        return task_of_pairs(model, pairs, name=name, **options)
+
+    def describe(self, n: int | None = 3) -> str:
+        """The first n pairs (None: all) in words: the tokens of both prompts with their positions and names, and the answers."""
+        shown = self.pairs if n is None else self.pairs[:n]
+        parts = [repr(self)] + [self._described(i, pair) for i, pair in enumerate(shown)]
+        left = len(self) - len(shown)
+        return "\n\n".join(parts + [f"... and {left} more pair{'s' * (left > 1)}"] * bool(left))
+
+    def show(self, n: int | None = 3) -> None:
+        """Write :meth:`describe` to standard output."""
+        sys.stdout.write(self.describe(n) + "\n")
+
+    def _described(self, i: int, pair: Pair) -> str:
+        names: dict[int, list[str]] = {}
+        for name, place in pair.positions.items():
+            names.setdefault(place, []).append(name)
+        rows = [("pos", "clean", "corrupted", "names")]
+        for place, (clean, corrupted) in enumerate(zip(pair.clean_ids, pair.corrupted_ids, strict=True)):
+            other = "" if clean == corrupted else repr(self.token_text(corrupted))
+            rows.append((str(place), repr(self.token_text(clean)), other, " ".join(names.get(place, ()))))
+        widths = [max(len(row[column]) for row in rows) for column in range(4)]
+        lines = [" ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        answers = [", ".join(repr(self.token_text(token)) for token in side) or "none" for side in (pair.correct, pair.incorrect)]
+        return "\n".join([f"pair {i}: correct {answers[0]}, incorrect {answers[1]}", *lines])
 
     @property
     def fingerprint(self) -> str:
@@ -192,39 +265,58 @@ class Task:
                         torch.tensor([pair.clean_ids for pair in pairs], device=device),
                         torch.tensor([pair.corrupted_ids for pair in pairs], device=device),
                         Answers.of([list(pair.correct) for pair in pairs], [list(pair.incorrect) for pair in pairs], device),
+                        {name: torch.tensor([pair.positions[name] for pair in pairs], device=device) for name in _common_names(pairs)},
                     )
                 )
         return batches
 
+    def prompts(self, side: str, device: torch.device | str = "cpu") -> Prompts:
+        """All ``clean`` or all ``corrupted`` prompts, to run with edits at named positions.
+
+        Raises:
+            TaskError: prompts of several lengths, or another side.
+
+        Example:
+            >>> clean = model.run(task.prompts("clean"), keep="z")  # doctest: +SKIP
+            >>> model.run(task.prompts("corrupted"), edits=[pl.Edit("L5.H3.z@S2", clean)])  # doctest: +SKIP
+        """
+        batches = self.batches(device=device)
+        if len(batches) > 1:
+            raise TaskError(
+                f"a run takes prompts of one length, and {self.name} has lengths {sorted({len(pair) for pair in self.pairs})}. "
+                f"Run each of task.batches() apart: batch.prompts({side!r})."
+            )
+        return batches[0].prompts(side)
+
     def position_names(self) -> tuple[str, ...]:
         """The named positions that all pairs have, in the order of their mean place."""
-        common = set(self.pairs[0].positions).intersection(*(pair.positions for pair in self.pairs))
+        common = _common_names(self.pairs)
         return tuple(sorted(common, key=lambda name: (sum(pair.positions[name] for pair in self.pairs), name == END, name)))
 
     def position_axis(self) -> PositionAxis:
         """How positions line up across the examples: by index where the pairs share a length, a template and their roles, else by name.
 
-        Raises:
-            TaskError: the pairs are not aligned by index and share no named position but END.
+        Pairs that share no name but END line up at END alone; the axis has a note that says so.
         """
         first = self.pairs[0]
         aligned = all(len(pair) == len(first) and pair.template == first.template and pair.positions == first.positions for pair in self.pairs)
+        note = ""
         if aligned:
             names, index = None, np.tile(np.arange(len(first)), (len(self), 1))
         else:
             names = self.position_names()
             if names == (END,):
-                lengths = sorted({len(pair) for pair in self.pairs})
-                raise TaskError(
-                    f"the pairs of {self.name} cannot be lined up by position: lengths {lengths}, {len({p.template for p in self.pairs})} templates, "
-                    f"and no named position in common but END. Give the file a positions column, keep pairs of one length and template "
-                    f"(task.select(...)), or score sites without positions, such as z."
+                templates = len({pair.template for pair in self.pairs})
+                note = (
+                    f"the pairs of {self.name} (lengths {sorted({len(pair) for pair in self.pairs})}, "
+                    f"{templates} template{'s' * (templates > 1)}) share no named position but END, so positions are scored at END alone; "
+                    f"name more of them in a positions column, or keep pairs of one length and template"
                 )
             index = np.array([[pair.positions[name] for name in names] for pair in self.pairs])
         tokens = tuple(tuple(self.token_text(pair.clean_ids[int(p)]) for p in row) for pair, row in zip(self.pairs, index, strict=True))
         by_place = {place: name for name, place in first.positions.items()}
         roles = tuple(by_place.get(place, "") for place in range(len(first))) if names is None else names
-        return PositionAxis(names, index, tokens, roles)
+        return PositionAxis(names, index, tokens, roles, note)
 
     def token_text(self, token: int) -> str:
         """The text of a token id (the id in brackets where there is no tokenizer)."""
@@ -295,6 +387,11 @@ class Task:
         """
         values = self._values(model, self._choice(), ("clean", "corrupted"))
         return {side: float((value > 0).mean()) for side, value in values.items()}
+
+
+def _common_names(pairs: Sequence[Pair]) -> set[str]:
+    """The named positions that all of the pairs have."""
+    return set(pairs[0].positions).intersection(*(pair.positions for pair in pairs))
 
 
 def _is_argmax(logits: Float[Tensor, "batch columns"], answers: Answers) -> Float[Tensor, " batch"]:

@@ -4,14 +4,14 @@ import csv
 import hashlib
 import io
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from patchlab.errors import PatchlabError, TaskError, unknown
 from patchlab.tasks.base import Pair, TaskModel
-from patchlab.tasks.formats import Row, recognise, unfold
+from patchlab.tasks.formats import Fields, Row, occurrence, recognise, unfold
 from patchlab.tasks.lexicon import Lexicon
 
 ON_MISMATCH = ("raise", "drop")
@@ -88,25 +88,49 @@ def _csv_rows(path: Path, text: str) -> list[tuple[int, dict[str, Any]]]:
     return rows
 
 
-def load_file(path: Path, model: TaskModel, *, bos: bool, corrupted: str = "corrupted", on_mismatch: str = "raise") -> TaskFile:
-    """Read a task file for a model's tokenizer.
-
-    ``bos`` puts the model's bos in front of prompts given as text; ids are used as they are. ``corrupted`` names the column of
-    the corrupted prompt (EAP-IG's IOI file has two). ``on_mismatch="drop"`` leaves out pairs of unequal length.
+def load_file(path: Path, model: TaskModel, *, corrupted: str = "corrupted", **options: Any) -> TaskFile:
+    """Read a task file for a model's tokenizer; ``options`` are those of :func:`read_pairs`.
 
     Raises:
         TaskError: anything wrong with the file; the message names the pair.
     """
+    rows = [(_where(path.name, i, number), fields) for i, (number, fields) in enumerate(read_rows(path))]
+    found = read_pairs(path.name, rows, model, corrupted=corrupted, **options)
+    about = {"file": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "corrupted_column": corrupted}
+    return replace(found, provenance={**about, **found.provenance})
+
+
+def read_pairs(
+    name: str,
+    rows: Sequence[tuple[str, Fields]],
+    model: TaskModel,
+    *,
+    bos: bool,
+    corrupted: str = "corrupted",
+    on_mismatch: str = "raise",
+    chat: bool = False,
+) -> TaskFile:
+    """Rows of fields, each with what names it in messages, as pairs for a model's tokenizer.
+
+    ``bos`` puts the model's bos in front of prompts given as text; ids are used as they are. ``corrupted`` names the column of
+    the corrupted prompt (EAP-IG's IOI file has two). ``on_mismatch="drop"`` leaves out pairs of unequal length. ``chat`` makes each
+    prompt a user's message in the tokenizer's chat template, up to where the answer begins; it brings its own bos.
+
+    Raises:
+        TaskError: anything wrong with a row; the message names it.
+    """
     if on_mismatch not in ON_MISMATCH:
         raise TaskError(unknown("on_mismatch", on_mismatch, ON_MISMATCH))
-    rows = read_rows(path)
-    format_ = recognise(path.name, rows, corrupted)
-    raw = [format_.read(_where(path, i, number), fields, corrupted) for i, (number, fields) in enumerate(rows)]
+    format_ = recognise(name, [fields for _, fields in rows], corrupted)
+    raw = [format_.read(where, fields, corrupted) for where, fields in rows]
     notes: list[str] = []
     if format_.check is not None:
-        notes += format_.check(path.name, raw)
-    words = Lexicon.of(model, bos) if model.tokenizer is not None else None
-    encoder = _Encoder(path.name, model, words, notes)
+        notes += format_.check(name, raw)
+    if chat:
+        raw = [_as_chat(row, model) for row in raw]
+        notes.append("prompts are a user's message in the tokenizer's chat template")
+    words = Lexicon.of(model, bos and not chat) if model.tokenizer is not None else None
+    encoder = _Encoder(name, model, words, notes)
     pairs, dropped = [], 0
     for row in raw:
         clean, corrupted_ids = encoder.prompt(row, "clean"), encoder.prompt(row, "corrupted")
@@ -116,26 +140,33 @@ def load_file(path: Path, model: TaskModel, *, bos: bool, corrupted: str = "corr
                 continue
             raise TaskError(encoder.mismatch(row, clean, corrupted_ids))
         correct, incorrect = encoder.answers(row, "correct"), encoder.answers(row, "incorrect")
+        positions = encoder.positions(row, clean)
         try:
-            pairs.append(Pair(clean, corrupted_ids, correct, incorrect, encoder.positions(row, clean), row.template))
+            pairs.append(Pair(clean, corrupted_ids, correct, incorrect, positions, row.template))
         except PatchlabError as error:
             raise TaskError(f"{row.where}: {error}") from error
     if not pairs:
-        raise TaskError(f"{path.name}: no pair is left of {len(raw)}; all have unequal lengths with the tokenizer of {model.name}.")
+        raise TaskError(f"{name}: no pair is left of {len(raw)}; all have unequal lengths with the tokenizer of {model.name}.")
     if dropped:
         notes.append(f"{dropped} of {len(raw)} pairs dropped: unequal lengths")
-    provenance = {
-        "file": path.name,
-        "format": format_.name,
-        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-        "corrupted_column": corrupted,
-        "notes": list(dict.fromkeys(notes)),
-    }
-    return TaskFile(tuple(pairs), _metric(path.name, raw, format_.metric), provenance)
+    return TaskFile(tuple(pairs), _metric(name, raw, format_.metric), {"format": format_.name, "notes": list(dict.fromkeys(notes))})
 
 
-def _where(path: Path, i: int, number: int) -> str:
-    return f"pair {i} of {path.name}" + (f" (line {number})" if number else "")
+def _as_chat(row: Row, model: TaskModel) -> Row:
+    """The row with its texts rendered by the tokenizer's chat template."""
+    if model.tokenizer is None or not getattr(model.tokenizer, "chat_template", None):
+        raise TaskError(f"{model.name} has no chat template; leave chat out, or use a model whose tokenizer has one.")
+    if any(ids is not None for ids in row.ids.values()):
+        raise TaskError(f"{row.where}: prompts given as token ids cannot be put into a chat template; give them as text.")
+
+    def rendered(text: str) -> str:
+        return model.tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False)
+
+    return replace(row, texts={side: None if text is None else rendered(text) for side, text in row.texts.items()})
+
+
+def _where(name: str, i: int, number: int) -> str:
+    return f"pair {i} of {name}" + (f" (line {number})" if number else "")
 
 
 def _metric(name: str, rows: list[Row], default: str | None) -> str | None:
@@ -249,7 +280,25 @@ class _Encoder:
             places = [place for place, token in enumerate(clean) if token in ids]
             if len(places) > which:
                 named[name] = places[which]
-        return named
+        return named | {name: self._place_of_word(row, clean, name, word) for name, word in row.wanted.items()}
+
+    def _place_of_word(self, row: Row, clean: tuple[int, ...], name: str, word: str) -> int:
+        """Where the word that names a position stands in the clean prompt."""
+        words = self._need_words(row, f"position {name}")
+        spelt = [words.tokenizer.decode([token], clean_up_tokenization_spaces=False) for token in clean]
+        places = [place for place, text in enumerate(spelt) if text.strip() == word.strip()]
+        which = occurrence(name, len(places))
+        if which is not None and places:
+            return places[which]
+        tokens = " ".join(f"{place} {text!r}" for place, text in enumerate(spelt))
+        if not places:
+            why = "which is no token of the clean prompt; give a token or its index"
+        else:
+            why = (
+                f"which is {len(places)} tokens of the clean prompt, at {', '.join(map(str, places))}; give the index, or let the name end in "
+                f"the number of the occurrence that is meant ({name}1, {name}2, ...)"
+            )
+        raise TaskError(f"{row.where}: position {name} is {word!r}, {why}. Its tokens: {tokens}.")
 
     def mismatch(self, row: Row, clean: tuple[int, ...], corrupted: tuple[int, ...]) -> str:
         """The message for unequal lengths, with the words that make the difference."""

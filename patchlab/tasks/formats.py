@@ -3,7 +3,7 @@
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,13 +11,15 @@ from patchlab.errors import TaskError
 
 Fields = Mapping[str, Any]
 _NAME = re.compile(r"\b[A-Z][a-z]+\b")
+_POSITION_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_\-]*")
 
 
 @dataclass(frozen=True)
 class Row:
     """One pair as its file gives it: texts, ids or both. ``where`` names it in messages.
 
-    ``words`` names positions by a word of the clean text and which of its occurrences is meant: ``{"S2": ("John", 1)}``.
+    ``words`` names positions by a word of the clean text and which of its occurrences is meant: ``{"S2": ("John", 1)}``; a word that is no
+    single token is left out. ``wanted`` names positions by a word that must be there (:func:`occurrence` says which of several is meant).
     ``foreign_ids`` are answer ids of a tokenizer that the file does not name. ``labels`` names positions counted from the first token after
     a bos that is put in front; where ``n_labelled`` says how many tokens were counted, they hold for prompts of that many only.
     """
@@ -29,6 +31,7 @@ class Row:
     answer_ids: Mapping[str, tuple[int, ...] | None]
     positions: Mapping[str, int] = field(default_factory=dict)
     words: Mapping[str, tuple[str, int]] = field(default_factory=dict)
+    wanted: Mapping[str, str] = field(default_factory=dict)
     foreign_ids: tuple[int, int] | None = None
     labels: Mapping[str, int] = field(default_factory=dict)
     n_labelled: int | None = None
@@ -47,13 +50,13 @@ class Format:
     check: Callable[[str, list[Row]], list[str]] | None = None
 
 
-def recognise(name: str, rows: list[tuple[int, dict[str, Any]]], corrupted: str) -> Format:
+def recognise(name: str, rows: Sequence[Fields], corrupted: str) -> Format:
     """The format of a file, from its columns.
 
     Raises:
         TaskError: no format has these columns.
     """
-    columns = set(rows[0][1])
+    columns = set(rows[0])
 
     def chosen(column: str) -> str:
         return corrupted if column == "corrupted" else column
@@ -135,11 +138,7 @@ def _read_own(where: str, fields: Fields, corrupted: str) -> Row:
         column = corrupted if column == "corrupted" else column
         if fields.get(column) is None and fields.get(either) is None:
             raise TaskError(f"{where}: {column} is missing; every pair needs it (or {either}).")
-    positions = fields.get("positions") or {}
-    if isinstance(positions, str):
-        positions = _json(where, "positions", positions)
-    if not isinstance(positions, dict) or not all(isinstance(place, int) and not isinstance(place, bool) for place in positions.values()):
-        raise TaskError(f'{where}: positions must map names to token indices, as in {{"S1": 4}}; got {fields["positions"]!r}.')
+    positions = _named(where, fields)
     # ids belong to the column "corrupted": with another column chosen they say nothing about it
     other_ids = _ids(where, fields, "corrupted_ids") if corrupted == "corrupted" else None
     return Row(
@@ -148,10 +147,49 @@ def _read_own(where: str, fields: Fields, corrupted: str) -> Row:
         {"clean": _ids(where, fields, "clean_ids"), "corrupted": other_ids},
         {side: _texts(where, fields, side) for side in ("correct", "incorrect")},
         {side: _ids(where, fields, f"{side}_id") for side in ("correct", "incorrect")},
-        positions,
+        {name: place for name, place in positions.items() if isinstance(place, int)},
+        wanted={name: place for name, place in positions.items() if isinstance(place, str)},
         template=_text(where, fields, "template") or "",
         metric=_text(where, fields, "metric"),
     )
+
+
+def _named(where: str, fields: Fields) -> Mapping[str, int | str]:
+    """The column ``positions``: names to token indices or words, or a list of words that are their own names."""
+    given = fields.get("positions") or {}
+    if isinstance(given, str):
+        given = _json(where, "positions", given)
+    listed = given if isinstance(given, list) else ()
+    positions = given if isinstance(given, dict) else {word.strip(): word for word in listed if isinstance(word, str)}
+    if len(positions) < len(listed) or not isinstance(given, (dict, list)) or not all(map(_is_place, positions.values())):
+        raise TaskError(
+            f'{where}: positions must map names to token indices or words, as in {{"S1": 4, "S2": "John"}}, or list different words; '
+            f"got {fields['positions']!r}."
+        )
+    for name in positions:
+        if not _POSITION_NAME.fullmatch(name):
+            raise TaskError(
+                f"{where}: {name!r} cannot name a position; a name begins with a letter and has letters, digits, _ and - (it is written after @)."
+            )
+    return positions
+
+
+def _is_place(value: Any) -> bool:
+    return bool(value.strip()) if isinstance(value, str) else isinstance(value, int) and not isinstance(value, bool)
+
+
+def occurrence(name: str, found: int) -> int | None:
+    """Which of ``found`` occurrences of a word a position's name means; None where the name does not say.
+
+    A name that ends in a number means that occurrence, ``S2`` the second; a word that occurs once needs no number.
+
+    >>> occurrence("S2", 2), occurrence("SUBJECT", 1), occurrence("SUBJECT", 2), occurrence("S3", 2)
+    (1, 0, None, None)
+    """
+    if found == 1:
+        return 0
+    number = int(match[0]) if (match := re.search(r"\d+$", name)) else 0
+    return number - 1 if 1 <= number <= found else None
 
 
 def _of_text(where: str, clean: str, corrupted: str, correct: list[str], incorrect: list[str], **more: Any) -> Row:

@@ -1,8 +1,8 @@
-"""load_task: a task by the name of its generator or the path of its file."""
+"""load_task: a task by the name of its generator or the path of its file; and tasks from Python lists."""
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,13 @@ from torch import Tensor
 from patchlab.errors import TaskError, unknown
 from patchlab.metrics import METRICS, Answers, Metric, get_metric
 from patchlab.tasks.base import Pair, Task, TaskModel
-from patchlab.tasks.files import SUFFIXES, load_file
+from patchlab.tasks.files import SUFFIXES, TaskFile, load_file, read_pairs
 from patchlab.tasks.lexicon import Lexicon
 from patchlab.tasks.registry import GENERATORS, Generator
 
 DEFAULT_N = 64
 _CANDIDATES = 10  # with only_correct, a generator draws at most this many candidates per pair asked for
-_FILE_OPTIONS = ("corrupted", "on_mismatch")
+_FILE_OPTIONS = ("corrupted", "on_mismatch", "chat")
 
 
 def load_task(
@@ -43,7 +43,8 @@ def load_task(
         bos: put the model's bos in front of every prompt. None: where the model has one. Token ids in a file are used as they are.
         only_correct: keep only pairs whose clean prompt the model solves (see :meth:`Task.solved`), still n of them.
         metric: instead of the task's own: a name, a Metric, or a function of (logits, answers) with one value per example.
-        options: of the generator (``order="BABA"``), or of a file: ``corrupted`` (the column to use), ``on_mismatch`` ("raise" or "drop").
+        options: of the generator (``order="BABA"``), or of a file: ``corrupted`` (the column to use), ``on_mismatch`` ("raise" or "drop"),
+            ``chat`` (True: each prompt is a user's message in the tokenizer's chat template).
 
     Raises:
         TaskError: unknown task or option, bad n, too few pairs, or a file that cannot be used; the message names the pair.
@@ -55,9 +56,7 @@ def load_task(
     """
     if n is not None and (isinstance(n, bool) or n < 1):
         raise TaskError(f"n is {n}; a task needs at least 1 pair.")
-    if bos and model.bos_id is None:
-        raise TaskError(f"bos=True, and {model.name} has no bos token; leave bos out or set it to False.")
-    with_bos = model.bos_id is not None if bos is None else bos
+    with_bos = _with_bos(model, bos)
     common = {"seed": seed, "bos": with_bos, "tokenizer": _tokenizer(model), "only_correct": only_correct}
     path = Path(name_or_path)
     if str(name_or_path) in GENERATORS:
@@ -65,15 +64,67 @@ def load_task(
     elif path.suffix in SUFFIXES or path.exists():
         if bad := [option for option in options if option not in _FILE_OPTIONS]:
             raise TaskError(unknown("option of a task file", bad[0], _FILE_OPTIONS))
-        task = _from_file(path, model, n, with_bos, only_correct, options)
-        del common["seed"]
-        common["bos"] = model.bos_id is not None and all(pair.clean_ids[0] == model.bos_id for pair in task.pairs)
+        task = _of_rows(path.name, path.stem, load_file(path, model, bos=with_bos, **options), model, n, only_correct)
+        common = _about_rows(task, model, common)
     else:
         raise TaskError(unknown("task", str(name_or_path), GENERATORS, more=f"Or the path of a file ending in {', '.join(SUFFIXES)}."))
+    return _finished(task, model, common, metric)
+
+
+def task_of_pairs(
+    model: TaskModel,
+    pairs: Sequence[Any],
+    *,
+    name: str = "pairs",
+    bos: bool | None = None,
+    only_correct: bool = False,
+    metric: str | Metric | Callable[[Tensor, Answers], Tensor] | None = None,
+    **options: Any,
+) -> Task:
+    """A task from a Python list; see :meth:`Task.from_pairs`."""
+    if bad := [option for option in options if option not in _FILE_OPTIONS]:
+        raise TaskError(unknown("option of a list of pairs", bad[0], _FILE_OPTIONS))
+    if isinstance(pairs, (str, bytes, Mapping)) or not isinstance(pairs, Sequence) or not pairs:
+        raise TaskError(f"pairs is a list of (clean, corrupted, correct, incorrect), of dictionaries or of Pair; got {pairs!r:.80}.")
+    with_bos = _with_bos(model, bos)
+    if all(isinstance(pair, Pair) for pair in pairs):
+        read = TaskFile(tuple(pairs), None, {"format": "Pair", "notes": []})
+    else:
+        rows = [(f"pair {i} of {name}", _fields(f"pair {i} of {name}", pair)) for i, pair in enumerate(pairs)]
+        read = read_pairs(name, rows, model, bos=with_bos, **options)
+    task = _of_rows(name, name, read, model, None, only_correct)
+    common = {"bos": with_bos, "tokenizer": _tokenizer(model), "only_correct": only_correct}
+    return _finished(task, model, _about_rows(task, model, common), metric)
+
+
+_FIELDS = ("clean", "corrupted", "correct", "incorrect")
+
+
+def _fields(where: str, pair: Any) -> Mapping[str, Any]:
+    if isinstance(pair, Mapping):
+        return pair
+    if isinstance(pair, (tuple, list)) and len(pair) == len(_FIELDS):
+        return dict(zip(_FIELDS, (list(part) if isinstance(part, tuple) else part for part in pair), strict=True))
+    raise TaskError(
+        f"{where}: a pair is (clean, corrupted, correct, incorrect), a dictionary with these fields, or a Pair (then all must be); got {pair!r:.80}."
+    )
+
+
+def _with_bos(model: TaskModel, bos: bool | None) -> bool:
+    if bos and model.bos_id is None:
+        raise TaskError(f"bos=True, and {model.name} has no bos token; leave bos out or set it to False.")
+    return model.bos_id is not None if bos is None else bos
+
+
+def _about_rows(task: Task, model: TaskModel, common: dict[str, Any]) -> dict[str, Any]:
+    """What was asked for, as far as it concerns rows: they have no seed, and ids may or may not begin with a bos."""
+    found = {key: value for key, value in common.items() if key != "seed"}
+    return found | {"bos": model.bos_id is not None and all(pair.clean_ids[0] == model.bos_id for pair in task.pairs)}
+
+
+def _finished(task: Task, model: TaskModel, common: dict[str, Any], metric: str | Metric | Callable[[Tensor, Answers], Tensor] | None) -> Task:
     task.provenance.update(common)
-    if metric is not None:
-        task = task.with_metric(metric)
-    return _checked(task, model)
+    return _checked(task if metric is None else task.with_metric(metric), model)
 
 
 def _generated(generator: Generator, model: TaskModel, n: int, seed: int, bos: bool, only_correct: bool, options: dict[str, Any]) -> Task:
@@ -103,20 +154,19 @@ def _generated(generator: Generator, model: TaskModel, n: int, seed: int, bos: b
     return task(tuple(solved))
 
 
-def _from_file(path: Path, model: TaskModel, n: int | None, bos: bool, only_correct: bool, options: dict[str, Any]) -> Task:
-    file = load_file(path, model, bos=bos, **options)
-    task = Task(path.stem, file.pairs, get_metric(file.metric or "logit_diff"), dict(file.provenance), model.tokenizer)
+def _of_rows(where: str, name: str, read: TaskFile, model: TaskModel, n: int | None, only_correct: bool) -> Task:
+    task = Task(name, read.pairs, get_metric(read.metric or "logit_diff"), dict(read.provenance), model.tokenizer)
     if only_correct:
         good = task.solved(model)
         task.provenance["candidates"] = len(task)
         if not good.any():
             raise TaskError(
-                f"{model.name} solves none of the {len(task)} pairs of {path.name}; only_correct leaves nothing. Use a model that does the task."
+                f"{model.name} solves none of the {len(task)} pairs of {where}; only_correct leaves nothing. Use a model that does the task."
             )
         task = task.select(good)
     if n is not None and n > len(task):
         kept = f" that {model.name} solves" if only_correct else ""
-        raise TaskError(f"{path.name} has {len(task)} pairs{kept}; got n={n}. Ask for fewer, or leave n out for all of them.")
+        raise TaskError(f"{where} has {len(task)} pairs{kept}; got n={n}. Ask for fewer, or leave n out for all of them.")
     return task if n is None else task.select(range(n))
 
 
@@ -129,7 +179,12 @@ def _tokenizer(model: TaskModel) -> dict[str, Any] | None:
 
 
 def _checked(task: Task, model: TaskModel) -> Task:
-    """What needs the final metric: incorrect answers where it compares, independence where it is not one of ours."""
+    """What fits the model, and what needs the final metric: incorrect answers where it compares, independence where it is not one of ours."""
+    for i, pair in enumerate(task.pairs):
+        if model.n_positions is not None and len(pair) > model.n_positions:
+            raise TaskError(
+                f"pair {i} of {task.name} has {len(pair)} tokens, and {model.name} reads {model.n_positions} at most. Shorten or drop such pairs."
+            )
     compares = task.metric.name in ("logit_diff", "logprob_diff", "prob_diff")
     for i, pair in enumerate(task.pairs):
         if compares and not pair.incorrect:
