@@ -19,6 +19,7 @@ from patchlab.errors import SiteError
 READERS = ("q", "k", "v", "mlp", "logits")
 """Kinds of readers."""
 _EDGE = re.compile(r"(?P<writer>input|a\d+\.h\d+|m\d+)->(?P<reader>a\d+\.h\d+<[qkv]>|m\d+|logits)")
+_HEAD = re.compile(r"\b[al](\d+)\.h(\d+)")
 
 
 @dataclass(frozen=True)
@@ -118,15 +119,15 @@ class Graph:
         return slice(self.n_layers * size, self.n_layers * size + 1) if layer is None else slice(layer * size, (layer + 1) * size)
 
     def edge(self, name: str) -> tuple[int, int]:
-        """Writer and reader of an edge by its name.
+        """Writer and reader of an edge by its name; heads may also be written as in addresses, ``L0.H1``.
 
-        >>> Graph(2, 2, 8).edge("a0.h1->m1")
-        (2, 13)
+        >>> Graph(2, 2, 8).edge("a0.h1->m1"), Graph(2, 2, 8).edge("L0.H1->m1")
+        ((2, 13), (2, 13))
 
         Raises:
             SiteError: a name that is no edge here, with the reason.
         """
-        match = _EDGE.fullmatch(name.replace(" ", "")) if isinstance(name, str) else None
+        match = _EDGE.fullmatch(_HEAD.sub(r"a\1.h\2", name.replace(" ", "").lower())) if isinstance(name, str) else None
         if match is None:
             raise SiteError(
                 f"cannot read the edge {name!r}. Write 'input->a0.h1<q>', 'a0.h1->m1' or 'm1->logits'; heads read through <q>, <k> or <v>."

@@ -9,6 +9,7 @@ jointly), optionally narrowed to one layer, head or neuron and some positions::
     z                       one score per layer and head, all positions jointly
     z[layer,pos,head]       one score per layer, position and head
     L9.H6.z@END             head 6 of layer 9 at the named position END
+    L9.H6, a9.h6, m3        the names of nodes: what head 6 of layer 9 (z) or the MLP of layer 3 (mlp_out) gives
     L3.resid_pre@4          layer 3, position 4 (negative numbers count from the end)
     L3.resid_pre@S1,S2      two positions at once
     L2.N17.mlp_post         neuron 17 of layer 2, all positions
@@ -156,6 +157,16 @@ class Site:
         return text
 
 
+def _as_address(text: str) -> str:
+    """Names of nodes (``a9.h6``, ``m3``) as addresses; other text as it is."""
+    if match := re.fullmatch(r"[mM](\d+)(@.*)?", text):
+        return f"L{match[1]}.mlp_out{match[2] or ''}"
+    if match := re.fullmatch(r"[aAlL](\d+)\.[hH](\d+)(\..*|@.*)?", text):
+        rest = match[3] or ""
+        return f"L{match[1]}.H{match[2]}{rest if rest.startswith('.') else '.z' + rest}"
+    return text
+
+
 def _positions(text: str | None) -> tuple[Position, ...] | None:
     if text is None or text == "*":
         return None
@@ -169,6 +180,8 @@ def parse_site(text: "str | Site") -> Site:
     ('layer', 'head')
     >>> parse_site("L9.H6.z@END").head
     6
+    >>> str(parse_site("a9.h6"))
+    'L9.H6.z'
 
     Raises:
         SiteError: unknown kind or axis, or text that is not a site.
@@ -177,7 +190,7 @@ def parse_site(text: "str | Site") -> Site:
         return text
     if not isinstance(text, str):
         raise SiteError(f"a site is a string such as 'resid_pre' or 'L9.H6.z@END'; got {text!r}.")
-    compact = text.replace(" ", "")
+    compact = _as_address(text.replace(" ", ""))
     if match := _SCORED.fullmatch(compact):
         kind = match["kind"]
         if kind not in KINDS:

@@ -88,3 +88,11 @@ def test_impossible_shapes() -> None:
         Graph(0, 2, 8)
     with pytest.raises(SiteError, match="6 query heads cannot share 4 key-value heads evenly"):
         Graph(1, 6, 8, n_kv_heads=4)
+
+
+def test_heads_are_also_understood_as_in_addresses():
+    graph = Graph(3, 2, 8)
+    for written in ("a0.h1->a2.h0<q>", "L0.H1->L2.H0<q>", "A0.H1 -> a2.h0<Q>", "l0.h1->L2.H0<q>"):
+        assert graph.edge(written) == (graph.writers.index("a0.h1"), graph.readers.index("a2.h0<q>"))
+    with pytest.raises(SiteError, match="cannot read the edge 'L0->m1'"):
+        graph.edge("L0->m1")

@@ -16,7 +16,7 @@ from raw_model import Key, RawModel
 from torch import Tensor
 
 import patchlab as pl
-from patchlab.errors import InterventionError, MethodError, MetricError, ModelError, SiteError, TaskError
+from patchlab.errors import InterventionError, MethodError, MetricError, ModelError, SiteError
 from patchlab.methods import METHODS, LinearizedPatching, get_method
 from patchlab.metrics import METRICS, Answers, Metric
 from patchlab.models import Model

@@ -175,3 +175,21 @@ def test_edges_have_no_other_granularity_and_no_address(text: str) -> None:
 def test_public_names() -> None:
     assert pl.Site is Site
     assert pl.parse_site is parse_site
+
+
+@pytest.mark.parametrize(
+    ("text", "address"),
+    [
+        ("a9.h6", "L9.H6.z"), ("L9.H6", "L9.H6.z"), ("A9.H6", "L9.H6.z"), ("l9.h6.q@END", "L9.H6.q@END"), ("a9.h6@S1,S2", "L9.H6.z@S1,S2"),
+        ("m3", "L3.mlp_out"), ("M3@END", "L3.mlp_out@END"), ("a5.h1.pattern@END<S1", "L5.H1.pattern@END<S1"),
+    ],
+)  # fmt: skip
+def test_names_of_nodes_are_addresses(text, address):
+    assert str(parse_site(text)) == address
+    assert parse_site(text) == parse_site(address)
+
+
+@pytest.mark.parametrize("text", ["a9", "h6", "a9.h", "m", "a9.m3", "a9.h6.resid_pre", "L9.H6.h"])
+def test_half_names_of_nodes_are_refused(text):
+    with pytest.raises(SiteError):
+        parse_site(text)
