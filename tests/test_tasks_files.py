@@ -193,6 +193,31 @@ def test_chat_templates_on_request(tmp_path, shared_dir):
         load_task(jsonl(tmp_path, {**row, "clean_ids": list(pair.clean_ids)}, name="ids.jsonl"), chatty, chat=True)
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+@pytest.mark.parametrize("capitals", [str.lower, str.title, str.upper])
+def test_what_spreadsheets_write(encoding, delimiter, capitals, tmp_path, gpt2_bpe):
+    path = tmp_path / "mine.csv"
+    with path.open("w", newline="", encoding=encoding) as file:
+        writer = csv.writer(file, delimiter=delimiter)
+        writer.writerow([capitals(name) + " " for name in GOOD])
+        writer.writerow(GOOD.values())
+    assert load_task(path, gpt2_bpe).pairs == load_task(jsonl(tmp_path, GOOD), gpt2_bpe).pairs
+    assert load_task(path, gpt2_bpe, corrupted=capitals("corrupted")).pairs == load_task(path, gpt2_bpe).pairs
+
+
+def test_other_encodings_and_doubled_columns_are_named(tmp_path, gpt2_bpe):
+    path = tmp_path / "latin.csv"
+    path.write_bytes("clean,corrupted,correct,incorrect\nJosé,Jose,a,b\n".encode("latin-1"))
+    with pytest.raises(TaskError, match="byte 37 is not UTF-8. Save it as UTF-8 text"):
+        load_task(path, gpt2_bpe)
+    path.write_bytes("clean,corrupted\na,b".encode("utf-16")[:-1])
+    with pytest.raises(TaskError, match="byte 38 is not UTF-16"):
+        load_task(path, gpt2_bpe)
+    with pytest.raises(TaskError, match="line 1: two columns have one name but for capitals: clean, .*Clean"):
+        load_task(jsonl(tmp_path, {**GOOD, "Clean": "x"}), gpt2_bpe)
+
+
 def test_another_column_as_corrupted(tmp_path, gpt2_bpe):
     row = {**GOOD, "harder": GOOD["clean"].replace("Mary and", "Tom and")}
     made = load_task(jsonl(tmp_path, row), gpt2_bpe, corrupted="harder")

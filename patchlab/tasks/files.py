@@ -1,5 +1,6 @@
 """Reading task files: patchlab's own JSONL and CSV, EAP-IG's CSV, feature-circuits' JSONL and auto-circuit's JSON."""
 
+import codecs
 import csv
 import hashlib
 import io
@@ -37,14 +38,33 @@ def read_rows(path: Path) -> list[tuple[int, dict[str, Any]]]:
         raise TaskError(
             f"{path} ends in {path.suffix!r}; a task file is one of {', '.join(SUFFIXES)} (.json with one object per line, or one with prompts)."
         )
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise TaskError(f"cannot read the task file {path}: {error}. Check the path; it must be UTF-8 text.") from error
+    text = _text_of(path)
     rows = _csv_rows(path, text) if path.suffix == ".csv" else _json_rows(path, text)
     if not rows:
         raise TaskError(f"{path} is empty; a task file has one pair per line.")
-    return rows
+    return [(number, _in_small_letters(path, number, fields)) for number, fields in rows]
+
+
+def _text_of(path: Path) -> str:
+    """The text of a file: UTF-8, or UTF-16 that says so in its first two bytes, as spreadsheets write it."""
+    try:
+        content = path.read_bytes()
+        return content.decode("utf-16" if content[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig")
+    except OSError as error:
+        raise TaskError(f"cannot read the task file {path}: {error.strerror}. Check the path.") from error
+    except UnicodeDecodeError as error:
+        raise TaskError(
+            f"cannot read the task file {path}: byte {error.start} is not {error.encoding.upper()}. Save it as UTF-8 text "
+            f"(or as UTF-16 with a byte order mark)."
+        ) from error
+
+
+def _in_small_letters(path: Path, number: int, fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields with their columns named in small letters, as the formats have them: spreadsheets like capitals."""
+    found = {str(name).strip().lower(): value for name, value in fields.items()}
+    if len(found) < len(fields):
+        raise TaskError(f"{path.name}, line {number}: two columns have one name but for capitals: {', '.join(fields)}. Rename one.")
+    return found
 
 
 def _json_rows(path: Path, text: str) -> list[tuple[int, dict[str, Any]]]:
@@ -74,13 +94,17 @@ def _document(text: str) -> dict[str, Any] | None:
 
 
 def _csv_rows(path: Path, text: str) -> list[tuple[int, dict[str, Any]]]:
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    header = text.lstrip().partition("\n")[0]
+    # spreadsheets of countries with a decimal comma separate cells by semicolons
+    delimiter = next((mark for mark in ",;\t" if mark in header), ",")
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True, delimiter=delimiter)
     rows = []
     try:
         for fields in reader:
             if None in fields or None in fields.values():
                 raise TaskError(
-                    f"{path.name}, line {reader.line_num}: expected {len(reader.fieldnames or ())} cells, as in the header. Quote cells with commas."
+                    f"{path.name}, line {reader.line_num}: expected {len(reader.fieldnames or ())} cells, as in the header. "
+                    f"Quote cells that hold {delimiter!r}."
                 )
             rows.append((reader.line_num, {key: value for key, value in fields.items() if value != ""}))
     except csv.Error as error:
@@ -121,6 +145,7 @@ def read_pairs(
     """
     if on_mismatch not in ON_MISMATCH:
         raise TaskError(unknown("on_mismatch", on_mismatch, ON_MISMATCH))
+    corrupted = corrupted.strip().lower()
     format_ = recognise(name, [fields for _, fields in rows], corrupted)
     raw = [format_.read(where, fields, corrupted) for where, fields in rows]
     notes: list[str] = []
