@@ -7,29 +7,38 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
 from patchlab import __version__
 from patchlab.cli_circuit import circuit
-from patchlab.cli_options import BatchSize, Device, Force, Json, ModelName, N, Pairs, TaskName, TaskOptions, task_option
-from patchlab.errors import PatchlabError
+from patchlab.cli_options import (
+    SETTINGS,
+    BatchSize,
+    Chat,
+    Command,
+    Device,
+    DType,
+    Force,
+    Group,
+    Json,
+    MetricName,
+    ModelName,
+    N,
+    OnlyCorrect,
+    OnMismatch,
+    Pairs,
+    Positions,
+    TaskName,
+    TaskOptions,
+    task_settings,
+)
 
 METHODS = "exact,atp,ig:5,relp"
 SITES = "resid_pre,attn_out,mlp_out,z"
 
 
-class _Group(TyperGroup):
-    """Turns the package's own errors into one line on stderr and exit status 1."""
-
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except PatchlabError as error:
-            typer.echo(f"error: {' '.join(str(error).split())}", err=True)
-            raise typer.Exit(1) from error
-
-
-app = typer.Typer(cls=_Group, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+app = typer.Typer(
+    cls=Group, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, context_settings=SETTINGS
+)
 
 
 def _version(asked: bool) -> bool:
@@ -47,7 +56,7 @@ def _main(version: Annotated[bool, typer.Option("--version", callback=_version, 
 app.add_typer(circuit, name="circuit")
 
 
-@app.command()
+@app.command(cls=Command)
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("patchlab-demo"),
     n: Annotated[int, typer.Option(help="Number of prompt pairs.")] = N,
@@ -61,7 +70,7 @@ def demo(
     _compare("demo-gpt2", "ioi", METHODS, SITES, out=out, n=n, force=force, as_json=json_)
 
 
-@app.command()
+@app.command(cls=Command)
 def compare(
     model: ModelName,
     task: TaskName,
@@ -71,19 +80,25 @@ def compare(
     direction: Annotated[str, typer.Option(help="denoising or noising.")] = "denoising",
     n: Pairs = None,
     seed: Annotated[int, typer.Option(help="Seed of the task's generator.")] = 0,
+    metric: MetricName = None,
+    positions: Positions = None,
+    on_mismatch: OnMismatch = None,
+    only_correct: OnlyCorrect = False,
+    chat: Chat = False,
     device: Device = None,
+    dtype: DType = None,
     batch_size: BatchSize = None,
     option: TaskOptions = None,
     force: Force = False,
     json_: Json = False,
 ) -> None:
     """Compare methods with exact patching on one task."""
-    options = dict(task_option(text) for text in option or [])
-    _compare(model, task, methods, sites, out=out, direction=direction, n=n, seed=seed, device=device, batch_size=batch_size,
+    options = task_settings(option, metric=metric, positions=positions, on_mismatch=on_mismatch, only_correct=only_correct, chat=chat)
+    _compare(model, task, methods, sites, out=out, direction=direction, n=n, seed=seed, device=device, dtype=dtype, batch_size=batch_size,
              options=options, force=force, as_json=json_)  # fmt: skip
 
 
-@app.command()
+@app.command(cls=Command)
 def verify(
     model: ModelName,
     task: TaskName,
@@ -97,7 +112,13 @@ def verify(
     direction: Annotated[str, typer.Option(help="denoising or noising.")] = "denoising",
     n: Pairs = None,
     seed: Annotated[int, typer.Option(help="Seed of the task's generator and of the sample.")] = 0,
+    metric: MetricName = None,
+    positions: Positions = None,
+    on_mismatch: OnMismatch = None,
+    only_correct: OnlyCorrect = False,
+    chat: Chat = False,
     device: Device = None,
+    dtype: DType = None,
     batch_size: BatchSize = None,
     option: TaskOptions = None,
     json_: Json = False,
@@ -106,7 +127,7 @@ def verify(
 
     A cheap method says where to look, exact patching says what is there.
     """
-    options = dict(task_option(text) for text in option or [])
+    options = task_settings(option, metric=metric, positions=positions, on_mismatch=on_mismatch, only_correct=only_correct, chat=chat)
     from transformers.utils.logging import disable_progress_bar
 
     from patchlab.methods import VerifiedPatching, get_method
@@ -119,7 +140,7 @@ def verify(
         screen=get_method(screen.strip()), k=k, target=target, sample=sample, subsets=subsets, hierarchical=hierarchical, seed=seed
     )
     wanted = parse_sites(sites)
-    loaded = load_model(model, device=device)
+    loaded = load_model(model, device=device, dtype=dtype)
     pairs = named_task(task, loaded, n=n, seed=seed, options=options)
     result = method.run(loaded, pairs, wanted, direction=direction, batch_size=batch_size, progress=sys.stderr.isatty())
     typer.echo(json.dumps(result.to_dict(), allow_nan=False) if json_ else result.summary())
@@ -149,15 +170,31 @@ def _compare(
         typer.echo(results.comparison.summary())
 
 
-@app.command()
-def tasks(json_: Json = False) -> None:
-    """The task generators."""
+@app.command(cls=Command)
+def tasks(
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="One of them, with its options and an example.", show_default=False)] = None,
+    json_: Json = False,
+) -> None:
+    """The task generators; with a name, the options of one."""
+    from patchlab.errors import TaskError, unknown
     from patchlab.tasks import GENERATORS
 
-    _listing(((name, generator.description) for name, generator in GENERATORS.items()), json_)
+    if name is None:
+        _listing(((one.name, one.description) for one in GENERATORS.values()), json_)
+        return
+    if name not in GENERATORS:
+        raise TaskError(unknown("task", name, GENERATORS))
+    one = GENERATORS[name]
+    if json_:
+        typer.echo(json.dumps({"name": name, "description": one.description, "metric": one.metric, "options": dict(one.defaults)}))
+        return
+    typer.echo(f"{one.help}\n\nMetric: {one.metric}. Options, with their defaults:")
+    for option, default in one.defaults.items():
+        others = ", ".join(value for value in one.values.get(option, ()) if value != default)
+        typer.echo(f"  --option {option}={json.dumps(default) if isinstance(default, bool) else default}" + (f"  (or {others})" if others else ""))
 
 
-@app.command()
+@app.command(cls=Command)
 def models(json_: Json = False) -> None:
     """The packaged models.
 
@@ -168,7 +205,7 @@ def models(json_: Json = False) -> None:
     _listing(((name, _described(folder)) for name, folder in DEMO_MODELS.items()), json_)
 
 
-@app.command()
+@app.command(cls=Command)
 def methods(json_: Json = False) -> None:
     """The methods."""
     from patchlab.methods import METHODS
@@ -176,7 +213,7 @@ def methods(json_: Json = False) -> None:
     _listing(METHODS.items(), json_)
 
 
-@app.command()
+@app.command(cls=Command)
 def sites(json_: Json = False) -> None:
     """The sites, with the default granularity in brackets."""
     from patchlab.sites import KINDS

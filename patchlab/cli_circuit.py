@@ -11,13 +11,34 @@ from typing import Annotated, Any
 
 import typer
 
-from patchlab.cli_options import BatchSize, Device, Force, Json, ModelName, Pairs, TaskName, TaskOptions, task_option
+from patchlab.cli_options import (
+    SETTINGS,
+    BatchSize,
+    Chat,
+    Command,
+    Device,
+    DType,
+    Force,
+    Json,
+    MetricName,
+    ModelName,
+    OnlyCorrect,
+    OnMismatch,
+    Pairs,
+    TaskName,
+    TaskOptions,
+    task_settings,
+)
 
 METHODS = "atp,ig:5,relp"
 EDGES = 200
 
 circuit = typer.Typer(
-    no_args_is_help=True, add_completion=False, rich_markup_mode=None, help="Find, evaluate, draw and convert circuits: parts of a model's graph."
+    context_settings=SETTINGS,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    help="Find, evaluate, draw and convert circuits: parts of a model's graph.",
 )
 Replace = Annotated[bool, typer.Option("--force", help="Replace an existing file.")]
 Seed = Annotated[int, typer.Option(help="Seed of the task's generator, of the halves and of the resamples.")]
@@ -26,7 +47,7 @@ By = Annotated[str, typer.Option(help="Importance: abs, or signed (what supports
 Whole = Annotated[bool, typer.Option("--all", help="Use all pairs, not one half of them.")]
 
 
-@circuit.command()
+@circuit.command(cls=Command)
 def find(
     model: ModelName,
     task: TaskName,
@@ -40,7 +61,12 @@ def find(
     n: Pairs = None,
     seed: Seed = 0,
     whole: Whole = False,
+    metric: MetricName = None,
+    on_mismatch: OnMismatch = None,
+    only_correct: OnlyCorrect = False,
+    chat: Chat = False,
     device: Device = None,
+    dtype: DType = None,
     batch_size: BatchSize = None,
     option: TaskOptions = None,
     force: Replace = False,
@@ -50,7 +76,7 @@ def find(
 
     Works on the first half of the pairs; evaluate takes the other.
     """
-    options = dict(task_option(text) for text in option or [])
+    options = task_settings(option, metric=metric, on_mismatch=on_mismatch, only_correct=only_correct, chat=chat)
     if edges is not None and threshold is not None:
         raise typer.BadParameter("give a number of edges or a threshold, not both.", param_hint="--edges, --threshold")
     from patchlab.circuits import threshold as above
@@ -66,7 +92,7 @@ def find(
     if out.exists() and not force:
         raise OutputError(f"{out} exists and is not overwritten; choose another name with --out, or replace it with --force.")
     scorer = get_method(method.strip())
-    loaded, first, second = _load(model, task, n, seed, options, device, whole)
+    loaded, first, second = _load(model, task, n, seed, options, device, dtype, whole)
     scores = scorer.run(loaded, first or second, "edges", direction=direction, batch_size=batch_size, progress=sys.stderr.isatty())
     found = HOW[how](scores, EDGES if edges is None else edges, by=by) if threshold is None else above(scores, threshold, by=by)
     found.save(out, overwrite=force)
@@ -77,7 +103,7 @@ def find(
         typer.echo(f"{scores}\n{found.summary()}\nwrote {out}")
 
 
-@circuit.command()
+@circuit.command(cls=Command)
 def evaluate(
     model: ModelName,
     task: TaskName,
@@ -95,7 +121,12 @@ def evaluate(
     n: Pairs = None,
     seed: Seed = 0,
     whole: Whole = False,
+    metric: MetricName = None,
+    on_mismatch: OnMismatch = None,
+    only_correct: OnlyCorrect = False,
+    chat: Chat = False,
     device: Device = None,
+    dtype: DType = None,
     batch_size: BatchSize = None,
     option: TaskOptions = None,
     force: Force = False,
@@ -106,7 +137,7 @@ def evaluate(
     Works on the second half of the pairs (the first fits means and constants). With --curve, every method scores the edges on the first half, and
     circuits of MIB's ten sizes are evaluated on the second: which score finds the smaller faithful circuit.
     """
-    options = dict(task_option(text) for text in option or [])
+    options = task_settings(option, metric=metric, on_mismatch=on_mismatch, only_correct=only_correct, chat=chat)
     if bool(files) == (curve is not None):
         raise typer.BadParameter("give circuit files, or --curve and a folder.", param_hint="CIRCUIT.json, --curve")
     if curve is not None:
@@ -121,7 +152,7 @@ def evaluate(
             "seed": seed,
             "batch_size": batch_size,
         }
-        _curve(curve, methods, (model, task, n, seed, options, device), settings, force=force, as_json=json_)
+        _curve(curve, methods, (model, task, n, seed, options, device, dtype), settings, force=force, as_json=json_)
         return
     from patchlab import circuits
     from patchlab.errors import CircuitError
@@ -130,7 +161,7 @@ def evaluate(
     named = {path.stem: circuits.read(path) for path in paths}
     if len(named) < len(paths):
         raise CircuitError(f"circuits are named after their files, and two of them have one name; got {', '.join(map(str, paths))}.")
-    loaded, first, second = _load(model, task, n, seed, options, device, whole)
+    loaded, first, second = _load(model, task, n, seed, options, device, dtype, whole)
     train = None if ablation in ("resample", "zero") else first
     result = circuits.evaluate(
         loaded, named, second, ablation=ablation, train=train, minimality=minimality, seed=seed, batch_size=batch_size, progress=sys.stderr.isatty()
@@ -145,7 +176,7 @@ def evaluate(
         typer.echo(result.minimality.sort_values("minimality", ascending=False).to_string(index=False, float_format="%.4f"))
 
 
-@circuit.command()
+@circuit.command(cls=Command)
 def plot(
     file: Annotated[Path, typer.Argument(metavar="CIRCUIT.json", help="A circuit file.")],
     out: Annotated[Path, typer.Option(help="File for the figure: .html, .png, .svg, .pdf, ..., or .dot for Graphviz.")],
@@ -178,7 +209,7 @@ def plot(
         typer.echo(f"wrote {written}")
 
 
-@circuit.command()
+@circuit.command(cls=Command)
 def convert(
     src: Annotated[Path, typer.Argument(metavar="SRC", help="A circuit file, or a folder with such files (an MIB submission).")],
     dst: Annotated[Path, typer.Argument(metavar="DST", help="A .json or .pt file, or a new folder.")],
@@ -196,7 +227,9 @@ def convert(
         typer.echo("\n".join(f"wrote {path}" for path in written))
 
 
-def _load(model: str, task: str, n: int | None, seed: int, options: dict[str, Any], device: str | None, whole: bool) -> tuple[Any, Any, Any]:
+def _load(
+    model: str, task: str, n: int | None, seed: int, options: dict[str, Any], device: str | None, dtype: str | None, whole: bool
+) -> tuple[Any, Any, Any]:
     """The model, the half that circuits are chosen on (None with ``whole``), and the half that they are evaluated on (with ``whole`` all pairs)."""
     from transformers.utils.logging import disable_progress_bar
 
@@ -205,7 +238,7 @@ def _load(model: str, task: str, n: int | None, seed: int, options: dict[str, An
     from patchlab.report import named_task
 
     disable_progress_bar()  # for files that load in a second
-    loaded = load_model(model, device=device)
+    loaded = load_model(model, device=device, dtype=dtype)
     pairs = named_task(task, loaded, n=n, seed=seed, options=options)
     first, second = (None, pairs) if whole else split(pairs, seed=seed)
     return loaded, first, second

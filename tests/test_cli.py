@@ -12,7 +12,8 @@ import pytest
 from typer.testing import CliRunner
 
 from patchlab import cli, plots, report
-from patchlab.errors import MethodError, OutputError, PatchlabError, SiteError
+from patchlab.cli_options import as_options, task_options
+from patchlab.errors import MethodError, OutputError, PatchlabError, SiteError, TaskError
 from patchlab.report.files import command, scores_file
 from patchlab.scores import ScoreMap
 
@@ -44,6 +45,12 @@ def error_of(*arguments: str) -> str:
     last = result.stderr.splitlines()[-1]
     assert last.startswith("error: ")
     return last
+
+
+def instead(arguments: list[str], change: list[str]) -> list[str]:
+    """The arguments with options of another value."""
+    left = [word for i, word in enumerate(arguments) if not {word, arguments[i - 1]} & set(change[::2])]
+    return [*left, *change]
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +177,7 @@ def test_repeating_the_recorded_command_is_the_same_job(done):
     assert words[words.index("--sites") + 1] == "resid_pre,attn_out[layer]"
     job = report.Job("m", "t", ("exact", "atp"), ("z",), n=3, batch_size=2, options={"order": "BABA", "bos": True, "names": "a b"})
     assert command(job).endswith("""--n 3 --seed 0 --batch-size 2 --option order=BABA --option bos=true --option 'names=a b'""")
-    given = dict(cli.task_option(word) for word in ("order=BABA", "bos=true", "names=a b"))
+    given = task_options(["order=BABA", "bos=true", "names=a b", "bos=true"])
     assert given == job.options
 
 
@@ -213,8 +220,90 @@ def test_every_option_reaches_the_job(captured, tmp_path):
         "--option",
         "only_correct=true",
     )
-    wanted = report.Job("m", "t", ("exact", "relp"), ("attn_out[layer]", "q"), "noising", 5, 3, "cpu", 2, {"order": "BABA", "only_correct": True})
+    given = {"order": "BABA", "only_correct": True}
+    wanted = report.Job("m", "t", ("exact", "relp"), ("attn_out[layer]", "q"), "noising", 5, 3, "cpu", batch_size=2, options=given)
     assert captured == [wanted]
+
+
+def test_settings_of_the_task_and_the_model_have_options_of_their_own(captured, tmp_path):
+    more = ["--metric", "prob_diff", "--positions", "S2,END", "--on-mismatch", "drop", "--only-correct", "--chat", "--dtype", "bfloat16"]
+    error_of(*ARGUMENTS, *more, "--out", tmp_path / "o")
+    (job,) = captured
+    assert job.dtype == "bfloat16"
+    assert job.options == {"metric": "prob_diff", "positions": "S2,END", "on_mismatch": "drop", "only_correct": True, "chat": True}
+    assert "--dtype bfloat16" in command(job)
+
+
+def test_named_positions_are_scored_alone(demo_gpt2_4l):
+    task = report.named_task("ioi", demo_gpt2_4l, n=2, options={"positions": "S2, END"})
+    assert task.position_axis().names == ("S2", "END")
+    with pytest.raises(TaskError, match="unknown position of all pairs 'S3'"):
+        report.named_task("ioi", demo_gpt2_4l, n=2, options={"positions": "S3"})
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--n", "7"], "given twice, as '6' and as '7'"),
+        (["--task=facts"], "given twice, as 'ioi' and as 'facts'"),
+        (["--option", "order=ABBA", "--option", "order=BABA"], "order is given twice, as 'ABBA' and as 'BABA'"),
+        (["--metric", "prob_diff", "--option", "metric=logit_diff"], "metric is given twice, as 'logit_diff' and as 'prob_diff'"),
+    ],
+)
+def test_an_option_with_two_values_is_refused(more, message, captured, tmp_path):
+    result = patchlab(*ARGUMENTS, *more, "--out", tmp_path / "o")
+    assert result.exit_code == 2
+    assert message in " ".join(re.sub(r"[│╭╮╰╯─]", " ", result.stderr).split())
+    assert captured == []
+
+
+def test_an_option_given_twice_alike_is_harmless(captured, tmp_path):
+    error_of(*ARGUMENTS, "--n", "6", "--option", "order=ABBA", "--option", "order=ABBA", "--out", tmp_path / "o")
+    assert captured[0].n == 6
+
+
+@pytest.mark.parametrize("arguments", [["-h"], ["compare", "-h"], ["circuit", "-h"], ["circuit", "find", "-h"]])
+def test_h_is_help(arguments):
+    result = patchlab(*arguments)
+    assert result.exit_code == 0
+    assert "Usage: patchlab" in result.stdout
+
+
+def test_the_options_of_a_task(demo_gpt2_4l):
+    text = patchlab("tasks", "ioi").stdout
+    assert "--option order=ABBA  (or BABA, mixed)" in text
+    assert text.startswith("Indirect object")
+    about = json.loads(patchlab("tasks", "ioi", "--json").stdout)
+    assert about["options"] == {"order": "ABBA", "corruption": "s2_io", "template": "plain"}
+    assert "unknown task 'iio'; did you mean 'ioi'" in error_of("tasks", "iio")
+
+
+@pytest.mark.parametrize(
+    ("message", "worded"),
+    [
+        ('drop the pair with on_mismatch="drop".', "drop the pair with --on-mismatch drop."),
+        ("only pairs that the model solves (only_correct=True).", "only pairs that the model solves (--only-correct)."),
+        ("Use device='cpu'.", "Use --device cpu."),
+        ("got n=5 with only_correct.", "got --n 5 with only_correct."),
+        ("write L0.z, and x=3 stays", "write L0.z, and x=3 stays"),
+        ("pass overwrite=True.", "pass --force."),
+    ],
+)
+def test_errors_speak_of_options(message, worded):
+    assert as_options(message) == worded
+
+
+def test_pairs_of_unequal_length_name_the_option(tmp_path):
+    row = {
+        "clean": "When Mary and John went to the store, John gave a drink to",
+        "corrupted": "When Mary and John",
+        "correct": "Mary",
+        "incorrect": "John",
+    }
+    (tmp_path / "mine.jsonl").write_text(json.dumps(row) + "\n")
+    message = error_of(*ARGUMENTS[:4], tmp_path / "mine.jsonl", "--out", tmp_path / "o")
+    assert "or drop the pair with --on-mismatch drop." in message
+    assert "=" not in message
 
 
 @pytest.mark.parametrize(
@@ -238,7 +327,7 @@ def test_every_option_reaches_the_job(captured, tmp_path):
     ],
 )
 def test_wrong_names_and_numbers_are_one_line_that_helps(change, message, tmp_path):
-    assert message in error_of(*ARGUMENTS, *change, "--out", tmp_path / "out")
+    assert message in error_of(*instead(ARGUMENTS, change), "--out", tmp_path / "out")
     assert list(tmp_path.iterdir()) == [], "nothing is left behind"
 
 
@@ -303,7 +392,7 @@ def test_verify_prints_the_verified_cells_and_the_bounds():
     ],
 )
 def test_verify_refuses_wrong_names_and_numbers_in_one_line(change, message):
-    assert message in error_of(*VERIFY, *change)
+    assert message in error_of(*instead(VERIFY, change))
 
 
 def test_verify_looks_at_groups_first_if_told_to():

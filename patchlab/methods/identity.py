@@ -33,7 +33,7 @@ def identify(record: Mapping[str, Any], setting: Setting, batches: str) -> dict[
         "method": f"{record['method']} ({options})",
         "model": f"{record['model']} ({record['model_fingerprint']})",
         "task": f"{record['task']} ({record['task_fingerprint']})",
-        "sites": ", ".join(map(str, setting.sites)),
+        "sites": ", ".join(map(str, setting.sites)) + "".join(f" @{name}" for name in setting.task.scored_positions or ()),
         "direction": record["direction"],
         "metric": digest(setting.task.metric, setting.task.metric.name),
         "dtype": record["dtype"],

@@ -197,7 +197,7 @@ def mean_source(setting: Setting, batches: list[Batch], meter: Meter, *, at: tup
     """
     if not positional and any(kind == "pattern" for kind, _ in at):
         raise MethodError("the mean of a pattern over positions is not an attention pattern; use source='mean_positional' or leave pattern out.")
-    if positional and setting.task.position_axis().names is not None:
+    if positional and not setting.task.aligned:
         raise MethodError("positional means need examples of one length and template; this task has several. Use source='mean'.")
     sums: dict[Target, Tensor] = {}
     count = 0

@@ -95,7 +95,7 @@ def _record(results: Results, files: list[str]) -> dict[str, Any]:
 def command(job: Job) -> str:
     """The command line that repeats a job (less ``--out``)."""
     options = {"model": job.model, "task": job.task, "methods": ",".join(job.methods), "sites": ",".join(job.sites), "direction": job.direction}
-    options |= {"n": job.n, "seed": job.seed, "device": job.device, "batch-size": job.batch_size}
+    options |= {"n": job.n, "seed": job.seed, "device": job.device, "dtype": job.dtype, "batch-size": job.batch_size}
     words = [word for name, value in options.items() if value is not None for word in (f"--{name}", str(value))]
     words += [word for key, value in job.options.items() for word in ("--option", f"{key}={value if isinstance(value, str) else json.dumps(value)}")]
     return shlex.join(["patchlab", "compare", *words])

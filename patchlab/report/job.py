@@ -37,6 +37,7 @@ class Job:
     n: int | None = None
     seed: int = 0
     device: str | None = None
+    dtype: str | None = None
     batch_size: int | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -74,12 +75,17 @@ class Results:
 def named_task(name: str, model: Model, *, n: int | None = None, seed: int = 0, options: Mapping[str, Any] | None = None) -> Task:
     """A task in the words of the command line; ``n`` None means 32 pairs of a generator, and all rows of a file.
 
+    ``options`` are those of :func:`patchlab.load_task`, and ``positions``: the named positions to score, comma-separated.
+
     Raises:
         TaskError: an unknown name or option, or an option that is a setting of its own.
     """
     _check_options(options or {})
     count = DEFAULT_N if n is None and name in GENERATORS else n
-    return load_task(name, model, seed=seed, **({} if count is None else {"n": count}), **(options or {}))
+    given = dict(options or {})
+    positions = given.pop("positions", None)
+    task = load_task(name, model, seed=seed, **({} if count is None else {"n": count}), **given)
+    return task if positions is None else task.at_positions(*(word.strip() for word in str(positions).split(",")))
 
 
 def _check_options(options: Mapping[str, Any]) -> None:
@@ -106,7 +112,7 @@ def run(job: Job, *, say: Callable[[str], Any] = lambda _: None, progress: bool 
         now = time.perf_counter()
         seconds[step], started = round(now - started, 3), now
 
-    model = load_model(job.model, device=job.device)
+    model = load_model(job.model, device=job.device, dtype=job.dtype)
     done("load model")
     task = named_task(job.task, model, n=job.n, seed=job.seed, options=job.options)
     accuracy = task.accuracy(model)

@@ -5,7 +5,7 @@ from random import Random
 
 from patchlab.tasks.base import Pair
 from patchlab.tasks.lexicon import Lexicon
-from patchlab.tasks.registry import generator, one_of
+from patchlab.tasks.registry import generator
 from patchlab.tasks.words import ADVERBS, PEOPLE, PREPOSITIONS, RELATIVE_VERBS, VERBS
 
 # SUBJECT is the noun the verb agrees with, OTHER a noun it does not; the adverb keeps the verb from following a noun directly
@@ -17,7 +17,7 @@ TEMPLATES = {
 }
 
 
-@generator("agreement")
+@generator("agreement", variant=TEMPLATES)
 def agreement(words: Lexicon, rng: Random, *, variant: str = "across_rc") -> Iterator[Pair]:
     """Number: "The teachers that the boy likes often" -> are, not is.
 
@@ -25,7 +25,6 @@ def agreement(words: Lexicon, rng: Random, *, variant: str = "across_rc") -> Ite
     it) or across_pp (with the noun before a prepositional phrase). The corruption changes the number of the subject, so the
     answer turns round.
     """
-    one_of("variant", variant, tuple(TEMPLATES))
     nouns, verbs = words.couples(PEOPLE, "people"), words.couples(VERBS, "verbs", at_least=1)
     fillers = {"adverb": words.words(ADVERBS, "adverbs", at_least=1)}
     if variant == "across_pp":

@@ -161,6 +161,7 @@ class Task:
     """Pairs of prompts, the metric that reads the answers, and where they come from.
 
     Make one with :func:`patchlab.load_task` or :meth:`from_pairs`. ``provenance`` is JSON-able: generator or file, options, seed, bos, tokenizer.
+    ``scored_positions`` are the named positions that sites are scored at (None: all that line up); see :meth:`at_positions`.
 
     Raises:
         TaskError: no pairs.
@@ -171,6 +172,7 @@ class Task:
     metric: Metric
     provenance: dict[str, Any] = field(default_factory=dict, hash=False)
     tokenizer: Any = field(default=None, repr=False, compare=False)
+    scored_positions: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         if not self.pairs:
@@ -293,15 +295,35 @@ class Task:
         common = _common_names(self.pairs)
         return tuple(sorted(common, key=lambda name: (sum(pair.positions[name] for pair in self.pairs), name == END, name)))
 
+    @property
+    def aligned(self) -> bool:
+        """Whether positions line up by index: one length, one template, the same named positions."""
+        first = self.pairs[0]
+        return all(len(pair) == len(first) and pair.template == first.template and pair.positions == first.positions for pair in self.pairs)
+
+    def at_positions(self, *names: str) -> "Task":
+        """The task with sites scored at these named positions only, in this order.
+
+        Raises:
+            TaskError: no names, one that is given twice, or one that not all pairs have.
+        """
+        if not names or len(set(names)) < len(names):
+            raise TaskError(f"positions to score are different names, at least one; got {', '.join(names) or 'none'}.")
+        for name in names:
+            if name not in (known := self.position_names()):
+                raise TaskError(unknown("position of all pairs", name, known))
+        return replace(self, scored_positions=names)
+
     def position_axis(self) -> PositionAxis:
         """How positions line up across the examples: by index where the pairs share a length, a template and their roles, else by name.
 
         Pairs that share no name but END line up at END alone; the axis has a note that says so.
         """
-        first = self.pairs[0]
-        aligned = all(len(pair) == len(first) and pair.template == first.template and pair.positions == first.positions for pair in self.pairs)
-        note = ""
-        if aligned:
+        first, note = self.pairs[0], ""
+        if self.scored_positions is not None:
+            names = self.scored_positions
+            index = np.array([[pair.positions[name] for name in names] for pair in self.pairs])
+        elif self.aligned:
             names, index = None, np.tile(np.arange(len(first)), (len(self), 1))
         else:
             names = self.position_names()

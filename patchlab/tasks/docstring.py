@@ -5,7 +5,7 @@ from random import Random
 
 from patchlab.tasks.base import Pair
 from patchlab.tasks.lexicon import Lexicon
-from patchlab.tasks.registry import generator, one_of
+from patchlab.tasks.registry import generator
 from patchlab.tasks.words import ARGUMENTS, COMMON, FUNCTIONS
 
 TEMPLATE = (
@@ -17,14 +17,13 @@ TEMPLATE = (
 )
 
 
-@generator("docstring")
+@generator("docstring", corruption=("swap", "rename"))
 def docstring(words: Lexicon, rng: Random, *, corruption: str = "swap") -> Iterator[Pair]:
     """Python: "def load(self, size, name, file, user): ... :param size: ... :param name: ... :param" -> file.
 
     ``corruption``: swap exchanges the third and the fourth argument in the signature, so that the same tokens in another order
     give the other answer; rename puts a new name in the place of the third.
     """
-    one_of("corruption", corruption, ("swap", "rename"))
     functions, arguments = words.words(FUNCTIONS, "function names", at_least=1), words.words(ARGUMENTS, "argument names", at_least=5)
     common = words.words(COMMON, "common words", at_least=6)
     while True:

@@ -5,19 +5,18 @@ from random import Random
 
 from patchlab.tasks.base import Pair
 from patchlab.tasks.lexicon import Lexicon
-from patchlab.tasks.registry import generator, one_of
+from patchlab.tasks.registry import generator
 from patchlab.tasks.words import CAPITALS, LANGUAGES
 
 RELATIONS = {"capital": ("The capital of {SUBJECT} is called", CAPITALS), "language": ("People who live in {SUBJECT} usually speak", LANGUAGES)}
 
 
-@generator("facts")
+@generator("facts", relation=(*RELATIONS, "mixed"))
 def facts(words: Lexicon, rng: Random, *, relation: str = "capital") -> Iterator[Pair]:
     """Recall: "The capital of France is called" -> Paris.
 
     ``relation``: capital, language or mixed. The corruption names another country, so the answer turns round.
     """
-    one_of("relation", relation, (*RELATIONS, "mixed"))
     chosen = list(RELATIONS) if relation == "mixed" else [relation]
     known = {name: words.couples(RELATIONS[name][1], "countries") for name in chosen}
     while True:

@@ -5,7 +5,7 @@ from random import Random
 
 from patchlab.tasks.base import Pair
 from patchlab.tasks.lexicon import Lexicon
-from patchlab.tasks.registry import generator, one_of
+from patchlab.tasks.registry import generator
 from patchlab.tasks.words import NAMES, OBJECTS, PLACES
 
 TEMPLATES = {
@@ -24,7 +24,7 @@ def _ordered(template: str, order: str) -> str:
     return template
 
 
-@generator("ioi")
+@generator("ioi", order=("ABBA", "BABA", "mixed"), corruption=("s2_io", "abc"), template=(*TEMPLATES, "mixed"))
 def ioi(words: Lexicon, rng: Random, *, order: str = "ABBA", corruption: str = "s2_io", template: str = "plain") -> Iterator[Pair]:
     """Indirect object: "When Mary and John went to the store, John gave a drink to" -> Mary.
 
@@ -32,9 +32,6 @@ def ioi(words: Lexicon, rng: Random, *, order: str = "ABBA", corruption: str = "
     second subject, so that the answer turns round; abc puts three other names, so that nothing is to be known. ``template``:
     one of ``TEMPLATES`` or mixed (then positions line up by name only).
     """
-    one_of("order", order, ("ABBA", "BABA", "mixed"))
-    one_of("corruption", corruption, ("s2_io", "abc"))
-    one_of("template", template, (*TEMPLATES, "mixed"))
     names = words.words(NAMES, "names", at_least=5)
     places, objects = words.words(PLACES, "places", at_least=1), words.words(OBJECTS, "objects", at_least=1)
     while True:

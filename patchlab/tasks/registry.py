@@ -2,7 +2,7 @@
 
 import inspect
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from random import Random
 from typing import Any
@@ -18,13 +18,22 @@ _PATIENCE = 500  # repeats in a row after which a generator counts as exhausted
 
 @dataclass(frozen=True)
 class Generator:
-    """A task generator: an endless stream of pairs for a lexicon, a random source and its options."""
+    """A task generator: an endless stream of pairs for a lexicon, a random source and its options.
+
+    ``defaults`` are the options with what they are unless given, ``values`` those that an option with named values may have.
+    """
 
     name: str
     description: str
     metric: str
     stream: PairStream
     defaults: Mapping[str, Any]
+    values: Mapping[str, tuple[str, ...]]
+
+    @property
+    def help(self) -> str:
+        """What the task is and what its options mean, in words."""
+        return inspect.getdoc(self.stream) or self.name
 
     def metric_object(self) -> Metric:
         """The metric of the task."""
@@ -34,13 +43,15 @@ class Generator:
         """All options, with the defaults where none are given.
 
         Raises:
-            TaskError: an option that the generator does not have, or a value of another type than its default.
+            TaskError: an option that the generator does not have, a value of another type than its default, or one that is not among its values.
         """
         for option, value in given.items():
             if option not in self.defaults:
                 raise TaskError(unknown(f"option of the task {self.name}", option, self.defaults))
             if type(value) is not type(default := self.defaults[option]):
                 raise TaskError(f"{option} of the task {self.name} is of type {type(default).__name__}, such as {default!r}; got {value!r}.")
+            if value not in self.values.get(option, (value,)):
+                raise TaskError(unknown(option, value, self.values[option]))
         return {**self.defaults, **given}
 
     def distinct(self, words: Lexicon, seed: int, options: Mapping[str, Any]) -> Iterator[Pair]:
@@ -74,8 +85,10 @@ class Generator:
 GENERATORS: dict[str, Generator] = {}
 
 
-def generator(name: str, *, metric: str = "logit_diff") -> Callable[[PairStream], PairStream]:
+def generator(name: str, *, metric: str = "logit_diff", **values: Iterable[str]) -> Callable[[PairStream], PairStream]:
     """Register a stream of pairs, ``stream(words, rng, **options)``; its first docstring line describes the task.
+
+    ``values`` are those that an option may have: ``order=("ABBA", "BABA")``.
 
     Raises:
         TaskError: the name is taken.
@@ -86,17 +99,7 @@ def generator(name: str, *, metric: str = "logit_diff") -> Callable[[PairStream]
             raise TaskError(f"there is already a task {name!r}; register the generator under another name.")
         defaults = {key: p.default for key, p in inspect.signature(stream).parameters.items() if p.kind is p.KEYWORD_ONLY}
         description = (inspect.getdoc(stream) or "").partition("\n")[0].rstrip(".")
-        GENERATORS[name] = Generator(name, description, metric, stream, defaults)
+        GENERATORS[name] = Generator(name, description, metric, stream, defaults, {option: tuple(valid) for option, valid in values.items()})
         return stream
 
     return register
-
-
-def one_of(option: str, value: object, valid: tuple[str, ...]) -> None:
-    """Check an option with named values.
-
-    Raises:
-        TaskError: another value.
-    """
-    if value not in valid:
-        raise TaskError(unknown(option, value, valid))
