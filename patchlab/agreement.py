@@ -48,7 +48,8 @@ class Moments:
         chosen = np.ones(a.shape, dtype=bool) if chosen is None else chosen
         cells = chosen.sum(1).astype(float)
         (mean_a, a, size_a), (mean_b, b, size_b) = (_deviations(values, chosen, cells) for values in (a, b))
-        return Moments(cells, mean_a, mean_b, *(np.einsum("pc,pc->p", x, y) for x, y in ((a, a), (b, b), (a, b))), size_a, size_b)
+        aa, bb, ab = (np.einsum("pc,pc->p", x, y) for x, y in ((a, a), (b, b), (a, b)))
+        return Moments(cells, mean_a, mean_b, aa, bb, ab, size_a, size_b)
 
     @staticmethod
     def joined(parts: Sequence["Moments"]) -> "Moments":

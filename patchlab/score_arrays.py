@@ -90,7 +90,8 @@ def check_patterns(patterns: Patterns, live: Mapping[str, np.ndarray], n: int) -
     """A pattern per example, and for every site cells that together are the live ones."""
     if patterns.of.shape != (n,) or set(patterns.cells) != set(live):
         raise ScoreError(
-            f"patterns must give one number per example ({n}) and the sites {sorted(live)}; got {len(patterns.of)} numbers and {sorted(patterns.cells)}."
+            f"patterns must give one number per example ({n}) and the sites {sorted(live)}; "
+            f"got {len(patterns.of)} numbers and {sorted(patterns.cells)}."
         )
     for name, cells in patterns.cells.items():
         if cells.shape[1:] != live[name].shape or not 0 <= patterns.of.min() <= patterns.of.max() < len(cells):

@@ -28,9 +28,7 @@ def live_cells(arch: Architecture, site: Site, task: Task, axis: PositionAxis | 
 
 def live_patterns(task: Task, axis: PositionAxis | None, *, paired: bool) -> Int[np.ndarray, " example"]:
     """The pattern of each example, counted from 0: examples of one pattern have the same live cells, at every site."""
-    keys = [
-        (_changed(task, e, paired).tobytes(), None if axis is None or axis.names is None else axis.index[e].tobytes()) for e in range(len(task))
-    ]
+    keys = [(_changed(task, e, paired).tobytes(), None if axis is None or axis.names is None else axis.index[e].tobytes()) for e in range(len(task))]
     number = {key: i for i, key in enumerate(dict.fromkeys(keys))}
     return np.array([number[key] for key in keys])
 
