@@ -1,7 +1,10 @@
-"""Statistics of agreement between two maps, one value per row (a row is one resample of the examples).
+"""Statistics of agreement between two maps, one value per row (a row is one resample of the examples, or one prompt).
 
 An undefined statistic (the correlation of a constant map, the sign where nothing is large enough) is NaN, never 0.
 """
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -18,6 +21,77 @@ def pearson(a: Float[np.ndarray, "draw cell"], b: Float[np.ndarray, "draw cell"]
     """
     a, b = _centred(a), _centred(b)
     return _ratio((a * b).sum(1), np.sqrt((a * a).sum(1) * (b * b).sum(1)))
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Sums over the cells of each prompt, from which correlations of raw effects within prompts and across prompts follow.
+
+    ``aa``, ``bb`` and ``ab`` are sums of products of deviations from the prompt's own mean (exactly 0 where a prompt is constant),
+    ``size_a`` and ``size_b`` its largest |effect|.
+    """
+
+    cells: Float[np.ndarray, " prompt"]
+    mean_a: Float[np.ndarray, " prompt"]
+    mean_b: Float[np.ndarray, " prompt"]
+    aa: Float[np.ndarray, " prompt"]
+    bb: Float[np.ndarray, " prompt"]
+    ab: Float[np.ndarray, " prompt"]
+    size_a: Float[np.ndarray, " prompt"]
+    size_b: Float[np.ndarray, " prompt"]
+
+    @staticmethod
+    def of(
+        a: Float[np.ndarray, "prompt cell"], b: Float[np.ndarray, "prompt cell"], chosen: Bool[np.ndarray, "prompt cell"] | None = None
+    ) -> "Moments":
+        """Moments over the chosen cells of each prompt (None: over all); the other cells may hold anything finite."""
+        chosen = np.ones(a.shape, dtype=bool) if chosen is None else chosen
+        cells = chosen.sum(1).astype(float)
+        (mean_a, a, size_a), (mean_b, b, size_b) = (_deviations(values, chosen, cells) for values in (a, b))
+        aa, bb, ab = (np.einsum("pc,pc->p", x, y) for x, y in ((a, a), (b, b), (a, b)))
+        return Moments(cells, mean_a, mean_b, aa, bb, ab, size_a, size_b)
+
+    @staticmethod
+    def joined(parts: Sequence["Moments"]) -> "Moments":
+        """Moments of several groups of prompts, one after the other."""
+        return Moments(*(np.concatenate([getattr(part, one.name) for part in parts]) for one in fields(Moments)))
+
+    def per_prompt(self) -> Float[np.ndarray, " prompt"]:
+        """Pearson correlation of each prompt's raw effects; NaN where one of the two is constant.
+
+        >>> Moments.of(np.array([[0.0, 1.0, 2.0], [1.0, 1.0, 1.0]]), np.array([[1.0, 3.0, 5.0], [1.0, 3.0, 5.0]])).per_prompt().round(6)
+        array([ 1., nan])
+        """
+        return _ratio(self.ab, np.sqrt(self.aa) * np.sqrt(self.bb))
+
+    def pooled(self, weights: Float[np.ndarray, "draw prompt"]) -> Float[np.ndarray, " draw"]:
+        """Pearson correlation of the raw effects of all prompts concatenated, each prompt as often as its weight says; NaN where one is constant.
+
+        Sums within prompts plus sums between their means: nothing cancels, so that a constant is told from a small effect.
+
+        >>> Moments.of(np.array([[0.0, 1.0], [2.0, 3.0]]), np.array([[1.0, 3.0], [5.0, 7.0]])).pooled(np.array([[0.5, 0.5], [1.0, 0.0]])).round(6)
+        array([1., 1.])
+        """
+        counts = weights * self.cells
+        total = np.where(counts.any(1), counts.sum(1), 1.0)
+        between_a, between_b = (
+            _clean(np.where(counts > 0, mean - (counts @ mean / total)[:, None], 0.0), ((counts > 0) * size).max(1, initial=0.0))
+            for mean, size in ((self.mean_a, self.size_a), (self.mean_b, self.size_b))
+        )
+        within = weights @ np.stack([self.aa, self.bb, self.ab], axis=1)
+        pairs = ((between_a, between_a), (between_b, between_b), (between_a, between_b))
+        aa, bb, ab = (within[:, i] + np.einsum("dp,dp,dp->d", counts, x, y) for i, (x, y) in enumerate(pairs))
+        return _ratio(ab, np.sqrt(aa) * np.sqrt(bb))
+
+
+def mean_of_defined(values: Float[np.ndarray, " prompt"], weights: Float[np.ndarray, "draw prompt"]) -> Float[np.ndarray, " draw"]:
+    """Weighted mean of the values that are defined; NaN where a draw has none.
+
+    >>> mean_of_defined(np.array([1.0, np.nan, 0.0]), np.array([[0.2, 0.4, 0.4], [0.0, 1.0, 0.0]])).round(6)
+    array([0.333333,      nan])
+    """
+    defined = ~np.isnan(values)
+    return _ratio(weights @ np.where(defined, values, 0.0), weights @ defined.astype(float))
 
 
 def ranks(values: Float[np.ndarray, "draw cell"]) -> Float[np.ndarray, "draw cell"]:
@@ -122,9 +196,21 @@ def spearman_brown(half: float) -> float:
 
 def _centred(values: Float[np.ndarray, "draw cell"]) -> Float[np.ndarray, "draw cell"]:
     """Deviation from the row's mean, with rows that are constant up to rounding set to 0."""
-    centred = values - values.mean(1, keepdims=True)
-    size = np.abs(values).max(1, keepdims=True)
-    return np.where(np.abs(centred).max(1, keepdims=True) > CONSTANT * size, centred, 0.0)
+    return _clean(values - values.mean(1, keepdims=True), np.abs(values).max(1))
+
+
+def _deviations(
+    values: Float[np.ndarray, "prompt cell"], chosen: Bool[np.ndarray, "prompt cell"], cells: Float[np.ndarray, " prompt"]
+) -> tuple[Float[np.ndarray, " prompt"], Float[np.ndarray, "prompt cell"], Float[np.ndarray, " prompt"]]:
+    """Mean of each row's chosen cells, their deviations from it (0 in other cells and in constant rows), and their largest size."""
+    values = np.where(chosen, values, 0.0)
+    mean, size = values.sum(1) / np.maximum(cells, 1.0), np.abs(values).max(1, initial=0.0)
+    return mean, _clean(np.where(chosen, values - mean[:, None], 0.0), size), size
+
+
+def _clean(deviations: Float[np.ndarray, "row column"], size: Float[np.ndarray, " row"]) -> Float[np.ndarray, "row column"]:
+    """Deviations, with rows of nothing but rounding set to 0."""
+    return np.where(np.abs(deviations).max(1, keepdims=True, initial=0.0) > CONSTANT * size[:, None], deviations, 0.0)
 
 
 def _ratio(top: np.ndarray, bottom: np.ndarray) -> np.ndarray:

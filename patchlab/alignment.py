@@ -87,6 +87,12 @@ def _check_axes(site: str, reference: ScoreMap, other: ScoreMap, refuse: Any) ->
             f"structural zeros of {site} differ in {apart} cells. They follow from token ids and the graph alone: "
             f"compute both maps with one version of patchlab."
         )
+    known = reference.patterns is not None and other.patterns is not None
+    if known and not np.array_equal(reference.live_per_example(site), other.live_per_example(site)):
+        raise ScoreError(
+            f"which cells of {site} can matter for which example differs between the maps. It follows from token ids and the graph alone: "
+            f"compute both maps with one version of patchlab."
+        )
 
 
 def _described(record: dict[str, Any], key: str, what: str) -> str:

@@ -4,14 +4,26 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Set
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from itertools import combinations
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float
 
-from patchlab.agreement import cells_for_recall, pearson, ranks, sign_agreement, slope, spearman_brown, split_half, topk_recall
+from patchlab.agreement import (
+    Moments,
+    cells_for_recall,
+    mean_of_defined,
+    pearson,
+    ranks,
+    sign_agreement,
+    slope,
+    spearman_brown,
+    split_half,
+    topk_recall,
+)
 from patchlab.alignment import check_alike, check_names
 from patchlab.bootstrap import interval, resampling_weights
 from patchlab.errors import ScoreError, unknown
@@ -20,14 +32,18 @@ from patchlab.score_arrays import unscored_readers
 from patchlab.scores import ScoreMap
 from patchlab.sites import parse_site
 
+FORMS = {"pearson": "Pearson of means", "pearson_per_prompt": "Pearson per prompt", "pearson_pooled": "Pearson pooled"}
+"""Agreement in three forms: of example-mean maps, of each prompt's effects (mean over prompts), of all prompts' effects concatenated."""
 STATISTICS = {
-    "pearson": "Pearson",
+    **FORMS,
     "spearman": "Spearman",
     "slope": "slope",
     "sign_agreement": "sign agreement",
     "topk_recall": "top-k recall",
 }
 CELLS = {"live": "live cells", "all": "all cells, structural zeros included"}
+QUARTILES = {"pearson_per_prompt_q25": 0.25, "pearson_per_prompt_q50": 0.5, "pearson_per_prompt_q75": 0.75}
+TABLES = ("table", "costs", "reliability", "verified_recall", "differences")
 SIGN_FLOOR = 0.01
 TOP_SHARE = 10
 SPLITS = 200
@@ -43,7 +59,11 @@ class Comparison:
     Args:
         table: one row per method, site and set of cells (``cells`` = ``all`` or ``live``, the latter without structural
             zeros): ``n_cells``, ``k``, and for each statistic ``x`` its value, ``x_lo`` and ``x_hi`` (95 % percentile
-            bootstrap over examples). Statistics, all on example-mean maps: ``pearson``; ``spearman``; ``slope`` of
+            bootstrap over examples). The Pearson correlation has three forms: ``pearson`` of example-mean maps;
+            ``pearson_per_prompt``, the arithmetic mean over prompts of the correlation of a prompt's raw effects, over the cells that are
+            live for that prompt (quartiles over prompts in ``_q25``, ``_q50``, ``_q75``; ``_undefined`` counts the prompts left out since
+            one of their maps is constant); ``pearson_pooled`` of these effects of all prompts concatenated. The others are of example-mean
+            maps: ``spearman``; ``slope`` of
             approximation = slope · exact; ``sign_agreement`` where |exact| exceeds 1 % of the gap; ``topk_recall`` of the k
             largest |effect|, k = max(1, 10 % of the live cells). An undefined statistic is NaN. Unsigned maps are held against
             |exact| and have no sign agreement.
@@ -55,6 +75,10 @@ class Comparison:
         verified_recall: what it costs to verify the top cells with a method as the screen: per method and site ``n_cells``
             (live), ``k`` = min(20, 5 % of them), and how many cells in the screen's order, also as a share of the live ones, hold 95 %
             (``cells_95``, ``share_95``) and all (``cells_100``, ``share_100``) of the k largest exact |effects|.
+        differences: one row per pair of methods, site and set of cells: the three forms of Pearson, ``method`` minus ``other``, with the
+            intervals of the difference itself, since both see the same draws. Per prompt it is the mean over prompts where both are
+            defined (``pearson_per_prompt_undefined`` counts the others). Intervals are of one pair each: among many pairs some exclude 0 by
+            chance. A signed and an unsigned method have no row.
     """
 
     table: pd.DataFrame
@@ -63,6 +87,7 @@ class Comparison:
     setting: dict[str, Any]
     notes: tuple[str, ...] = ()
     verified_recall: pd.DataFrame = field(default_factory=pd.DataFrame)
+    differences: pd.DataFrame = field(default_factory=pd.DataFrame)
 
     def summary(self, cells: str = "live") -> str:
         """The comparison as text, one line per method and site; ``cells`` is ``live`` or ``all``.
@@ -70,14 +95,17 @@ class Comparison:
         Raises:
             ScoreError: another set of cells.
         """
-        parts = [self._heading(), f"Agreement over {CELLS[_known(cells)]}:", _text(self._readable(cells)), self._reliability_line(cells)]
+        parts = [self._heading()]
+        for title, frame in self._readable(_known(cells)).items():
+            parts += [f"{title}:", _text(frame)]
+            parts += [self._reliability_line(cells)] if title.startswith("Agreement") else []
         parts += ["Cost of verified recall:", _text(self._readable_recall())] if len(self.verified_recall) else []
         parts += ["Cost:", _text(self._readable_costs()), *(f"Note: {note}" for note in self.notes)]
         return "\n\n".join(parts)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain JSON values; NaN becomes None."""
-        frames = {name: _records(getattr(self, name)) for name in ("table", "costs", "reliability", "verified_recall")}
+        frames = {name: _records(getattr(self, name)) for name in TABLES}
         return {"setting": _json_able(self.setting), **frames, "notes": list(self.notes)}
 
     def to_json(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
@@ -89,22 +117,26 @@ class Comparison:
         with writing(path, overwrite=overwrite) as temporary:
             temporary.write_text(json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
-    def to_csv(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
-        """Write :attr:`table` as a CSV file, in full precision.
+    def to_csv(self, path: str | os.PathLike[str], *, what: str = "table", overwrite: bool = False) -> None:
+        """Write :attr:`table` (or ``what`` else: ``differences``, ``costs``, ``reliability``, ``verified_recall``) as CSV, in full precision.
 
         Raises:
             OutputError: the file exists and ``overwrite`` is False, or it cannot be written there.
+            ScoreError: there is no such table.
         """
+        if what not in TABLES:
+            raise ScoreError(unknown("table of a comparison", what, TABLES))
         with writing(path, overwrite=overwrite) as temporary:
-            self.table.to_csv(temporary, index=False)
+            getattr(self, what).to_csv(temporary, index=False)
 
     def __repr__(self) -> str:
         return self.summary()
 
     def _repr_html_(self) -> str:
         parts = [f"<p>{_escaped(self._heading())}</p>"]
-        for cells, what in CELLS.items():
-            parts += [f"<p><b>Agreement over {what}</b></p>", self._readable(cells).to_html(index=False)]
+        for cells in CELLS:
+            for title, frame in self._readable(cells).items():
+                parts += [f"<p><b>{_escaped(title)}</b></p>", frame.to_html(index=False)]
             parts += [f"<p>{_escaped(self._reliability_line(cells))}</p>"]
         if len(self.verified_recall):
             parts += ["<p><b>Cost of verified recall</b></p>", self._readable_recall().to_html(index=False)]
@@ -122,13 +154,24 @@ class Comparison:
         values = ", ".join(f"{site} {_number(value)}" for site, value in zip(rows["site"], rows["reliability"], strict=True))
         return f"Split-half reliability of {self.setting['reference']} (Spearman–Brown): {values}"
 
-    def _readable(self, cells: str) -> pd.DataFrame:
-        rows = self.table[self.table["cells"] == cells]
-        columns: dict[str, Any] = {"method": rows["method"], "site": rows["site"], "n": rows["n_cells"]}
-        for name, title in STATISTICS.items():
-            bounds = zip(rows[name], rows[f"{name}_lo"], rows[f"{name}_hi"], strict=True)
-            columns[title] = [f"{_number(value)} {_bracket(low, high)}" for value, low, high in bounds]
-        return pd.DataFrame(columns | {"k": rows["k"]})
+    def _readable(self, cells: str) -> dict[str, pd.DataFrame]:
+        """The tables of one set of cells by their titles."""
+        rows = _of_cells(self.table, cells)
+        columns: dict[str, Any] = {"method": rows["method"], "site": rows["site"]}
+        quartiles = zip(*(rows[name] for name in QUARTILES), strict=True)
+        over = ["undefined" if math.isnan(values[0]) else " ".join(map(_number, values)) for values in quartiles]
+        forms = {"n": rows["n_cells"], **_bracketed(rows, FORMS), "quartiles over prompts": over, **_undefined(rows)}
+        others = _bracketed(rows, {name: title for name, title in STATISTICS.items() if name not in FORMS})
+        titles = {
+            f"Agreement over {CELLS[cells]}": pd.DataFrame(columns | forms),
+            "Further statistics, of example-mean maps": pd.DataFrame(columns | others | {"k": rows["k"]}),
+        }
+        if len(self.differences):
+            rows = _of_cells(self.differences, cells)
+            pair = [f"{method} − {other}" for method, other in zip(rows["method"], rows["other"], strict=True)]
+            paired = {"difference": pair, "site": rows["site"], **_bracketed(rows, FORMS, signed=True), **_undefined(rows)}
+            titles["Paired differences between methods, over the same draws"] = pd.DataFrame(paired)
+        return titles
 
     def _readable_recall(self) -> pd.DataFrame:
         rows = self.verified_recall
@@ -180,40 +223,72 @@ def compare(reference: ScoreMap, methods: Mapping[str, ScoreMap], *, n_boot: int
     low, high = (float(bound) for bound in interval(gaps[1:]))
     certain = not (low <= 0 <= high or gaps[0] == 0)
     floor = SIGN_FLOOR * np.abs(gaps) if certain else np.full(len(gaps), np.nan)
-    notes, rows, reliability, recalls = _notes(reference, name_of_reference, methods, n, certain), [], [], []
     unsigned = {name for name, other in methods.items() if other.provenance.get("unsigned")}
     halves = np.argsort(np.random.default_rng([seed, 1]).random((SPLITS, n)), axis=1) < n // 2
+    rows, reliability, recalls, differences = [], [], [], []
     for site in reference.sites:
-        maps = {name: _cells(other, site) for name, other in methods.items() if site not in other.not_scored}
-        if site in reference.not_scored or not maps:
+        effects = _effects(reference, methods, site)
+        if effects is None:
             continue
-        exact, live = _cells(reference, site), reference.live[site].to_numpy().ravel()
-        if parse_site(site).kind == "edges":
-            common = _common_edges(reference, methods, site)
-            exact, live, maps = exact[:, common], live[common], {name: other[:, common] for name, other in maps.items()}
+        live = np.asarray(effects.live.any(0))
         k = max(1, int(live.sum()) // TOP_SHARE)
-        for cells, chosen in (("all", np.ones_like(live)), ("live", live)):
-            if cells == "all" or not live.all():  # without structural zeros the two sets are one
-                values = _statistics(exact[:, chosen], {name: other[:, chosen] for name, other in maps.items()}, unsigned, weights, floor, k)
-                stable = _reliability(exact[:, chosen], halves)
-            about = {"site": site, "cells": cells, "n_cells": int(chosen.sum())}
-            rows += [{"method": name, **about, "k": k, **statistics} for name, statistics in values.items()]
-            reliability.append({**about, **stable})
-        recalls += [{"method": name, "site": site, **_verified(exact[:, live], other[:, live])} for name, other in maps.items() if live.any()]
+        for cells, part in (("all", replace(effects, live=np.ones_like(effects.live))), ("live", effects.only(live))):
+            if cells == "all" or not effects.live.all():  # without structural zeros the two sets are one
+                draws = _draws(part, unsigned, weights, floor, k)
+                stable = _reliability(part.exact, halves)
+            about = {"site": site, "cells": cells}
+            size = {"n_cells": part.exact.shape[1], "k": k}
+            rows += [{"method": name, **about, **size, **one.statistics()} for name, one in draws.items()]
+            differences += [{**about, **one} for one in _differences(draws, unsigned, weights)]
+            reliability.append({**about, "n_cells": part.exact.shape[1], **stable})
+        exact, maps = part.exact, part.maps
+        recalls += [{"method": name, "site": site, **_verified(exact, other)} for name, other in maps.items() if live.any()]
     if not rows:
         raise ScoreError(f"there is nothing to compare: no site is scored both by {name_of_reference} and by one of {', '.join(methods)}.")
     about = {key: reference.provenance.get(key, "") for key in ("task", "model", "direction", "metric", "metric_unit")}
     about |= {"subject": reference.subject, "reference": name_of_reference, "methods": list(methods), "n_examples": n, "n_boot": n_boot, "seed": seed}
     about |= {"gap": float(gaps[0]), "gap_lo": low, "gap_hi": high, "sign_floor": float(floor[0]), "splits": SPLITS}
-    order = {name: i for i, name in enumerate(methods)}
-    table, recall = (
-        pd.DataFrame(part, columns=None if part else ["method", "site"]).sort_values(
-            by="method", key=lambda column: column.map(order), kind="stable", ignore_index=True
-        )
-        for part in (rows, recalls)
-    )
     costs = [{"method": name, **asdict(scores.cost)} for name, scores in {name_of_reference: reference, **methods}.items()]
-    return Comparison(table, _costs_table(costs), pd.DataFrame(reliability), about, tuple(notes), recall)
+    return Comparison(
+        _ordered(rows, methods),
+        _costs_table(costs),
+        pd.DataFrame(reliability),
+        about,
+        tuple(_notes(reference, name_of_reference, methods, n, certain)),
+        _ordered(recalls, methods),
+        _ordered(differences, methods),
+    )
+
+
+def _ordered(rows: list[dict[str, Any]], methods: Mapping[str, ScoreMap]) -> pd.DataFrame:
+    """A table with its rows in the order of the methods."""
+    order = {name: i for i, name in enumerate(methods)}
+    names = [name for name in ("method", "other") if not rows or name in rows[0]]
+    table = pd.DataFrame(rows, columns=None if rows else [*names, "site"])
+    return table.sort_values(by=names, key=lambda column: column.map(order), kind="stable", ignore_index=True)
+
+
+@dataclass(frozen=True)
+class _Effects:
+    """Raw effects at one site: of the reference, of each method, and which cells can matter for which example."""
+
+    exact: Float[np.ndarray, "example cell"]
+    maps: dict[str, Float[np.ndarray, "example cell"]]
+    live: Bool[np.ndarray, "example cell"]
+
+    def only(self, chosen: Bool[np.ndarray, " cell"]) -> "_Effects":
+        """The effects at some of the cells."""
+        return _Effects(self.exact[:, chosen], {name: other[:, chosen] for name, other in self.maps.items()}, self.live[:, chosen])
+
+
+def _effects(reference: ScoreMap, methods: Mapping[str, ScoreMap], site: str) -> _Effects | None:
+    """What is compared at a site; None if the reference or all others did not score it. Of edges, those that every map scores."""
+    maps = {name: _cells(other, site) for name, other in methods.items() if site not in other.not_scored}
+    if site in reference.not_scored or not maps:
+        return None
+    live = reference.live_per_example(site) & reference.live[site].to_numpy()
+    effects = _Effects(_cells(reference, site), maps, live.reshape(len(live), -1))
+    return effects.only(_common_edges(reference, methods, site)) if parse_site(site).kind == "edges" else effects
 
 
 def _common_edges(reference: ScoreMap, methods: Mapping[str, ScoreMap], site: str) -> Bool[np.ndarray, " cell"]:
@@ -231,30 +306,65 @@ def _cells(scores: ScoreMap, site: str) -> Float[np.ndarray, "example cell"]:
     return values.reshape(len(values), -1)
 
 
-def _statistics(
-    exact: Float[np.ndarray, "example cell"],
-    maps: Mapping[str, Float[np.ndarray, "example cell"]],
-    unsigned: Set[str],
-    weights: Float[np.ndarray, "draw example"],
-    floor: Float[np.ndarray, " draw"],
-    k: int,
-) -> dict[str, dict[str, float]]:
-    """Per method every statistic with its interval; row 0 of the weights is the estimate, the others are the draws."""
-    results = {name: np.full((len(STATISTICS), len(weights)), np.nan) for name in maps}
-    for draws in _chunks(len(weights), exact.shape[1]):
-        signed = weights[draws] @ exact
+@dataclass(frozen=True)
+class _Draws:
+    """Every statistic of one method at one site, of the examples as they are (draw 0) and of each resample; and each prompt's correlation."""
+
+    found: dict[str, Float[np.ndarray, " draw"]]
+    per_prompt: Float[np.ndarray, " example"]
+
+    def statistics(self) -> dict[str, float | int]:
+        """Columns of the table."""
+        defined = self.per_prompt[~np.isnan(self.per_prompt)]
+        quartiles = np.quantile(defined, list(QUARTILES.values())) if defined.size else np.full(len(QUARTILES), np.nan)
+        columns: dict[str, float | int] = {}
+        for name in STATISTICS:
+            columns |= _with_interval(name, self.found[name])
+            if name == "pearson_per_prompt":
+                columns |= dict(zip(QUARTILES, map(float, quartiles), strict=True))
+                columns[f"{name}_undefined"] = len(self.per_prompt) - len(defined)
+        return columns
+
+
+def _draws(
+    effects: _Effects, unsigned: Set[str], weights: Float[np.ndarray, "draw example"], floor: Float[np.ndarray, " draw"], k: int
+) -> dict[str, _Draws]:
+    """Every statistic of each method, a few draws or a few prompts at a time."""
+    n, cells = effects.exact.shape
+    found = {name: {statistic: np.full(len(weights), np.nan) for statistic in STATISTICS} for name in effects.maps}
+    for draws in _chunks(len(weights), cells):
+        signed = weights[draws] @ effects.exact
         both = {False: (signed, ranks(signed)), True: (np.abs(signed), ranks(np.abs(signed)))}
-        for name, approximation in maps.items():
+        for name, approximation in effects.maps.items():
             mean, rank = both[name in unsigned]
             other = weights[draws] @ approximation
-            results[name][:, draws] = (
-                pearson(mean, other),
-                pearson(rank, ranks(other)),
-                slope(mean, other),
-                np.full(len(mean), np.nan) if name in unsigned else sign_agreement(mean, other, floor[draws]),
-                topk_recall(mean, other, k),
-            )
-    return {name: _with_intervals(values) for name, values in results.items()}
+            found[name]["pearson"][draws] = pearson(mean, other)
+            found[name]["spearman"][draws] = pearson(rank, ranks(other))
+            found[name]["slope"][draws] = slope(mean, other)
+            if name not in unsigned:
+                found[name]["sign_agreement"][draws] = sign_agreement(mean, other, floor[draws])
+            found[name]["topk_recall"][draws] = topk_recall(mean, other, k)
+    per_prompt = {}
+    for name, approximation in effects.maps.items():
+        parts = [(effects.exact[part], approximation[part], effects.live[part]) for part in _chunks(n, max(1, cells))]
+        moments = Moments.joined([Moments.of(np.abs(exact) if name in unsigned else exact, other, live) for exact, other, live in parts])
+        per_prompt[name] = moments.per_prompt()
+        found[name]["pearson_per_prompt"] = mean_of_defined(per_prompt[name], weights)
+        found[name]["pearson_pooled"] = moments.pooled(weights)
+    return {name: _Draws(found[name], per_prompt[name]) for name in effects.maps}
+
+
+def _differences(draws: Mapping[str, _Draws], unsigned: Set[str], weights: Float[np.ndarray, "draw example"]) -> Iterator[dict[str, Any]]:
+    """Per pair of methods the differences of the three forms; unsigned methods are held against something else than signed ones."""
+    for (other, one), (method, two) in combinations(draws.items(), 2):
+        if (method in unsigned) != (other in unsigned):
+            continue
+        apart = two.per_prompt - one.per_prompt
+        row: dict[str, Any] = {"method": method, "other": other}
+        for name in FORMS:
+            difference = mean_of_defined(apart, weights) if name == "pearson_per_prompt" else two.found[name] - one.found[name]
+            row |= _with_interval(name, difference)
+        yield row | {"pearson_per_prompt_undefined": int(np.isnan(apart).sum())}
 
 
 def _verified(exact: Float[np.ndarray, "example cell"], screen: Float[np.ndarray, "example cell"]) -> dict[str, float | int]:
@@ -268,12 +378,10 @@ def _verified(exact: Float[np.ndarray, "example cell"], screen: Float[np.ndarray
     return found
 
 
-def _with_intervals(values: Float[np.ndarray, "statistic draw"]) -> dict[str, float]:
-    low, high = interval(values[:, 1:].T)
-    columns = {}
-    for i, name in enumerate(STATISTICS):
-        columns |= {name: float(values[i, 0]), f"{name}_lo": float(low[i]), f"{name}_hi": float(high[i])}
-    return columns
+def _with_interval(name: str, values: Float[np.ndarray, " draw"]) -> dict[str, float]:
+    """A statistic's value (draw 0) and the interval over the others, as columns."""
+    low, high = interval(values[1:])
+    return {name: float(values[0]), f"{name}_lo": float(low), f"{name}_hi": float(high)}
 
 
 def _chunks(rows: int, cells: int) -> Iterator[slice]:
@@ -302,6 +410,11 @@ def _notes(reference: ScoreMap, name_of_reference: str, methods: Mapping[str, Sc
     for name, scores in methods.items():
         if scores.provenance.get("unsigned"):
             notes.append(f"{name}: its scores are unsigned; they are held against the size of the reference, and sign agreement is left undefined.")
+    signed = [name for name, scores in methods.items() if not scores.provenance.get("unsigned")]
+    if signed and len(signed) < len(methods):
+        notes.append("Unsigned methods are held against something else than signed ones, so the two have no paired differences.")
+    if reference.patterns is None and not all(bool(mask.all()) for mask in reference.live.values()):
+        notes.append("The reference does not say which cells can matter for which prompt: those that can for any count for all.")
     if n == 1:
         notes.append("One example: there are no intervals and no reliability.")
     if not certain:
@@ -313,18 +426,39 @@ def _costs_table(costs: list[dict[str, Any]]) -> pd.DataFrame:
     return pd.DataFrame(costs).astype({"predicted_bytes": "Int64", "cuda_peak_bytes": "Int64"})
 
 
+def _bracketed(rows: pd.DataFrame, statistics: Mapping[str, str], *, signed: bool = False) -> dict[str, list[str]]:
+    """Columns of values with their intervals, by title."""
+    return {
+        title: [
+            f"{_number(value, signed)} {_bracket(low, high, signed)}"
+            for value, low, high in zip(rows[name], rows[f"{name}_lo"], rows[f"{name}_hi"], strict=True)
+        ]
+        for name, title in statistics.items()
+    }
+
+
+def _undefined(rows: pd.DataFrame) -> dict[str, list[int]]:
+    """The number of prompts without a correlation, where there are any."""
+    counts = [int(count) for count in rows["pearson_per_prompt_undefined"]]
+    return {"undefined prompts": counts} if any(counts) else {}
+
+
+def _of_cells(table: pd.DataFrame, cells: str) -> pd.DataFrame:
+    return pd.DataFrame(table[table["cells"] == cells])
+
+
 def _known(cells: str) -> str:
     if cells not in CELLS:
         raise ScoreError(unknown("set of cells", cells, CELLS))
     return cells
 
 
-def _number(value: float) -> str:
-    return "undefined" if math.isnan(value) else f"{value:.2f}"
+def _number(value: float, signed: bool = False) -> str:
+    return "undefined" if math.isnan(value) else f"{value:{'+' if signed else ''}.2f}"
 
 
-def _bracket(low: float, high: float) -> str:
-    return "" if math.isnan(low) else f"[{low:.2f}, {high:.2f}]"
+def _bracket(low: float, high: float, signed: bool = False) -> str:
+    return "" if math.isnan(low) else f"[{_number(low, signed)}, {_number(high, signed)}]"
 
 
 def _text(frame: pd.DataFrame) -> str:

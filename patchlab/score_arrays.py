@@ -2,11 +2,12 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import xarray as xr
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 
 from patchlab.errors import ScoreError
 from patchlab.graph import Graph
@@ -24,6 +25,14 @@ class PositionLabels(Protocol):
     @property
     def tokens(self) -> Any:
         """Token text per example and cell."""
+
+
+@dataclass(frozen=True)
+class Patterns:
+    """Which cells can matter for which example: row ``of[e]`` of ``cells[site]``, bool ``[pattern, *axes]``."""
+
+    of: Int[np.ndarray, " example"]
+    cells: Mapping[str, Bool[np.ndarray, "pattern *axes"]]
 
 
 def label_of(what: str, axis: str) -> str:
@@ -75,6 +84,23 @@ def check_shape(name: str, axes: tuple[str, ...], values: np.ndarray, live: np.n
     for dim, size in zip(dims, values.shape, strict=True):
         if sizes.setdefault(dim, size) != size:
             raise ScoreError(f"{name} has {size} along {dim}, the other sites {sizes[dim]}; all sites of a map share their axes.")
+
+
+def check_patterns(patterns: Patterns, live: Mapping[str, np.ndarray], n: int) -> None:
+    """A pattern per example, and for every site cells that together are the live ones."""
+    if patterns.of.shape != (n,) or set(patterns.cells) != set(live):
+        raise ScoreError(
+            f"patterns must give one number per example ({n}) and the sites {sorted(live)}; "
+            f"got {len(patterns.of)} numbers and {sorted(patterns.cells)}."
+        )
+    for name, cells in patterns.cells.items():
+        if cells.shape[1:] != live[name].shape or not 0 <= patterns.of.min() <= patterns.of.max() < len(cells):
+            raise ScoreError(
+                f"the patterns of {name} have the shape {list(cells.shape)} and the numbers {patterns.of.min()} to {patterns.of.max()}; "
+                f"expected one row per pattern, each of shape {list(live[name].shape)}."
+            )
+        if not np.array_equal(cells[np.unique(patterns.of)].any(0), live[name]):
+            raise ScoreError(f"the live cells of {name} are not those that can matter for at least one example; build live from the patterns.")
 
 
 def check_finite(name: str, axes: tuple[str, ...], values: np.ndarray, record: Mapping[str, Any]) -> None:

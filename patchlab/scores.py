@@ -10,16 +10,18 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import xarray as xr
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from patchlab.bootstrap import interval, resampling_weights
 from patchlab.errors import ScoreError, SiteError, unknown
 from patchlab.graph import Graph
 from patchlab.output import writing
 from patchlab.score_arrays import (
+    Patterns,
     PositionLabels,
     axes_of,
     check_finite,
+    check_patterns,
     check_rows,
     check_shape,
     edge_coords,
@@ -31,7 +33,7 @@ from patchlab.score_arrays import (
 )
 from patchlab.sites import POSITION_AXES, Site, parse_site
 
-FORMAT = 1
+FORMAT = 2
 _ATTRIBUTE = "patchlab_scoremap"
 
 
@@ -87,9 +89,11 @@ class ScoreMap:
             ``provenance["not_scored"]`` says why. Coordinates: ``example`` (index in the task), one integer index per
             axis, ``metric_clean`` and ``metric_corrupted`` per example, and the clean tokens as ``token(example, pos)``
             (``dest_token``, ``src_token``), and ``position(pos)`` where positions have names.
-        live: bool, the same variables without the example axis; False marks a structural zero, a cell that cannot matter.
+        live: bool, the same variables without the example axis; False marks a structural zero, a cell that cannot matter for any example.
         provenance: what made it: method, task, model, direction, metric, versions, notes; JSON-able.
         cost: what it cost.
+        patterns: bool, the same variables with the axis ``pattern`` instead of ``example``, and ``pattern_of(example)``: which cells can
+            matter for which example (:meth:`live_per_example`); None in maps that do not know.
 
     Example:
         >>> relp = pl.RelevancePatching().run(model, task, ["resid_pre", "z"])  # doctest: +SKIP
@@ -100,6 +104,7 @@ class ScoreMap:
     live: xr.Dataset
     provenance: dict[str, Any]
     cost: Cost
+    patterns: xr.Dataset | None = None
 
     @staticmethod
     def build(
@@ -112,6 +117,7 @@ class ScoreMap:
         metric_corrupted: Float[np.ndarray, " example"],
         provenance: Mapping[str, Any],
         cost: Cost,
+        patterns: Patterns | None = None,
     ) -> "ScoreMap":
         """Check the arrays of a method's result and name their axes.
 
@@ -124,6 +130,7 @@ class ScoreMap:
             metric_corrupted: metric of the unpatched corrupted run.
             provenance: see the class.
             cost: see the class.
+            patterns: which cells can matter for which example, where that differs between examples.
 
         Raises:
             ScoreError: shapes that do not fit together, values that are not finite in a scored site, a site that is NaN
@@ -148,7 +155,11 @@ class ScoreMap:
         coords |= position_coords(task_axis, index[order], sizes) | edge_coords(record, sizes)
         data = xr.Dataset(variables, coords=coords)
         bare = {name: coord for name, coord in data.coords.items() if "example" not in coord.dims}
-        return ScoreMap(frozen(data), frozen(xr.Dataset(masks, coords=bare)), record, cost)
+        patterns = patterns or Patterns(np.zeros(len(index), dtype=np.int64), {name: mask[None] for name, mask in live.items()})
+        check_patterns(patterns, live, len(index))
+        rows = {name: (("pattern", *masks[name][0]), cells.astype(bool)) for name, cells in patterns.cells.items()}
+        of = xr.Dataset(rows, coords={"example": coords["example"], "pattern_of": ("example", patterns.of[order].astype(np.int64))})
+        return ScoreMap(frozen(data), frozen(xr.Dataset(masks, coords=bare)), record, cost, frozen(of))
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -159,6 +170,17 @@ class ScoreMap:
     def not_scored(self) -> dict[str, str]:
         """The sites that were not scored, with the reason."""
         return {site: why for site, why in self.provenance.get("not_scored", {}).items() if site in self.data.data_vars}
+
+    def live_per_example(self, site: str | Site) -> Bool[np.ndarray, "example *axes"]:
+        """Which cells of a site can matter for each example; where the map does not know, those that can for any.
+
+        Raises:
+            ScoreError: the map has no such site.
+        """
+        name = self.site_name(site)
+        if self.patterns is None:
+            return np.broadcast_to(self.live[name].to_numpy(), self.data[name].shape)
+        return self.patterns[name].to_numpy()[self.patterns["pattern_of"].to_numpy()]
 
     @property
     def graph(self) -> Graph:
@@ -275,11 +297,14 @@ class ScoreMap:
         Raises:
             OutputError: the file exists and ``overwrite`` is False, or it cannot be written there.
         """
-        record = json.dumps({"format": FORMAT, "provenance": self.provenance, "cost": asdict(self.cost)})
+        about = {"format": FORMAT, "provenance": self.provenance, "cost": asdict(self.cost), "patterns": self.patterns is not None}
+        record = json.dumps(about)
         with writing(path, overwrite=overwrite) as temporary:
             encoding = {name: {"_FillValue": None} for name, part in self.data.variables.items() if part.dtype.kind == "f"}
             self.data.assign_attrs({_ATTRIBUTE: record}).to_netcdf(temporary, engine="h5netcdf", encoding=encoding)
             self.live.to_netcdf(temporary, engine="h5netcdf", group="live", mode="a")
+            if self.patterns is not None:
+                self.patterns.to_netcdf(temporary, engine="h5netcdf", group="patterns", mode="a")
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> "ScoreMap":
@@ -293,13 +318,14 @@ class ScoreMap:
         try:
             data, live = (xr.load_dataset(path, engine="h5netcdf", group=group) for group in (None, "live"))
             record = json.loads(data.attrs.pop(_ATTRIBUTE))
+            patterns = xr.load_dataset(path, engine="h5netcdf", group="patterns") if record.get("patterns") else None
         except KeyError as error:
             raise ScoreError(f"{path} is not a patchlab score map: {error} is missing. Give a .nc file that ScoreMap.save wrote.") from error
         except (OSError, ValueError, RuntimeError) as error:
             raise ScoreError(f"cannot read the score map {path}: {error}. It is damaged or not a score map; compute it again.") from error
         if record["format"] > FORMAT:
             raise ScoreError(f"{path} has the format {record['format']} and this patchlab reads up to {FORMAT}. Update patchlab.")
-        return ScoreMap(frozen(data), frozen(live), record["provenance"], Cost(**record["cost"]))
+        return ScoreMap(frozen(data), frozen(live), record["provenance"], Cost(**record["cost"]), None if patterns is None else frozen(patterns))
 
     def __repr__(self) -> str:
         about, skipped = self.provenance, self.not_scored

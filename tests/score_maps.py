@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from patchlab.score_arrays import Patterns
 from patchlab.scores import Cost, ScoreMap
 from patchlab.sites import parse_site
 
@@ -36,6 +37,7 @@ def make_map(
     clean: np.ndarray | None = None,
     corrupted: np.ndarray | None = None,
     cost: Cost = COST,
+    patterns: Patterns | None = None,
     **changes: Any,
 ) -> ScoreMap:
     """A map of these effects; every cell is live and the gap is 2 logits unless something else is asked for."""
@@ -50,6 +52,7 @@ def make_map(
         metric_corrupted=np.full(n, -0.5) if corrupted is None else corrupted,
         provenance=provenance(**changes),
         cost=cost,
+        patterns=patterns,
     )
 
 

@@ -7,6 +7,7 @@ import warnings
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 from typer.testing import CliRunner
@@ -71,11 +72,12 @@ def test_folder_holds_scores_tables_plots_page_and_a_list_of_them(done):
         "scores.relp-ig-2.nc",
         "comparison.csv",
         "comparison.json",
+        "differences.csv",
         "index.html",
         "run.json",
         "plotly.min.js",
     }
-    wanted |= {f"{name}.html" for name in ("heatmaps", "agreement", "comparison")}
+    wanted |= {f"{name}.html" for name in ("heatmaps", "agreement", "comparison", "differences")}
     assert wanted <= names
     run = json.loads((out / "run.json").read_text())
     assert set(run["files"]) == names
@@ -94,6 +96,24 @@ def test_saved_scores_are_the_ones_compared(done):
     for site in exact.sites:
         a, b = (pd.Series(scores.mean(site).to_numpy().ravel()) for scores in (exact, atp))
         assert table.loc[site, "pearson"] == pytest.approx(a.corr(b), abs=1e-6)
+        rows = [[pd.Series(scores.data[site].to_numpy()[e].ravel()) for scores in (exact, atp)] for e in range(6)]
+        assert table.loc[site, "pearson_per_prompt"] == pytest.approx(np.mean([x.corr(y) for x, y in rows]), abs=1e-6)
+        assert table.loc[site, "pearson_pooled"] == pytest.approx(pd.concat([x for x, _ in rows]).corr(pd.concat([y for _, y in rows])), abs=1e-6)
+
+
+def test_differences_between_methods_are_in_every_file(done):
+    out, _, printed = done
+    rows = json.loads((out / "comparison.json").read_text())["differences"]
+    assert rows == printed["comparison"]["differences"]
+    assert {(row["method"], row["other"]) for row in rows} == {("atp", "relp+ig:2")}
+    table = pd.read_csv(out / "comparison.csv").set_index(["method", "site", "cells"])
+    csv = pd.read_csv(out / "differences.csv").to_dict("records")
+    for row, same in zip(rows, csv, strict=True):
+        for name in ("pearson", "pearson_per_prompt", "pearson_pooled"):
+            first, second = (table.loc[(row[which], row["site"], row["cells"]), name] for which in ("method", "other"))
+            assert row[name] == pytest.approx(first - second)
+            assert row[f"{name}_lo"] <= row[f"{name}_hi"]
+            assert same[name] == pytest.approx(row[name])
 
 
 def test_progress_goes_to_stderr_and_says_where_to_look(done):
@@ -144,7 +164,7 @@ def test_page_needs_no_network_and_its_links_lead_somewhere(done):
     assert "plotly.min.js" in page.references
     for reference in page.references:
         assert reference.removeprefix("#") in page.ids if reference.startswith("#") else (out / reference).is_file(), reference
-    assert {"figure-comparison", "figure-agreement", "figure-heatmaps"} <= set(page.ids)
+    assert {"figure-comparison", "figure-agreement", "figure-heatmaps", "figure-differences"} <= set(page.ids)
     markup = re.sub(r"<script.*?</script>", "", (out / "index.html").read_text(), flags=re.S)
     assert "http" not in markup
 
@@ -155,7 +175,11 @@ def test_page_shows_the_numbers_of_the_comparison(done):
     for row in printed["comparison"]["table"]:
         for part in ("site", "method"):
             assert row[part] in text
-        assert f"{row['pearson']:.2f}".replace("-", "−") in text
+        for name in ("pearson", "pearson_per_prompt", "pearson_pooled"):
+            assert f"{row[name]:.2f}".replace("-", "−") in text
+        assert "quartiles " + " ".join(f"{row[f'pearson_per_prompt_{q}']:.2f}".replace("-", "−") for q in ("q25", "q50", "q75")) in text
+    for row in printed["comparison"]["differences"]:
+        assert f"{row['pearson_pooled_lo']:+.2f} to {row['pearson_pooled_hi']:+.2f}".replace("-", "−") in text
     assert len(printed["comparison"]["verified_recall"]) == 4
     for row in printed["comparison"]["verified_recall"]:
         assert f"{row['cells_100']} ({row['share_100']:.0%})" in text
@@ -166,7 +190,7 @@ def test_page_shows_the_numbers_of_the_comparison(done):
 def test_images_are_written_where_a_browser_is(done, browser):
     out, result, _ = done
     assert "no PNG files" not in result.stderr
-    for name in ("heatmaps", "agreement", "comparison"):
+    for name in ("heatmaps", "agreement", "comparison", "differences"):
         assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -489,4 +513,6 @@ def test_compare_of_edges(tmp_path):
     result = patchlab("compare", *arguments, "--direction", "noising", "--out", tmp_path / "out")
     assert result.exit_code == 0, result.output
     assert "edges" in result.stdout
+    assert "Paired differences" not in result.stdout, "there is one method"
+    assert not (tmp_path / "out" / "differences.csv").exists()
     assert {"heatmaps.html", "agreement.html", "scores.atp.nc"} <= {path.name for path in (tmp_path / "out").iterdir()}

@@ -11,9 +11,10 @@ from score_maps import altered, make_map, random_map
 
 from patchlab import agreement as stats
 from patchlab.alignment import check_names
-from patchlab.compare import STATISTICS, Comparison, compare
+from patchlab.compare import FORMS, STATISTICS, Comparison, compare
 from patchlab.errors import OutputError, ScoreError
-from patchlab.scores import Cost
+from patchlab.score_arrays import Patterns
+from patchlab.scores import Cost, ScoreMap
 
 SITES = ("resid_pre", "z")
 
@@ -115,8 +116,12 @@ def literal_ranks(values: np.ndarray) -> np.ndarray:
     return np.array([np.mean([place for place, other in enumerate(sorted(values)) if other == value]) for value in values])
 
 
+MEANS = [name for name in STATISTICS if name not in ("pearson_per_prompt", "pearson_pooled")]
+"""Statistics of example-mean maps."""
+
+
 def literal(exact: np.ndarray, other: np.ndarray, gap: float, k: int) -> dict[str, float]:
-    """Every statistic on one pair of mean maps without ties at the k-th place, one cell at a time."""
+    """Every statistic of one pair of mean maps without ties at the k-th place, one cell at a time."""
     top = [set(np.argsort(-np.abs(values))[:k].tolist()) for values in (exact, other)]
     counted = [(e, a) for e, a in zip(exact, other, strict=True) if abs(e) > 0.01 * abs(gap)]
     return {
@@ -147,14 +152,242 @@ def test_intervals_equal_a_literal_bootstrap(exact):
     found = row(compare(exact, {"AtP": other}, n_boot=50, seed=4), "AtP", "z")
     draws = np.random.default_rng(4).integers(n, size=(50, n))
     gaps = (exact.data["metric_clean"] - exact.data["metric_corrupted"]).to_numpy()
-    values = {name: [] for name in STATISTICS}
+    values = {name: [] for name in MEANS}
     for draw in draws:
         means = [scores.data["z"].to_numpy()[draw].astype(float).mean(0).ravel() for scores in (exact, other)]
         for name, value in literal(*means, gaps[draw].mean(), found["k"]).items():
             values[name].append(value)
-    for name in STATISTICS:
+    for name in MEANS:
         assert found[f"{name}_lo"] == pytest.approx(np.quantile(values[name], 0.025), abs=1e-10), name
         assert found[f"{name}_hi"] == pytest.approx(np.quantile(values[name], 0.975), abs=1e-10), name
+
+
+# agreement per prompt, pooled, and differences between methods
+
+
+def correlation(a: np.ndarray, b: np.ndarray) -> float:
+    """Pearson, one cell at a time in float64; NaN where one of the two does not vary."""
+    if len(a) < 2 or len(set(a.tolist())) == 1 or len(set(b.tolist())) == 1:
+        return np.nan
+    top = sum((x - a.mean()) * (y - b.mean()) for x, y in zip(a, b, strict=True))
+    return top / np.sqrt(sum((x - a.mean()) ** 2 for x in a) * sum((y - b.mean()) ** 2 for y in b))
+
+
+def forms(exact: ScoreMap, other: ScoreMap, site: str, draw: np.ndarray, live: bool, unsigned: bool = False) -> dict[str, float]:
+    """The correlations per prompt and pooled of one resample of the examples, a prompt after the other."""
+    masks = exact.live_per_example(site) if live else np.ones(exact.data[site].shape, dtype=bool)
+    per_prompt, pooled = [], ([], [])
+    for e in draw:
+        a, b = (scores.data[site].to_numpy()[e][masks[e]].astype(float) for scores in (exact, other))
+        a = np.abs(a) if unsigned else a
+        per_prompt.append(correlation(a, b))
+        pooled[0].extend(a)
+        pooled[1].extend(b)
+    defined = [value for value in per_prompt if not np.isnan(value)]
+    mean = np.mean(defined) if defined else np.nan
+    return {"pearson_per_prompt": mean, "pearson_pooled": correlation(*(np.array(part) for part in pooled)), "per_prompt": np.array(per_prompt)}
+
+
+def mixed_liveness(n: int = 8, seed: int = 0, **changes) -> ScoreMap:
+    """Effects of very different size at cells that are live for some prompts only; prompt 2 has one live cell, prompt 5 is constant."""
+    rng = np.random.default_rng(seed)
+    kinds = np.array([[1, 1, 1, 1, 0, 0], [0, 1, 1, 1, 1, 0], [0, 0, 0, 0, 1, 0]], dtype=bool).reshape(3, 2, 3)
+    of = np.array([0, 1, 2, 0, 1, 1, 0, 1])[:n]
+    cells = kinds[of]
+    effects = (3.0 + rng.normal(size=(n, 2, 3))) * np.exp(rng.normal(size=(n, 1, 1))) * cells
+    if n > 5:
+        effects[5] = 0.1 * cells[5]
+    used = sorted(set(of.tolist()))
+    patterns = Patterns(np.array([used.index(i) for i in of]), {"z": kinds[used]})
+    return make_map({"z": effects}, live={"z": cells.any(0)}, patterns=patterns, **changes)
+
+
+def disturbed(scores: ScoreMap, seed: int, noise: float, **changes) -> ScoreMap:
+    live, rng = scores.live_per_example("z"), np.random.default_rng(seed)
+    found = altered(scores, lambda site, values: (values + noise * rng.normal(size=values.shape)) * live, method="atp", **changes)
+    return replace(found, patterns=scores.patterns)
+
+
+@pytest.mark.parametrize("unsigned", [False, True])
+@pytest.mark.parametrize("cells", ["live", "all"])
+def test_agreement_per_prompt_and_pooled_equal_their_literal_twins(cells, unsigned):
+    exact = mixed_liveness()
+    exact = altered(exact, lambda site, values: values * np.array([1, -1, 1, 1, -1, 1, 1, 1])[:, None, None]) if unsigned else exact
+    exact = replace(exact, patterns=mixed_liveness().patterns)
+    other = disturbed(exact, 1, 1.0, **({"unsigned": True} if unsigned else {}))
+    found = row(compare(exact, {"x": other}, n_boot=60, seed=3), "x", "z", cells)
+    whole = forms(exact, other, "z", np.arange(8), cells == "live", unsigned)
+    per_prompt = whole["per_prompt"]
+    undefined = int(np.isnan(per_prompt).sum())
+    assert undefined == (2 if cells == "live" else 0)
+    assert found["pearson_per_prompt_undefined"] == undefined
+    for name, share in (("q25", 0.25), ("q50", 0.5), ("q75", 0.75)):
+        assert found[f"pearson_per_prompt_{name}"] == pytest.approx(np.quantile(per_prompt[~np.isnan(per_prompt)], share), abs=1e-12)
+    draws = [forms(exact, other, "z", draw, cells == "live", unsigned) for draw in np.random.default_rng(3).integers(8, size=(60, 8))]
+    for name in ("pearson_per_prompt", "pearson_pooled"):
+        assert found[name] == pytest.approx(whole[name], abs=1e-10), name
+        for end, share in (("lo", 0.025), ("hi", 0.975)):
+            assert found[f"{name}_{end}"] == pytest.approx(np.quantile([one[name] for one in draws], share), abs=1e-10), (name, end)
+
+
+def test_a_cell_that_is_dead_for_a_prompt_does_not_count_for_it():
+    """Shared zeros would make two unrelated maps agree."""
+    exact, other = mixed_liveness(), mixed_liveness(seed=9)
+    other = replace(other, provenance={**other.provenance, "method": "atp"})
+    live, everything = (row(compare(exact, {"x": other}, n_boot=5), "x", "z", cells) for cells in ("live", "all"))
+    assert everything["pearson_per_prompt"] > live["pearson_per_prompt"] + 0.3
+    # the same where every cell is live for some prompt, so that the mean map has no structural zero at all
+    part = {name: altered(scores, same).data.isel(layer=0, head=[1, 2]).to_array().to_numpy()[0] for name, scores in (("e", exact), ("o", other))}
+    cells = exact.patterns["z"].to_numpy()[:, :1, 1:]
+    patterns = Patterns(exact.patterns["pattern_of"].to_numpy(), {"z": np.concatenate([cells[:2], [[[True, False]]]])})
+    maps = [make_map({"z": values[:, None]}, patterns=patterns) for values in part.values()]
+    assert maps[0].live["z"].to_numpy().all()
+    found = compare(maps[0], {"x": maps[1]}, n_boot=5)
+    assert row(found, "x", "z", "live")["pearson_per_prompt_undefined"] == 2
+    assert row(found, "x", "z", "all")["pearson"] == row(found, "x", "z", "live")["pearson"]
+
+
+def test_a_map_that_does_not_know_which_cells_matter_for_which_prompt_says_so():
+    exact = mixed_liveness()
+    vague = replace(exact, patterns=None)
+    found = compare(vague, {"x": disturbed(exact, 1, 1.0)}, n_boot=5)
+    assert found.notes == ("The reference does not say which cells can matter for which prompt: those that can for any count for all.",)
+    assert row(found, "x", "z")["pearson_per_prompt_undefined"] == 0
+
+
+def test_maps_whose_prompts_differ_in_live_cells_are_refused():
+    exact = mixed_liveness()
+    other = disturbed(exact, 1, 1.0)
+    turned = other.patterns.assign_coords(pattern_of=("example", other.patterns["pattern_of"].to_numpy()[::-1]))
+    with pytest.raises(ScoreError, match="which cells of z can matter for which example differs"):
+        compare(exact, {"x": replace(other, patterns=turned)})
+
+
+def test_one_form_flatters_where_another_does_not():
+    """Prompts that disagree and cancel: the means agree perfectly, no prompt does."""
+    signal, own = np.array([1.0, -1.0, 2.0, -2.0]), np.array([1.0, 1.0, -1.0, -1.0])
+    sign = np.array([1.0, -1.0] * 4)[:, None]
+    exact = make_map({"z": (signal + 9 * sign * own)[:, None]})
+    other = make_map({"z": (signal - 9 * sign * own)[:, None]}, method="atp")
+    found = row(compare(exact, {"x": other}, n_boot=5), "x", "z", "live")
+    assert found["pearson"] == pytest.approx(1)
+    assert found["pearson_per_prompt"] < -0.9
+    assert found["pearson_pooled"] < -0.9
+
+
+def test_pooling_sees_the_size_of_prompts_and_the_mean_over_prompts_does_not():
+    exact = np.random.default_rng(0).normal(size=(4, 1, 5))
+    scale = np.array([1.0, -2.0, 3.0, 0.5])[:, None, None]  # one prompt has the wrong sign
+    found = row(compare(make_map({"z": exact}), {"x": make_map({"z": exact * scale}, method="atp")}, n_boot=5), "x", "z")
+    assert found["pearson_per_prompt"] == pytest.approx(0.5)
+    assert found["pearson_pooled"] == pytest.approx(correlation(exact.ravel(), (exact * scale).ravel()))
+
+
+@pytest.mark.parametrize("size", [1e-9, 1.0, 1e9])
+def test_constant_prompts_are_undefined_and_counted_whatever_their_size(size):
+    exact = np.random.default_rng(0).normal(size=(4, 1, 5))
+    flat = np.broadcast_to(size * np.array([0.1, 0.1, 0.3, 0.7])[:, None, None], exact.shape)
+    found = compare(make_map({"z": exact}), {"x": make_map({"z": flat}, method="atp"), "y": make_map({"z": exact})}, n_boot=50)
+    x = row(found, "x", "z")
+    assert x["pearson_per_prompt_undefined"] == 4
+    assert x[["pearson_per_prompt", "pearson_per_prompt_lo", "pearson_per_prompt_q50"]].isna().all()
+    assert np.isfinite(x["pearson_pooled"])  # the prompts differ from each other
+    assert found.differences["pearson_per_prompt_undefined"].tolist() == [4, 4]
+    assert found.differences["pearson_per_prompt"].isna().all()
+    assert "undefined prompts" in found.summary()
+    everywhere = make_map({"z": np.full_like(exact, 0.1 * size)}, method="atp")
+    assert row(compare(make_map({"z": exact}), {"x": everywhere}, n_boot=5), "x", "z")[list(FORMS)].isna().all()
+
+
+def test_draws_of_prompts_that_are_all_alike_are_undefined_when_pooled():
+    a, b = np.full((3, 4), 0.1) * [[1], [1], [2]], np.random.default_rng(0).normal(size=(3, 4))
+    pooled = stats.Moments.of(a, b).pooled(np.array([[0.3, 0.7, 0.0], [0.5, 0.0, 0.5], [1.0, 0.0, 0.0], [0.0, 0.0, 1.0]]))
+    assert np.isnan(pooled).tolist() == [True, False, True, True]
+
+
+def test_pooled_correlation_survives_a_large_common_offset():
+    a, b = np.random.default_rng(0).normal(size=(2, 5, 6))
+    pooled = stats.Moments.of(a + 1e6, b - 1e6).pooled(np.full((1, 5), 0.2))
+    assert pooled[0] == pytest.approx(correlation(a.ravel(), b.ravel()), abs=1e-8)
+
+
+def test_differences_equal_a_literal_paired_bootstrap():
+    exact = mixed_liveness()
+    methods = {"a": disturbed(exact, 1, 2.0), "b": disturbed(exact, 2, 0.5), "c": disturbed(exact, 3, 1.0)}
+    flat = methods["c"].data["z"].to_numpy().copy()
+    flat[0] = 0.25 * exact.live_per_example("z")[0]  # undefined for c alone
+    methods["c"] = replace(altered(methods["c"], lambda site, values: flat), patterns=exact.patterns)
+    found = compare(exact, methods, n_boot=80, seed=5)
+    table = found.differences
+    assert list(table.columns[:4]) == ["site", "cells", "method", "other"]
+    assert table.query("cells == 'live'")[["method", "other"]].to_numpy().tolist() == [["b", "a"], ["c", "a"], ["c", "b"]]
+    draws = np.random.default_rng(5).integers(8, size=(80, 8))
+    for cells in ("live", "all"):
+        for one in table[table["cells"] == cells].to_dict("records"):
+            two = [methods[one[key]] for key in ("method", "other")]
+            values = {name: [] for name in FORMS}
+            for draw in [np.arange(8), *draws]:
+                chosen = exact.live["z"].to_numpy() if cells == "live" else np.ones((2, 3), dtype=bool)
+                means = [scores.data["z"].to_numpy()[draw].mean(0)[chosen] for scores in (exact, *two)]
+                values["pearson"].append(correlation(means[0], means[1]) - correlation(means[0], means[2]))
+                first, second = (forms(exact, scores, "z", draw, cells == "live") for scores in two)
+                values["pearson_per_prompt"].append(np.nanmean(first["per_prompt"] - second["per_prompt"]))
+                values["pearson_pooled"].append(first["pearson_pooled"] - second["pearson_pooled"])
+            for name, (value, *rest) in values.items():
+                assert one[name] == pytest.approx(value, abs=1e-10), (one, name)
+                assert one[f"{name}_lo"] == pytest.approx(np.quantile(rest, 0.025), abs=1e-10), (one, name)
+                assert one[f"{name}_hi"] == pytest.approx(np.quantile(rest, 0.975), abs=1e-10), (one, name)
+    counts = table.query("cells == 'live'")["pearson_per_prompt_undefined"].tolist()
+    assert counts == [2, 3, 3]
+    # per prompt the difference is over the prompts that both have, not the difference of two means over different prompts
+    live = found.table.query("cells == 'live'").set_index("method")["pearson_per_prompt"]
+    assert table.query("cells == 'live' and method == 'c' and other == 'b'")["pearson_per_prompt"].item() != pytest.approx(live["c"] - live["b"])
+
+
+def test_a_paired_difference_is_surer_than_two_intervals():
+    """Two methods with the same errors but for a small one: their intervals overlap, that of the difference does not contain 0."""
+    rng = np.random.default_rng(0)
+    effects, noise = rng.normal(size=(2, 16, 3, 6))
+    exact = make_map({"z": effects})
+    methods = {name: make_map({"z": effects + size * noise}, method="atp") for name, size in (("worse", 1.0), ("better", 0.9))}
+    found = compare(exact, methods, n_boot=200)
+    worse, better = (row(found, name, "z") for name in methods)
+    assert worse["pearson_per_prompt_hi"] > better["pearson_per_prompt_lo"]
+    difference = found.differences.query("cells == 'live'").iloc[0]
+    assert (difference["method"], difference["other"]) == ("better", "worse")
+    assert difference[[f"{name}_lo" for name in FORMS]].min() > 0
+    assert "better − worse" in found.summary()
+
+
+def test_signed_and_unsigned_methods_have_no_difference(exact):
+    unsigned = {"unsigned": True}
+    methods = {"a": noisy(exact), "b": noisy(exact, 2), "c": noisy(exact, 3, **unsigned), "d": noisy(exact, 4, **unsigned)}
+    found = compare(exact, methods, n_boot=5)
+    assert set(map(tuple, found.differences[["method", "other"]].to_numpy().tolist())) == {("b", "a"), ("d", "c")}
+    assert any("the two have no paired differences" in note for note in found.notes)
+
+
+def test_a_single_method_has_no_differences(exact):
+    found = compare(exact, {"x": noisy(exact)}, n_boot=5)
+    assert found.differences.empty
+    assert found.to_dict()["differences"] == []
+    assert "difference" not in found.summary()
+
+
+def test_with_one_prompt_the_three_forms_are_one():
+    exact = random_map(*SITES, n=1)
+    found = compare(exact, {"x": noisy(exact), "y": noisy(exact, 2)})
+    for name in FORMS:
+        assert found.table[name].to_numpy() == pytest.approx(found.table["pearson"].to_numpy())
+        assert found.differences[name].notna().all()
+        assert found.differences[f"{name}_lo"].isna().all()
+
+
+def test_a_site_that_one_method_lacks_has_no_difference_with_it(exact):
+    ah = altered(exact, lambda site, values: values if site == "resid_pre" else np.full_like(values, np.nan), not_scored={"z": "pattern is constant"})
+    found = compare(exact, {"AH": ah, "AtP": noisy(exact), "RelP": noisy(exact, 2)}, n_boot=5)
+    pairs = found.differences.query("site == 'z' and cells == 'live'")[["method", "other"]]
+    assert pairs.to_numpy().tolist() == [["RelP", "AtP"]]
 
 
 def test_ranks_average_ties():
@@ -327,7 +560,7 @@ def test_summary_reads_well(comparison):
     assert "all cells, structural zeros included" in comparison.summary("all")
     assert repr(comparison) == text
     html = comparison._repr_html_()
-    assert html.count("<table") == 4
+    assert html.count("<table") == 8  # three for each set of cells, verified recall, cost
     with pytest.raises(ScoreError, match="unknown set of cells 'dead'; Valid: all, live"):
         comparison.summary("dead")
 
@@ -339,10 +572,14 @@ def test_html_escapes_names(exact):
 def test_files_hold_the_table_in_full_precision(comparison, tmp_path):
     comparison.to_csv(tmp_path / "a.csv")
     pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "a.csv"), comparison.table, check_dtype=False, rtol=1e-15)
+    comparison.to_csv(tmp_path / "d.csv", what="differences")
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "d.csv"), comparison.differences, check_dtype=False, rtol=1e-15)
+    with pytest.raises(ScoreError, match="unknown table of a comparison 'notes'"):
+        comparison.to_csv(tmp_path / "e.csv", what="notes")
     comparison.to_json(tmp_path / "a.json")
     record = json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))
     assert record == comparison.to_dict()
-    assert set(record) == {"setting", "table", "costs", "reliability", "notes", "verified_recall"}
+    assert set(record) == {"setting", "table", "costs", "reliability", "notes", "verified_recall", "differences"}
     assert record["table"][0]["pearson"] == comparison.table["pearson"].iloc[0]
     assert record["costs"][0]["predicted_bytes"] is None
     for write, name in ((comparison.to_csv, "a.csv"), (comparison.to_json, "a.json")):

@@ -1,5 +1,7 @@
 """Structural zeros: cells declared dead are patched for real and do nothing; hand-written masks say which cells are alive."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -168,6 +170,26 @@ def test_prefix_counts_over_all_examples() -> None:
     model = model_of("gpt2")
     assert _mask(model, "resid_pre", task) == [[N, N, Y, Y, N], [N, N, Y, Y, Y], [N, N, Y, Y, Y]]
     assert _mask(model, "resid_pre", task.select([0])) == [[N, N, N, Y, N], [N, N, N, Y, Y], [N, N, N, Y, Y]]
+
+
+@pytest.mark.parametrize("source", ["paired", "zero"])
+@pytest.mark.parametrize("sites", [("resid_pre", "z", "z[layer,pos,head]", "pattern[layer,dest,src]"), ("edges",), ("edges[writer,reader,pos]",)])
+def test_each_example_has_the_live_cells_it_has_alone(sites: tuple[str, ...], source: str) -> None:
+    """Changes at several places, named positions, several lengths: what can matter for an example does not depend on the others."""
+    several = Task("several", (pair(5, (2,), 1), pair(5, (1,), 2), pair(5, (2,), 3), pair(5, (1, 4), 4)), swap_task().metric)
+    for task in (several, mixed_task()):
+        scores = scores_of(pl.AttributionPatching(source=source), model_of("gpt2"), task, sites)
+        axis = task.position_axis() if any(set(parse_site(site).axes) & set(POSITION_AXES) for site in sites) else None
+        for site in scores.sites:
+            found = scores.live_per_example(site)
+            assert (found.any(0) == scores.live[site].to_numpy()).all()
+            for e in range(len(task)):
+                alone = axis if axis is None else replace(axis, index=axis.index[[e]])
+                expected = live_cells(model_of("gpt2").arch, parse_site(site), task.select([e]), alone, paired=source == "paired")
+                np.testing.assert_array_equal(found[e], expected)
+            assert not scores.data[site].to_numpy()[~found].any()
+        if source == "paired":  # examples with the same changes share a pattern
+            assert scores.patterns["pattern_of"].to_numpy().tolist() == ([0, 1, 0, 2] if task is several else [0, 1, 2, 3])
 
 
 def test_heads_that_read_nothing_new_are_dead_jointly() -> None:

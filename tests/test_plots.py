@@ -10,10 +10,11 @@ import pytest
 from score_maps import COST, Labels, altered, make_map, random_map
 
 from patchlab import plots
-from patchlab.compare import STATISTICS, compare
+from patchlab.compare import FORMS, STATISTICS, compare
 from patchlab.errors import OutputError, ScoreError
 from patchlab.plots._agreement import STRUCTURAL, _prepare_agreement
 from patchlab.plots._comparison import _prepare_comparison
+from patchlab.plots._differences import _prepare_differences
 from patchlab.plots._heatmaps import _prepare_heatmaps
 from patchlab.plots._save import save
 from patchlab.plots._style import GREY, flow, shown, sparse_ticks
@@ -213,8 +214,21 @@ def test_agreement_states_what_compare_states():
     exact, methods = random_map(*SITES), {"AtP": random_map(*SITES, seed=1)}
     table = compare(exact, methods, n_boot=2).table.query("cells == 'live'").set_index("site")
     for row in _prepare_agreement(exact, methods).rows:
-        assert row[0].pearson == pytest.approx(table.loc[row[0].site, "pearson"])
-        assert row[0].slope == pytest.approx(table.loc[row[0].site, "slope"])
+        for name in (*FORMS, "slope"):
+            assert getattr(row[0], name) == pytest.approx(table.loc[row[0].site, name]), name
+
+
+def test_agreement_of_an_unsigned_method_is_drawn_and_stated_against_the_size():
+    exact = random_map("z")
+    methods = {"GradDrop": altered(random_map("z", seed=1), lambda site, values: np.abs(values), unsigned=True), "AtP": random_map("z", seed=2)}
+    table = compare(exact, methods, n_boot=2).table.set_index("method")
+    unsigned, signed = _prepare_agreement(exact, methods).rows[0]
+    for scatter, values in ((unsigned, np.abs(exact.mean("z").to_numpy())), (signed, exact.mean("z").to_numpy())):
+        np.testing.assert_array_equal(scatter.exact, values.ravel())
+        for name in (*FORMS, "slope"):
+            assert getattr(scatter, name) == pytest.approx(table.loc[scatter.method, name].iloc[0]), name
+    notes = [note.text for note in plots.agreement(exact, methods).layout.annotations]
+    assert [", |exact|" in note for note in notes if " · z" in note] == [True, False]
 
 
 def test_agreement_is_drawn_on_equal_axes_with_identity_and_slope():
@@ -229,7 +243,7 @@ def test_agreement_is_drawn_on_equal_axes_with_identity_and_slope():
     assert list(live.marker.color) == [0] * 5 + [1] * 5 + [2] * 5
     assert live.marker.coloraxis == "coloraxis"
     notes = [note.text for note in figure.layout.annotations]
-    assert "r = 1.00<br>slope 0.50" in notes
+    assert "r, means 1.00<br>per prompt 1.00<br>pooled 1.00<br>slope 0.50" in notes
     assert "exact effect (logits)" in figure.layout.xaxis.title.text
 
 
@@ -239,7 +253,7 @@ def test_agreement_of_a_site_that_was_not_scored_or_is_undefined():
     assert any("not scored" in note.text for note in figure.layout.annotations)
     flat = make_map({"z": np.zeros((3, 1, 4))})
     figure = plots.agreement(flat, {"x": altered(flat, half)})
-    assert any(note.text == "r = undefined<br>slope undefined" for note in figure.layout.annotations)
+    assert any(note.text == "r, means undefined<br>per prompt undefined<br>pooled undefined<br>slope undefined" for note in figure.layout.annotations)
 
 
 def test_agreement_refuses_what_compare_refuses():
@@ -281,12 +295,52 @@ def test_comparison_of_all_cells_and_of_unknown_ones(comparison):
 
 def test_whiskers_span_the_interval_and_a_missing_bar_is_a_dash(comparison):
     figure, data = plots.comparison(comparison), _prepare_comparison(comparison)
+    rings = [trace for trace in figure.data if isinstance(trace, go.Scatter) and trace.marker.symbol == "circle"]
+    expected = [quartile[i] for i in range(2) for quartile in data.panels[1].quartiles]
+    np.testing.assert_array_equal([trace.y for trace in rings], expected)
+    np.testing.assert_array_equal(expected[0][0], comparison.table.query("cells == 'live'")["pearson_per_prompt_q25"].iloc[0])
     whiskers = figure.data[1]
     np.testing.assert_allclose(np.asarray(whiskers.y) - whiskers.error_y.array, data.panels[0].low[0])
     np.testing.assert_allclose(np.asarray(whiskers.y) + whiskers.error_y.array, data.panels[0].high[0])
     assert sum(note.text == "–" for note in figure.layout.annotations) == len(STATISTICS)
     assert figure.layout.xaxis.ticktext == SITES
-    assert figure.layout.yaxis6.type == "log"
+    assert figure.layout.yaxis8.type == "log"
+
+
+# differences
+
+
+def test_differences_are_the_table_with_a_dot_per_pair_site_and_form():
+    exact = random_map(*SITES)
+    methods = {"AtP": random_map(*SITES, seed=1), "<b>": altered(exact, half), "AH": without_z(exact)}
+    found = compare(exact, methods, n_boot=30)
+    data = _prepare_differences(found)
+    assert data.pairs == (("<b>", "AtP"), ("AH", "AtP"), ("AH", "<b>"))
+    assert data.sites == SITES
+    table = found.differences.query("cells == 'live'").set_index(["method", "other", "site"])
+    for name in FORMS:
+        for end, part in (("", data.value), ("_lo", data.low), ("_hi", data.high)):
+            expected = [[table[name + end].get((*pair, site), np.nan) for site in SITES] for pair in data.pairs]
+            np.testing.assert_array_equal(part[name], expected)
+        assert np.isnan(data.value[name][1:, 1]).all()
+    figure = plots.differences(found)
+    assert figure.layout.yaxis.ticktext == ("&lt;b&gt; − AtP", "AH − AtP", "AH − &lt;b&gt;")
+    assert figure.layout.xaxis.range == figure.layout.xaxis2.range
+    bars, dots = figure.data[0], figure.data[1]
+    np.testing.assert_allclose(np.asarray(bars.x) - bars.error_x.array, data.low["pearson"][:, 0])
+    np.testing.assert_array_equal(dots.x, data.value["pearson"][:, 0])
+    for colour, low, high in zip(dots.marker.color, data.low["pearson"][:, 0], data.high["pearson"][:, 0], strict=True):
+        assert (colour != "white") == (low > 0 or high < 0)
+    assert sum(note.text == "–" for note in figure.layout.annotations) == 2 * len(FORMS)
+    assert _prepare_differences(found, cells="all").value["pearson"][0, 0] == found.differences.query("cells == 'all'")["pearson"].iloc[0]
+
+
+def test_differences_without_pairs_or_of_unknown_cells_are_refused(comparison):
+    with pytest.raises(ScoreError, match="unknown set of cells 'dead'"):
+        plots.differences(comparison, cells="dead")
+    exact = random_map("z")
+    with pytest.raises(ScoreError, match="there are no differences to draw; compare at least two methods"):
+        plots.differences(compare(exact, {"x": altered(exact, half)}, n_boot=2))
 
 
 # all figures
@@ -294,7 +348,7 @@ def test_whiskers_span_the_interval_and_a_missing_bar_is_a_dash(comparison):
 
 def figures(comparison) -> list[go.Figure]:
     exact = random_map(*SITES)
-    return [plots.heatmaps(exact), plots.agreement(exact, {"AtP": altered(exact, half)}), plots.comparison(comparison)]
+    return [plots.heatmaps(exact), plots.agreement(exact, {"AtP": altered(exact, half)}), plots.comparison(comparison), plots.differences(comparison)]
 
 
 def test_figures_leave_plotly_as_it_was(comparison):

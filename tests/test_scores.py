@@ -1,14 +1,17 @@
 """ScoreMap: what it holds, what it refuses, and that a file gives back what was saved."""
 
+import json
 import os
 
+import h5py
 import numpy as np
 import pytest
 import xarray as xr
-from score_maps import TOKENS, Labels, make_map, random_map
+from score_maps import TOKENS, Labels, altered, make_map, random_map
 
 from patchlab.bootstrap import interval, resampling_weights
 from patchlab.errors import OutputError, ScoreError
+from patchlab.score_arrays import Patterns
 from patchlab.scores import Cost, ScoreMap
 from patchlab.sites import parse_site
 
@@ -191,7 +194,7 @@ def test_loading_gives_back_exactly_what_was_saved(tmp_path, named):
     scores.save(tmp_path / "a.nc")
     again = ScoreMap.load(tmp_path / "a.nc")
     assert again.sites == scores.sites
-    for before, after in ((scores.data, again.data), (scores.live, again.live)):
+    for before, after in ((scores.data, again.data), (scores.live, again.live), (scores.patterns, again.patterns)):
         assert after.identical(before)
         assert {name: part.dtype for name, part in after.variables.items()} == {name: part.dtype for name, part in before.variables.items()}
     assert again.provenance == scores.provenance
@@ -279,11 +282,57 @@ def test_a_truncated_file_is_refused(tmp_path, keep):
         ScoreMap.load(path)
 
 
+def test_live_cells_of_each_example_survive_and_follow_the_order_of_the_rows(tmp_path):
+    cells = {"z": np.array([[[True, False]], [[True, True]]])}
+    given = make_map({"z": np.zeros((3, 1, 2))}, live={"z": cells["z"].any(0)}, examples=[5, 1, 3], patterns=Patterns(np.array([1, 0, 0]), cells))
+    given.save(tmp_path / "a.nc")
+    for scores in (given, ScoreMap.load(tmp_path / "a.nc")):
+        assert scores.data["example"].to_numpy().tolist() == [1, 3, 5]
+        assert scores.live_per_example("z")[:, 0].tolist() == [[True, False], [True, False], [True, True]]
+        assert scores.live["z"].to_numpy().tolist() == [[True, True]]
+    with pytest.raises(ScoreError, match="no site of this score map|unknown site of this score map"):
+        given.live_per_example("q")
+
+
+def test_a_map_that_does_not_know_the_live_cells_of_each_example(tmp_path):
+    scores = altered(random_map("resid_pre"), lambda site, values: values)
+    assert scores.patterns is None
+    assert (scores.live_per_example("resid_pre") == scores.live["resid_pre"].to_numpy()).all()
+    assert scores.live_per_example("resid_pre").shape == scores.data["resid_pre"].shape
+    scores.save(tmp_path / "a.nc")
+    assert ScoreMap.load(tmp_path / "a.nc").patterns is None
+
+
+def test_a_file_from_before_patterns_loads_without_them(tmp_path, monkeypatch):
+    random_map("z").save(tmp_path / "a.nc")
+    with h5py.File(tmp_path / "a.nc", "r+") as file:
+        record = json.loads(file.attrs["patchlab_scoremap"])
+        del record["patterns"], file["patterns"]
+        file.attrs["patchlab_scoremap"] = json.dumps({**record, "format": 1})
+    again = ScoreMap.load(tmp_path / "a.nc")
+    assert again.patterns is None
+    assert again.data.identical(random_map("z").data)
+
+
+@pytest.mark.parametrize(
+    ("of", "cells", "message"),
+    [
+        ([0, 0], np.ones((1, 1, 2)), "one number per example \\(3\\)"),
+        ([0, 0, 1], np.ones((1, 1, 2)), r"the shape \[1, 1, 2\] and the numbers 0 to 1"),
+        ([0, 0, 0], np.ones((1, 2, 2)), r"the shape \[1, 2, 2\]"),
+        ([0, 0, 0], [[[True, False]], [[True, True]]], "not those that can matter for at least one example"),
+    ],
+)
+def test_patterns_that_do_not_fit_are_refused(of, cells, message):
+    with pytest.raises(ScoreError, match=message):
+        make_map({"z": np.zeros((3, 1, 2))}, patterns=Patterns(np.array(of), {"z": np.asarray(cells, dtype=bool)}))
+
+
 def test_a_map_of_a_newer_version_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("patchlab.scores.FORMAT", 2)
+    monkeypatch.setattr("patchlab.scores.FORMAT", 3)
     random_map("z").save(tmp_path / "a.nc")
     monkeypatch.undo()
-    with pytest.raises(ScoreError, match="has the format 2 and this patchlab reads up to 1"):
+    with pytest.raises(ScoreError, match="has the format 3 and this patchlab reads up to 2"):
         ScoreMap.load(tmp_path / "a.nc")
 
 

@@ -14,16 +14,18 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from jaxtyping import Int
 from tqdm.auto import tqdm
 
 from patchlab.engine import Target
 from patchlab.errors import MethodError, unknown
 from patchlab.methods.checkpoint import Finished, Work, batch_rows, described, joined, keeping
 from patchlab.methods.identity import identify
-from patchlab.methods.liveness import cell_shape, live_cells
+from patchlab.methods.liveness import cell_shape, live_cells, live_patterns, pattern_cells
 from patchlab.methods.runs import DIRECTIONS, SOURCES, Meter, Runs, Setting, check_metric, mean_source, unpatched
 from patchlab.metrics import METRICS
 from patchlab.models import Model
+from patchlab.score_arrays import Patterns
 from patchlab.scores import Cost, ScoreMap
 from patchlab.sites import POSITION_AXES, Site, parse_sites
 from patchlab.tasks.base import Batch, Task
@@ -215,6 +217,7 @@ class Method(ABC):
         return ScoreMap.build(
             scores,
             setting.live,
+            patterns=self._patterns(setting, examples),
             task_axis=setting.axis,
             examples=examples,
             metric_clean=clean,
@@ -229,6 +232,16 @@ class Method(ABC):
                 torch.cuda.max_memory_allocated(model.device) if on_cuda else None,
             ),
         )
+
+    def _patterns(self, setting: Setting, examples: Int[np.ndarray, " example"]) -> Patterns | None:
+        """Which cells can matter for which example; None where all can for all."""
+        if setting.model.ambient:
+            return None
+        task, axis, paired = setting.task, setting.axis, self.source == "paired"
+        number = live_patterns(task, axis, paired=paired)
+        first = np.unique(number, return_index=True)[1].tolist()
+        cells = {str(site): pattern_cells(setting.model.arch, site, task, axis, first, paired=paired) for site in setting.sites}
+        return Patterns(number[examples], cells)
 
     def source_targets(self, setting: Setting) -> tuple[Target, ...]:
         """Where the source's activations are needed."""

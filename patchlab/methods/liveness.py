@@ -1,9 +1,10 @@
 """Structural zeros: the cells that cannot matter, decided from token ids and the computational graph."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 
 from patchlab.adapters import Architecture
 from patchlab.sites import KINDS, Site
@@ -21,15 +22,30 @@ def live_cells(arch: Architecture, site: Site, task: Task, axis: PositionAxis | 
     the last attention layer), or, with a ``paired`` source, if for every example the tokens up to it are unchanged, or it is a
     position-local activation of layer 0 at an unchanged token.
     """
-    shape = cell_shape(arch, site, axis)
-    live = np.zeros(shape, dtype=bool)
-    for example, pair in enumerate(task.pairs):
-        changed = np.asarray(pair.clean_ids) != np.asarray(pair.corrupted_ids)
-        if not paired:
-            changed = np.ones_like(changed)
-        one = _edges_of_one if site.kind == "edges" else _one_example
-        live |= one(arch, site, changed, None if axis is None else axis.index[example], task.metric.reads == "answer")
-    return live
+    first = np.unique(live_patterns(task, axis, paired=paired), return_index=True)[1]
+    return np.asarray(pattern_cells(arch, site, task, axis, first.tolist(), paired=paired).any(0))
+
+
+def live_patterns(task: Task, axis: PositionAxis | None, *, paired: bool) -> Int[np.ndarray, " example"]:
+    """The pattern of each example, counted from 0: examples of one pattern have the same live cells, at every site."""
+    keys = [(_changed(task, e, paired).tobytes(), None if axis is None or axis.names is None else axis.index[e].tobytes()) for e in range(len(task))]
+    number = {key: i for i, key in enumerate(dict.fromkeys(keys))}
+    return np.array([number[key] for key in keys])
+
+
+def pattern_cells(
+    arch: Architecture, site: Site, task: Task, axis: PositionAxis | None, examples: Iterable[int], *, paired: bool
+) -> Bool[np.ndarray, "pattern *cells"]:
+    """Which cells of a site can matter for each of these examples (one of every pattern is enough)."""
+    one = _edges_of_one if site.kind == "edges" else _one_example
+    reads_answer = task.metric.reads == "answer"
+    return np.stack([one(arch, site, _changed(task, e, paired), None if axis is None else axis.index[e], reads_answer) for e in examples])
+
+
+def _changed(task: Task, example: int, paired: bool) -> Bool[np.ndarray, " pos"]:
+    """Positions at which what is patched in can differ before anything mixes positions."""
+    pair = task.pairs[example]
+    return np.asarray(pair.clean_ids) != np.asarray(pair.corrupted_ids) if paired else np.ones(len(pair), dtype=bool)
 
 
 def cell_shape(arch: Architecture, site: Site, axis: PositionAxis | None) -> tuple[int, ...]:

@@ -3,9 +3,10 @@
 from patchlab.plots._agreement import agreement
 from patchlab.plots._circuit import circuit
 from patchlab.plots._comparison import comparison
+from patchlab.plots._differences import differences
 from patchlab.plots._edges import edge_heatmap
 from patchlab.plots._faithfulness import faithfulness
 from patchlab.plots._heatmaps import heatmaps
 from patchlab.plots._save import save
 
-__all__ = ["agreement", "circuit", "comparison", "edge_heatmap", "faithfulness", "heatmaps", "save"]
+__all__ = ["agreement", "circuit", "comparison", "differences", "edge_heatmap", "faithfulness", "heatmaps", "save"]

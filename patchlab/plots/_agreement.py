@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 from jaxtyping import Bool, Float, Int, Shaped
 from plotly.colors import sample_colorscale
 
-from patchlab.agreement import pearson, slope
+from patchlab.agreement import Moments, mean_of_defined, pearson, slope
 from patchlab.alignment import check_alike, check_names
 from patchlab.plots._facets import cell_texts
 from patchlab.plots._style import INK, MUTED, PALE, Box, Page, about, heading, words_width
@@ -26,7 +26,11 @@ LAYERS = sample_colorscale("Viridis", [i / 10 for i in range(10)])
 
 @dataclass(frozen=True)
 class Scatter:
-    """The cells of one site under one method: example means in metric units, their layer, and the agreement over live cells."""
+    """The cells of one site under one method: example means in metric units, their layer, and the agreement over live cells.
+
+    The Pearson correlations are those of :func:`patchlab.compare`: of the means, per prompt (their mean), pooled. ``exact`` is |exact| beside an
+    ``unsigned`` method.
+    """
 
     site: str
     method: str
@@ -36,7 +40,10 @@ class Scatter:
     layer: Int[np.ndarray, " cell"]
     hover: Shaped[np.ndarray, " cell"]
     pearson: float
+    pearson_per_prompt: float
+    pearson_pooled: float
     slope: float
+    unsigned: bool
     not_scored: str | None
 
 
@@ -75,16 +82,29 @@ def _range(row: Sequence[Scatter]) -> tuple[float, float]:
 
 def _scatter(reference: ScoreMap, other: ScoreMap, method: str, site: str, all_maps: Sequence[ScoreMap]) -> Scatter:
     exact, approximation = (scores.mean(site).to_numpy().ravel() for scores in (reference, other))
-    live = reference.live[site]
+    unsigned = bool(other.provenance.get("unsigned"))
+    exact = np.abs(exact) if unsigned else exact
+    chosen = reference.live[site].to_numpy().ravel()
     layer, hover = _layers(reference, site), cell_texts(reference, site)
-    chosen = live.to_numpy().ravel()
-    if parse_site(site).kind == "edges":
-        there = _common_edges(site, all_maps)
-        exact, approximation, chosen, layer, hover = (part[there] for part in (exact, approximation, chosen, layer, hover))
+    there = _common_edges(site, all_maps) if parse_site(site).kind == "edges" else np.ones_like(chosen)
+    exact, approximation, chosen, layer, hover = (part[there] for part in (exact, approximation, chosen, layer, hover))
     pair = exact[None, chosen], approximation[None, chosen]
-    r, s = (float(statistic(*pair)[0]) if chosen.any() else float("nan") for statistic in (pearson, slope))
     skipped = reference.not_scored.get(site) or other.not_scored.get(site)
-    return Scatter(site, method, exact, approximation, chosen, layer, hover, r, s, skipped)
+    r, s = (float(statistic(*pair)[0]) if chosen.any() else float("nan") for statistic in (pearson, slope))
+    per_prompt, pooled = (float("nan"), float("nan")) if skipped else _of_prompts(reference, other, site, there, unsigned)
+    return Scatter(site, method, exact, approximation, chosen, layer, hover, r, per_prompt, pooled, s, unsigned, skipped)
+
+
+def _of_prompts(reference: ScoreMap, other: ScoreMap, site: str, there: Bool[np.ndarray, " cell"], unsigned: bool) -> tuple[float, float]:
+    """The mean over prompts of each prompt's correlation, and that of all prompts' effects pooled, over what is live for a prompt."""
+    live = reference.live_per_example(site)
+    n = len(live)
+    parts = []
+    for example in range(n):  # one prompt at a time: maps can be large
+        exact, approximation = (scores.data[site].to_numpy()[example].astype(np.float64).ravel()[there] for scores in (reference, other))
+        parts.append(Moments.of((np.abs(exact) if unsigned else exact)[None], approximation[None], live[example].ravel()[there][None]))
+    moments, even = Moments.joined(parts), np.full((1, n), 1 / n)
+    return float(mean_of_defined(moments.per_prompt(), even)[0]), float(moments.pooled(even)[0])
 
 
 def _common_edges(site: str, maps: Sequence[ScoreMap]) -> Bool[np.ndarray, " cell"]:
@@ -111,7 +131,8 @@ def agreement(reference: ScoreMap, methods: Mapping[str, ScoreMap]) -> go.Figure
     """Scatter of each approximation against the reference: a row per site, a column per method, a point per cell.
 
     Points are example means, coloured by layer (of an edge, its reader's); structural zeros are grey. The dashed line is identity, the solid one
-    approximation = slope · exact; r is the Pearson correlation over live cells. The panels of a row share their axes.
+    approximation = slope · exact. The Pearson correlations over live cells are of the means that are drawn, per prompt (their mean) and of all
+    prompts' effects pooled. An unsigned method is drawn against |exact|. The panels of a row share their axes.
 
     Raises:
         ScoreError: as :func:`patchlab.compare` does, for unlike maps or bad names.
@@ -130,7 +151,7 @@ def _draw(data: AgreementData) -> go.Figure:
     for i, (row, span) in enumerate(zip(data.rows, data.ranges, strict=True)):
         for j, scatter in enumerate(row):
             box = Box(70 + j * (PANEL + GAP_X), 92 + i * (PANEL + GAP_Y), PANEL, PANEL)
-            page.note(box.left, box.top - 22, heading(f"{scatter.method} · {scatter.site}", "", PANEL))
+            page.note(box.left, box.top - 22, heading(f"{scatter.method} · {scatter.site}" + (", |exact|" if scatter.unsigned else ""), "", PANEL))
             shared = {"range": span, "nticks": 6, "mirror": True}
             across = {**shared, "title": {"text": f"{escape(data.reference, quote=False)} effect{unit}" if i == n_rows - 1 else ""}}
             up = {**shared, "title": {"text": f"approximation{unit}" if j == 0 else ""}}
@@ -151,7 +172,7 @@ def _draw(data: AgreementData) -> go.Figure:
 
 
 def _legend(data: AgreementData) -> str:
-    words = ["dashed: identity", "solid: slope through the origin", "r: Pearson over live cells"]
+    words = ["dashed: identity", "solid: slope through the origin", "Pearson over live cells: of the means drawn, per prompt, pooled"]
     if any((~scatter.live).any() for row in data.rows for scatter in row):
         words.append(f'<span style="color:{STRUCTURAL}">●</span> structural zero')
     return "".join(f" &nbsp;·&nbsp; {word}" for word in words)
@@ -172,7 +193,8 @@ def _draw_scatter(page: Page, scatter: Scatter, box: Box, where: dict[str, str],
     if np.isfinite(scatter.slope):
         page.figure.add_trace(go.Scatter(x=ends, y=scatter.slope * ends, line={"color": INK, "width": 1}, **line))
     kind = go.Scattergl if scatter.exact.size > _MANY else go.Scatter
-    template = f"%{{text}}<br>exact %{{x:.3g}}, {escape(scatter.method)} %{{y:.3g}}<extra></extra>"
+    what = "|exact|" if scatter.unsigned else "exact"
+    template = f"%{{text}}<br>{what} %{{x:.3g}}, {escape(scatter.method)} %{{y:.3g}}<extra></extra>"
     for chosen in (~scatter.live, scatter.live):
         if chosen.any():
             is_live = bool(scatter.live[chosen][0])
@@ -180,5 +202,6 @@ def _draw_scatter(page: Page, scatter: Scatter, box: Box, where: dict[str, str],
             marker = {"size": 6 if is_live else 5, "opacity": 0.85, "line": {"width": 0.5, "color": "white"}, **colour}
             points = {"x": scatter.exact[chosen], "y": scatter.approximation[chosen], "text": scatter.hover[chosen]}
             page.figure.add_trace(kind(**points, mode="markers", marker=marker, hovertemplate=template, **where))
-    r, s = ("undefined" if np.isnan(value) else f"{value:.2f}" for value in (scatter.pearson, scatter.slope))
-    page.note(box.left + 7, box.top + 6, f"r = {r}<br>slope {s}", size=11, bgcolor="rgba(255,255,255,0.75)", borderpad=1)
+    numbers = {"r, means": scatter.pearson, "per prompt": scatter.pearson_per_prompt, "pooled": scatter.pearson_pooled, "slope": scatter.slope}
+    lines = [f"{name} {'undefined' if np.isnan(value) else f'{value:.2f}'}" for name, value in numbers.items()]
+    page.note(box.left + 7, box.top + 6, "<br>".join(lines), size=11, bgcolor="rgba(255,255,255,0.75)", borderpad=1)

@@ -8,13 +8,15 @@ import numpy as np
 import plotly.graph_objects as go
 from jaxtyping import Float
 
-from patchlab.compare import CELLS, STATISTICS, Comparison
+from patchlab.compare import CELLS, QUARTILES, STATISTICS, Comparison
 from patchlab.errors import ScoreError, unknown
 from patchlab.plots._style import COLOURS, INK, MUTED, Box, Page, words_width
 
 PANEL_HEIGHT, GAP_X, GAP_Y, BAR = 190, 70, 92, 17
 _TITLES = {
-    "pearson": "Pearson correlation",
+    "pearson": "Pearson of example-mean maps",
+    "pearson_per_prompt": "Pearson per prompt: mean, quartiles (○)",
+    "pearson_pooled": "Pearson of all prompts’ effects, pooled",
     "spearman": "Spearman correlation",
     "slope": "Slope through the origin (1 = right size)",
     "sign_agreement": "Sign agreement, |exact| > 1 % of the gap",
@@ -24,13 +26,17 @@ _TITLES = {
 
 @dataclass(frozen=True)
 class Bars:
-    """One statistic: its value and interval per method and site (NaN where it is undefined or was not scored)."""
+    """One statistic: its value and interval per method and site (NaN where it is undefined or was not scored).
+
+    ``quartiles``, the lower and the upper over prompts, where the statistic is a mean over prompts.
+    """
 
     statistic: str
     title: str
     value: Float[np.ndarray, "method site"]
     low: Float[np.ndarray, "method site"]
     high: Float[np.ndarray, "method site"]
+    quartiles: tuple[Float[np.ndarray, "method site"], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -55,7 +61,10 @@ def _prepare_comparison(comparison: Comparison, *, cells: str = "live") -> Compa
     def spread(column: str) -> np.ndarray:
         return table.pivot(index="method", columns="site", values=column).reindex(index=list(methods), columns=list(sites)).to_numpy(dtype=float)
 
-    panels = tuple(Bars(name, _TITLES[name], spread(name), spread(f"{name}_lo"), spread(f"{name}_hi")) for name in STATISTICS)
+    quartiles = {"pearson_per_prompt": tuple(spread(column) for column, share in QUARTILES.items() if share != 0.5)}
+    panels = tuple(
+        Bars(name, _TITLES[name], spread(name), spread(f"{name}_lo"), spread(f"{name}_hi"), quartiles.get(name, ())) for name in STATISTICS
+    )
     rows = comparison.reliability[comparison.reliability["cells"] == cells]
     half = dict(zip(rows["site"], rows["half_pearson"], strict=True))
     costs = tuple(
@@ -75,7 +84,8 @@ def _prepare_comparison(comparison: Comparison, *, cells: str = "live") -> Compa
 def comparison(comparison: Comparison, *, cells: str = "live") -> go.Figure:
     """Bars of every statistic, grouped by site and coloured by method, with 95 % intervals, and the cost on a log scale.
 
-    The dotted strokes beside the Pearson bars are the split-half correlation of the reference itself.
+    The dotted strokes beside the Pearson bars of mean maps are the split-half correlation of the reference itself; the rings on the bars per
+    prompt are the lower and upper quartile over prompts.
 
     Args:
         comparison: what :func:`patchlab.compare` returned.
@@ -131,6 +141,9 @@ def _draw_bars(page: Page, data: ComparisonData, bars: Bars, box: Box, colours: 
         whiskers = {"type": "data", "array": (high - low) / 2, "color": INK, "thickness": 1, "width": 2.5}
         dot = {"size": 0.1, "color": INK}
         page.figure.add_trace(go.Scatter(x=x, y=(high + low) / 2, mode="markers", marker=dot, error_y=whiskers, hoverinfo="skip", **where))
+        for quartile in bars.quartiles:
+            marks = {"symbol": "circle", "size": 6, "color": "white", "line": {"width": 1.2, "color": INK}}
+            page.figure.add_trace(go.Scatter(x=x, y=quartile[i], mode="markers", marker=marks, hoverinfo="skip", **where))
         for place in x[np.isnan(value)]:
             dash = {"text": "–", "showarrow": False, "yanchor": "bottom", "font": {"size": 13, "color": colours[name]}}
             page.figure.add_annotation(x=place, y=0, xref=where["xaxis"], yref=where["yaxis"], **dash)
@@ -144,7 +157,7 @@ def _draw_bars(page: Page, data: ComparisonData, bars: Bars, box: Box, colours: 
 
 
 def _vertical(bars: Bars, data: ComparisonData) -> dict:
-    bounds = [bars.value, bars.low, bars.high, *([np.array(data.half_pearson)] if bars.statistic == "pearson" else [])]
+    bounds = [bars.value, bars.low, bars.high, *bars.quartiles, *([np.array(data.half_pearson)] if bars.statistic == "pearson" else [])]
     values = np.concatenate([np.ravel(part) for part in bounds])
     values = values[np.isfinite(values)]
     top = max(1.03, 1.05 * float(values.max(initial=0.0)))

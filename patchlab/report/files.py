@@ -40,6 +40,8 @@ def write(folder: Path, results: Results, *, say: Callable[[str], Any] = lambda 
     for name, scores in results.maps.items():
         scores.save(folder / scores_file(name))
     results.comparison.to_csv(folder / "comparison.csv")
+    if len(results.comparison.differences):
+        results.comparison.to_csv(folder / "differences.csv", what="differences")
     results.comparison.to_json(folder / "comparison.json")
     methods = {name: scores for name, scores in results.maps.items() if name != REFERENCE}
     figures = {
@@ -47,6 +49,8 @@ def write(folder: Path, results: Results, *, say: Callable[[str], Any] = lambda 
         "agreement": plots.agreement(results.maps[REFERENCE], methods),
         "heatmaps": plots.heatmaps(results.maps),
     }
+    if len(results.comparison.differences):
+        figures["differences"] = plots.differences(results.comparison)
     for name, figure in figures.items():
         plots.save(figure, folder / f"{name}.html", include_plotlyjs="directory")
     if reason := _images(figures, folder):

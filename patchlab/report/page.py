@@ -2,14 +2,14 @@
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from html import escape
 from importlib.resources import files
 from typing import Any
 
 import pandas as pd
 
-from patchlab.compare import CELLS, STATISTICS
+from patchlab.compare import CELLS, FORMS, QUARTILES, STATISTICS, Comparison
 from patchlab.report.job import REFERENCE, Results
 
 DIRECTIONS = {
@@ -31,13 +31,15 @@ def render(results: Results, figures: Mapping[str, str], written: Iterable[str],
 
     Args:
         results: what was computed.
-        figures: plotly's HTML (a ``<div>`` with its script) of ``comparison``, ``agreement`` and ``heatmaps``.
+        figures: plotly's HTML (a ``<div>`` with its script) of ``comparison``, ``agreement``, ``heatmaps`` and, where there are
+            differences between methods, ``differences``.
         written: names of the other files of the folder, linked at the end.
         run: the contents of ``run.json``.
     """
     title = f"{results.task.name} on {results.model.name}: patching methods compared"
     sections = {
         "Agreement": _agreement(results),
+        **({"Differences": _differences(results.comparison, figures["differences"])} if "differences" in figures else {}),
         "Cost": _costs(results),
         "Intervals": _figure(figures["comparison"], "The table, drawn: each bar is a statistic with its 95 % interval."),
         "Cell by cell": _figure(figures["agreement"], "Each point is one cell of the example-mean map: the approximation against the exact effect."),
@@ -82,9 +84,11 @@ def _agreement(results: Results) -> str:
     about = comparison.setting
     parts = [
         _paragraph(
-            f"On example-mean maps, with 95 % bootstrap intervals over examples ({about['n_boot']} draws, the same for all methods). "
-            "Slope is through the origin: approximation = slope · exact. Sign agreement counts cells whose exact effect exceeds 1 % of the gap. "
-            "Top-k recall asks how many of the k largest exact effects are among the k largest of the approximation."
+            f"With 95 % bootstrap intervals over examples ({about['n_boot']} draws, the same for all methods). The Pearson correlation has three "
+            "forms: of example-mean maps; per prompt, over the effects on one prompt (the mean over prompts, with their quartiles); and pooled, over "
+            "the effects on all prompts at once. The other statistics are of example-mean maps. Slope is through the origin: approximation = "
+            "slope · exact. Sign agreement counts cells whose exact effect exceeds 1 % of the gap. Top-k recall asks how many of the k largest exact "
+            "effects are among the k largest of the approximation."
         )
     ]
     for cells, what in CELLS.items():
@@ -101,9 +105,37 @@ def _statistics(table: pd.DataFrame) -> str:
     rows = []
     for site, group in table.groupby("site", sort=False):
         for row in group.to_dict("records"):
-            values = (_with_interval(*(row[f"{name}{end}"] for end in ("", "_lo", "_hi"))) for name in STATISTICS)
-            rows.append([escape(str(site)), escape(str(row["method"])), *values, str(row["k"]), str(row["n_cells"])])
+            values = {name: _with_interval(*(row[f"{name}{end}"] for end in ("", "_lo", "_hi"))) for name in STATISTICS}
+            values["pearson_per_prompt"] += _prompts(row)
+            rows.append([escape(str(site)), escape(str(row["method"])), *values.values(), str(row["k"]), str(row["n_cells"])])
     return _table(["site", "method", *STATISTICS.values(), "k", "cells"], rows, text_columns=2)
+
+
+def _prompts(row: Mapping[Hashable, Any]) -> str:
+    """The quartiles over prompts, and how many prompts have no correlation."""
+    quartiles = [row[name] for name in QUARTILES]
+    words = [] if math.isnan(quartiles[0]) else [f"quartiles {' '.join(map(_number, quartiles))}"]
+    words += [f"{row['pearson_per_prompt_undefined']} undefined"] if row["pearson_per_prompt_undefined"] else []
+    return "".join(f'<span class="ci">{word}</span>' for word in words)
+
+
+def _differences(comparison: Comparison, figure: str) -> str:
+    text = (
+        "How much better one method agrees than another, as a difference of correlations with the interval of the difference itself: both "
+        "methods see the same draws, so it can exclude 0 where their own intervals overlap. Intervals are of one pair each; among many, some "
+        "exclude 0 by chance."
+    )
+    parts = [_paragraph(text), _figure(figure, "The differences, drawn: right of the line the first method of the pair agrees better.")]
+    for cells, what in CELLS.items():
+        rows = []
+        for site, group in comparison.differences.query("cells == @cells").groupby("site", sort=False):
+            for row in group.to_dict("records"):
+                values = (_with_interval(*(row[f"{name}{end}"] for end in ("", "_lo", "_hi")), signed=True) for name in FORMS)
+                pair = f"{row['method']} − {row['other']}"
+                rows.append([escape(str(site)), escape(pair), *values, str(row["pearson_per_prompt_undefined"])])
+        table = _table(["site", "difference", *FORMS.values(), "undefined prompts"], rows, text_columns=2)
+        parts.append(f"<details{' open' if cells == 'live' else ''}><summary>Over {escape(what)}</summary>{table}</details>")
+    return "".join(parts)
 
 
 def _costs(results: Results) -> str:
@@ -178,9 +210,10 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]], *, text_columns: 
     return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
 
 
-def _with_interval(value: float | int, low: float | int, high: float | int) -> str:
-    interval = "" if math.isnan(low) else f'<span class="ci">{_number(low)} to {_number(high)}</span>'
-    return _number(value) + interval
+def _with_interval(value: float | int, low: float | int, high: float | int, *, signed: bool = False) -> str:
+    sign = "+" if signed else ""
+    interval = "" if math.isnan(low) else f'<span class="ci">{_number(low, sign=sign)} to {_number(high, sign=sign)}</span>'
+    return _number(value, sign=sign) + interval
 
 
 def _count(value: float | int | None, name: str) -> str:
@@ -189,5 +222,5 @@ def _count(value: float | int | None, name: str) -> str:
     return f"{value / 1e6:,.0f}" if name.endswith("_bytes") else f"{value:,.0f}"
 
 
-def _number(value: float | int, digits: int = 2) -> str:
-    return "–" if math.isnan(value) else f"{value:.{digits}f}".replace("-", "−")
+def _number(value: float | int, digits: int = 2, *, sign: str = "") -> str:
+    return "–" if math.isnan(value) else f"{value:{sign}.{digits}f}".replace("-", "−")
