@@ -12,7 +12,7 @@ from torch import Tensor
 from patchlab.circuits.circuit import Circuit
 from patchlab.circuits.measure import Progress, checked, distinct, full_divergence, key_of, masks_on, rows_per_pass, with_full_logits
 from patchlab.engine.routing import pass_bytes, row_bytes, run_circuits, slices
-from patchlab.engine.wiring import Contributions, contributions
+from patchlab.engine.wiring import Contributions, contributions, post_norm_problem, post_norm_record
 from patchlab.errors import CircuitError, unknown
 from patchlab.models import Model
 from patchlab.tasks.base import Batch, Task
@@ -62,12 +62,13 @@ class Ablation:
     constants: Contributions | None
     train: Task | None
     fit: OptimalFit
+    post_norm: str = "renormalised"
     spread: Float[Tensor, "writer one one one"] | None = None
     losses: dict[bytes, tuple[float, float, bool]] = field(default_factory=dict, repr=False)
 
     def of(self, batch: Batch) -> Contributions:
         """What every writer is ablated to on the prompts of a batch."""
-        return contributions(self.model, batch.corrupted) if self.constants is None else self.constants
+        return contributions(self.model, batch.corrupted, self.post_norm) if self.constants is None else self.constants
 
     def measure(
         self,
@@ -105,7 +106,7 @@ class Ablation:
 
     def provenance(self) -> dict[str, Any]:
         """What it is, as JSON: the examples, and for fitted constants the budget."""
-        record: dict[str, Any] = {"ablation": self.kind, "ablation_is": ABLATIONS[self.kind]}
+        record: dict[str, Any] = {"ablation": self.kind, "ablation_is": ABLATIONS[self.kind], **post_norm_record(self.model, self.post_norm)}
         if self.train is not None:
             record["ablation_examples"] = f"{self.train.name}[{len(self.train)}]"
         if self.kind == "optimal":
@@ -138,7 +139,7 @@ class Ablation:
                 optimizer.zero_grad()
                 loss = torch.zeros(len(circuits), device=mean.device)
                 for program, keep in parts:
-                    constants = Contributions((mean + spread * shift).to(mean.dtype))
+                    constants = Contributions((mean + spread * shift).to(mean.dtype), self.post_norm)
                     divergence = -run_circuits(model, program, constants, keep, max_bytes=WHOLE).sum(1) / len(self.train)
                     divergence.sum().backward()
                     loss += divergence.detach()
@@ -149,7 +150,7 @@ class Ablation:
         final, before = (torch.stack(history[:steps]).amin(0) for steps in (len(history), 1 + 3 * self.fit.steps // 4))
         ends = zip(history[0].tolist(), final.tolist(), (final < 0.9 * before).tolist(), strict=True)
         self.losses.update(zip(map(key_of, circuits), ends, strict=True))
-        return Contributions((mean + spread * best).to(mean.dtype))
+        return Contributions((mean + spread * best).to(mean.dtype), self.post_norm)
 
     def _fitted_at_once(self, budget: int | float) -> int:
         """How many circuits get their constants fitted together."""
@@ -166,7 +167,15 @@ def _masked_at_once(circuits: Sequence[Circuit], batch: Batch, budget: int | flo
     return max(1, int(budget // each))
 
 
-def ablation_for(model: Model, task: Task, kind: str = "resample", *, train: Task | None = None, fit: OptimalFit | None = None) -> Ablation:
+def ablation_for(
+    model: Model,
+    task: Task,
+    kind: str = "resample",
+    *,
+    train: Task | None = None,
+    fit: OptimalFit | None = None,
+    post_norm: str = "renormalised",
+) -> Ablation:
     """Prepare an ablation for a task.
 
     Args:
@@ -175,9 +184,11 @@ def ablation_for(model: Model, task: Task, kind: str = "resample", *, train: Tas
         kind: one of :data:`ABLATIONS`.
         train: examples for means and fitted constants; default the task itself for means. Optimal ablation needs its own.
         fit: the budget of optimal ablation.
+        post_norm: what heads write where a norm follows the attention, one of :data:`patchlab.engine.wiring.POST_NORMS`.
 
     Raises:
-        CircuitError: an unknown kind, positional means over examples that do not line up, no examples to fit constants on, or a fit of another kind.
+        CircuitError: an unknown kind or form, positional means over examples that do not line up, no examples to fit constants on,
+            or a fit of another kind.
     """
     if kind not in ABLATIONS:
         raise CircuitError(unknown("ablation", kind, ABLATIONS))
@@ -185,26 +196,28 @@ def ablation_for(model: Model, task: Task, kind: str = "resample", *, train: Tas
         raise CircuitError("optimal ablation fits its constants on examples of their own; pass train=, another part of the task (circuits.split).")
     if kind != "optimal" and fit is not None:
         raise CircuitError(f"fit= is the budget of optimal ablation, and {kind!r} fits nothing; leave it out, or pass ablation='optimal'.")
+    if (problem := post_norm_problem(model, post_norm)) is not None:
+        raise CircuitError(problem)
     source = None if kind in ("resample", "zero") else train or task
     fit = fit or OptimalFit()
     if source is None:
         zeros = torch.zeros(len(model.arch.graph.writers), 1, 1, model.arch.d_model, dtype=model.dtype, device=model.device)
-        return Ablation(kind, model, Contributions(zeros) if kind == "zero" else None, None, fit)
+        return Ablation(kind, model, Contributions(zeros, post_norm) if kind == "zero" else None, None, fit, post_norm)
     if kind == "mean_positional":
         _check_lengths(task, source)
-    mean = _mean(model, source, lambda values: values, positional=kind == "mean_positional")
+    mean = _mean(model, source, lambda values: values, post_norm, positional=kind == "mean_positional")
     spread = None
     if kind == "optimal":
-        spread = _mean(model, source, lambda values: (values - mean).pow(2).mean(-1, keepdim=True), positional=False).sqrt().clamp_min(1e-6)
-        spread = spread.to(model.dtype)
-    return Ablation(kind, model, Contributions(mean.to(model.dtype)), source, fit, spread)
+        spread = _mean(model, source, lambda values: (values - mean).pow(2).mean(-1, keepdim=True), post_norm, positional=False)
+        spread = spread.sqrt().clamp_min(1e-6).to(model.dtype)
+    return Ablation(kind, model, Contributions(mean.to(model.dtype), post_norm), source, fit, post_norm, spread)
 
 
-def _mean(model: Model, task: Task, of: Callable[[Tensor], Tensor], *, positional: bool) -> Float[Tensor, "writer one own_pos width"]:
+def _mean(model: Model, task: Task, of: Callable[[Tensor], Tensor], post_norm: str, *, positional: bool) -> Float[Tensor, "writer one own_pos width"]:
     """Mean over examples (and positions) of what every writer writes on the corrupted prompts, summed in float64; never over writers."""
     total, count = torch.zeros((), dtype=torch.float64, device=model.device), 0
     for batch in task.batches(rows_per_pass(model, task, pass_bytes(model) / 3), model.device):
-        values = of(contributions(model, batch.corrupted).values.double())
+        values = of(contributions(model, batch.corrupted, post_norm).values.double())
         total = total + values.sum(1 if positional else (1, 2), keepdim=True)
         count += len(batch) if positional else batch.corrupted.numel()
     return total / count

@@ -35,6 +35,7 @@ def acdc(
     measure: str = "kl",
     ablation: str = "resample",
     train: Task | None = None,
+    post_norm: str = "renormalised",
     prune: bool = True,
     max_memory: int | float | None = None,
     progress: bool = True,
@@ -51,6 +52,7 @@ def acdc(
         measure: ``kl`` to the full model's output, or ``metric`` (the task's; higher is better).
         ablation: what edges that are taken away carry; see :data:`patchlab.circuits.ABLATIONS` (not ``optimal``).
         train: examples for means.
+        post_norm: what a head's edges carry where a norm follows the attention; see :class:`patchlab.ActivationPatching`.
         prune: drop what dangles afterwards.
         max_memory: bytes for the activations of one forward pass.
         progress: show a progress bar on stderr.
@@ -72,7 +74,7 @@ def acdc(
         raise CircuitError(unknown("measure", measure, MEASURES))
     if ablation == "optimal":
         raise CircuitError("ACDC changes the circuit at every step, and optimal ablation would be fitted anew each time; use 'mean' or 'resample'.")
-    way = ablation_for(model, task, ablation, train=train)
+    way = ablation_for(model, task, ablation, train=train, post_norm=post_norm)
     graph = model.arch.graph
     found: dict[float, Circuit] = {}
     with tqdm(total=len(chosen) * graph.n_edges, desc="acdc", unit="edge", disable=not progress, leave=False) as bar:

@@ -156,6 +156,7 @@ def faithfulness_curve(
     ablation: str = "resample",
     train: Task | None = None,
     fit: OptimalFit | None = None,
+    post_norm: str = "renormalised",
     random: int = 5,
     allow_overlap: bool = False,
     n_boot: int = 1000,
@@ -179,6 +180,7 @@ def faithfulness_curve(
         ablation: what the other edges carry, one of :data:`patchlab.circuits.ABLATIONS`.
         train: examples for means and fitted constants, as for :func:`patchlab.circuits.evaluate`.
         fit: the budget of optimal ablation.
+        post_norm: what a head's edges carry where a norm follows the attention; see :class:`patchlab.ActivationPatching`.
         random: draws of random circuits of the same sizes, pruned in the same way; 0 for none.
         allow_overlap: accept examples that the scores were computed on.
         n_boot: resamples behind each interval.
@@ -209,7 +211,7 @@ def faithfulness_curve(
     ]
     draws = [[_random(graph, n, total, seed + draw, how) for n, _, total in plan] for draw in range(random)]
     runs = [Circuit.empty(graph), *(c for some in circuits.values() for c in some), *(c for some in draws for c in some)]
-    way = ablation_for(model, task, ablation, train=train, fit=fit)
+    way = ablation_for(model, task, ablation, train=train, fit=fit, post_norm=post_norm)
     if ablation == "optimal" and train is not None:
         check_disjoint({"task_pairs": train.pair_fingerprints}, task, "train=", allow_overlap=allow_overlap)
     with tqdm(total=len(runs) * len(task), desc=f"circuits ({ablation})", unit="run", disable=not progress, leave=False) as bar:

@@ -85,6 +85,7 @@ def evaluate(
     ablation: str = "resample",
     train: Task | None = None,
     fit: OptimalFit | None = None,
+    post_norm: str = "renormalised",
     completeness: bool = True,
     minimality: str | None = None,
     allow_overlap: bool = False,
@@ -106,6 +107,7 @@ def evaluate(
         ablation: what the other edges carry, one of :data:`patchlab.circuits.ABLATIONS`.
         train: examples for means (default: those of ``task``) and for the constants of optimal ablation; resampling and zeroing need none.
         fit: the budget of optimal ablation.
+        post_norm: what a head's edges carry where a norm follows the attention; see :class:`patchlab.ActivationPatching`.
         completeness: also run the complement of each circuit.
         minimality: leave out each ``edge`` or ``node`` of each circuit in turn: one run each.
         allow_overlap: accept examples that the circuit was selected on.
@@ -137,7 +139,7 @@ def evaluate(
                 f"the chosen ones do not connect the input with the logits."
             )
     selection = {name: check_disjoint(c.provenance, task, f"circuit {name!r}", allow_overlap=allow_overlap) for name, c in circuits.items()}
-    way = ablation_for(model, task, ablation, train=train, fit=fit)
+    way = ablation_for(model, task, ablation, train=train, fit=fit, post_norm=post_norm)
     if ablation == "optimal" and train is not None:
         check_disjoint({"task_pairs": train.pair_fingerprints}, task, "train=", allow_overlap=allow_overlap)
     left_out = [(name, part, rest) for name, c in circuits.items() for part, rest in _without_parts(c, minimality)]

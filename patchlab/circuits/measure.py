@@ -18,9 +18,6 @@ from patchlab.metrics import Metric
 from patchlab.models import Model
 from patchlab.tasks.base import Batch, Task
 
-POST_NORM = "the norm behind the attention divides each head's part by its denominator in the run itself, where all heads are as in that run"
-"""What a head's contribution is where a norm follows the attention (Gemma 2); noted in the provenance."""
-
 
 def checked(circuit: Circuit, model: Model, task: Task, what: str = "the circuit") -> Circuit:
     """The circuit on the model's graph.
@@ -111,7 +108,6 @@ def described(model: Model, task: Task) -> dict[str, Any]:
         "task_provenance": task.provenance,
         "metric": task.metric.name,
         "metric_unit": task.metric.unit,
-        **({"post_norm": POST_NORM} if any(place.name.endswith(".ln1_post") for place in model.arch.places) else {}),
     }
 
 

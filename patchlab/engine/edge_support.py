@@ -72,10 +72,10 @@ def run_edge_sets(
     graph, found = model.arch.graph, []
     allowed = torch.as_tensor(graph.allowed.copy(), device=model.device)
     with torch.no_grad():
-        current = contributions(model, program.tokens).values
+        current = contributions(model, program.tokens, differences.form).values
         for writer in range(len(graph.writers)):
-            current[writer] += differences.written(writer, 0)
-        changed = Contributions(current)
+            current[writer] += differences.contributed(writer)
+        changed = Contributions(current, differences.form)
         for numbers, masks in _several(sets):
             keep = allowed[(..., *[None] * (masks.ndim - 3))] & ~masks
             found.append(run_circuits(model, program, changed, keep, max_bytes=max_bytes))

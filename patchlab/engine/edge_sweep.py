@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from patchlab.adapters import Architecture, NormPlace
+from patchlab.adapters import Architecture
 from patchlab.engine.blocks import Baseline, Template, baseline, empty_cache, template
 from patchlab.engine.literal import hooked
 from patchlab.engine.program import Program, Target
@@ -36,44 +36,51 @@ from patchlab.interventions import Source, address
 class Differences:
     """What every writer adds to the residual stream in the source run minus what it adds in the baseline run.
 
-    Where a norm follows the attention, a head's share of its output is taken with the denominator of the baseline run (frozen).
-
     Args:
         layers: the blocks of the model.
         changes: source − baseline at ``input`` and at ``z`` and ``mlp_out`` of every layer.
-        scales: the denominators of the norms after the attention, per layer that has one.
+        form: what a head adds where a norm follows the attention, one of :data:`patchlab.engine.wiring.POST_NORMS`. All else of that
+            attention is the baseline's: its norm is taken anew with the changed head, or its denominator is the baseline's.
+        attention: the sum of the heads in the baseline run, per layer with a norm after it.
     """
 
     layers: Sequence[Layer]
     changes: Mapping[Target, Tensor] = field(repr=False)
-    scales: Mapping[int, Float[Tensor, "row pos 1"]] = field(default_factory=dict, repr=False)
+    form: str = "renormalised"
+    attention: Mapping[int, Float[Tensor, "row pos d_model"]] = field(default_factory=dict, repr=False)
 
     @staticmethod
-    def of(model: Any, own: Mapping[Target, Tensor], source: Source, examples: Int[Tensor, " row"]) -> "Differences":
+    def of(model: Any, own: Mapping[Target, Tensor], source: Source, examples: Int[Tensor, " row"], form: str = "renormalised") -> "Differences":
         """Of a source and the baseline's activations at all writers."""
         changes = {key: source.values(address(*key), value, examples) - value for key, value in own.items()}
         layers = layers_of(model)
-        scales = {i: _denominator(model, layer.post, i, own["z", i]) for i, layer in enumerate(layers) if layer.post is not None}
-        return Differences(layers, changes, scales)
+        attention = {i: layer.heads(own["z", i][None])[0].sum(0) for i, layer in enumerate(layers) if layer.post is not None}
+        return Differences(layers, changes, form, attention)
 
     def written(self, writer: int, start: int) -> Float[Tensor, "row pos d_model"]:
-        """δ of one writer at the positions from the start on."""
+        """δ in the stream at the positions from the start on, where nothing else changes."""
+        layer, change = self._output(writer, start)
+        if layer is None:
+            return change
+        part, own = self.layers[layer], self.attention[layer][:, start:]
+        if self.form == "frozen":
+            return (part.scaled(change) * part.inverse_denominator(own)).to(change.dtype)
+        return part.after(own + change) - part.after(own)
+
+    def contributed(self, writer: int) -> Float[Tensor, "row pos d_model"]:
+        """How the writer's :class:`patchlab.engine.wiring.Contributions` differ."""
+        return self.written(writer, 0) if self.form == "frozen" else self._output(writer, 0)[1]
+
+    def _output(self, writer: int, start: int) -> tuple[int | None, Float[Tensor, "row pos d_model"]]:
+        """How the writer's own output differs, and the layer whose norm follows it, if one does."""
         if writer == 0:
-            return self.changes["input", None][:, start:]
+            return None, self.changes["input", None][:, start:]
         heads = self.layers[0].write.shape[0]
         layer, head = divmod(writer - 1, heads + (("mlp_out", 0) in self.changes))
         if head == heads:
-            return self.changes["mlp_out", layer][:, start:]
+            return None, self.changes["mlp_out", layer][:, start:]
         change = self.changes["z", layer][:, start:, head] @ self.layers[layer].write[head]
-        return (self.layers[layer].scaled(change) / self.scales[layer][:, start:]).to(change.dtype) if layer in self.scales else change
-
-
-def _denominator(model: Any, place: NormPlace, layer: int, z: Float[Tensor, "row pos head d_head"]) -> Float[Tensor, "row pos 1"]:
-    seen: list[Tensor] = []
-    name = f"{place.name}.hook_scale"
-    with torch.no_grad(), hooked(model.hooks, {name: lambda module, inputs, value: seen.append(value.clone())}):
-        place.module(model.bridge.blocks[layer].attn.o(z.flatten(2)))
-    return seen[0]
+        return layer if layer in self.attention else None, change
 
 
 def edge_sweep(
@@ -248,7 +255,7 @@ class _Run:
         """The block's output for edges into heads, then for edges into the MLP."""
         arch, own = self.wave.model.arch, self._layer(layer)
         moved = self._moved(layer, heads, known) if heads else own.attention[:0]
-        if heads and arch.parallel and layer not in self.differences.scales:
+        if heads and arch.parallel and layer not in self.differences.attention:
             through = own.after.repeat(len(heads), 1, 1) + moved
             return torch.cat([through, self._joining(layer, [], mlps, known)]) if mlps else through
         attention = own.attention.repeat(len(heads) + len(mlps), 1, 1)

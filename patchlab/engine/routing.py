@@ -7,7 +7,9 @@ are written at their hooks, the MLPs' inputs and the last block's output at thei
 linear map; what the blocks add up in between is not read.
 
 Where query heads share a key-value head, each row is run once per copy, with copy j's keys and values in row copy j, and a head's output
-is taken from its own. A norm behind the attention (Gemma 2) divides every head's part by the denominator of the run itself.
+is taken from its own. Where a norm follows the attention (Gemma 2), the heads' outputs before it are mixed, and every reader gets the norm
+of its own mixture: ``norm(Σ_h ablated_h + keep[h, r] · (current_h − ablated_h) + bias)``, as if the model ran with these heads. In the
+``frozen`` form the norm's denominator is that of the run itself, and heads are writers like all others.
 
 Source: Goldowsky-Dill et al. 2023 (path patching); Conmy et al. 2023; the interface is that of EAP-IG's ``evaluate_graph``.
 """
@@ -16,22 +18,24 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from patchlab.engine.literal import canonical, evaluate, forward, hooked
+from patchlab.engine.literal import canonical, evaluate, forward, hooked, run
 from patchlab.engine.program import Program, row_numbers
-from patchlab.engine.wiring import Contributions, Layer, contributions, layers_of
+from patchlab.engine.wiring import Contributions, Layer, contributions, has_post_norm, layers_of
 from patchlab.errors import InterventionError, ModelError
 from patchlab.graph import Graph
+from patchlab.interventions import Edit
 from patchlab.metrics import Answers, Metric
 
 CPU_BYTES, ACCELERATOR_BYTES = 2**26, 2**33
 """Memory for the activations of one forward pass, unless a budget is given: what is fastest on a CPU, enough work for a GPU."""
-_checked: WeakSet[Any] = WeakSet()
+_checked: WeakKeyDictionary[Any, set[str]] = WeakKeyDictionary()
 
 
 def run_circuits(
@@ -66,9 +70,9 @@ def run_circuits(
         >>> run_circuits(model, program, contributions(model, batch.corrupted), empty)  # doctest: +SKIP
     """
     _check(model, program, ablated, keep)
-    if model not in _checked:
-        _check_model(model)
-        _checked.add(model)
+    if ablated.form not in _checked.setdefault(model, set()):
+        _check_model(model, ablated.form)
+        _checked[model].add(ablated.form)
     rows, budget = program.tokens.shape[0], pass_bytes(model) if max_bytes is None else max_bytes
     fitting = max(1, int(budget // row_bytes(model, program.tokens.shape[1])))
     each = min(rows, fitting)
@@ -92,7 +96,8 @@ def pass_bytes(model: Any) -> int:
 def row_bytes(model: Any, length: int) -> int:
     """Memory that one row of one circuit takes, in bytes: the writers' differences, the inputs of one kind of reader, a block."""
     arch = model.arch
-    width = (len(arch.graph.writers) + 4 * arch.n_heads) * arch.d_model
+    read = 12 if has_post_norm(model) else 4  # the norm of what each reader reads of one attention, beside the sum so far
+    width = (len(arch.graph.writers) + read * arch.n_heads) * arch.d_model
     block = 12 * arch.d_model + 4 * (arch.d_mlp or 0) + 3 * length * arch.n_heads
     return length * (width + arch.graph.copies * block) * torch.empty(0, dtype=model.dtype).element_size()
 
@@ -109,6 +114,8 @@ class _Pass:
     base: Float[Tensor, "circuit row pos d_model"] = field(init=False)
     behind: Float[Tensor, "circuit row pos d_model"] = field(init=False)
     embedding: Float[Tensor, "row pos d_model"] = field(init=False)
+    form: str = "renormalised"
+    sums: dict[int, Float[Tensor, "sets own_rows own_pos d_model"]] = field(default_factory=dict)
     written: dict[int, Tensor] = field(default_factory=dict)
     buffer: Tensor | None = None
     fired: list[str] = field(default_factory=list)
@@ -152,9 +159,15 @@ class _Pass:
         copies, here = self.graph.copies, self.graph.writer_slice(layer)
         z = value.reshape(-1, copies, self.rows, value.shape[1], self.graph.n_heads // copies, copies, self.layers[layer].write.shape[1])
         z = z.diagonal(dim1=1, dim2=5).movedim(-1, 4).flatten(3, 4)  # of each head, from the rows with its own keys and values
-        parts, rest = self.layers[layer].heads(z)
-        self._wrote(slice(here.start, here.start + self.graph.n_heads), parts)
-        self.behind = self.base + self.ablated[:, here.start : here.start + self.graph.n_heads].sum(1) + rest
+        heads = slice(here.start, here.start + self.graph.n_heads)
+        ablated = self.ablated[:, heads].sum(1)
+        if self.form == "renormalised" and self.layers[layer].post is not None:
+            self._wrote(heads, self.layers[layer].heads(z))
+            self.behind, self.sums[layer] = self.base, ablated
+        else:
+            parts, rest = self.layers[layer].shares(z)
+            self._wrote(heads, parts)
+            self.behind = self.base + ablated + rest
         if not self.graph.mlps:
             self.base = self.behind
 
@@ -196,12 +209,25 @@ class _Pass:
         else:
             written = self.buffer[:, :used]
         keep = self.keep[:, :used, readers].to(written.dtype)
+        if not self.sums:
+            return base[:, None] + self._restored(keep, written)
+        heads = {layer: self.graph.writer_slice(layer).start + np.arange(self.graph.n_heads) for layer in self.sums}
+        heads = {layer: writers for layer, writers in heads.items() if writers[-1] < used}
+        others = np.setdiff1d(np.arange(used), np.concatenate([[], *heads.values()])).tolist()
+        x = base[:, None] + self._restored(keep[:, others], written[:, others])
+        for layer, writers in heads.items():
+            here = slice(writers[0], writers[-1] + 1)
+            x = x + self.layers[layer].after(self.sums[layer][:, None] + self._restored(keep[:, here], written[:, here]))
+        return x
+
+    def _restored(
+        self, keep: Float[Tensor, "circuit writer reader *where"], written: Float[Tensor, "circuit writer row pos d_model"]
+    ) -> Float[Tensor, "circuit reader row pos d_model"]:
+        """What kept edges bring back."""
         if keep.ndim == 3:
-            restored = torch.matmul(keep.transpose(1, 2), written.flatten(2)).unflatten(2, written.shape[2:])
-        else:
-            by_row = keep[:, :, :, None] if keep.ndim == 4 else keep
-            restored = torch.einsum("curnp,cunpd->crnpd", by_row.expand(-1, -1, -1, self.rows, -1), written)
-        return base[:, None] + restored
+            return torch.matmul(keep.transpose(1, 2), written.flatten(2)).unflatten(2, written.shape[2:])
+        by_row = keep[:, :, :, None] if keep.ndim == 4 else keep
+        return torch.einsum("curnp,cunpd->crnpd", by_row.expand(-1, -1, -1, self.rows, -1), written)
 
 
 def _one_pass(
@@ -209,7 +235,7 @@ def _one_pass(
 ) -> Float[Tensor, "circuit row"]:
     graph, circuits, rows = model.arch.graph, keep.shape[0], program.tokens.shape[0]
     values = ablated.values if ablated.values.ndim == 5 else ablated.values[None]
-    state = _Pass(graph, layers, values, keep, rows)
+    state = _Pass(graph, layers, values, keep, rows, form=ablated.form)
     hooks = state.hooks(model)
     whole = replace(program, tokens=program.tokens.repeat(circuits * graph.copies, 1), examples=program.examples.repeat(circuits * graph.copies))
     with torch.set_grad_enabled(values.requires_grad), hooked(model.hooks, hooks):
@@ -263,25 +289,34 @@ def _check(model: Any, program: Program, ablated: Contributions, keep: Bool[Tens
         )
 
 
-def _check_model(model: Any) -> None:
-    """See on random prompts that the full graph is the model itself, and that the empty one is the run that the ablated values come from.
+def _check_model(model: Any, form: str) -> None:
+    """See on random prompts that the full graph is the model itself, the empty one the run that the ablated values come from, and all
+    edges but those out of a head the model with that head's output from there (the last but in the frozen form).
 
     Raises:
         ModelError: it is not; the blocks of this model are put together in another way.
     """
-    arch = model.arch
+    arch, graph = model.arch, model.arch.graph
     length = min(5, arch.n_positions or 5)
     tokens = torch.randint(0, arch.vocab_size, (2, length), generator=torch.Generator().manual_seed(1)).to(model.device)
-    donor = (tokens + 1) % arch.vocab_size
+    donor, examples = (tokens + 1) % arch.vocab_size, row_numbers(tokens)
     metric = Metric("sum of logits", lambda logits, _: (logits * torch.linspace(-1, 1, logits.shape[-1]).to(logits)).sum(-1))
-    program = Program(tokens, row_numbers(tokens), metric=metric, answers=Answers.of([[0]] * 2, [[0]] * 2, model.device))
-    allowed = torch.as_tensor(arch.graph.allowed.copy(), device=model.device)
+    program = Program(tokens, examples, metric=metric, answers=Answers.of([[0]] * 2, [[0]] * 2, model.device))
+    allowed = torch.as_tensor(graph.allowed.copy(), device=model.device)
+    sets, layer = [allowed, torch.zeros_like(allowed)], arch.n_layers // 2
     with torch.no_grad():
-        got = _one_pass(model, layers_of(model), program, contributions(model, donor), torch.stack([allowed, torch.zeros_like(allowed)]))
-        wanted = torch.stack([evaluate(model, program, forward(model, replace(program, tokens=row), None)) for row in (tokens, donor)])
-    worst = float((got - wanted).abs().max()) / max(float(wanted.abs().max()), 1e-30)
-    if worst > (2e-3 if model.dtype in (torch.float32, torch.float64) else 0.15):
+        wanted: list[Any] = [evaluate(model, program, forward(model, replace(program, tokens=row), None)) for row in (tokens, donor)]
+        if form == "renormalised":
+            sets.append(allowed.clone())
+            sets[-1][graph.writer_slice(layer).start] = False
+            other = run(model, Program(donor, examples, keep=(("z", layer),))).as_source()
+            wanted.append(run(model, replace(program, edits=(Edit(f"L{layer}.H0.z", other),))).values)
+        got = _one_pass(model, layers_of(model), program, contributions(model, donor, form), torch.stack(sets))
+    off = (got - torch.stack(wanted)).abs().amax(1) / max(float(torch.stack(wanted[:2]).abs().max()), 1e-30)
+    worst = int(off.argmax())
+    if float(off[worst]) > (2e-3 if model.dtype in (torch.float32, torch.float64) else 0.15):
+        kept = ("all edges kept", "none kept", f"all kept but those out of {graph.writers[graph.writer_slice(layer).start]}")[worst]
         raise ModelError(
-            f"{model.name} ({arch.family}) cannot be run as a circuit: with all edges kept, or none, it differs by {worst:.2g} of the scale "
-            f"from the unpatched runs. Its blocks are put together in a way that patchlab does not know."
+            f"{model.name} ({arch.family}) cannot be run as a circuit: with {kept}, it differs by {float(off[worst]):.2g} of the scale "
+            f"from the run of the model that it should equal. Its blocks are put together in a way that patchlab does not know."
         )

@@ -1,7 +1,7 @@
 """What readers read through and writers write through: a block's own norms and linear maps, for code that computes parts of it by itself."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,29 +11,56 @@ from torch import Tensor
 from patchlab.adapters.places import LinearPlace, NormPlace
 from patchlab.engine.literal import run
 from patchlab.engine.program import Program, row_numbers
-from patchlab.errors import ModelError
+from patchlab.errors import ModelError, unknown
+
+POST_NORMS = {
+    "renormalised": "where a norm follows the attention, every reader gets the norm of the heads' outputs that it reads, changed ones among them",
+    "frozen": "where a norm follows the attention, a head's share is taken with a denominator held at a run's own, whatever else the reader reads",
+}
+"""How the output of one head is told from a block's attention where a norm follows it (Gemma 2 and 3, OLMo 2)."""
+
+
+def post_norm_problem(model: Any, form: str) -> str | None:
+    """Why a model has no edges of a form: an unknown one, or a denominator to hold where there is none; None if it has."""
+    if form not in POST_NORMS:
+        return unknown("form of the norm after attention (post_norm)", form, POST_NORMS)
+    if form == "frozen" and not has_post_norm(model):
+        return f"{model.name} has no norm after its attention, so there is no denominator to hold; leave post_norm='frozen' out."
+    return None
+
+
+def has_post_norm(model: Any) -> bool:
+    """Whether a norm follows the attention in some block."""
+    return any(place.name.endswith(".ln1_post") for place in model.arch.places)
+
+
+def post_norm_record(model: Any, form: str) -> dict[str, str]:
+    """What provenance says about the form; nothing on models where there is but one."""
+    return {"post_norm": form, "post_norm_is": POST_NORMS[form]} if has_post_norm(model) else {}
 
 
 @dataclass(frozen=True)
 class Contributions:
     """What every writer adds to the residual stream: ``values[writer, row, pos, d_model]``, writers in the order of the graph.
 
-    A row or position axis of length 1 stands for all (zeros, means, constants); an axis in front for one set per circuit.
+    A row or position axis of length 1 stands for all (zeros, means, constants); an axis in front for one set per circuit. Where a norm
+    follows the attention, heads come as they are before it (``renormalised``), or in shares of its output (``frozen``).
     """
 
     values: Float[Tensor, "*circuit writer row pos d_model"]
+    form: str = "renormalised"
 
     def rows(self, part: slice) -> "Contributions":
         """Those of some rows."""
-        return self if self.values.shape[-3] == 1 else Contributions(self.values[..., part, :, :])
+        return self if self.values.shape[-3] == 1 else replace(self, values=self.values[..., part, :, :])
 
     def circuits(self, part: slice) -> "Contributions":
         """Those of some circuits."""
-        return self if self.values.ndim == 4 or self.values.shape[0] == 1 else Contributions(self.values[part])
+        return self if self.values.ndim == 4 or self.values.shape[0] == 1 else replace(self, values=self.values[part])
 
 
-def contributions(model: Any, tokens: Int[Tensor, "row pos"]) -> Contributions:
-    """What every writer adds to the stream in an unpatched run.
+def contributions(model: Any, tokens: Int[Tensor, "row pos"], form: str = "renormalised") -> Contributions:
+    """What every writer adds to the stream in an unpatched run, in one of :data:`POST_NORMS`.
 
     Raises:
         SiteError: a model without a graph of edges.
@@ -46,10 +73,11 @@ def contributions(model: Any, tokens: Int[Tensor, "row pos"]) -> Contributions:
     values[0] = kept["input", None]
     for i, layer in enumerate(layers_of(model)):
         part = values[graph.writer_slice(i)]
-        part[: graph.n_heads] = layer.heads(kept["z", i][None])[0][0]
+        z = kept["z", i][None]
+        part[: graph.n_heads] = (layer.shares(z)[0] if form == "frozen" else layer.heads(z))[0]
         if graph.mlps:
             part[graph.n_heads] = kept["mlp_out", i]
-    return Contributions(values)
+    return Contributions(values, form)
 
 
 @dataclass(frozen=True)
@@ -78,14 +106,21 @@ class Layer:
         """The MLP's input, from what it reads."""
         return _normed(self.mlp, x)
 
-    def heads(self, z: Float[Tensor, "circuit row pos head d_head"]) -> tuple[Float[Tensor, "circuit head row pos d_model"], Tensor | float]:
-        """What every head adds to the stream, and what the attention adds besides (its bias)."""
-        parts = torch.matmul(z.permute(0, 3, 1, 2, 4).flatten(2, 3), self.write).unflatten(2, z.shape[1:3])
+    def heads(self, z: Float[Tensor, "circuit row pos head d_head"]) -> Float[Tensor, "circuit head row pos d_model"]:
+        """The output of every head: what the attention's own output, before a norm after it, is the sum of (with its bias)."""
+        return torch.matmul(z.permute(0, 3, 1, 2, 4).flatten(2, 3), self.write).unflatten(2, z.shape[1:3])
+
+    def after(self, attention: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_model"]:
+        """What the attention adds to the stream, from the sum of its heads: its bias comes in, then the norm after it."""
+        return _normed(self.post, attention if self.bias is None else attention + self.bias)
+
+    def shares(self, z: Float[Tensor, "circuit row pos head d_head"]) -> tuple[Float[Tensor, "circuit head row pos d_model"], Tensor | float]:
+        """What every head adds to the stream where the norm's denominator is this run's, and what the attention adds besides (biases)."""
+        parts = self.heads(z)
         rest: Tensor | float = 0.0 if self.bias is None else self.bias
         if self.post is None:
             return parts, rest
-        total = parts.sum(1) + rest
-        scale = self._inverse_denominator(total)
+        scale = self.inverse_denominator(parts.sum(1))
         bias = getattr(self.post.module.original_component, "bias", None)
         rest = self.scaled(rest) * scale if isinstance(rest, Tensor) else rest
         return self.scaled(parts) * scale[:, None], rest if bias is None else rest + bias
@@ -97,12 +132,11 @@ class Layer:
         x = x - x.mean(-1, keepdim=True) if self.post.centred else x
         return x if self.post.weight is None else x * self.post.weight
 
-    def _inverse_denominator(self, total: Float[Tensor, "circuit row pos d_model"]) -> Float[Tensor, "circuit row pos one"]:
-        """1 / denominator of the post-norm on the whole attention output: the factor by which its own output is a multiple of w · x."""
-        component = self.post.module.original_component if self.post is not None else torch.nn.Identity()
-        out, bias = component(total), getattr(component, "bias", None)
-        out = out if bias is None else out - bias
-        numerator = self.scaled(total)
+    def inverse_denominator(self, attention: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows one"]:
+        """1 / denominator of the post-norm on the sum of all heads: the factor by which its output is a multiple of w · x."""
+        bias = None if self.post is None else getattr(self.post.module.original_component, "bias", None)
+        out = self.after(attention) if bias is None else self.after(attention) - bias
+        numerator = self.scaled(attention if self.bias is None else attention + self.bias)
         return (out * numerator).sum(-1, keepdim=True) / (numerator * numerator).sum(-1, keepdim=True).clamp_min(1e-30)
 
 

@@ -85,11 +85,11 @@ class Patcher:
             return patched(self.setting, runs, self.meter, edits, engine=self.exact.engine)
         if all(len(indices) == 1 for indices in edges):
             single = np.array([indices[0] for indices in edges])
-            return edge_effects(self.setting, runs, self.meter, single, engine=self.exact.engine)
+            return edge_effects(self.setting, runs, self.meter, single, engine=self.exact.engine, post_norm=self.exact.post_norm)
         masks = np.zeros((len(edges), *self.setting.live[str(self.setting.edges)].shape), dtype=bool)
         for mask, indices in zip(masks, edges, strict=True):
             mask[tuple(np.array(indices).T)] = True
-        return set_effects(self.setting, runs, self.meter, masks)
+        return set_effects(self.setting, runs, self.meter, masks, post_norm=self.exact.post_norm)
 
     def _runs(self, number: int) -> Runs:
         if number in self.kept:

@@ -9,10 +9,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from patchlab.engine import Cell, Support, Work, continues, support, sweep
+from patchlab.engine.wiring import POST_NORMS
 from patchlab.errors import MethodError, unknown
 from patchlab.interventions import Edit, Kept
 from patchlab.methods.base import Method
-from patchlab.methods.exact_edges import check_edges, edge_bytes, frozen_norms, score_edges
+from patchlab.methods.exact_edges import check_edges, edge_bytes, edge_record, score_edges
 from patchlab.methods.runs import Meter, Runs, Setting, activation_bytes, first_difference, itemsize, program, required, token_bytes
 from patchlab.sites import Position, Site
 
@@ -28,28 +29,34 @@ class ActivationPatching(Method):
         source: what is patched in; see :class:`patchlab.methods.Method`.
         engine: ``auto`` computes only what a patch can change, where that agrees with whole forward passes on this model
             (the result's provenance says which way was taken and why); ``literal`` runs a whole forward pass per cell.
+        post_norm: for edges of models with a norm after the attention (Gemma 2 and 3, OLMo 2). ``renormalised``: a reader gets the norm
+            of the whole attention output with the changed head in it, as running the model does, so that all edges out of a head
+            together are the head. ``frozen`` (named ``exact-frozen``): the change of the head in the denominator of the baseline run.
 
     Example:
         >>> ActivationPatching().run(model, task, "resid_pre")  # doctest: +SKIP
     """
 
     engine: str = "auto"
+    post_norm: str = "renormalised"
     unit: ClassVar[str] = "cell"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.engine not in ("auto", "literal"):
             raise MethodError(unknown("engine", self.engine, ("auto", "literal")))
+        if self.post_norm not in POST_NORMS:
+            raise MethodError(unknown("form of the norm after attention (post_norm)", self.post_norm, POST_NORMS))
 
     @property
     def name(self) -> str:
-        return "exact"
+        return "exact" if self.post_norm == "renormalised" else f"exact-{self.post_norm}"
 
     def forwards(self, setting: Setting) -> int:
         return sum(int(live.sum()) for live in setting.live.values())
 
     def check(self, setting: Setting) -> None:
-        check_edges(setting)
+        check_edges(setting, self.post_norm)
 
     def baseline_options(self, setting: Setting) -> dict[str, Any]:
         return {} if setting.edges is None else {"keep": setting.targets}
@@ -70,7 +77,7 @@ class ActivationPatching(Method):
 
     def score(self, setting: Setting, runs: Runs, meter: Meter, notes: dict[str, Any]) -> dict[str, np.ndarray]:
         if setting.edges is not None:
-            return {str(setting.edges): score_edges(setting, runs, meter, engine=self.engine)}
+            return {str(setting.edges): score_edges(setting, runs, meter, engine=self.engine, post_norm=self.post_norm)}
         scores = {str(site): np.zeros((len(runs.batch), *setting.live[str(site)].shape)) for site in setting.sites}
         cells = [(str(site), index, where) for site in setting.sites for index, where in addresses(setting, site, setting.live[str(site)])]
         edits = [(Edit(where, runs.source),) for _, _, where in cells]
@@ -80,7 +87,7 @@ class ActivationPatching(Method):
         return scores
 
     def _provenance(self, setting: Setting, skipped: dict[str, str]) -> dict[str, Any]:
-        return {**super()._provenance(setting, skipped), **frozen_norms(setting)}
+        return {**super()._provenance(setting, skipped), **edge_record(setting, self.post_norm)}
 
 
 def patched(

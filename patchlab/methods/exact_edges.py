@@ -12,14 +12,11 @@ from torch import Tensor
 from patchlab.engine import Support, Work
 from patchlab.engine.edge_support import edge_mask, edge_support, run_edge_sets
 from patchlab.engine.edge_sweep import Differences, edge_sweep
-from patchlab.engine.wiring import layers_of
+from patchlab.engine.wiring import post_norm_problem, post_norm_record
 from patchlab.errors import MethodError
 from patchlab.graph import Graph
 from patchlab.interventions import Kept
 from patchlab.methods.runs import Meter, Runs, Setting, first_difference, itemsize, program, token_bytes
-
-FROZEN = "a head's share of the norm after its attention is taken with the denominator of the baseline run (frozen)"
-"""What an exact edge out of a head is where a norm follows the attention."""
 
 
 @dataclass(frozen=True)
@@ -46,12 +43,19 @@ def edge_cells(setting: Setting) -> Iterator[tuple[tuple[int, ...], EdgeCell]]:
         yield index, EdgeCell(setting.model.arch.graph, index, place if place is None or names is None else names[place])
 
 
-def check_edges(setting: Setting) -> None:
-    """Check that the edges can be patched exactly.
+def check_edges(setting: Setting, post_norm: str) -> None:
+    """Check that the edges can be patched exactly, and in the form that is asked for.
 
     Raises:
-        MethodError: edges by pairs of positions.
+        MethodError: edges by pairs of positions; a held denominator where there are no edges, or no norm after the attention.
     """
+    if post_norm != "renormalised" and setting.edges is None:
+        raise MethodError(
+            f"post_norm={post_norm!r} says what an edge out of a head carries; got the sites {', '.join(map(str, setting.sites))}, which are patched "
+            f"in the model as it runs. Leave it out, or ask for 'edges'."
+        )
+    if (problem := post_norm_problem(setting.model, post_norm)) is not None:
+        raise MethodError(problem)
     if setting.edges is not None and "dest" in setting.edges.axes:
         raise MethodError(
             "exact patching scores an edge by the position at which its reader reads, not by pairs of positions; got "
@@ -59,12 +63,12 @@ def check_edges(setting: Setting) -> None:
         )
 
 
-def score_edges(setting: Setting, runs: Runs, meter: Meter, *, engine: str) -> Float[np.ndarray, "batch writer reader *pos"]:
+def score_edges(setting: Setting, runs: Runs, meter: Meter, *, engine: str, post_norm: str) -> Float[np.ndarray, "batch writer reader *pos"]:
     """Exact effects of all live edges on one batch, in metric units; zero for the others."""
     live = setting.live[str(setting.edges)]
     cells = np.argwhere(live)
     scores = np.zeros((len(runs.batch), *live.shape))
-    scores[(slice(None), *cells.T)] = edge_effects(setting, runs, meter, cells, engine=engine, finished=meter.cells).T
+    scores[(slice(None), *cells.T)] = edge_effects(setting, runs, meter, cells, engine=engine, finished=meter.cells, post_norm=post_norm).T
     return scores
 
 
@@ -77,6 +81,7 @@ def edge_effects(
     engine: str = "auto",
     finished: dict[int, np.ndarray] | None = None,
     grouped: bool = False,
+    post_norm: str = "renormalised",
 ) -> Float[np.ndarray, "edge batch"]:
     """Exact effects of single edges on one batch, in metric units.
 
@@ -88,6 +93,7 @@ def edge_effects(
         engine: ``auto`` or ``literal``.
         finished: effects found before, by number; gets the others as they are found.
         grouped: a changed key or value is seen by all query heads that share it.
+        post_norm: see :data:`patchlab.engine.wiring.POST_NORMS`.
     """
     finished = {} if finished is None else finished
     way = edge_support(setting.model) if engine == "auto" else Support("literal", "asked for")
@@ -105,7 +111,7 @@ def edge_effects(
         if where is not None:
             length = runs.baseline_tokens.shape[1]
             masks = (mask[:, :, None, None] & _one_hot(where[i], length) for mask, i in zip(masks, left, strict=True))
-        run_sets(setting, runs, meter, masks, lambda places, values: done([left[i] for i in places], values))
+        run_sets(setting, runs, meter, masks, lambda places, values: done([left[i] for i in places], values), post_norm=post_norm)
     elif left:
         work = Work()
         try:
@@ -113,7 +119,7 @@ def edge_effects(
                 setting.model,
                 program(setting, runs),
                 cells[:, :2],
-                _differences(setting, runs),
+                _differences(setting, runs, post_norm),
                 where=where,
                 grouped=grouped,
                 prefix=way.mode == "prefix",
@@ -130,7 +136,14 @@ def edge_effects(
     return np.stack([finished[i] for i in range(len(cells))]) if len(cells) else np.zeros((0, len(runs.batch)))
 
 
-def set_effects(setting: Setting, runs: Runs, meter: Meter, sets: Iterable[Bool[np.ndarray, "writer reader *pos"]]) -> Float[np.ndarray, "set batch"]:
+def set_effects(
+    setting: Setting,
+    runs: Runs,
+    meter: Meter,
+    sets: Iterable[Bool[np.ndarray, "writer reader *pos"]],
+    *,
+    post_norm: str = "renormalised",
+) -> Float[np.ndarray, "set batch"]:
     """Exact effects of sets of edges on one batch, each set patched at once, in metric units.
 
     A set is a mask over the edges, ``[writer, reader]`` or by place along the position axis ``[writer, reader, pos]``.
@@ -144,11 +157,11 @@ def set_effects(setting: Setting, runs: Runs, meter: Meter, sets: Iterable[Bool[
         meter.bar.update(len(numbers) * (meter.unit == "cell"))
         found.append((values.double() - base).cpu().numpy())
 
-    run_sets(setting, runs, meter, masks, done)
+    run_sets(setting, runs, meter, masks, done, post_norm=post_norm)
     return np.concatenate(found) if found else np.zeros((0, len(runs.batch)))
 
 
-def run_sets(setting: Setting, runs: Runs, meter: Meter, masks: Iterator[Bool[Tensor, "writer reader *where"]], done: Any) -> None:
+def run_sets(setting: Setting, runs: Runs, meter: Meter, masks: Iterator[Bool[Tensor, "writer reader *where"]], done: Any, *, post_norm: str) -> None:
     """Run sets of edges with whole forward passes, and count them."""
 
     def counted(numbers: list[int], values: Tensor) -> None:
@@ -157,7 +170,7 @@ def run_sets(setting: Setting, runs: Runs, meter: Meter, masks: Iterator[Bool[Te
         done(numbers, values)
 
     budget = None if setting.max_memory is None else setting.max_memory / 2
-    run_edge_sets(setting.model, program(setting, runs), masks, _differences(setting, runs), max_bytes=budget, done=counted)
+    run_edge_sets(setting.model, program(setting, runs), masks, _differences(setting, runs, post_norm), max_bytes=budget, done=counted)
 
 
 def edge_bytes(setting: Setting, rows: int, length: int) -> int:
@@ -168,14 +181,14 @@ def edge_bytes(setting: Setting, rows: int, length: int) -> int:
     return 16 * rows * live.size + itemsize(setting) * (3 * written + kept + rows * arch.vocab_size) + rows * length * token_bytes(setting, length)
 
 
-def frozen_norms(setting: Setting) -> dict[str, str]:
+def edge_record(setting: Setting, post_norm: str) -> dict[str, str]:
     """What provenance says about edges of models with norms after the attention."""
-    return {"post_norm": FROZEN} if setting.edges is not None and any(layer.post for layer in layers_of(setting.model)) else {}
+    return {} if setting.edges is None else post_norm_record(setting.model, post_norm)
 
 
-def _differences(setting: Setting, runs: Runs) -> Differences:
+def _differences(setting: Setting, runs: Runs, post_norm: str) -> Differences:
     own = {key: runs.baseline.activations[key] for key in setting.targets}
-    return Differences.of(setting.model, own, runs.source, runs.batch.examples)
+    return Differences.of(setting.model, own, runs.source, runs.batch.examples, post_norm)
 
 
 def _max_tokens(setting: Setting, runs: Runs) -> int | None:

@@ -29,6 +29,7 @@ def patch_edges(
     *,
     direction: str = "noising",
     source: str = "paired",
+    post_norm: str = "renormalised",
     batch_size: int | None = None,
     progress: bool = True,
     max_memory: int | float | None = None,
@@ -47,6 +48,7 @@ def patch_edges(
             ``[writer, reader, pos]`` by the position (of the task's position axis) at which the reader reads, or a circuit.
         direction: ``noising`` (corrupted outputs into the clean run) or ``denoising``.
         source: as for methods: ``paired``, ``zero``, ``mean``, ``mean_positional``.
+        post_norm: see :class:`patchlab.ActivationPatching`; all edges out of a head are the head where it is ``renormalised``.
         batch_size: examples per batch.
         progress: show a progress bar on stderr.
         max_memory: most bytes to use for activations.
@@ -70,14 +72,14 @@ def patch_edges(
     by_position = {mask.ndim for mask in masks}
     if len(by_position) > 1:
         raise MethodError("some sets are masks by position and others are not; give all of them one way.")
-    exact = ActivationPatching(source=source)
+    exact = ActivationPatching(source=source, post_norm=post_norm)
     options = {"direction": direction, "batch_size": batch_size, "max_memory": max_memory}
     with _patching(exact, model, task, BY_POSITION if by_position == {3} else "edges", len(masks), progress, options) as patcher:
         places = patcher.setting.live[str(patcher.setting.edges)].shape
         for name, mask in zip(named, masks, strict=True):
             if mask.shape != places:
                 raise MethodError(f"the set {name!r} has the shape {list(mask.shape)}; edges of {model.name} on {task.name} have {list(places)}.")
-        return _collected(patcher, list(named), lambda runs: set_effects(patcher.setting, runs, patcher.meter, masks))
+        return _collected(patcher, list(named), lambda runs: set_effects(patcher.setting, runs, patcher.meter, masks, post_norm=post_norm))
 
 
 def kv_effects(
@@ -87,6 +89,7 @@ def kv_effects(
     direction: str = "noising",
     source: str = "paired",
     engine: str = "auto",
+    post_norm: str = "renormalised",
     batch_size: int | None = None,
     progress: bool = True,
     max_memory: int | float | None = None,
@@ -102,6 +105,7 @@ def kv_effects(
         direction: ``noising`` or ``denoising``.
         source: what is patched in; see :class:`patchlab.methods.Method`.
         engine: see :class:`patchlab.ActivationPatching`.
+        post_norm: see there.
         batch_size: examples per batch.
         progress: show a progress bar on stderr.
         max_memory: most bytes to use for activations.
@@ -112,7 +116,7 @@ def kv_effects(
     Raises:
         MethodError: as every method.
     """
-    exact, graph = ActivationPatching(source=source, engine=engine), model.arch.graph
+    exact, graph = ActivationPatching(source=source, engine=engine, post_norm=post_norm), model.arch.graph
     options = {"direction": direction, "batch_size": batch_size, "max_memory": max_memory}
     with _patching(exact, model, task, "edges", 0, progress, options) as patcher:
         head, kinds = _heads(graph), np.array(graph.reader_kind)
@@ -122,7 +126,8 @@ def kv_effects(
         for writer, reader in cells.tolist():
             layer = graph.readers[reader].partition(".")[0]
             names.append(f"{graph.writers[writer]}->{layer}.kv{head[reader] // graph.copies}<{kinds[reader]}>")
-        return _collected(patcher, names, lambda runs: edge_effects(patcher.setting, runs, patcher.meter, cells, engine=engine, grouped=True), "edge")
+        options = {"engine": engine, "grouped": True, "post_norm": post_norm}
+        return _collected(patcher, names, lambda runs: edge_effects(patcher.setting, runs, patcher.meter, cells, **options), "edge")
 
 
 def _heads(graph: Graph) -> Int[np.ndarray, " reader"]:

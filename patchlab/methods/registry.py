@@ -9,6 +9,7 @@ from patchlab.rules import PRESETS
 
 METHODS: dict[str, str] = {
     "exact": "activation patching: one patched forward pass per cell; the ground truth",
+    "exact-frozen": "edges only: exact, but a head's share of a norm after its attention in the baseline's denominator (Gemma 2)",
     "atp": "attribution patching: gradient at the baseline",
     "ig:N": "integrated gradients over the inputs, N points (midpoint rule)",
     "ig-left:N": "the same with the baseline's end of the path, not the source's (ig-right:N the other way round, ig-trapezoid:N both)",
@@ -40,6 +41,8 @@ def get_method(name: str) -> Method:
     """
     if name == "exact":
         return ActivationPatching()
+    if name == "exact-frozen":
+        return ActivationPatching(post_norm="frozen")
     if name == "atp":
         return AttributionPatching()
     if name == "atp*":
