@@ -20,7 +20,7 @@ from patchlab.engine import Target
 from patchlab.errors import MethodError, unknown
 from patchlab.methods.checkpoint import Finished, Work, batch_rows, described, joined, keeping
 from patchlab.methods.identity import identify
-from patchlab.methods.liveness import cell_shape, live_cells
+from patchlab.methods.liveness import cell_shape, live_cells, without_path
 from patchlab.methods.runs import DIRECTIONS, SOURCES, Meter, Runs, Setting, check_metric, mean_source, unpatched
 from patchlab.metrics import METRICS
 from patchlab.models import Model
@@ -216,6 +216,7 @@ class Method(ABC):
             scores,
             setting.live,
             task_axis=setting.axis,
+            no_path=self._no_path(setting),
             examples=examples,
             metric_clean=clean,
             metric_corrupted=corrupted,
@@ -229,6 +230,11 @@ class Method(ABC):
                 torch.cuda.max_memory_allocated(model.device) if on_cuda else None,
             ),
         )
+
+    def _no_path(self, setting: Setting) -> dict[str, np.ndarray]:
+        if setting.model.ambient:  # then no cell is taken as a structural zero
+            return {name: np.zeros_like(live) for name, live in setting.live.items()}
+        return {str(site): without_path(setting.model.arch, site, setting.task, setting.axis) for site in setting.sites}
 
     def source_targets(self, setting: Setting) -> tuple[Target, ...]:
         """Where the source's activations are needed."""

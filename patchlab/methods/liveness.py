@@ -23,13 +23,27 @@ def live_cells(arch: Architecture, site: Site, task: Task, axis: PositionAxis | 
     """
     shape = cell_shape(arch, site, axis)
     live = np.zeros(shape, dtype=bool)
+    seen = set()  # pairs that change at the same positions have one mask
     for example, pair in enumerate(task.pairs):
         changed = np.asarray(pair.clean_ids) != np.asarray(pair.corrupted_ids)
         if not paired:
             changed = np.ones_like(changed)
+        index = None if axis is None else np.asarray(axis.index[example])
+        key = changed.tobytes(), None if index is None else index.tobytes()
+        if key in seen:
+            continue
+        seen.add(key)
         one = _edges_of_one if site.kind == "edges" else _one_example
-        live |= one(arch, site, changed, None if axis is None else axis.index[example], task.metric.reads == "answer")
+        live |= one(arch, site, changed, index, task.metric.reads == "answer")
     return live
+
+
+def without_path(arch: Architecture, site: Site, task: Task, axis: PositionAxis | None) -> Bool[np.ndarray, "*cells"]:
+    """Which cells of a site have, in no example, a causal path to what the metric reads, whatever the prompts are.
+
+    The other structural zeros are *the same in both prompts*: at every position and in every example from which a path leads to the metric.
+    """
+    return ~live_cells(arch, site, task, axis, paired=False)
 
 
 def cell_shape(arch: Architecture, site: Site, axis: PositionAxis | None) -> tuple[int, ...]:

@@ -228,6 +228,7 @@ def _check_saved(scores: ScoreMap) -> None:
         scores.save(path)
         loaded = ScoreMap.load(path)
     same = loaded.data.identical(scores.data) and loaded.live.identical(scores.live)
+    same &= scores.no_path is not None and loaded.no_path is not None and loaded.no_path.identical(scores.no_path)
     _require(same and loaded.provenance == scores.provenance and loaded.cost == scores.cost, "a saved map does not load as it was")
 
 
