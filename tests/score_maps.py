@@ -39,7 +39,10 @@ def make_map(
     cost: Cost = COST,
     **changes: Any,
 ) -> ScoreMap:
-    """A map of these effects; every cell is live (those that are not are the same in both prompts) and the gap is 2 logits unless something else is asked for."""
+    """A map of these effects; every cell is live and the gap is 2 logits unless something else is asked for.
+
+    Cells that are not live are the same in both prompts, unless ``no_path`` has them.
+    """
     n = len(next(iter(scores.values())))
     live = {site: np.ones(values.shape[1:], dtype=bool) for site, values in scores.items()} | dict(live or {})
     return ScoreMap.build(

@@ -226,7 +226,7 @@ def test_live_cells_do_matter() -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # Why a cell cannot matter: no path, or the same in both prompts.
 
-O, P, S = "", "no path", "same in both prompts"
+L, P, S = "", "no path", "same in both prompts"
 
 
 def _why(site: str, task: Task, family: str = "gpt2", **options: str) -> list:
@@ -237,17 +237,17 @@ def _why(site: str, task: Task, family: str = "gpt2", **options: str) -> list:
 def test_two_kinds_of_structural_zeros_by_hand() -> None:
     """Tokens differ at 1 and 3 of 0..4; behind the last attention only position 4 is read."""
     task = swap_task()
-    assert _why("resid_pre", task) == [[S, O, S, O, S], [S, O, O, O, O], [S, O, O, O, O]]
-    assert _why("resid_post", task) == [[S, O, O, O, O], [S, O, O, O, O], [P, P, P, P, O]]
-    assert _why("mlp_out", task, "neox") == [[S, O, S, O, S], [S, O, O, O, O], [P, P, P, P, O]], "a parallel MLP reads the input alone"
+    assert _why("resid_pre", task) == [[S, L, S, L, S], [S, L, L, L, L], [S, L, L, L, L]]
+    assert _why("resid_post", task) == [[S, L, L, L, L], [S, L, L, L, L], [P, P, P, P, L]]
+    assert _why("mlp_out", task, "neox") == [[S, L, S, L, S], [S, L, L, L, L], [P, P, P, P, L]], "a parallel MLP reads the input alone"
     assert _why("pattern[layer,dest,src]", task)[2][3] == [P] * 5
     assert _why("pattern[layer,dest,src]", task)[0][0] == [S, P, P, P, P], "the future is never attended to"
-    assert _why("resid_post", task, source="zero") == [[O] * 5, [O] * 5, [P, P, P, P, O]], "without pairs nothing is the same"
+    assert _why("resid_post", task, source="zero") == [[L] * 5, [L] * 5, [P, P, P, P, L]], "without pairs nothing is the same"
 
 
 def test_no_path_holds_in_every_example_and_the_same_wherever_there_is_a_path() -> None:
     two = Task("two", (pair(5, (3,), 1), pair(5, (2,), 2)), swap_task().metric)
-    assert _why("resid_post", two) == [[S, S, O, O, O], [S, S, O, O, O], [P, P, P, P, O]]
+    assert _why("resid_post", two) == [[S, S, L, L, L], [S, S, L, L, L], [P, P, P, P, L]]
     # the queries of the only layer are read at the end; the position A is there in the second example alone, with an unchanged token
     model, metric = native_model("one layer", n_layers=1), swap_task().metric
     pairs = (pair(5, (0,), 1, template="a", A=2), pair(3, (0,), 2, template="b", A=2))
@@ -255,7 +255,7 @@ def test_no_path_holds_in_every_example_and_the_same_wherever_there_is_a_path() 
         task = Task("roles", some, metric)
         axis, site = task.position_axis(), parse_site("q[layer,pos]")
         live, cut = live_cells(model.arch, site, task, axis, paired=True), without_path(model.arch, site, task, axis)
-        assert np.where(live, O, np.where(cut, P, S))[0, place] == (P if some == pairs[:1] else S)
+        assert np.where(live, L, np.where(cut, P, S))[0, place] == (P if some == pairs[:1] else S)
 
 
 def test_kinds_of_edges() -> None:
@@ -263,7 +263,7 @@ def test_kinds_of_edges() -> None:
     graph = model_of("gpt2").arch.graph
     assert (why.to_numpy() == "no edge").tolist() == (~graph.allowed).tolist()
     told = {name: str(why[graph.edge(name)].to_numpy()) for name in ("input->a0.h0<v>", "input->a2.h0<q>", "input->logits", "a0.h0->a2.h0<q>")}
-    assert told == {"input->a0.h0<v>": O, "input->a2.h0<q>": S, "input->logits": S, "a0.h0->a2.h0<q>": O}
+    assert told == {"input->a0.h0<v>": L, "input->a2.h0<q>": S, "input->logits": S, "a0.h0->a2.h0<q>": L}
 
 
 @pytest.mark.parametrize("family", ["gpt2", "neox", "llama"])
@@ -274,7 +274,7 @@ def test_cells_without_a_path_never_matter_and_cells_that_are_the_same_do_when_s
     zeroed = scores_of(pl.ActivationPatching(source="zero", engine="literal"), model, task, sites)
     for site in sites:
         kinds, effects = why.zeros(site).to_numpy(), np.abs(zeroed.data[site].to_numpy()).max(0)
-        assert set(kinds.ravel()) == ({O, S} if site in ("resid_pre", "v[layer,pos]") else {O, S, P})
+        assert set(kinds.ravel()) == ({L, S} if site in ("resid_pre", "v[layer,pos]") else {L, S, P})
         assert not effects[kinds == "no path"].any()
         assert (effects[kinds == "same in both prompts"] > 1e-9).all(), site
 
