@@ -180,7 +180,12 @@ def evaluate(
 def plot(
     file: Annotated[Path, typer.Argument(metavar="CIRCUIT.json", help="A circuit file.")],
     out: Annotated[Path, typer.Option(help="File for the figure: .html, .png, .svg, .pdf, ..., or .dot for Graphviz.")],
-    edges: Annotated[int, typer.Option(help="Edges shown first, those of largest |score|; the slider shows more.")] = 50,
+    edges: Annotated[
+        int | None,
+        typer.Option(
+            help="Edges shown first, those of largest |score|; the slider shows more [default: all up to 150, else 60].", show_default=False
+        ),
+    ] = None,
     matrix: Annotated[bool, typer.Option("--matrix", help="Draw a matrix of writers and readers instead of a graph.")] = False,
     force: Replace = False,
     json_: Json = False,

@@ -103,6 +103,17 @@ def check_patterns(patterns: Patterns, live: Mapping[str, np.ndarray], n: int) -
             raise ScoreError(f"the live cells of {name} are not those that can matter for at least one example; build live from the patterns.")
 
 
+def check_no_path(no_path: Mapping[str, np.ndarray], live: Mapping[str, np.ndarray]) -> None:
+    """The sites and shapes of the live cells, none of which is without a path."""
+    if set(no_path) != set(live):
+        raise ScoreError(f"no_path and live must name the same sites; got {sorted(no_path)} and {sorted(live)}.")
+    for name, cut in no_path.items():
+        if cut.shape != live[name].shape:
+            raise ScoreError(f"{name}: no_path has the shape {list(cut.shape)}, live {list(live[name].shape)}; give one value per cell.")
+        if (cut & live[name]).any():
+            raise ScoreError(f"{name}: {(cut & live[name]).sum()} cells are live and have no path to the metric; a cell is one or the other.")
+
+
 def check_finite(name: str, axes: tuple[str, ...], values: np.ndarray, record: Mapping[str, Any]) -> None:
     """A site is scored throughout, or not scored and listed with its reason."""
     bad, skipped = ~np.isfinite(values), name in record.get("not_scored", {})

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pandas as pd
 import xarray as xr
@@ -21,6 +22,7 @@ from patchlab.score_arrays import (
     PositionLabels,
     axes_of,
     check_finite,
+    check_no_path,
     check_patterns,
     check_rows,
     check_shape,
@@ -35,6 +37,8 @@ from patchlab.sites import POSITION_AXES, Site, parse_site
 
 FORMAT = 2
 _ATTRIBUTE = "patchlab_scoremap"
+NO_PATH, SAME, NO_EDGE = "no path", "same in both prompts", "no edge"
+"""Why a cell cannot matter."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +98,8 @@ class ScoreMap:
         cost: what it cost.
         patterns: bool, the same variables with the axis ``pattern`` instead of ``example``, and ``pattern_of(example)``: which cells can
             matter for which example (:meth:`live_per_example`); None in maps that do not know.
+        no_path: bool, as ``live``; True where no causal path leads from the cell to what the metric reads. The other structural zeros are the same
+            in both prompts (see :meth:`zeros`). None in files that do not say.
 
     Example:
         >>> relp = pl.RelevancePatching().run(model, task, ["resid_pre", "z"])  # doctest: +SKIP
@@ -105,6 +111,7 @@ class ScoreMap:
     provenance: dict[str, Any]
     cost: Cost
     patterns: xr.Dataset | None = None
+    no_path: xr.Dataset | None = None
 
     @staticmethod
     def build(
@@ -118,6 +125,7 @@ class ScoreMap:
         provenance: Mapping[str, Any],
         cost: Cost,
         patterns: Patterns | None = None,
+        no_path: Mapping[str, np.ndarray] | None = None,
     ) -> "ScoreMap":
         """Check the arrays of a method's result and name their axes.
 
@@ -131,6 +139,7 @@ class ScoreMap:
             provenance: see the class.
             cost: see the class.
             patterns: which cells can matter for which example, where that differs between examples.
+            no_path: per site a bool array ``[*axes]``; True = no causal path to what the metric reads, which no live cell is.
 
         Raises:
             ScoreError: shapes that do not fit together, values that are not finite in a scored site, a site that is NaN
@@ -141,13 +150,17 @@ class ScoreMap:
         order = np.argsort(index, kind="stable")
         check_rows(scores, live, index, metric_clean, metric_corrupted)
         sizes: dict[str, int] = {"example": len(index)}
-        variables, masks = {}, {}
+        variables, masks, paths = {}, {}, {}
+        if no_path is not None:
+            check_no_path(no_path, live)
         for name, values in scores.items():
             axes = axes_of(name)
             check_shape(name, axes, values, live[name], sizes)
             check_finite(name, axes, values, record)
             variables[name] = (("example", *axes), values[order], {"units": str(record.get("metric_unit", ""))})
             masks[name] = (axes, live[name].astype(bool))
+            if no_path is not None:
+                paths[name] = (axes, no_path[name].astype(bool))
         coords: dict[str, Any] = {axis: np.arange(size) for axis, size in sizes.items()}
         coords["example"] = index[order]
         coords["metric_clean"] = ("example", metric_clean[order].astype(np.float64))
@@ -159,7 +172,8 @@ class ScoreMap:
         check_patterns(patterns, live, len(index))
         rows = {name: (("pattern", *masks[name][0]), cells.astype(bool)) for name, cells in patterns.cells.items()}
         of = xr.Dataset(rows, coords={"example": coords["example"], "pattern_of": ("example", patterns.of[order].astype(np.int64))})
-        return ScoreMap(frozen(data), frozen(xr.Dataset(masks, coords=bare)), record, cost, frozen(of))
+        cut = None if no_path is None else frozen(xr.Dataset(paths, coords=bare))
+        return ScoreMap(frozen(data), frozen(xr.Dataset(masks, coords=bare)), record, cost, frozen(of), cut)
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -215,6 +229,26 @@ class ScoreMap:
         """
         return self.data[self.site_name(site)].astype(np.float64).mean("example", skipna=False, keep_attrs=True)
 
+    def zeros(self, site: str | Site) -> xr.DataArray:
+        """Why each cell of a site cannot matter, as text; "" where it can.
+
+        ``"no path"``: no causal path leads from the cell to what the metric reads. ``"same in both prompts"``: wherever a path leads to the metric,
+        what a patch would put there is what is there already, since nothing before it differs. ``"no edge"``: the writer is not computed before
+        the reader. ``"structural zero"``: the map is from a file that does not say which.
+
+        Raises:
+            ScoreError: the map has no such site.
+        """
+        name = self.site_name(site)
+        live = self.live[name]
+        words = np.full(live.shape, "structural zero" if self.no_path is None else SAME, dtype=f"<U{len(SAME)}")
+        if self.no_path is not None:
+            words[self.no_path[name].to_numpy()] = NO_PATH
+        if "graph" in self.provenance and live.dims[:2] == ("writer", "reader"):
+            words[~self.graph.allowed] = NO_EDGE
+        words[live.to_numpy()] = ""
+        return live.copy(data=words)
+
     def site_name(self, site: str | Site) -> str:
         """The name of a site in this map, however it was written.
 
@@ -267,7 +301,7 @@ class ScoreMap:
 
         Columns: ``site``, ``example``, the axes that occur (``<NA>`` where a site lacks one), ``token`` and ``position``
         beside ``pos`` (``dest_token``, ... beside ``dest`` and ``src``), the name of the ``edge`` where edges are scored (pairs that
-        are no edge are left out), ``effect`` in metric units, ``live``.
+        are no edge are left out), ``zero`` (why a cell cannot matter, see :meth:`zeros`; "" where it can), ``effect`` in metric units, ``live``.
         """
         frames = []
         for site in self.sites:
@@ -280,6 +314,7 @@ class ScoreMap:
                     if dim in POSITION_AXES and label in array.coords:
                         coord = array[label]
                         columns[label] = coord.to_numpy()[tuple(grid[d] for d in coord.dims)].ravel()
+            columns["zero"] = np.broadcast_to(self.zeros(site).to_numpy(), array.shape).ravel()
             columns["effect"] = array.to_numpy().ravel()
             columns["live"] = np.broadcast_to(self.live[site].to_numpy(), array.shape).ravel()
             frame = pd.DataFrame(columns)
@@ -289,10 +324,10 @@ class ScoreMap:
                 frame = frame[self.graph.allowed[frame["writer"], frame["reader"]]]
             frames.append(frame)
         table = pd.concat(frames, ignore_index=True)
-        return table.reindex(columns=[*table.columns.drop(["effect", "live"]), "effect", "live"])
+        return table.reindex(columns=[*table.columns.drop(["zero", "effect", "live"]), "zero", "effect", "live"])
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
-        """Write one netCDF file (the effects, ``live`` as a group, the rest as JSON), whole or not at all.
+        """Write one netCDF file (the effects, ``live`` and ``no_path`` as groups, the rest as JSON), whole or not at all.
 
         Raises:
             OutputError: the file exists and ``overwrite`` is False, or it cannot be written there.
@@ -305,6 +340,8 @@ class ScoreMap:
             self.live.to_netcdf(temporary, engine="h5netcdf", group="live", mode="a")
             if self.patterns is not None:
                 self.patterns.to_netcdf(temporary, engine="h5netcdf", group="patterns", mode="a")
+            if self.no_path is not None:
+                self.no_path.to_netcdf(temporary, engine="h5netcdf", group="no_path", mode="a")
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> "ScoreMap":
@@ -317,6 +354,9 @@ class ScoreMap:
             raise ScoreError(f"there is no score map {path}. Give the path of a .nc file that ScoreMap.save wrote.")
         try:
             data, live = (xr.load_dataset(path, engine="h5netcdf", group=group) for group in (None, "live"))
+            with h5py.File(path) as file:
+                told = "no_path" in file
+            no_path = xr.load_dataset(path, engine="h5netcdf", group="no_path") if told else None
             record = json.loads(data.attrs.pop(_ATTRIBUTE))
             patterns = xr.load_dataset(path, engine="h5netcdf", group="patterns") if record.get("patterns") else None
         except KeyError as error:
@@ -325,7 +365,8 @@ class ScoreMap:
             raise ScoreError(f"cannot read the score map {path}: {error}. It is damaged or not a score map; compute it again.") from error
         if record["format"] > FORMAT:
             raise ScoreError(f"{path} has the format {record['format']} and this patchlab reads up to {FORMAT}. Update patchlab.")
-        return ScoreMap(frozen(data), frozen(live), record["provenance"], Cost(**record["cost"]), None if patterns is None else frozen(patterns))
+        rest = (None if part is None else frozen(part) for part in (patterns, no_path))
+        return ScoreMap(frozen(data), frozen(live), record["provenance"], Cost(**record["cost"]), *rest)
 
     def __repr__(self) -> str:
         about, skipped = self.provenance, self.not_scored

@@ -32,6 +32,7 @@ def make_map(
     scores: Mapping[str, np.ndarray],
     *,
     live: Mapping[str, np.ndarray] | None = None,
+    no_path: Mapping[str, np.ndarray] | None = None,
     labels: Labels | None = None,
     examples: Sequence[int] | None = None,
     clean: np.ndarray | None = None,
@@ -40,7 +41,10 @@ def make_map(
     patterns: Patterns | None = None,
     **changes: Any,
 ) -> ScoreMap:
-    """A map of these effects; every cell is live and the gap is 2 logits unless something else is asked for."""
+    """A map of these effects; every cell is live and the gap is 2 logits unless something else is asked for.
+
+    Cells that are not live are the same in both prompts, unless ``no_path`` has them.
+    """
     n = len(next(iter(scores.values())))
     live = {site: np.ones(values.shape[1:], dtype=bool) for site, values in scores.items()} | dict(live or {})
     return ScoreMap.build(
@@ -53,6 +57,7 @@ def make_map(
         provenance=provenance(**changes),
         cost=cost,
         patterns=patterns,
+        no_path={site: np.zeros_like(mask) for site, mask in live.items()} | dict(no_path or {}),
     )
 
 
@@ -76,4 +81,4 @@ def random_map(*sites: str, n: int = 8, seed: int = 0, n_layers: int = 3, n_pos:
 def altered(scores: ScoreMap, change: Any, *, cost: Cost = COST, **changes: Any) -> ScoreMap:
     """The same map with other effects, ``change(site, values)``, and other provenance."""
     data = scores.data.copy(data={site: change(site, scores.data[site].to_numpy()) for site in scores.sites})
-    return ScoreMap(data, scores.live, {**scores.provenance, **changes}, cost)
+    return ScoreMap(data, scores.live, {**scores.provenance, **changes}, cost, scores.no_path)

@@ -11,7 +11,7 @@ import patchlab as pl
 from patchlab.engine import Program, run
 from patchlab.interventions import Average, Edit, Kept
 from patchlab.methods.exact import addresses
-from patchlab.methods.liveness import cell_shape, live_cells
+from patchlab.methods.liveness import cell_shape, live_cells, without_path
 from patchlab.methods.runs import Setting
 from patchlab.metrics import Metric
 from patchlab.models import Model
@@ -243,6 +243,69 @@ def test_live_cells_do_matter() -> None:
         live = scores.live[site].to_numpy()
         assert (np.abs(scores.data[site].to_numpy()).max(0)[live] > 1e-9).mean() > 0.99, site
         assert not scores.data[site].to_numpy()[:, ~live].any()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Why a cell cannot matter: no path, or the same in both prompts.
+
+L, P, S = "", "no path", "same in both prompts"
+
+
+def _why(site: str, task: Task, family: str = "gpt2", **options: str) -> list:
+    scores = scores_of(pl.AttributionPatching(**options), model_of(family), task, site)
+    return scores.zeros(site).to_numpy().tolist()
+
+
+def test_two_kinds_of_structural_zeros_by_hand() -> None:
+    """Tokens differ at 1 and 3 of 0..4; behind the last attention only position 4 is read."""
+    task = swap_task()
+    assert _why("resid_pre", task) == [[S, L, S, L, S], [S, L, L, L, L], [S, L, L, L, L]]
+    assert _why("resid_post", task) == [[S, L, L, L, L], [S, L, L, L, L], [P, P, P, P, L]]
+    assert _why("mlp_out", task, "neox") == [[S, L, S, L, S], [S, L, L, L, L], [P, P, P, P, L]], "a parallel MLP reads the input alone"
+    assert _why("pattern[layer,dest,src]", task)[2][3] == [P] * 5
+    assert _why("pattern[layer,dest,src]", task)[0][0] == [S, P, P, P, P], "the future is never attended to"
+    assert _why("resid_post", task, source="zero") == [[L] * 5, [L] * 5, [P, P, P, P, L]], "without pairs nothing is the same"
+
+
+def test_no_path_holds_in_every_example_and_the_same_wherever_there_is_a_path() -> None:
+    two = Task("two", (pair(5, (3,), 1), pair(5, (2,), 2)), swap_task().metric)
+    assert _why("resid_post", two) == [[S, S, L, L, L], [S, S, L, L, L], [P, P, P, P, L]]
+    # the queries of the only layer are read at the end; the position A is there in the second example alone, with an unchanged token
+    model, metric = native_model("one layer", n_layers=1), swap_task().metric
+    pairs = (pair(5, (0,), 1, template="a", A=2), pair(3, (0,), 2, template="b", A=2))
+    for some, place in ((pairs, 0), (pairs[:1], 2), (pairs[1:], 2)):  # by name where lengths differ (A, END), else by index
+        task = Task("roles", some, metric)
+        axis, site = task.position_axis(), parse_site("q[layer,pos]")
+        live, cut = live_cells(model.arch, site, task, axis, paired=True), without_path(model.arch, site, task, axis)
+        assert np.where(live, L, np.where(cut, P, S))[0, place] == (P if some == pairs[:1] else S)
+
+
+def test_kinds_of_edges() -> None:
+    why = scores_of(pl.AttributionPatching(), model_of("gpt2"), swap_task(changed=(1,)), "edges", direction="noising").zeros("edges")
+    graph = model_of("gpt2").arch.graph
+    assert (why.to_numpy() == "no edge").tolist() == (~graph.allowed).tolist()
+    told = {name: str(why[graph.edge(name)].to_numpy()) for name in ("input->a0.h0<v>", "input->a2.h0<q>", "input->logits", "a0.h0->a2.h0<q>")}
+    assert told == {"input->a0.h0<v>": L, "input->a2.h0<q>": S, "input->logits": S, "a0.h0->a2.h0<q>": L}
+
+
+@pytest.mark.parametrize("family", ["gpt2", "neox", "llama"])
+def test_cells_without_a_path_never_matter_and_cells_that_are_the_same_do_when_something_else_is_put_there(family: str) -> None:
+    model, task = model_of(family, torch.float64), swap_task(n=2)
+    sites = [site for site in ("resid_pre", "resid_post", "mlp_out", "v[layer,pos]") if parse_site(site).kind not in model.arch.absent]
+    why = scores_of(pl.AttributionPatching(), model, task, sites)
+    zeroed = scores_of(pl.ActivationPatching(source="zero", engine="literal"), model, task, sites)
+    for site in sites:
+        kinds, effects = why.zeros(site).to_numpy(), np.abs(zeroed.data[site].to_numpy()).max(0)
+        assert set(kinds.ravel()) == ({L, S} if site in ("resid_pre", "v[layer,pos]") else {L, S, P})
+        assert not effects[kinds == "no path"].any()
+        assert (effects[kinds == "same in both prompts"] > 1e-9).all(), site
+
+
+def test_surrounding_edits_leave_no_kind() -> None:
+    model = model_of("gpt2")
+    with pl.intervene(model, pl.Edit("L0.attn_out", pl.noise(1.0), op="add")):
+        scores = scores_of(pl.AttributionPatching(), model, swap_task(n=1), "resid_post")
+    assert set(scores.zeros("resid_post").to_numpy().ravel()) == {""}
 
 
 def test_prompts_of_one_token_and_changes_at_the_start() -> None:

@@ -107,7 +107,9 @@ class Twin:
         inner: dict[Any, list] = {self.layers[0].self_attn.q_proj: []}
         for layer in self.layers:
             inner |= {layer.self_attn.o_proj: [], layer.mlp: []}
-        start = self.layers[0].register_forward_pre_hook(lambda m, args, kwargs: first.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True)
+        start = self.layers[0].register_forward_pre_hook(
+            lambda m, args, kwargs: first.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+        )
         self.run(tokens, inner)
         start.remove()
         found = [first[0]]

@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 
 import h5py
 import numpy as np
@@ -194,7 +195,7 @@ def test_loading_gives_back_exactly_what_was_saved(tmp_path, named):
     scores.save(tmp_path / "a.nc")
     again = ScoreMap.load(tmp_path / "a.nc")
     assert again.sites == scores.sites
-    for before, after in ((scores.data, again.data), (scores.live, again.live), (scores.patterns, again.patterns)):
+    for before, after in ((getattr(scores, name), getattr(again, name)) for name in ("data", "live", "patterns", "no_path")):
         assert after.identical(before)
         assert {name: part.dtype for name, part in after.variables.items()} == {name: part.dtype for name, part in before.variables.items()}
     assert again.provenance == scores.provenance
@@ -353,6 +354,13 @@ def test_partly_missing_scores_are_refused():
 def test_shapes_that_do_not_fit_are_refused():
     with pytest.raises(ScoreError, match=r"z: got float64 scores of shape \[2, 3\].*\['example', 'layer', 'head'\]"):
         make_map({"z": np.ones((2, 3))})
+    ones, zeros = np.ones((3, 4), dtype=bool), np.zeros((3, 4), dtype=bool)
+    with pytest.raises(ScoreError, match="z: 12 cells are live and have no path to the metric; a cell is one or the other"):
+        make_map({"z": np.ones((2, 3, 4))}, no_path={"z": ones})
+    with pytest.raises(ScoreError, match=r"z: no_path has the shape \[3, 3\], live \[3, 4\]"):
+        make_map({"z": np.ones((2, 3, 4))}, no_path={"z": zeros[:, :3]})
+    with pytest.raises(ScoreError, match=r"must name the same sites; got \['q', 'z'\] and \['z'\]"):
+        make_map({"z": np.ones((2, 3, 4))}, no_path={"q": zeros})
     with pytest.raises(ScoreError, match=r"live mask of shape \[3, 5\]"):
         make_map({"z": np.ones((2, 3, 4))}, live={"z": np.ones((3, 5), dtype=bool)})
     with pytest.raises(ScoreError, match="z: got int64 scores"):
@@ -392,3 +400,12 @@ def test_provenance_must_be_json():
     with pytest.raises(ScoreError, match="provenance must be JSON"):
         make_map({"z": np.ones((2, 1, 1))}, device=object())
     assert make_map({"z": np.ones((2, 1, 1))}, options=(1, 2)).provenance["options"] == [1, 2]
+
+
+def test_a_file_that_does_not_say_why_cells_cannot_matter(tmp_path):
+    scores = make_map({"z": np.ones((2, 1, 2))}, live={"z": np.array([[True, False]])})
+    replace(scores, no_path=None).save(tmp_path / "a.nc")
+    again = ScoreMap.load(tmp_path / "a.nc")
+    assert again.no_path is None
+    assert again.zeros("z").to_numpy().tolist() == [["", "structural zero"]]
+    assert scores.zeros("z").to_numpy().tolist() == [["", "same in both prompts"]]

@@ -5,13 +5,16 @@ import numpy as np
 from patchlab.circuits.circuit import Circuit
 
 _STYLES = {"q": "dashed", "k": "dotted"}
+_COLOURS = {"denoising": ("#b2182b", "#2166ac"), "noising": ("#2166ac", "#b2182b")}
+"""Of a negative and a positive effect: blue supports the behaviour, red works against it."""
 _WIDEST = 6.0
 
 
 def to_dot(circuit: Circuit) -> str:
     """The circuit as a digraph in DOT, layers from bottom to top.
 
-    An edge into a head carries its letter ``q``, ``k`` or ``v`` as label; width grows with |score|, red is a negative and blue a positive score, grey
+    An edge into a head carries its letter ``q``, ``k`` or ``v`` as label; width grows with |score|. Blue edges support the behaviour, red ones work
+    against it (purple and green, a negative and a positive score, where the circuit does not say in which direction was patched), grey ones have
     no score. A position-resolved circuit is collapsed, and says so in a comment. Graphviz (``dot -Tsvg``) draws it; patchlab does not need it.
 
     Example:
@@ -30,6 +33,7 @@ def to_dot(circuit: Circuit) -> str:
     flat, graph = circuit.collapsed(), circuit.graph
     pairs = np.argwhere(flat.edges)
     scores = np.full(len(pairs), np.nan) if flat.scores is None else flat.scores[tuple(pairs.T)]
+    negative, positive = _COLOURS.get(circuit.provenance.get("direction", ""), ("#762a83", "#1b7837"))
     largest = float(np.nan_to_num(np.abs(scores)).max(initial=0.0)) or 1.0
     lines = ["digraph circuit {", f"  // {graph}: {flat.n_edges:,} of {graph.n_edges:,} edges"]
     if circuit.n_positions is not None:
@@ -43,7 +47,7 @@ def to_dot(circuit: Circuit) -> str:
     for (writer, reader), score in zip(pairs.tolist(), scores.tolist(), strict=True):
         kind, known = graph.reader_kind[reader], not np.isnan(score)
         label = f'label="{kind}", ' if len(kind) == 1 else ""
-        colour = "#8b949e" if not known else "#b2182b" if score < 0 else "#2166ac"
+        colour = "#8b949e" if not known else negative if score < 0 else positive
         width = 1.0 + (_WIDEST - 1.0) * abs(score) / largest if known else 1.0
         tooltip = graph.name(writer, reader) + (f" {score:+.4g}" if known else "")
         look = f'{label}color="{colour}", penwidth={width:.2f}, style={_STYLES.get(kind, "solid")}, tooltip="{tooltip}"'

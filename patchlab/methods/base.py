@@ -21,7 +21,7 @@ from patchlab.engine import Target
 from patchlab.errors import MethodError, unknown
 from patchlab.methods.checkpoint import Finished, Work, batch_rows, described, joined, keeping
 from patchlab.methods.identity import identify
-from patchlab.methods.liveness import cell_shape, live_cells, live_patterns, pattern_cells
+from patchlab.methods.liveness import cell_shape, live_cells, live_patterns, pattern_cells, without_path
 from patchlab.methods.runs import DIRECTIONS, SOURCES, Meter, Runs, Setting, check_metric, mean_source, unpatched
 from patchlab.metrics import METRICS
 from patchlab.models import Model
@@ -219,6 +219,7 @@ class Method(ABC):
             setting.live,
             patterns=self._patterns(setting, examples),
             task_axis=setting.axis,
+            no_path=self._no_path(setting),
             examples=examples,
             metric_clean=clean,
             metric_corrupted=corrupted,
@@ -242,6 +243,11 @@ class Method(ABC):
         first = np.unique(number, return_index=True)[1].tolist()
         cells = {str(site): pattern_cells(setting.model.arch, site, task, axis, first, paired=paired) for site in setting.sites}
         return Patterns(number[examples], cells)
+
+    def _no_path(self, setting: Setting) -> dict[str, np.ndarray]:
+        if setting.model.ambient:  # then no cell is taken as a structural zero
+            return {name: np.zeros_like(live) for name, live in setting.live.items()}
+        return {str(site): without_path(setting.model.arch, site, setting.task, setting.axis) for site in setting.sites}
 
     def source_targets(self, setting: Setting) -> tuple[Target, ...]:
         """Where the source's activations are needed."""

@@ -48,6 +48,14 @@ def _changed(task: Task, example: int, paired: bool) -> Bool[np.ndarray, " pos"]
     return np.asarray(pair.clean_ids) != np.asarray(pair.corrupted_ids) if paired else np.ones(len(pair), dtype=bool)
 
 
+def without_path(arch: Architecture, site: Site, task: Task, axis: PositionAxis | None) -> Bool[np.ndarray, "*cells"]:
+    """Which cells of a site have, in no example, a causal path to what the metric reads, whatever the prompts are.
+
+    The other structural zeros are *the same in both prompts*: at every position and in every example from which a path leads to the metric.
+    """
+    return ~live_cells(arch, site, task, axis, paired=False)
+
+
 def cell_shape(arch: Architecture, site: Site, axis: PositionAxis | None) -> tuple[int, ...]:
     """Length of each scored axis of a site."""
     return tuple(len(axis) if name in ("pos", "dest", "src") and axis is not None else arch.size(name) for name in site.axes)

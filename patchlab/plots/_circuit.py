@@ -10,13 +10,17 @@ import plotly.graph_objects as go
 from patchlab.circuits import Circuit
 from patchlab.errors import CircuitError
 from patchlab.plots._circuit_layout import HALF_HEIGHT, HALF_WIDTH, PORTS, Layout, place, routes
-from patchlab.plots._style import INK, MUTED, NEGATIVE, PALE, POSITIVE, UNSCORED, Box, Page, words_width
+from patchlab.plots._style import INK, MUTED, PALE, UNSCORED, Box, Page, Signs, signs
 
 SIZES = (5, 10, 20, 50, 100, 200, 500, 1000)
 """Sizes that the slider offers, beside the one asked for and the whole circuit."""
+ALL, FEWER = 150, 60
+"""A circuit of at most so many edges is shown whole; of a larger one so many at first."""
 DASHES = {"q": "dash", "k": "dot"}
 _WIDTHS = (1.0, 1.6, 2.4, 3.4, 4.6, 6.0, 7.6, 9.4)
-_TOP, _BOTTOM, _SLIDER = 104, 12, 64
+_TOP, _BOTTOM, _SLIDER = 104, 12, 60
+WIDTH = 1240
+"""Pixels of an image of a circuit; in a page the figure takes the room there is."""
 
 
 @dataclass(frozen=True)
@@ -54,16 +58,18 @@ class CircuitData:
     legend: tuple[str, ...]
     n_edges: int
     largest: float
+    signs: Signs
     views: tuple[View, ...]
     shown: int
 
     def subtitle(self, view: View) -> str:
-        """What a view shows: ``50 of 756 edges``."""
-        return f"<b>{len(view.edges):,} of {self.n_edges:,} edges</b>{self.about}"
+        """What a view shows: ``the strongest 60 of 756 edges``."""
+        which = f"all {self.n_edges:,} edges" if len(view.edges) == self.n_edges else f"the strongest {len(view.edges):,} of {self.n_edges:,} edges"
+        return f"<b>{which}</b>{self.about}"
 
 
-def _prepare_circuit(circuit: Circuit, max_edges: int = 50) -> CircuitData:
-    if max_edges < 1:
+def _prepare_circuit(circuit: Circuit, max_edges: int | None = None) -> CircuitData:
+    if max_edges is not None and max_edges < 1:
         raise CircuitError(f"max_edges is {max_edges}; draw at least 1 edge.")
     if not circuit.n_edges:
         raise CircuitError(
@@ -71,7 +77,7 @@ def _prepare_circuit(circuit: Circuit, max_edges: int = 50) -> CircuitData:
         )
     flat = circuit.collapsed()
     marks = _marks(circuit, flat)
-    first = min(max_edges, len(marks))
+    first = min(max_edges or (len(marks) if len(marks) <= ALL else FEWER), len(marks))
     most = max(first, SIZES[-1])
     offered = {size for size in SIZES if size <= 0.75 * len(marks)}
     sizes = sorted({size for size in (*offered, first, len(marks)) if size <= most})
@@ -93,7 +99,7 @@ def _prepare_circuit(circuit: Circuit, max_edges: int = 50) -> CircuitData:
     about = "".join(f" · {escape(word, quote=False)}" for word in words)
     known = scores[np.isfinite(scores)]
     largest = float(known.max(initial=0.0))
-    return CircuitData(title, about, _legend(record, marks, largest), len(marks), largest, tuple(views), sizes.index(first))
+    return CircuitData(title, about, _legend(record, marks, largest), len(marks), largest, signs(record), tuple(views), sizes.index(first))
 
 
 def _what(record: dict[str, Any]) -> str:
@@ -135,17 +141,12 @@ def _legend(record: dict[str, Any], marks: list[EdgeMark], largest: float) -> tu
     def line(colour: str, words: str, stroke: str = "━━") -> str:
         return f'<span style="color:{colour}">{stroke}</span> {escape(words, quote=False)}'
 
-    metric = record.get("metric", "the metric")
-    signs = {NEGATIVE: [mark for mark in marks if mark.score < 0], POSITIVE: [mark for mark in marks if mark.score > 0]}
-    if record.get("direction") in ("noising", "denoising"):
-        helps = {"noising": NEGATIVE, "denoising": POSITIVE}[record["direction"]]
-        told = {
-            colour: f"patching it {change} {metric}: it {'supports the behaviour' if colour == helps else 'works against it'}"
-            for colour, change in ((NEGATIVE, "lowers"), (POSITIVE, "raises"))
-        }
-    else:
-        told = {NEGATIVE: "negative score", POSITIVE: "positive score"}
-    words = [line(colour, told[colour]) for colour, some in signs.items() if some]
+    metric, means = record.get("metric", "the metric"), signs(record)
+    told = {means.negative: means.below, means.positive: means.above}
+    if record.get("direction") in ("noising", "denoising") and not record.get("unsigned"):
+        told = {means.negative: f"patching it lowers {metric}: it {means.below}", means.positive: f"patching it raises {metric}: it {means.above}"}
+    has = {means.negative: any(mark.score < 0 for mark in marks), means.positive: any(mark.score > 0 for mark in marks)}
+    words = [line(colour, told[colour]) for colour, some in has.items() if some]
     if any(np.isnan(mark.score) for mark in marks):
         words.append(line(UNSCORED, "no score"))
     kinds = {mark.kind for mark in marks}
@@ -157,17 +158,19 @@ def _legend(record: dict[str, Any], marks: list[EdgeMark], largest: float) -> tu
     return tuple(" &nbsp;·&nbsp; ".join(some) for some in (words, looks) if some)
 
 
-def circuit(circuit: Circuit, max_edges: int = 50) -> go.Figure:
+def circuit(circuit: Circuit, max_edges: int | None = None) -> go.Figure:
     """A circuit as a graph in layers: the input at the bottom, the logits on top, information flows upwards.
 
-    Shows the ``max_edges`` edges of largest |score|; the slider changes how many (5, 10, 20, 50, ..., at most 1,000 or ``max_edges``).
-    Heads stand in a column per head index, their inputs q, k, v are places in the lower side of the box. Red edges have a negative effect, blue
-    ones a positive effect (as in the heatmaps), the width is |effect|. Of a position-resolved circuit the positions are summed; the hover text
-    has them.
+    The slider changes how many edges are shown (5, 10, 20, 50, ..., at most 1,000 or ``max_edges``), those of largest |score|. Heads stand in a
+    column per head index, their inputs q, k, v are places in the lower side of the box. Blue edges support the behaviour, red ones work against
+    it (as in the heatmaps), the width is |effect|. Of a position-resolved circuit the positions are summed; the hover text has them.
+
+    In a page that :func:`patchlab.plots.save` wrote, a click on a node leaves only its edges, and a click on a layer's name draws its heads as one.
 
     Args:
         circuit: what to draw.
-        max_edges: how many edges are shown first.
+        max_edges: how many edges are shown first, and in images; None shows all of a circuit of at most 150 edges, and of larger ones 60. The
+            figure says which of how many it shows.
 
     Raises:
         CircuitError: a circuit without edges, or ``max_edges`` below 1.
@@ -180,7 +183,7 @@ def circuit(circuit: Circuit, max_edges: int = 50) -> go.Figure:
 
 
 def _draw(data: CircuitData) -> go.Figure:
-    pages = [_draw_view(data, view) for view in data.views]
+    pages = [_draw_view(data, i) for i in range(len(data.views))]
     figure = pages[data.shown]
     if len(pages) == 1:
         return figure
@@ -188,9 +191,8 @@ def _draw(data: CircuitData) -> go.Figure:
     steps = []
     for i, (page, view) in enumerate(zip(pages, data.views, strict=True)):
         layout = page.layout
-        changes = {name: layout[name] for name in ("width", "height", "annotations", "shapes")}
+        changes = {name: layout[name] for name in ("height", "annotations", "shapes")}
         changes |= {f"{axis}.{name}": layout[axis][name] for axis in ("xaxis", "yaxis") for name in ("range", "domain")}
-        changes |= {"yaxis.tickvals": layout.yaxis.tickvals, "yaxis.ticktext": layout.yaxis.ticktext}
         steps.append({"label": f"{len(view.edges):,}", "method": "update", "args": [{"visible": [own == i for _, own in traces]}, changes]})
     whole = go.Figure(layout=figure.layout)
     for trace, own in traces:
@@ -200,8 +202,8 @@ def _draw(data: CircuitData) -> go.Figure:
         "active": data.shown,
         "steps": steps,
         "currentvalue": {"prefix": "edges: ", "font": {"size": 12, "color": INK}},
-        "x": 0, "y": 0, "xanchor": "left", "yanchor": "bottom", "lenmode": "pixels", "len": min(420, 60 + 50 * len(steps)),
-        "pad": {"l": 16, "b": 8, "t": 0},
+        "x": 0, "y": 1, "xanchor": "left", "yanchor": "top", "lenmode": "fraction", "len": min(0.9, 0.06 + 0.06 * len(steps)),
+        "pad": {"l": 16, "t": _TOP - 6, "b": 0},
         "font": {"size": 11, "color": MUTED},
         "minorticklen": 0,
         "ticklen": 4,
@@ -210,39 +212,39 @@ def _draw(data: CircuitData) -> go.Figure:
     return whole
 
 
-def _draw_view(data: CircuitData, view: View) -> go.Figure:
-    layout, subtitle = view.layout, data.subtitle(view)
-    slider = _SLIDER if len(data.views) > 1 else 0
-    area, margin, left = layout.right - layout.left, 42, 76
+def _draw_view(data: CircuitData, number: int) -> go.Figure:
+    view = data.views[number]
+    layout, top = view.layout, _TOP + (_SLIDER if len(data.views) > 1 else 0)
+    margin, left = 42, 76
     height = layout.height + 2 * margin
-    width = max(words_width(data.title, subtitle), *(words_width("", line) for line in data.legend), left + area + 16)
-    page = Page(width, _TOP + height + _BOTTOM + slider, data.title, subtitle)
+    page = Page(WIDTH, top + height + _BOTTOM, data.title, data.subtitle(view))
     for i, words in enumerate(data.legend):
         page.note(16, 60 + 20 * i, words)
-    ticks = {"tickvals": [(band.low + band.high) / 2 for band in layout.bands], "ticktext": [f"layer {band.layer}" for band in layout.bands]}
-    spare = max(0.0, width - 16 - left - area)
-    hidden = {"showline": False, "ticks": "", "fixedrange": False}
-    box = Box(left, _TOP, area + spare, height)
-    across = {"range": [layout.left - spare / 2, layout.right + spare / 2], "showticklabels": False, **hidden}
-    up = {"range": [-margin, layout.height + margin], "tickmode": "array", "tickfont": {"size": 11, "color": MUTED}, **ticks, **hidden}
-    where = page.panel(box, across, up)
+    hidden = {"showline": False, "ticks": "", "showticklabels": False}
+    box = Box(left, top, WIDTH - left - 16, height)
+    across = {"range": [layout.left, layout.right], **hidden}
+    where = page.panel(box, across, {"range": [-margin, layout.height + margin], **hidden})
     for i, band in enumerate(layout.bands):
         shade = PALE if i % 2 == 0 else "white"
         size = {"x0": 0, "x1": 1, "y0": band.low, "y1": band.high}
         page.figure.add_shape(type="rect", xref="x domain", yref="y", **size, fillcolor=shade, line_width=0, layer="below")
-    _draw_edges(page, data, view, where)
-    _draw_nodes(page, view, where)
-    page.figure.update_layout(hovermode="closest", hoverdistance=12)
+        middle = {"xref": "paper", "x": (left - 6) / WIDTH, "xanchor": "right", "yref": "y", "y": (band.low + band.high) / 2, "yanchor": "middle"}
+        look = {"showarrow": False, "font": {"size": 11, "color": MUTED}, "captureevents": True}
+        page.figure.add_annotation(text=f"layer {band.layer}", name=f"layer {band.layer}", **middle, **look)
+    _draw_edges(page, data, number, where)
+    _draw_nodes(page, view, number, where)
+    page.figure.update_layout(hovermode="closest", hoverdistance=12, width=None, autosize=True, meta={"figure": "circuit", "width": WIDTH})
     return page.figure
 
 
-def _draw_edges(page: Page, data: CircuitData, view: View, where: dict[str, str]) -> None:
+def _draw_edges(page: Page, data: CircuitData, number: int, where: dict[str, str]) -> None:
     """Edges of one colour, width and stroke are one trace, so that hundreds of edges are tens of traces; the thin ones are drawn first."""
+    view = data.views[number]
     points = 40 if len(view.edges) <= 100 else 24 if len(view.edges) <= 500 else 12
     lines = routes(view.layout, [mark.ends for mark in view.edges], points)
     groups: dict[tuple[float, str, str], list[tuple[EdgeMark, np.ndarray]]] = {}
     for mark, line in zip(view.edges, lines, strict=True):
-        colour = UNSCORED if np.isnan(mark.score) else NEGATIVE if mark.score < 0 else POSITIVE
+        colour = UNSCORED if np.isnan(mark.score) else data.signs.negative if mark.score < 0 else data.signs.positive
         share = abs(mark.score) / data.largest if data.largest and not np.isnan(mark.score) else 0.0
         width = min(_WIDTHS, key=lambda w: abs(w - (_WIDTHS[0] + share * (_WIDTHS[-1] - _WIDTHS[0]))))
         groups.setdefault((width, colour, DASHES.get(mark.kind, "solid")), []).append((mark, line.round(1)))
@@ -253,24 +255,28 @@ def _draw_edges(page: Page, data: CircuitData, view: View, where: dict[str, str]
             y += [*line[:, 1].tolist(), None]
             text += [mark.hover] * len(line) + [None]
         look = {"mode": "lines", "line": {"color": colour, "width": width, "dash": dash, "simplify": False}, "opacity": 0.7}
-        page.figure.add_trace(go.Scatter(x=x, y=y, text=text, hovertemplate="%{text}<extra></extra>", **look, **where))
+        own = {"circuit": "edges", "view": number, "points": points, "edges": [[mark.writer, mark.reader] for mark, _ in members]}
+        page.figure.add_trace(go.Scatter(x=x, y=y, text=text, hovertemplate="%{text}<extra></extra>", meta=own, **look, **where))
 
 
-def _draw_nodes(page: Page, view: View, where: dict[str, str]) -> None:
+def _draw_nodes(page: Page, view: View, number: int, where: dict[str, str]) -> None:
+    own = {"view": number, "nodes": list(view.nodes)}
     x, y = [], []
     for a, b in view.layout.places.values():
         x += [a - HALF_WIDTH, a + HALF_WIDTH, a + HALF_WIDTH, a - HALF_WIDTH, a - HALF_WIDTH, None]
         y += [b - HALF_HEIGHT, b - HALF_HEIGHT, b + HALF_HEIGHT, b + HALF_HEIGHT, b - HALF_HEIGHT, None]
     fill = {"fill": "toself", "fillcolor": "white", "line": {"color": INK, "width": 1}}
-    page.figure.add_trace(go.Scatter(x=x, y=y, mode="lines", hoverinfo="skip", **fill, **where))
+    page.figure.add_trace(go.Scatter(x=x, y=y, mode="lines", hoverinfo="skip", meta={**own, "circuit": "boxes"}, **fill, **where))
     names = [f"<b>{node}</b>" for node in view.nodes]
     places = [view.layout.places[node] for node in view.nodes]
     raised = [b + 5 if letters else b for (_, b), letters in zip(places, view.nodes.values(), strict=True)]
     hover = [_node_text(node, view.edges) for node in view.nodes]
-    text = {"mode": "text", "text": names, "textfont": {"size": 11, "color": INK}, "hovertext": hover}
+    named = {**own, "circuit": "names", "places": [list(view.layout.places[node]) for node in view.nodes]}
+    text = {"meta": named, "mode": "text", "text": names, "textfont": {"size": 11, "color": INK}, "hovertext": hover}
     page.figure.add_trace(go.Scatter(x=[a for a, _ in places], y=raised, hovertemplate="%{hovertext}<extra></extra>", **text, **where))
     ports = [(*view.layout.places[node], letter) for node, letters in view.nodes.items() for letter in letters]
-    small = {"mode": "text", "textfont": {"size": 9, "color": MUTED}, "hoverinfo": "skip", "text": [letter for *_, letter in ports]}
+    port_of = {**own, "circuit": "ports", "nodes": [node for node, letters in view.nodes.items() for _ in letters]}
+    small = {"meta": port_of, "mode": "text", "textfont": {"size": 9, "color": MUTED}, "hoverinfo": "skip", "text": [letter for *_, letter in ports]}
     page.figure.add_trace(go.Scatter(x=[a + PORTS[letter] for a, _, letter in ports], y=[b - 8 for _, b, _ in ports], **small, **where))
 
 

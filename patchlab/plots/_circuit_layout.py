@@ -14,11 +14,11 @@ from jaxtyping import Float
 
 from patchlab.graph import Graph
 
-HALF_WIDTH, HALF_HEIGHT = 29.0, 15.0
+HALF_WIDTH, HALF_HEIGHT = 34.0, 15.0
 """Half the sides of a node's box."""
-ROW, LAYER_GAP, COLUMN, CLEARANCE = 54.0, 12.0, 88.0, 34.0
+ROW, LAYER_GAP, COLUMN, CLEARANCE = 54.0, 12.0, 170.0, 34.0
 _WIDEST, _MOST_COLUMNS = 1150.0, 12
-PORTS = {"q": -17.0, "k": 0.0, "v": 17.0}
+PORTS = {"q": -20.0, "k": 0.0, "v": 20.0}
 """Where in the lower side of a head its query, key and value inputs are."""
 
 Point = tuple[float, float]

@@ -10,7 +10,7 @@ from jaxtyping import Float
 
 from patchlab.compare import CELLS, QUARTILES, STATISTICS, Comparison
 from patchlab.errors import ScoreError, unknown
-from patchlab.plots._style import COLOURS, INK, MUTED, Box, Page, words_width
+from patchlab.plots._style import INK, MUTED, Box, Page, method_colours, words_width
 
 PANEL_HEIGHT, GAP_X, GAP_Y, BAR = 190, 70, 92, 17
 _TITLES = {
@@ -101,7 +101,7 @@ def comparison(comparison: Comparison, *, cells: str = "live") -> go.Figure:
 
 
 def _draw(data: ComparisonData) -> go.Figure:
-    colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(data.methods)}
+    colours = method_colours(data.methods)
     panel = max(260, len(data.sites) * (len(data.methods) * BAR + 20))
     columns = max(1, min(3, int(1300 // (panel + GAP_X))))
     n_rows = math.ceil((len(data.panels) + 1) / columns)

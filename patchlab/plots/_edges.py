@@ -13,13 +13,14 @@ from patchlab.circuits.select import mean_effects
 from patchlab.errors import CircuitError
 from patchlab.graph import Graph
 from patchlab.plots._circuit_layout import layer_and_head
-from patchlab.plots._style import INK, MUTED, RED_BLUE, Box, Page, words_width
-from patchlab.scores import ScoreMap
+from patchlab.plots._facets import ZEROS
+from patchlab.plots._style import INK, MUTED, Box, Page, Signs, signs, words_width
+from patchlab.scores import NO_PATH, SAME, ScoreMap
 
 _ALL = "q, k and v"
 _SIDE, _MOST_NODES = 940, 320
 """Pixels of the matrix at most; more nodes than this are cut to those with the largest edges."""
-_NO_EDGE, _NOT_SCORED = "#e9ebee", "#b6bcc3"
+_NO_EDGE, _CANNOT, _NOT_SCORED = "#e9ebee", "#d3d8de", "#b6bcc3"
 _TEXTS = 60_000
 """Beyond this many cells there is no hover text of one's own per cell."""
 
@@ -46,6 +47,8 @@ class EdgeHeatmapData:
     not_scored: Bool[np.ndarray, "writer node"]
     panels: tuple[EdgePanel, ...]
     limit: float
+    zero: Shaped[np.ndarray, "writer node"]
+    signs: Signs
 
 
 def _prepare_edge_heatmap(scores: ScoreMap | Circuit) -> EdgeHeatmapData:
@@ -53,12 +56,13 @@ def _prepare_edge_heatmap(scores: ScoreMap | Circuit) -> EdgeHeatmapData:
         graph, record, flat = scores.graph, scores.provenance, scores.collapsed()
         if flat.scores is None:
             raise CircuitError("the circuit has no scores to draw; plots.circuit draws its edges, and edge scores come from method.run(.., 'edges').")
-        kept, effects = flat.edges, np.asarray(flat.scores)
+        kept, effects, zero = flat.edges, np.asarray(flat.scores), np.full(graph.allowed.shape, "")
         subtitle = f"{flat.n_edges:,} of {graph.n_edges:,} edges of a circuit" + (f", {record['how']}" if record.get("how") else "")
     else:
         graph, (effects, record) = scores.graph, mean_effects(scores)
         effects = effects.sum(2) if effects.ndim == 3 else effects
-        kept, subtitle = graph.allowed, f"{graph.n_edges:,} edges"
+        zero = _zeros(scores)
+        kept, subtitle = graph.allowed & (zero == ""), f"{graph.n_edges:,} edges"
     missing = graph.allowed & np.isnan(effects)
     values = np.where(kept, effects, np.nan)
     panels = {_ALL: _per_node(graph, values, "qkv")} | {letter: _per_node(graph, values, letter) for letter in "qkv"}
@@ -81,7 +85,27 @@ def _prepare_edge_heatmap(scores: ScoreMap | Circuit) -> EdgeHeatmapData:
     possible = _any_per_node(graph, graph.allowed)[cells]
     label = f"effect ({unit})" if unit else "effect"
     missed = _any_per_node(graph, missing)[cells]
-    return EdgeHeatmapData(title, " · ".join(map(str, words)), label, writers, nodes, possible, missed, drawn, limit)
+    dead = _zero_per_node(graph, zero)[cells]
+    return EdgeHeatmapData(title, " · ".join(map(str, words)), label, writers, nodes, possible, missed, drawn, limit, dead, signs(record))
+
+
+def _zeros(scores: ScoreMap) -> Shaped[np.ndarray, "writer reader"]:
+    """Why an edge cannot matter at any of its positions; "" where it can."""
+    (site,) = scores.sites
+    words = scores.zeros(site).to_numpy()
+    words = words.reshape(*words.shape[:2], -1)
+    live = (words == "").any(2)
+    same = (words == SAME).any(2)
+    return np.where(live | ~scores.graph.allowed, "", np.where(same, SAME, words[:, :, 0]))
+
+
+def _zero_per_node(graph: Graph, zero: Shaped[np.ndarray, "writer reader"]) -> Shaped[np.ndarray, "writer node"]:
+    """Why no edge from a writer to any input of a node can matter; "" where one can."""
+    live = _any_per_node(graph, graph.allowed & (zero == ""))
+    words = np.full(live.shape, "", dtype=zero.dtype)
+    for kind in (word for word in (NO_PATH, "structural zero", SAME) if (zero == word).any()):
+        words[_any_per_node(graph, zero == kind)] = kind
+    return np.where(live, "", words)
 
 
 def _per_node(graph: Graph, values: Float[np.ndarray, "writer reader"], kinds: str) -> Float[np.ndarray, "writer node"]:
@@ -141,9 +165,10 @@ def _texts(
 def edge_heatmap(scores: ScoreMap | Circuit) -> go.Figure:
     """Heatmap of edge effects: a row per writer, a column per reading node, in the order of the graph.
 
-    A head's column is the sum over its query, key and value inputs; the buttons show one of them. Red edges lower the metric when patched, blue
-    ones raise it; colour goes with the square root of the size, so that a few large edges do not hide the others. Pale cells are no edges, grey
-    ones were not scored, and of a circuit the edges outside are left white. With more than 320 nodes only those with the largest edges are drawn.
+    A head's column is the sum over its query, key and value inputs; the buttons show one of them. Blue edges support the behaviour, red ones work
+    against it; colour goes with the square root of the size, so that a few large edges do not hide the others. Pale cells are no edges or cannot
+    matter (the hover text says why), grey ones were not scored, and of a circuit the edges outside are left white. With more than 320 nodes only
+    those with the largest edges are drawn.
 
     Args:
         scores: a map with ``edges``, whose example means are drawn, or a circuit with scores. Positions are summed.
@@ -162,17 +187,25 @@ def _draw(data: EdgeHeatmapData) -> go.Figure:
     cell = max(2.0, min(26.0, _SIDE / max(n_rows, n_columns)))
     left, top, foot = 92, 96, 78
     legend = f'<span style="color:{_NOT_SCORED}">■</span> not scored &nbsp;·&nbsp; ' if data.not_scored.any() else ""
-    legend += f'<span style="color:{_NO_EDGE}">■</span> no edge &nbsp;·&nbsp; colours go with the square root of the effect'
-    width = max(words_width(data.title, data.subtitle), left + cell * n_columns + 110)
+    legend += f'<span style="color:{_NO_EDGE}">■</span> no edge &nbsp;·&nbsp; '
+    kinds = [ZEROS[kind] for kind in ZEROS if (data.zero == kind).any()]
+    legend += f'<span style="color:{_CANNOT}">■</span> {" or ".join(kinds)} &nbsp;·&nbsp; ' if kinds else ""
+    legend += f"{data.signs.legend} &nbsp;·&nbsp; colours go with the square root of the effect"
+    width = max(words_width(data.title, data.subtitle), words_width("", legend), left + cell * n_columns + 110)
     page = Page(width, top + cell * n_rows + foot, data.title, escape(data.subtitle, quote=False))
     page.note(16, 58, legend, colour=MUTED)
     box = Box(left, top, cell * n_columns, cell * n_rows)
     across = {"range": [-0.5, n_columns - 0.5], **_ticks(data.nodes, cell, -90), "title": {"text": "reader"}, "mirror": True}
     down = {"range": [n_rows - 0.5, -0.5], **_ticks(data.writers, cell, 0), "title": {"text": "writer"}, "mirror": True}
     where = page.panel(box, across, down)
-    shade = np.where(data.not_scored, 1.0, np.where(data.possible, np.nan, 0.0))
-    greys = [[0, _NO_EDGE], [1, _NOT_SCORED]]
-    page.figure.add_trace(go.Heatmap(z=shade, zmin=0, zmax=1, colorscale=greys, showscale=False, hoverinfo="skip", **where))
+    shade = np.where(data.not_scored, 1.0, np.where(~data.possible, 0.0, np.where(data.zero != "", 0.5, np.nan)))
+    greys = [[0, _NO_EDGE], [0.5, _CANNOT], [1, _NOT_SCORED]]
+    texts = [
+        [f"<b>{a}->{b}</b><br>{ZEROS[word]}" if word else None for b, word in zip(data.nodes, row, strict=True)]
+        for a, row in zip(data.writers, data.zero.tolist(), strict=True)
+    ]
+    more = {"text": texts, "hovertemplate": "%{text}<extra></extra>"} if (data.zero != "").any() else {"hoverinfo": "skip"}
+    page.figure.add_trace(go.Heatmap(z=shade, zmin=0, zmax=1, colorscale=greys, showscale=False, **more, **where))
     for i, panel in enumerate(data.panels):
         z = np.sign(panel.effects) * np.sqrt(np.abs(panel.effects))
         more = {"text": panel.hover, "hovertemplate": "%{text}<extra></extra>"} if panel.hover is not None else {"hoverinfo": "skip"}
@@ -237,4 +270,4 @@ def _draw_scale(page: Page, data: EdgeHeatmapData, box: Box) -> None:
     turned = {"xanchor": "center", "yanchor": "middle", "textangle": -90}
     page.note(box.left + box.width + 46, box.top + box.height / 2, escape(data.value_label, quote=False), **turned)
     top = float(np.sqrt(data.limit))
-    page.figure.update_layout(coloraxis={"colorscale": RED_BLUE, "cmin": -top, "cmax": top, "colorbar": bar})
+    page.figure.update_layout(coloraxis={"colorscale": data.signs.scale, "cmin": -top, "cmax": top, "colorbar": bar})

@@ -13,24 +13,44 @@ from jaxtyping import Bool, Float, Int, Shaped
 from patchlab.errors import ScoreError
 from patchlab.plots._style import Pixels, heading_height, shown, sparse_ticks
 from patchlab.score_arrays import label_of
-from patchlab.scores import ScoreMap
+from patchlab.scores import NO_EDGE, NO_PATH, SAME, ScoreMap
 from patchlab.sites import KINDS, POSITION_AXES, parse_site
 
 TOP_NEURONS = 32
+MOST_CELLS = 5000
+"""Beyond so many cells hover texts are left out or short."""
+COMPACT = 560
+"""Pixels of the height of a panel in a large figure."""
 TOP_EDGE_ENDS = 24
 """Writers, and readers, that a panel of edges shows."""
+ZEROS = {
+    NO_PATH: "no path to the metric",
+    SAME: "same in both prompts",
+    NO_EDGE: "no edge: the writer is not computed before the reader",
+    "structural zero": "structural zero: cannot affect the metric",
+}
+"""Why a cell cannot matter, in the words of a figure."""
 _TITLES = {"pos": "position", "dest": "destination", "src": "source", "kv_head": "KV head"}
 
 
 @dataclass(frozen=True)
 class Axis:
-    """Numeric places with text; ``angle`` turns the text, ``breaks`` are places between which a line is drawn."""
+    """Numeric places with text; ``angle`` turns the text, ``breaks`` are places between which a line is drawn.
+
+    ``names`` has one name per place, each once (``L9.H6``, ``the (14)``); empty where a row or column is no single layer, head or position.
+    """
 
     title: str
     places: tuple[int, ...]
     texts: tuple[str, ...]
     angle: int = 0
     breaks: tuple[float, ...] = ()
+    names: tuple[str, ...] = ()
+
+    def named(self) -> dict[str, Any]:
+        """For plotly: an axis of names, which shows as many of them as there is room for at any zoom."""
+        ticks = {"type": "category", "categoryorder": "array", "categoryarray": list(self.names), "tickangle": self.angle}
+        return {**ticks, "title": {"text": self.title}}
 
     def layout(self) -> dict[str, Any]:
         """For plotly: an array of ticks on a linear axis, so that equal texts stay apart."""
@@ -46,9 +66,10 @@ class Axis:
 
 @dataclass(frozen=True)
 class Facet:
-    """One panel: values in metric units (or shares of the gap), structural zeros, the hover text of every cell.
+    """One panel: values in metric units (or shares of the gap), why a cell cannot matter ("": it can), the hover text of every cell.
 
-    ``room`` is the width in pixels it should try to keep to; ``first`` is False where the panel to its left has the same rows.
+    A ``compact`` panel keeps to a fixed height, and its cells to the names of its axes. ``room`` is the width in pixels it should try to keep to;
+    ``first`` is False where the panel to its left has the same rows; ``unsigned`` values are sizes.
     """
 
     site: str
@@ -56,25 +77,40 @@ class Facet:
     description: str
     group: str
     values: Float[np.ndarray, "row column"]
-    live: Bool[np.ndarray, "row column"]
-    hover: Shaped[np.ndarray, "row column"]
+    zero: Shaped[np.ndarray, "row column"]
+    hover: Shaped[np.ndarray, "row column"] | None
     rows: Axis
     columns: Axis
     not_scored: str | None = None
     room: Pixels = 330
     first: bool = True
+    compact: bool = False
+    unsigned: bool = False
+
+    @property
+    def live(self) -> Bool[np.ndarray, "row column"]:
+        """The cells that can matter."""
+        return self.zero == ""
+
+    def name(self, row: int, column: int) -> str:
+        """A cell by its row and column: ``L9.H6 · the (14)``."""
+        head = self.title.rpartition(" ")[2] + " · " if self.rows.title == _TITLES["dest"] else ""  # a panel per head
+        between = "." if self.columns.title in ("head", _TITLES["kv_head"]) else " · "
+        return f"{head}{self.rows.names[row]}{between}{self.columns.names[column]}"
 
     @property
     def size(self) -> tuple[Pixels, Pixels]:
         """Pixels of the cells' area."""
         n_rows, n_columns = self.values.shape
-        least = 14 if len(self.rows.places) == n_rows else 5 if n_rows > 60 else 9
+        if self.compact:
+            return _between(132, 24 * n_columns, max(self.room, 160)), _between(110, 22 * n_rows, COMPACT)
+        least = 5 if len(self.rows.places) < n_rows else 14 if n_rows <= 60 else 11
         return max(132, n_columns * _between(13, self.room / n_columns, 24)), max(110, n_rows * _between(least, 264 / n_rows, 22))
 
     @property
     def margins(self) -> tuple[Pixels, Pixels, Pixels]:
         """Pixels left of, above and below the cells."""
-        below = 40 + 0.9 * self.columns.extent if self.columns.angle else 46
+        below = 40 + 0.9 * self.columns.extent + 12 * self.compact if self.columns.angle else 46
         return 34 + self.rows.extent if self.first else 6, heading_height(self.description, self.size[0]), below
 
     @property
@@ -93,6 +129,7 @@ def facets_of(
     most: int = 6,
     room: Pixels = 330,
     first: bool = True,
+    compact: bool = False,
 ) -> list[Facet]:
     """The panels of one site.
 
@@ -105,21 +142,26 @@ def facets_of(
         most: at most this many panels for a site that needs one per head.
         room: see :class:`Facet`.
         first: see :class:`Facet`.
+        compact: see :class:`Facet`; panels whose rows or columns have no names keep their hover text.
     """
     site = str(mean.name)
     cells = _Cells(scores, site, mean)
     size = np.nan_to_num(np.abs(ranked_by.mean(site).to_numpy()))
     axes = cells.axes
-    values, live = mean.to_numpy().ravel(), scores.live[site].to_numpy().ravel()
+    values, zero = mean.to_numpy().ravel(), scores.zeros(site).to_numpy().ravel()
     shape = "position" if axes[-1] in POSITION_AXES else "neuron" if "neuron" in axes else "head"
     group = shape if len(axes) <= 2 else site
-    what = KINDS[parse_site(site).kind].what
+    unsigned = bool(scores.provenance.get("unsigned"))
+    what = KINDS[parse_site(site).kind].what + ("; sizes without sign" if unsigned else "")
     facets = []
     for name, note, index, rows, columns in _layout(cells, size, most):
         title = " · ".join(part for part in (heading, site + name) if part)
-        texts = np.array([cells.hover(i, unit) for i in index.ravel().tolist()], dtype=object).reshape(index.shape)
-        panel = (values[index], live[index], texts)
-        facets.append(Facet(site, title, what + note if first else "", group, *panel, rows, columns, scores.not_scored.get(site), room, first))
+        texts = None
+        if not (compact and rows.names and columns.names):
+            texts = np.array([cells.hover(i, unit) for i in index.ravel().tolist()], dtype=object).reshape(index.shape)
+        about = what + note if first else "sizes without sign" if unsigned else ""
+        panel = (values[index], zero[index], texts, rows, columns, scores.not_scored.get(site))
+        facets.append(Facet(site, title, about, group, *panel, room, first, compact, unsigned))
     return facets
 
 
@@ -145,7 +187,8 @@ def _layout(cells: "_Cells", size: np.ndarray, most: int) -> Iterator[_Panel]:
             yield f" {_short(lead, place)}", note, index[place], cells.axis("dest", down=True), cells.axis("src")
     elif "neuron" in axes and len(axes) == 3:
         chosen = _largest(size.max(1), TOP_NEURONS)
-        names = Axis("neuron", tuple(range(len(chosen))), tuple(_short(("layer", "neuron"), place) for place in chosen))
+        texts = tuple(_short(("layer", "neuron"), place) for place in chosen)
+        names = Axis("neuron", tuple(range(len(chosen))), texts, names=texts)
         note = f"; the {len(chosen)} of {size[:, 0].size} with the largest effect"
         yield "", note, np.stack([index[layer, :, neuron] for layer, neuron in chosen]), names, cells.axis("pos")
     elif "neuron" in axes:
@@ -154,17 +197,15 @@ def _layout(cells: "_Cells", size: np.ndarray, most: int) -> Iterator[_Panel]:
         ranks = Axis(f"rank among the layer's {size.shape[1]}", places, tuple(str(i + 1) for i in places))
         yield "", ", by |effect| in their layer", np.take_along_axis(index, order, axis=1), cells.axis("layer", down=True), ranks
     elif len(axes) == 1:
-        yield "", "", index[:, None], cells.axis("layer", down=True), Axis("all positions", (), ())
+        yield "", "", index[:, None], cells.axis("layer", down=True), Axis("all positions", (), (), names=("all positions",))
     elif len(axes) == 2:
         yield "", "", index, cells.axis("layer", down=True), cells.axis(axes[1])
     else:
         head, position = sorted(axes[1:], key=lambda axis: axis in POSITION_AXES)
         n_layers, n_heads = size.shape[0], size.shape[axes.index(head)]
-        starts = range(0, n_layers * n_heads, n_heads)
-        middles = tuple(start + (n_heads - 1) // 2 for start in starts)
-        rows = Axis(
-            f"layer (a row per {_TITLES.get(head, head)})", middles, tuple(map(str, range(n_layers))), breaks=tuple(i - 0.5 for i in starts[1:])
-        )
+        names = tuple(_short(("layer", head), (layer, i)) for layer in range(n_layers) for i in range(n_heads))
+        breaks = tuple(n_heads * layer - 0.5 for layer in range(1, n_layers))
+        rows = Axis(f"layer and {_TITLES.get(head, head)}", tuple(range(len(names))), names, breaks=breaks, names=names)
         yield "", "", np.moveaxis(index, axes.index(position), -1).reshape(n_layers * n_heads, -1), rows, cells.axis(position)
 
 
@@ -174,22 +215,29 @@ class _Cells:
     def __init__(self, scores: ScoreMap, site: str, mean: xr.DataArray) -> None:
         self.scores, self.site, self.mean = scores, site, mean
         self.axes = tuple(str(dim) for dim in mean.dims)
-        self._values, self._live = mean.to_numpy().ravel(), scores.live[site].to_numpy().ravel()
+        self._values, self._zero = mean.to_numpy().ravel(), scores.zeros(site).to_numpy().ravel()
         self._lines = [self._axis_lines(axis) for axis in self.axes]
+        self._names = [self.axis(axis).names if f"{axis}_name" not in mean.coords else tuple(map(escape, self._ends(axis))) for axis in self.axes]
 
     def axis(self, name: str, *, down: bool = False) -> Axis:
         """Ticks of an axis: tokens of positions, else indices."""
         size, title = self.mean.sizes[name], _TITLES.get(name, name)
         if name in POSITION_AXES:
             texts = tuple(label for label, _ in self._positions(name))
-            return Axis(title, tuple(range(size)), texts, 0 if down else -60)
-        places = sparse_ticks(size, 16)
-        return Axis(title, tuple(places), tuple(str(self.mean[name].to_numpy()[i]) for i in places))
+            names = tuple(f"{text} ({i})" if texts.count(text) > 1 else text for i, text in enumerate(texts))
+            return Axis(title, tuple(range(size)), texts, 0 if down else -60, names=names)
+        places, indices = sparse_ticks(size, 16), self.mean[name].to_numpy()
+        names = tuple(_short((name,), (i,)) for i in indices)
+        return Axis(title, tuple(places), tuple(str(indices[i]) for i in places), names=names)
 
     def ends(self, name: str, chosen: Int[np.ndarray, " end"], *, angle: int = 0) -> Axis:
         """Ticks of some writers or readers: their names."""
-        texts = tuple(escape(str(text)) for text in self.mean[f"{name}_name"].to_numpy()[chosen])
-        return Axis(name, tuple(range(len(chosen))), texts, angle)
+        texts = tuple(escape(self._ends(name)[i]) for i in chosen)
+        return Axis(name, tuple(range(len(chosen))), texts, angle, names=texts)
+
+    def _ends(self, name: str) -> list[str]:
+        """Names of all writers or readers."""
+        return self.mean[f"{name}_name"].to_numpy().tolist()
 
     def place(self, cell: int) -> str:
         """Where a cell is: its site, and a line per axis."""
@@ -198,8 +246,16 @@ class _Cells:
 
     def hover(self, cell: int, unit: str) -> str:
         """Where a cell is, and its value."""
-        zero = "" if self._live[cell] else "<br>structural zero: cannot affect the metric"
-        return f"{self.place(cell)}<br>effect {self._values[cell]:.3g} {escape(unit)}{zero}"
+        return f"{self.place(cell)}<br>effect {self._values[cell]:.3g} {escape(unit)}{self.why(cell)}"
+
+    def short(self, cell: int) -> str:
+        """The name of a cell: ``L9.the (14).H6``."""
+        index = np.unravel_index(cell, self.mean.shape)
+        return ".".join(names[i] for names, i in zip(self._names, index, strict=True))
+
+    def why(self, cell: int) -> str:
+        """Why a cell cannot matter, as a line; nothing where it can."""
+        return f"<br>{ZEROS[str(self._zero[cell])]}" if self._zero[cell] else ""
 
     def _axis_lines(self, axis: str) -> list[str]:
         shown_by = f"{axis}_name" if f"{axis}_name" in self.mean.coords else axis
@@ -223,9 +279,13 @@ class _Cells:
 
 
 def cell_texts(scores: ScoreMap, site: str) -> Shaped[np.ndarray, " cell"]:
-    """For every cell of a site (flattened), where it is: layer, head, position with its tokens; in plotly's HTML."""
+    """For every cell of a site (flattened), where it is (layer, head, position with its tokens) and why it cannot matter, if so; in plotly's HTML.
+
+    Of more than 5,000 cells only their names, since the text is most of a figure's size.
+    """
     cells = _Cells(scores, site, scores.mean(site))
-    return np.array([cells.place(i) for i in range(scores.live[site].size)], dtype=object)
+    text = cells.short if scores.live[site].size > MOST_CELLS else cells.place
+    return np.array([text(i) + cells.why(i) for i in range(scores.live[site].size)], dtype=object)
 
 
 def _largest(size: np.ndarray, most: int) -> list[tuple[int, ...]]:

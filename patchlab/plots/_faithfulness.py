@@ -10,11 +10,10 @@ from jaxtyping import Float, Int, Shaped
 
 from patchlab.circuits.curves import RANDOM, FaithfulnessCurve
 from patchlab.errors import CircuitError
-from patchlab.plots._style import COLOURS, INK, MUTED, Box, Page, words_width
+from patchlab.plots._style import INK, MUTED, Box, Page, method_colours, words_width
 
 LEVEL = 0.9
 """What counts as faithful in the legend: 90 % of what the model does beyond its ablated self."""
-RANDOM_COLOUR = "#8b949e"
 _WIDTH, _HEIGHT, _LEFT = 720, 380, 70
 
 
@@ -51,9 +50,8 @@ def _prepare_faithfulness(curve: FaithfulnessCurve, level: float | int = LEVEL) 
     names = sorted(dict.fromkeys(str(row["method"]) for row in table), key=lambda name: name == RANDOM)
     if not names:
         raise CircuitError("the curve has no rows, so there is nothing to draw.")
-    lines = tuple(
-        _line(name, COLOURS[i % len(COLOURS)], [row for row in table if row["method"] == name], areas[name], level) for i, name in enumerate(names)
-    )
+    colours = method_colours(names)
+    lines = tuple(_line(name, colours[name], [row for row in table if row["method"] == name], areas[name], level) for name in names)
     about = curve.provenance
     total = max(round(row["n_requested"] / row["fraction"]) for row in table if row["fraction"] > 0)
     who = " × ".join(str(about[key]) for key in ("model", "task") if about.get(key))
@@ -79,7 +77,7 @@ def _line(name: str, colour: str, rows: list[dict[Any, Any]], area: dict[Any, An
     n_edges, value, low, high = (np.array([row[column] for row in drawn], dtype=float) for column in ("n_edges", "faithfulness", "lo", "hi"))
     return FaithfulnessLine(
         name,
-        RANDOM_COLOUR if name == RANDOM else colour,
+        colour,
         np.array([row["n_requested"] for row in drawn], dtype=int),
         n_edges,
         value,

@@ -2,8 +2,9 @@
 
 import os
 import warnings
+from importlib.resources import files
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
@@ -13,6 +14,9 @@ from patchlab.output import writing
 
 HTML = (".html", ".htm")
 IMAGES = (".png", ".svg", ".pdf", ".jpg", ".jpeg", ".webp")
+DARK = "@media screen and (prefers-color-scheme: dark) { .plotly-graph-div { filter: invert(0.92) hue-rotate(180deg); } }"
+"""In a dark page lightness is turned round and hues stay: blue still supports, and methods keep their colours."""
+_HEAD = f'<meta name="color-scheme" content="light dark"><style>{DARK}</style>'
 
 
 def save(
@@ -72,17 +76,26 @@ def _image(figure: go.Figure, kind: str, scale: float | int) -> bytes:
     if figure.layout.sliders or figure.layout.updatemenus:  # nobody can move them in an image
         figure = go.Figure(figure)
         figure.layout.sliders = figure.layout.updatemenus = None
-    return figure.to_image(format=kind.lstrip("."), scale=scale)
+    own = figure.layout.meta if isinstance(figure.layout.meta, dict) else {}
+    return figure.to_image(format=kind.lstrip("."), scale=scale, width=figure.layout.width or own.get("width"))
 
 
 def _write_html(figure: go.Figure, path: Path, include_plotlyjs: Literal[True, "directory"], overwrite: bool) -> None:
-    text = figure.to_html(include_plotlyjs=include_plotlyjs, config={"displaylogo": False})
+    text = figure.to_html(include_plotlyjs=include_plotlyjs, **page_options(figure))
+    text = text.replace("<head>", f"<head>{_HEAD}", 1)
     with writing(path, overwrite=overwrite) as temporary:
         temporary.write_text(text, encoding="utf-8")
     script = path.parent / "plotly.min.js"
     if include_plotlyjs == "directory" and not script.exists():
         with writing(script) as temporary:
             temporary.write_text(get_plotlyjs(), encoding="utf-8")
+
+
+def page_options(figure: go.Figure) -> dict[str, Any]:
+    """What ``to_html`` needs beside the figure: the configuration, and for circuits the script that answers clicks."""
+    own = figure.layout.meta if isinstance(figure.layout.meta, dict) else {}
+    script = files("patchlab.plots").joinpath("circuit.js").read_text(encoding="utf-8") if own.get("figure") == "circuit" else None
+    return {"config": {"displaylogo": False, "responsive": True}, "post_script": script}
 
 
 def _first_line(error: Exception) -> str:

@@ -1,11 +1,12 @@
 """What the figures share: one look, a page laid out in pixels, and text that plotly shows as it is."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from textwrap import wrap
 from typing import Any
+from zlib import crc32
 
 import plotly.graph_objects as go
 
@@ -15,12 +16,94 @@ Pixels = float | int
 
 INK, MUTED, GREY, PALE = "#1f2328", "#636c76", "#dcdfe3", "#f3f4f6"
 FONT = "Helvetica Neue, Helvetica, Arial, Liberation Sans, DejaVu Sans, sans-serif"
-RED_BLUE = "RdBu"
-"""Red below 0, blue above, white at 0: the scale of the patching literature."""
-NEGATIVE, POSITIVE, UNSCORED = "#b2182b", "#2166ac", "#8b949e"
-"""The ends of that scale, for lines; and what has no score."""
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255", "#999933")
-"""Okabe and Ito's palette (2008), told apart with colour-blind eyes, extended by two of Tol's."""
+OPPOSES, SUPPORTS, UNSCORED = "#b2182b", "#2166ac", "#8b949e"
+"""Red: works against the behaviour. Blue: supports it. And what has no score. Nothing else is red or blue."""
+_PURPLE, _GREEN = "#762a83", "#1b7837"
+_METHODS = {
+    "atp": "#0072b2",
+    "ig:5": "#d55e00",
+    "relp": "#009e73",
+    "relp-ah": "#cc79a7",
+    "gim": "#e69f00",
+    "attnlrp": "#56b4e9",
+    "cp-lrp": "#882255",
+    "relp+ig:5": "#999933",
+    "atp*": "#9500ff",
+    "ig:10": "#6c3b01",
+    "eap-ig-inputs:5": "#fe046c",
+    "eap-ig-activations:5": "#0e5300",
+    "ig-activations:5": "#06c801",
+    "clean-corrupted": "#665674",
+    "atp+qk": "#542b9c",
+    "atp+drop": "#a205a9",
+    "relp+qk": "#126966",
+    "relp+drop": "#9880fd",
+    "exact": INK,
+    "random": UNSCORED,
+}
+"""The first eight are Okabe and Ito's palette (2008), told apart with colour-blind eyes, extended by two of Tol's; the others keep their distance."""
+_OTHERS = ("#ee7cfc", "#3c65f5", "#ad0305", "#fe8d7e", "#dd41aa", "#5502e2", "#9f5854", "#0e36b5", "#6a6907", "#905bb3", "#b3a3e3", "#008201")
+_ALIASES = {"eap": "atp", "eap-ig:5": "ig:5", "eap-ig:10": "ig:10", "ig-right:5": "eap-ig-inputs:5", "gradient": "atp"}
+
+
+def method_colours(names: Iterable[str]) -> dict[str, str]:
+    """A colour per method, decided by its name: the same on every page, in whatever company and order.
+
+    Names that patchlab knows (and the field's: EAP is ``atp``, edge-RelP ``relp``) have colours of their own. The others get one of twelve more
+    by their letters; where two names of one page would share a colour, the later in the alphabet takes the next that is free.
+
+    >>> method_colours(["RelP", "mine"])["RelP"] == method_colours(["AtP", "IG-5", "edge-RelP"])["edge-RelP"]
+    True
+    """
+    known = {name: _canonical(name) for name in dict.fromkeys(names)}
+    slots = [*_OTHERS, *_METHODS.values()]
+    colours: dict[str, str] = {}
+    for name in sorted(known, key=lambda name: (known[name] not in _METHODS, known[name], name)):
+        own = known[name]
+        first = slots.index(_METHODS[own]) if own in _METHODS else crc32(own.encode()) % len(_OTHERS)
+        order = [*slots[first:], *slots[:first]]
+        colours[name] = next((colour for colour in order if colour not in colours.values()), order[0])
+    return {name: colours[name] for name in known}
+
+
+def _canonical(name: str) -> str:
+    """A method's name in patchlab's spelling: ``edge-RelP+IG-5`` is ``relp+ig:5``."""
+    text = re.sub(r"-(\d+)$", r":\1", name.strip().lower().removeprefix("edge-"))
+    return _ALIASES.get(text, text)
+
+
+@dataclass(frozen=True)
+class Signs:
+    """What the sign of an effect means: a colour scale, the colours of its negative and positive half, and a word for each."""
+
+    scale: Any
+    negative: str
+    positive: str
+    below: str
+    above: str
+
+    @property
+    def legend(self) -> str:
+        """Both colours with their words."""
+        parts = [(self.positive, self.above), (self.negative, self.below)]
+        parts = parts[:1] if self.above == self.below else sorted(parts, key=lambda part: part[0] == OPPOSES)
+        return " &nbsp; ".join(f'<span style="color:{colour}">■</span> {words}' for colour, words in parts)
+
+
+def signs(record: Mapping[str, Any]) -> Signs:
+    """Blue is what supports the behaviour and red what works against it, whichever way was patched.
+
+    Denoising raises the metric at what supports the behaviour, noising lowers it there. Where a record has no direction (a circuit from
+    elsewhere), or the effects have lost their sign, the colours are others: purple and green.
+    """
+    if record.get("unsigned"):
+        return Signs(["white", _GREEN], _GREEN, _GREEN, "size of the effect, sign unknown", "size of the effect, sign unknown")
+    if record.get("direction") == "denoising":
+        return Signs("RdBu", OPPOSES, SUPPORTS, "works against the behaviour", "supports the behaviour")
+    if record.get("direction") == "noising":
+        return Signs("RdBu_r", SUPPORTS, OPPOSES, "supports the behaviour", "works against the behaviour")
+    return Signs("PRGn", _PURPLE, _GREEN, "negative score", "positive score")
+
 
 _AXIS = {
     "showgrid": False,
@@ -43,7 +126,7 @@ TEMPLATE = go.layout.Template(
         "xaxis": _AXIS,
         "yaxis": _AXIS,
         "hoverlabel": {"font": {"family": FONT, "size": 12}, "align": "left"},
-        "colorway": list(COLOURS),
+        "colorway": list(_METHODS.values()),
     }
 )
 

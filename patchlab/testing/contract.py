@@ -227,7 +227,7 @@ def _check_saved(scores: ScoreMap) -> None:
         path = Path(folder) / "scores.nc"
         scores.save(path)
         loaded = ScoreMap.load(path)
-    same = all(getattr(loaded, name).identical(getattr(scores, name)) for name in ("data", "live", "patterns"))
+    same = all(getattr(loaded, name).identical(getattr(scores, name)) for name in ("data", "live", "patterns", "no_path"))
     _require(same and loaded.provenance == scores.provenance and loaded.cost == scores.cost, "a saved map does not load as it was")
 
 
