@@ -1,6 +1,7 @@
 """The command line: parse, call, print. Heavy modules are imported inside the commands, so ``--help`` is quick."""
 
 import json
+import signal
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -158,8 +159,8 @@ def _compare(
     disable_progress_bar()  # for files that load in a second
     say = Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print
     job = report.Job(model, task, tuple(methods.split(",")), tuple(map(str, parse_sites(sites))), n=n, **settings)
-    with report.result_folder(out, force=force) as folder:
-        results = report.run(job, say=say, progress=sys.stderr.isatty())
+    with report.result_folder(out, force=force, job={"patchlab": __version__, **job.as_dict()}, say=say) as folder:
+        results = report.run(job, folder=folder, say=say, progress=sys.stderr.isatty())
         say("writing tables and plots")
         run = report.write(folder, results, say=say)
     target = out.expanduser().resolve()
@@ -238,7 +239,8 @@ def _listing(rows: Iterable[tuple[str, str]], as_json: bool) -> None:
 
 
 def main() -> None:
-    """Entry point of the ``patchlab`` command."""
+    """Entry point of the ``patchlab`` command. A request to end (SIGTERM) ends it as Ctrl-C does: finished work is kept."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     app(prog_name="patchlab")
 
 

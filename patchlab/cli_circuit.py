@@ -250,25 +250,29 @@ def _load(
 
 
 def _curve(out: Path, methods: str, where: tuple[Any, ...], settings: dict[str, Any], *, force: bool, as_json: bool) -> None:
-    from patchlab import report
+    from patchlab import __version__, report
     from patchlab.circuits import faithfulness_curve
     from patchlab.methods import get_method
 
-    scorers = {scorer.name: scorer for scorer in map(get_method, (name.strip() for name in methods.split(",")))}
+    names = tuple(get_method(name.strip()).name for name in methods.split(","))
     progress = sys.stderr.isatty()
-    with report.result_folder(out, force=force) as folder:
+
+    def say(line: str) -> None:
+        typer.echo(line, err=True)
+
+    # what the scores depend on: the sizes and the ablation of the curve may be others when it is drawn again
+    job = {"patchlab": __version__, "curve": list(names), "of": list(where), "batch_size": settings["batch_size"]}
+    with report.result_folder(out, force=force, job=job, say=say) as folder:
         loaded, first, second = _load(*where, whole=False)
-        maps = {}
-        for name, scorer in scorers.items():
-            maps[name] = scorer.run(loaded, first, "edges", direction="noising", batch_size=settings["batch_size"], progress=progress)
-            typer.echo(f"{name}: {maps[name].cost.seconds:.1f} s", err=True)
+        run = {"direction": "noising", "batch_size": settings["batch_size"], "progress": progress}
+        maps = report.scored(names, loaded, first, ["edges"], folder=folder, say=say, **run)
         train = None if settings["ablation"] in ("resample", "zero") else first
         found = faithfulness_curve(loaded, maps, second, train=train, progress=progress, **settings)
-        run = report.write_curve(folder, found, say=lambda line: typer.echo(line, err=True))
+        record = report.write_curve(folder, found, say=say)
     target = out.expanduser().resolve()
-    typer.echo(f"done: open {target / 'faithfulness.html'}", err=True)
+    say(f"done: open {target / 'faithfulness.html'}")
     if as_json:
-        _say_json({"out": str(target), **run})
+        _say_json({"out": str(target), **record})
     else:
         typer.echo(repr(found))
 

@@ -416,7 +416,7 @@ def test_a_curve_without_rows_is_refused():
 def test_controls_are_left_out_of_images_and_stay_in_the_figure(monkeypatch, tmp_path):
     seen = []
     monkeypatch.setattr(
-        go.Figure, "to_image", lambda figure, **_: seen.append((len(figure.layout.sliders), len(figure.layout.updatemenus))) or b"png"
+        "patchlab.plots._save._drawn", lambda figure, *_: seen.append((len(figure.layout.sliders), len(figure.layout.updatemenus))) or b"png"
     )
     for figure in (plots.circuit(chosen(60)), plots.edge_heatmap(chosen(60))):
         plots.save(figure, tmp_path / f"{len(seen)}.png")

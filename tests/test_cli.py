@@ -15,7 +15,9 @@ from typer.testing import CliRunner
 from patchlab import cli, plots, report
 from patchlab.cli_options import as_options, task_options
 from patchlab.errors import MethodError, OutputError, PatchlabError, SiteError, TaskError
-from patchlab.report.files import command, scores_file
+from patchlab.methods.base import Method
+from patchlab.report.files import command
+from patchlab.report.job import scores_file
 from patchlab.scores import ScoreMap
 
 ARGUMENTS = [
@@ -481,6 +483,58 @@ def test_a_file_gives_all_its_rows_and_its_name_is_escaped(results, tmp_path):
     page = parsed(tmp_path / "index.html")
     assert "<b>bold & 'x' on demo-gpt2-4l: patching methods compared" in page.text
     assert "<b>bold" not in (tmp_path / "index.html").read_text().partition("<script")[0]
+
+
+def test_a_browser_that_hangs_is_ended_and_the_rest_is_written(results, tmp_path, monkeypatch):
+    monkeypatch.setattr("patchlab.plots._save._DRAW", "import time; time.sleep(600)")
+    save = plots.save
+    monkeypatch.setattr(plots, "save", lambda figure, path, **options: save(figure, path, timeout=0.5, **options))
+    said: list[str] = []
+    report.write(tmp_path, results, say=said.append)
+    assert len(said) == 1
+    assert said[0].startswith("no PNG files: ")
+    assert said[0].endswith("the browser drew nothing in 0.5 s")
+    assert {"index.html", "run.json", "heatmaps.html"} <= {path.name for path in tmp_path.iterdir()}
+
+
+def test_an_interruption_while_pictures_are_drawn_loses_the_pictures_alone(results, tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("patchlab.plots._save._drawn", interrupted)
+    said: list[str] = []
+    report.write(tmp_path, results, say=said.append)
+    assert said == ["no PNG files: interrupted; all else is written"]
+    assert (tmp_path / "run.json").exists()
+
+
+def test_finished_methods_are_kept_and_the_same_command_goes_on(tmp_path, monkeypatch, no_images):
+    arguments = [*instead(ARGUMENTS, ["--methods", "exact,atp,relp"]), "--out", tmp_path / "out"]
+    run, ran = Method.run, []
+
+    def stopped(self, *args, **settings):
+        ran.append(self.name)
+        if self.name == "relp" and len(ran) == 3:
+            raise KeyboardInterrupt
+        return run(self, *args, **settings)
+
+    monkeypatch.setattr("patchlab.methods.base.Method.run", stopped)
+    result = patchlab(*arguments)
+    assert result.exit_code != 0
+    kept = tmp_path / "out" / ".patchlab-unfinished"
+    assert f"what is finished is kept in {kept}: scores.atp.nc, scores.exact.nc. The same command goes on from there." in result.stderr
+    assert ScoreMap.load(kept / "scores.exact.nc").sites == ("resid_pre", "attn_out[layer]")
+    assert "holds what another command has finished" in error_of(*instead(arguments, ["--n", "5"]))
+    again = patchlab(*arguments)
+    assert again.exit_code == 0, again.output
+    assert ran == ["exact", "atp", "relp", "relp"]
+    assert "exact: finished before" in again.stderr
+    assert not list((tmp_path / "out").glob(".patchlab-*"))
+    fresh = patchlab(*instead(arguments, ["--out", tmp_path / "fresh"]))
+    assert fresh.exit_code == 0
+    for name in ("comparison.csv", "comparison.json"):
+        texts = [(tmp_path / folder / name).read_text() for folder in ("out", "fresh")]
+        assert len(set(texts)) == 1 or name.endswith("json")  # costs are of the runs themselves
 
 
 def test_without_a_browser_the_rest_is_written_and_the_reason_given(results, tmp_path, monkeypatch):

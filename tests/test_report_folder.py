@@ -76,12 +76,70 @@ def test_a_listed_name_outside_the_folder_is_not_touched(tmp_path):
     assert (tmp_path / "precious.txt").exists()
 
 
+def test_a_second_run_into_the_folder_is_refused_at_once(tmp_path):
+    with result_folder(tmp_path) as folder:
+        with pytest.raises(OutputError, match="another run is writing to .*; wait until it has ended"), result_folder(tmp_path, force=True):
+            pytest.fail("must be refused before anything is computed")
+        write(folder, a__txt="first")
+    assert contents(tmp_path) == {"a.txt": "first"}
+
+
 def test_results_that_appear_in_the_meantime_win(tmp_path):
     with pytest.raises(OutputError, match="already holds results"), result_folder(tmp_path) as folder:
         write(folder, a__txt="second")
-        with result_folder(tmp_path) as faster:
-            write(faster, a__txt="first")
+        write(tmp_path, a__txt="first")
     assert contents(tmp_path) == {"a.txt": "first"}
+
+
+def test_force_does_not_replace_files_that_no_run_wrote(tmp_path):
+    (tmp_path / "a.txt").write_text("mine")
+    with pytest.raises(OutputError, match=r"has a\.txt, which no earlier run lists"), result_folder(tmp_path, force=True) as folder:
+        write(folder, a__txt="new")
+    assert contents(tmp_path) == {"a.txt": "mine"}
+
+
+def test_unfinished_work_is_kept_for_the_same_job_and_refused_for_another(tmp_path):
+    said = []
+    with pytest.raises(KeyboardInterrupt), result_folder(tmp_path / "out", job={"n": 1}, say=said.append) as folder:
+        (folder / "a.txt").write_text("1")
+        raise KeyboardInterrupt
+    kept = tmp_path / "out" / ".patchlab-unfinished"
+    assert said == [f"what is finished is kept in {kept}: a.txt. The same command goes on from there."]
+    with pytest.raises(OutputError, match=r"holds what another command has finished \(a\.txt\)"), result_folder(tmp_path / "out", job={"n": 2}):
+        pytest.fail("must be refused")
+    with pytest.raises(OutputError, match="holds what another command has finished"), result_folder(tmp_path / "out"):
+        pytest.fail("must be refused")
+    with result_folder(tmp_path / "out", job={"n": 1}, say=said.append) as folder:
+        assert (folder / "a.txt").read_text() == "1"
+        write(folder, b__txt="2")
+    assert said[-1] == f"going on from {kept}: a.txt"
+    assert contents(tmp_path / "out") == {"a.txt": "1", "b.txt": "2"}
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.txt", "b.txt", "run.json"]
+
+
+def test_force_drops_unfinished_work_of_another_job_and_nothing_is_kept_without_files(tmp_path):
+    for job in ({"n": 1}, {"n": 2}):
+        with pytest.raises(ZeroDivisionError), result_folder(tmp_path / "out", job=job, force=True) as folder:
+            assert [path.name for path in folder.iterdir()] == ["job.json"]
+            (folder / "a.txt").write_text("1")
+            raise ZeroDivisionError
+    with pytest.raises(ZeroDivisionError), result_folder(tmp_path / "new", job={"n": 1}) as folder:
+        raise ZeroDivisionError
+    assert not (tmp_path / "new").exists()
+
+
+def test_what_a_killed_run_left_is_put_right(tmp_path):
+    with result_folder(tmp_path) as folder:
+        write(folder, a__txt="old")
+    left = tmp_path / ".patchlab-old-1"  # it was killed between taking the earlier results out and putting its own in
+    left.mkdir()
+    for name in ("a.txt", "run.json"):
+        (tmp_path / name).rename(left / name)
+    (tmp_path / ".patchlab-x8").mkdir()
+    with pytest.raises(OutputError, match="already holds results"), result_folder(tmp_path):
+        pytest.fail("must be refused")
+    assert contents(tmp_path) == {"a.txt": "old"}
+    assert not list(tmp_path.glob(".patchlab-*"))
 
 
 def test_a_failed_move_puts_the_earlier_results_back(tmp_path, monkeypatch):

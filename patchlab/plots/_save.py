@@ -1,7 +1,13 @@
 """Writing figures: HTML that needs no network, or an image where kaleido and a Chromium are there."""
 
+import json
 import os
+import signal
+import subprocess
+import sys
+import tempfile
 import warnings
+from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +32,7 @@ def save(
     include_plotlyjs: Literal[True, "directory"] = True,
     overwrite: bool = False,
     scale: float | int = 2,
+    timeout: float | int = 60,
 ) -> Path:
     """Write a figure as ``.html`` or as an image (``.png``, ``.svg``, ``.pdf``, ``.jpg``, ``.webp``).
 
@@ -36,6 +43,7 @@ def save(
             once beside the files of a folder, as ``plotly.min.js``. Neither needs a network.
         overwrite: replace an existing file.
         scale: pixels of an image per pixel of the figure.
+        timeout: seconds after which an image is given up (browsers hang at times).
 
     Returns:
         The file written: ``path``, or the HTML beside it where an image could not be made (a warning says why).
@@ -54,7 +62,7 @@ def save(
         raise OutputError(f'include_plotlyjs is {include_plotlyjs!r}; expected True (one file) or "directory" (one copy per folder).')
     if kind in IMAGES:
         try:
-            image = _image(figure, kind, scale)
+            image = _image(figure, kind, scale, timeout)
         except Exception as error:  # whatever keeps the browser from drawing, the figure is not lost
             path = path.with_suffix(".html")
             _write_html(figure, path, include_plotlyjs, overwrite)
@@ -72,12 +80,57 @@ def save(
     return path
 
 
-def _image(figure: go.Figure, kind: str, scale: float | int) -> bytes:
+def _image(figure: go.Figure, kind: str, scale: float | int, timeout: float | int) -> bytes:
+    """The bytes of an image."""
     if figure.layout.sliders or figure.layout.updatemenus:  # nobody can move them in an image
         figure = go.Figure(figure)
         figure.layout.sliders = figure.layout.updatemenus = None
     own = figure.layout.meta if isinstance(figure.layout.meta, dict) else {}
-    return figure.to_image(format=kind.lstrip("."), scale=scale, width=figure.layout.width or own.get("width"))
+    return _drawn(figure, {"format": kind.lstrip("."), "scale": scale, "width": figure.layout.width or own.get("width")}, timeout)
+
+
+def _drawn(figure: go.Figure, options: dict[str, Any], timeout: float | int) -> bytes:
+    """What plotly's ``write_image`` makes, in a process of its own, which can be ended with its browser when it hangs."""
+    with tempfile.TemporaryDirectory() as folder:
+        given, made = Path(folder) / "figure.json", Path(folder) / f"image.{options['format']}"
+        given.write_text(figure.to_json() or "", encoding="utf-8")
+        command = [sys.executable, "-c", _DRAW, str(given), str(made), json.dumps(options)]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        try:
+            _, said = process.communicate(timeout=timeout)
+        except BaseException as error:
+            _end(process)
+            if isinstance(error, subprocess.TimeoutExpired):
+                raise TimeoutError(f"the browser drew nothing in {timeout:g} s") from error
+            raise
+        if process.returncode or not made.exists():
+            raise RuntimeError(_reason(said))
+        return made.read_bytes()
+
+
+_DRAW = """
+import json, sys
+import plotly.io as pio
+figure = pio.from_json(open(sys.argv[1], encoding="utf-8").read())
+figure.write_image(sys.argv[2], **json.loads(sys.argv[3]))
+"""
+
+
+def _end(process: "subprocess.Popen[str]") -> None:
+    """End a process and the browser that it started."""
+    if hasattr(os, "killpg"):
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    else:
+        process.kill()
+    process.wait()
+
+
+def _reason(said: str) -> str:
+    """What went wrong: the line that names the exception, at the end of a traceback."""
+    lines = [line for line in said.splitlines() if line and not line[0].isspace()]
+    named = [line for line in lines if ":" in line and line.split(":")[0].replace(".", "").isidentifier()]
+    return (named or lines or ["no image was made"])[-1]
 
 
 def _write_html(figure: go.Figure, path: Path, include_plotlyjs: Literal[True, "directory"], overwrite: bool) -> None:

@@ -11,7 +11,7 @@ import pandas as pd
 from patchlab import __version__, plots
 from patchlab.circuits import FaithfulnessCurve
 from patchlab.errors import OutputError
-from patchlab.report.folder import INDEX
+from patchlab.report.folder import INDEX, JOB
 
 
 def records(table: pd.DataFrame) -> list[dict[str, Any]]:
@@ -45,9 +45,9 @@ def write_curve(folder: Path, curve: FaithfulnessCurve, *, level: float | int = 
         curve.areas.to_csv(folder / "areas.csv", index=False)
     except OSError as error:
         raise OutputError(f"cannot write to {folder} ({error.strerror}); make room, or choose another folder.") from error
-    curve.save(folder / "curve.json")
+    curve.save(folder / "curve.json", overwrite=True)
     figure = plots.faithfulness(curve, level=level)
-    plots.save(figure, folder / "faithfulness.html")
+    plots.save(figure, folder / "faithfulness.html", overwrite=True)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         if plots.save(figure, folder / "faithfulness.png", overwrite=True).suffix != ".png":  # then it left the HTML, which is here already
@@ -55,8 +55,8 @@ def write_curve(folder: Path, curve: FaithfulnessCurve, *, level: float | int = 
     for name in curve.circuits:
         found = curve.smallest_circuit(name, level)
         if found is not None and found.n_edges:
-            found.save(folder / f"circuit.{name.replace(':', '-').replace('+', '-')}.json")
-    files = sorted([*(path.name for path in folder.iterdir()), INDEX])
+            found.save(folder / f"circuit.{name.replace(':', '-').replace('+', '-')}.json", overwrite=True)
+    files = sorted([*(path.name for path in folder.iterdir() if path.name != JOB), INDEX])
     run = {"patchlab": __version__, "files": files, "level": level, "smallest": smallest(curve, level), "provenance": curve.provenance}
     with (folder / INDEX).open("w", encoding="utf-8") as file:
         json.dump(run, file, indent=2, ensure_ascii=False)

@@ -12,22 +12,15 @@ import plotly.graph_objects as go
 
 from patchlab import __version__, plots
 from patchlab.errors import OutputError
-from patchlab.report.folder import INDEX
-from patchlab.report.job import REFERENCE, Job, Results
+from patchlab.report.folder import INDEX, JOB
+from patchlab.report.job import REFERENCE, Job, Results, scores_file
 from patchlab.report.page import render
 
 
-def scores_file(method: str) -> str:
-    """File name of a method's score map.
-
-    >>> scores_file("relp+ig:5")
-    'scores.relp-ig-5.nc'
-    """
-    return f"scores.{method.replace(':', '-').replace('+', '-')}.nc"
-
-
 def write(folder: Path, results: Results, *, say: Callable[[str], Any] = lambda _: None) -> dict[str, Any]:
-    """Write everything into a fresh folder; returns what ``run.json`` holds, with the comparison.
+    """Write everything into a folder that may hold the scores already; returns what ``run.json`` holds, with the comparison.
+
+    Pictures come last, each with a time limit: what keeps a browser from drawing keeps nobody from the results.
 
     Args:
         folder: see :func:`patchlab.report.result_folder`.
@@ -38,11 +31,12 @@ def write(folder: Path, results: Results, *, say: Callable[[str], Any] = lambda 
         OutputError: the folder cannot be written to.
     """
     for name, scores in results.maps.items():
-        scores.save(folder / scores_file(name))
-    results.comparison.to_csv(folder / "comparison.csv")
+        if not (folder / scores_file(name)).exists():
+            scores.save(folder / scores_file(name))
+    results.comparison.to_csv(folder / "comparison.csv", overwrite=True)
     if len(results.comparison.differences):
-        results.comparison.to_csv(folder / "differences.csv", what="differences")
-    results.comparison.to_json(folder / "comparison.json")
+        results.comparison.to_csv(folder / "differences.csv", what="differences", overwrite=True)
+    results.comparison.to_json(folder / "comparison.json", overwrite=True)
     methods = {name: scores for name, scores in results.maps.items() if name != REFERENCE}
     figures = {
         "comparison": plots.comparison(results.comparison),
@@ -52,10 +46,10 @@ def write(folder: Path, results: Results, *, say: Callable[[str], Any] = lambda 
     if len(results.comparison.differences):
         figures["differences"] = plots.differences(results.comparison)
     for name, figure in figures.items():
-        plots.save(figure, folder / f"{name}.html", include_plotlyjs="directory")
+        plots.save(figure, folder / f"{name}.html", include_plotlyjs="directory", overwrite=True)
     if reason := _images(figures, folder):
         say(f"no PNG files: {reason}")
-    run = _record(results, [*(path.name for path in folder.iterdir()), "index.html", INDEX])
+    run = _record(results, [*(path.name for path in folder.iterdir() if path.name != JOB), "index.html", INDEX])
     inline = {name: _inline(name, figure) for name, figure in figures.items()}
     try:
         (folder / "index.html").write_text(render(results, inline, run["files"], run), encoding="utf-8")
@@ -74,7 +68,10 @@ def _images(figures: dict[str, go.Figure], folder: Path) -> str:
     for name, figure in figures.items():
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            written = plots.save(figure, folder / f"{name}.png", include_plotlyjs="directory", overwrite=True)
+            try:
+                written = plots.save(figure, folder / f"{name}.png", include_plotlyjs="directory", overwrite=True)
+            except KeyboardInterrupt:  # of what is left only the pictures are long
+                return "interrupted; all else is written"
         if written.suffix != ".png":  # save() leaves the HTML, which is here already
             return str(caught[-1].message).partition(", which needs ")[2]
     return ""

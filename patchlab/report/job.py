@@ -1,8 +1,9 @@
 """A comparison from names: which model, task, methods and sites; and running it."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from patchlab.compare import Comparison, compare
@@ -93,11 +94,13 @@ def _check_options(options: Mapping[str, Any]) -> None:
         raise TaskError(f"{own[0]} is not an option of a task but a setting of its own (--{own[0]}).")
 
 
-def run(job: Job, *, say: Callable[[str], Any] = lambda _: None, progress: bool = False) -> Results:
+def run(job: Job, *, folder: Path | None = None, say: Callable[[str], Any] = lambda _: None, progress: bool = False) -> Results:
     """Load the model and the task, run every method, compare.
 
     Args:
         job: what to compare.
+        folder: each method's scores are written there as they finish, and the work on the next one as it goes; what an interrupted
+            run left there is not computed again.
         say: told, in a line each, what is going on.
         progress: show the methods' progress bars (on stderr).
 
@@ -118,13 +121,59 @@ def run(job: Job, *, say: Callable[[str], Any] = lambda _: None, progress: bool 
     accuracy = task.accuracy(model)
     done("load task")
     say(f"{model.name}: {task}, accuracy {', '.join(f'{value:.2f} on {side}' for side, value in accuracy.items())}")
-    maps: dict[str, ScoreMap] = {}
-    for name in job.methods:
-        maps[name] = get_method(name).run(model, task, list(job.sites), direction=job.direction, batch_size=job.batch_size, progress=progress)
-        done(name)
-        say(f"{name}: {maps[name].cost.seconds:.1f} s")
+    settings = {"direction": job.direction, "batch_size": job.batch_size, "progress": progress}
+    maps = scored(job.methods, model, task, list(job.sites), folder=folder, say=say, done=done, **settings)
     for note in dict.fromkeys(note for scores in maps.values() for note in scores.provenance.get("notes", ())):
         say(f"note: {note}")
     comparison = compare(maps[REFERENCE], {name: maps[name] for name in job.methods if name != REFERENCE})
     done("compare")
     return Results(job, model, task, accuracy, maps, comparison, seconds)
+
+
+def scores_file(method: str) -> str:
+    """File name of a method's score map.
+
+    >>> scores_file("relp+ig:5")
+    'scores.relp-ig-5.nc'
+    """
+    return f"scores.{method.replace(':', '-').replace('+', '-')}.nc"
+
+
+def scored(
+    methods: Iterable[str],
+    model: Model,
+    task: Task,
+    sites: list[str],
+    *,
+    folder: Path | None = None,
+    say: Callable[[str], Any] = lambda _: None,
+    done: Callable[[str], Any] = lambda _: None,
+    **settings: Any,
+) -> dict[str, ScoreMap]:
+    """The score maps of several methods, each written to the folder (if there is one) when it is finished, or read from it.
+
+    ``settings`` go to :meth:`patchlab.methods.base.Method.run`.
+    """
+    maps: dict[str, ScoreMap] = {}
+    for name in methods:
+        file = None if folder is None else folder / scores_file(name)
+        if file is not None and (found := _earlier(file, model, task)) is not None:
+            maps[name] = found
+            say(f"{name}: finished before, {found.cost.seconds:.1f} s then")
+            continue
+        checkpoint = None if file is None else file.with_name(f".{file.stem}.checkpoint")
+        maps[name] = get_method(name).run(model, task, sites, checkpoint=checkpoint, **settings)
+        if file is not None:
+            maps[name].save(file, overwrite=True)
+        done(name)
+        say(f"{name}: {maps[name].cost.seconds:.1f} s")
+    return maps
+
+
+def _earlier(file: Path, model: Model, task: Task) -> ScoreMap | None:
+    """The scores that an interrupted run of the same job left, if they are of this model and these prompts."""
+    if not file.exists():
+        return None
+    found = ScoreMap.load(file)
+    same = (found.provenance["model_fingerprint"], found.provenance["task_fingerprint"]) == (model.fingerprint, task.fingerprint)
+    return found if same else None
