@@ -10,11 +10,14 @@ from jaxtyping import Float
 
 from patchlab.compare import CELLS, FORMS, Comparison
 from patchlab.errors import ScoreError, unknown
-from patchlab.plots._style import COLOURS, MUTED, Box, Page, words_width
+from patchlab.plots._style import INK, MUTED, Box, Page, words_width
 
 PANEL, ROW, GAP_X, GAP_Y = 230, 44, 26, 62
 _COLUMNS = 4
 _OFFSET = {"pearson": -0.25, "pearson_per_prompt": 0.0, "pearson_pooled": 0.25}
+
+_COLOURS = (INK, "#8250df", "#9a6700")
+"""Of the three forms of agreement: none is a method's, nor says what supports or opposes."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ def _draw(data: DifferencesData) -> go.Figure:
     columns = min(_COLUMNS, len(data.sites))
     n_rows = -(-len(data.sites) // columns)
     height = len(labels) * ROW
-    keys = [f'<span style="color:{colour}">●</span> {title}' for colour, title in zip(COLOURS, FORMS.values(), strict=False)]
+    keys = [f'<span style="color:{colour}">●</span> {title}' for colour, title in zip(_COLOURS, FORMS.values(), strict=True)]
     legend = " &nbsp; ".join([*keys, f'<span style="color:{MUTED}">filled: the interval excludes 0</span>'])
     width = max(words_width(data.title, data.subtitle), 0.95 * words_width("", legend), left + columns * (PANEL + GAP_X))
     page = Page(width, 118 + n_rows * (height + GAP_Y), data.title, escape(data.subtitle, quote=False))
@@ -90,7 +93,7 @@ def _draw(data: DifferencesData) -> go.Figure:
         where = page.panel(box, across, {"range": [len(labels) - 0.5, -0.5], **ticks, "showgrid": False})
         zero = {"color": MUTED, "width": 1, "dash": "dash"}
         page.figure.add_shape(type="line", xref=where["xaxis"], yref=f"{where['yaxis']} domain", x0=0, x1=0, y0=0, y1=1, line=zero, layer="below")
-        for name, colour in zip(FORMS, COLOURS, strict=False):
+        for name, colour in zip(FORMS, _COLOURS, strict=True):
             _draw_form(page, data, name, i, colour, where)
     return page.figure
 
