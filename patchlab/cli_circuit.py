@@ -95,6 +95,11 @@ def find(
     loaded, first, second = _load(model, task, n, seed, options, device, dtype, whole)
     scores = scorer.run(loaded, first or second, "edges", direction=direction, batch_size=batch_size, progress=sys.stderr.isatty())
     found = HOW[how](scores, EDGES if edges is None else edges, by=by) if threshold is None else above(scores, threshold, by=by)
+    if not found.n_edges:
+        raise CircuitError(
+            f"nothing is left of the circuit: of the edges that were chosen ({found.provenance.get('how', '')}) none is on a path from the input to "
+            f"the logits, so pruning took them all. Choose more with --edges."
+        )
     found.save(out, overwrite=force)
     if json_:
         counts = {"n_edges": found.n_edges, "n_nodes": len(found.nodes), "graph_edges": found.graph.n_edges, "graph_nodes": len(found.graph.nodes)}

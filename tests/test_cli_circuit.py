@@ -102,6 +102,13 @@ def test_every_option_of_find_reaches_the_selection(tmp_path, halves):
         assert Circuit.load(tmp_path / f"{number}.pt").edge_names == wanted.edge_names
 
 
+def test_a_circuit_without_edges_is_an_error_and_not_written(tmp_path):
+    result = patchlab("find", *WHERE, "--edges", 1, "--how", "top_n", "--out", tmp_path / "c.json")
+    assert result.exit_code == 1
+    assert "nothing is left of the circuit: of the edges that were chosen (top 1 by |effect|) none is on a path" in result.stderr
+    assert not (tmp_path / "c.json").exists()
+
+
 def test_find_prints_a_summary_and_does_not_overwrite_unasked(found, tmp_path):
     path = tmp_path / "c.json"
     result = patchlab("find", *WHERE, "--edges", 10, "--out", path)

@@ -320,6 +320,17 @@ def test_circuits_of_another_model_empty_ones_and_none() -> None:
         measured(some(), task, minimality="head")
 
 
+def test_a_circuit_of_other_weights_is_noticed() -> None:
+    model, task = model_of("gpt2"), swap_task()
+    circuit = Circuit(model.arch.graph, model.arch.graph.allowed, None, {"model": "mine", "model_fingerprint": "0123"})
+    result = evaluate(model, circuit, task, allow_overlap=True, progress=False)
+    (note,) = result.provenance["notes"]
+    assert note == f"circuit 'circuit' was found on mine with other weights (0123); those of gpt2 here are {model.fingerprint}"
+    assert note in repr(result)
+    own = Circuit(circuit.graph, circuit.edges, None, {"model_fingerprint": model.fingerprint})
+    assert evaluate(model, own, task, allow_overlap=True, progress=False).provenance["notes"] == []
+
+
 class TestHeldOut:
     def test_split_keeps_equal_pairs_together(self) -> None:
         task = swap_task(10)
@@ -439,11 +450,13 @@ class TestCurves:
         table["faithfulness"] = [0, 0.95, 0.5, 0.92, 0.3, 0.9, 0.4, 0.2, 0.96, 1.0] * 2
         table["n_edges"] = [0.0, 9, 10, 7, 12, 20, 21, 22, 30, 40] * 2
         edited = replace(curve, table=table)
-        assert edited.smallest("AtP")["n_edges"] == 7
-        assert edited.smallest("AtP", 0.93)["n_edges"] == 9
+        assert edited.smallest("AtP")["n_edges"] == 30, "7 edges reach it, and 22 do not"
+        assert edited.smallest("AtP", 0.97)["n_edges"] == 40
+        assert edited.smallest("AtP", 0.0)["n_edges"] == 0
+        assert "f ≥ 0.9 from 30 edges on (of the 10 sizes tried)" in repr(edited)
         assert edited.smallest("AtP", 1.1) is None
         assert edited.smallest_circuit("AtP", 1.1) is None
-        assert edited.smallest_circuit("AtP") is curve.circuits["AtP"][3]
+        assert edited.smallest_circuit("AtP") is curve.circuits["AtP"][8]
         with pytest.raises(CircuitError, match="unknown method of this curve 'atp'; Valid: AtP, random"):
             curve.smallest("atp")
         with pytest.raises(CircuitError, match="no circuits of 'random'; it has those of: AtP"):

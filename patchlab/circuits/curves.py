@@ -64,14 +64,17 @@ class FaithfulnessCurve:
         return len(shares) == len(MIB_FRACTIONS) and bool(np.allclose(shares, sorted(MIB_FRACTIONS)))
 
     def smallest(self, method: str, level: float | int = 0.9) -> pd.Series | None:
-        """The row of the smallest circuit (after pruning) whose faithfulness is at least ``level``; None if no size reaches it.
+        """The row of the smallest measured circuit (after pruning) from which on all larger ones have at least this faithfulness; None if none.
+
+        Faithfulness is not monotone in size: a small circuit can reach the level by luck, and a larger one fall below it.
 
         Raises:
             CircuitError: no such method.
         """
-        rows = self._rows(method)
-        good = np.flatnonzero(rows["faithfulness"].to_numpy() >= level)
-        return None if not len(good) else rows.iloc[int(min(good, key=lambda i: rows["n_edges"].iloc[i]))]
+        rows = self._rows(method).sort_values("n_edges", ascending=False, kind="stable")
+        below = np.flatnonzero(~(rows["faithfulness"].to_numpy() >= level))
+        kept = len(rows) if not len(below) else int(below[0])
+        return rows.iloc[kept - 1] if kept else None
 
     def smallest_circuit(self, method: str, level: float | int = 0.9) -> Circuit | None:
         """The circuit of :meth:`smallest`.
@@ -126,9 +129,9 @@ class FaithfulnessCurve:
         lines = []
         for row in self.areas.to_dict("records"):
             best = self.smallest(row["method"])
-            reach = "f ≥ 0.9 at no size" if best is None else f"f ≥ 0.9 from {best['n_edges']:,.0f} edges"
+            reach = "f ≥ 0.9 from no size on" if best is None else f"f ≥ 0.9 from {best['n_edges']:,.0f} edges on"
             areas = f"CPR {row['cpr']:.3f} [{row['cpr_lo']:.3f}, {row['cpr_hi']:.3f}], CMD {row['cmd']:.3f}; " if self.mib_sizes else ""
-            lines.append(f"  {row['method']}: {areas}{reach} (of the sizes tried)")
+            lines.append(f"  {row['method']}: {areas}{reach} (of the {len(self._rows(row['method']))} sizes tried)")
         return "\n".join([head, *lines, *still_falling(about)])
 
 

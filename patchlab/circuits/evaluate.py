@@ -14,7 +14,7 @@ from patchlab.circuits.ablations import OptimalFit, ablation_for, still_falling
 from patchlab.circuits.circuit import Circuit
 from patchlab.circuits.faithfulness import Scale
 from patchlab.circuits.heldout import check_disjoint
-from patchlab.circuits.measure import checked, described, full_metric
+from patchlab.circuits.measure import checked, described, full_metric, of_other_weights
 from patchlab.errors import CircuitError, unknown
 from patchlab.models import Model
 from patchlab.score_arrays import plain
@@ -74,7 +74,10 @@ class Evaluation:
             + (f", completeness {row['completeness']:.3f}" if np.isfinite(row["completeness"]) else "")
             for row in self.table.to_dict("records")
         ]
-        return "\n".join([head, *rows, *still_falling(about)])
+        low = (
+            ["  completeness: faithfulness of the model without the circuit's edges; low is good"] if self.table["completeness"].notna().any() else []
+        )
+        return "\n".join([head, *rows, *low, *still_falling(about), *(f"  note: {note}" for note in about.get("notes", ()))])
 
 
 def evaluate(
@@ -138,6 +141,7 @@ def evaluate(
                 f"circuit {name!r} has no edges, so its faithfulness is 0 by definition. Choose more edges: pruning leaves none where "
                 f"the chosen ones do not connect the input with the logits."
             )
+    notes = [note for name, c in circuits.items() if (note := of_other_weights(c, model, f"circuit {name!r}"))]
     selection = {name: check_disjoint(c.provenance, task, f"circuit {name!r}", allow_overlap=allow_overlap) for name, c in circuits.items()}
     way = ablation_for(model, task, ablation, train=train, fit=fit, post_norm=post_norm)
     if ablation == "optimal" and train is not None:
@@ -160,7 +164,17 @@ def evaluate(
         _frozen(scale.empty),
         _table(circuits, scale, found[1 : 1 + n], complements),
         parts,
-        plain({**described(model, task), **way.provenance(), **way.losses_of(named), "selection": selection, "n_boot": n_boot, "seed": seed}),
+        plain(
+            {
+                **described(model, task),
+                **way.provenance(),
+                **way.losses_of(named),
+                "selection": selection,
+                "n_boot": n_boot,
+                "seed": seed,
+                "notes": notes,
+            }
+        ),
     )
 
 

@@ -38,6 +38,16 @@ def checked(circuit: Circuit, model: Model, task: Task, what: str = "the circuit
     return circuit
 
 
+def of_other_weights(circuit: Circuit, model: Model, what: str) -> str | None:
+    """A sentence, if the circuit was found on other weights than the model's."""
+    found = circuit.provenance.get("model_fingerprint")
+    if found is None or found == model.fingerprint:
+        return None
+    return (
+        f"{what} was found on {circuit.provenance.get('model', '?')} with other weights ({found}); those of {model.name} here are {model.fingerprint}"
+    )
+
+
 def masks_on(circuits: Sequence[Circuit], task: Task, batch: Batch) -> Bool[Tensor, "circuit writer reader *where"]:
     """The kept edges on the prompts of a batch. An edge of a position-resolved circuit is kept at its positions and nowhere else."""
     device = batch.clean.device
