@@ -81,4 +81,4 @@ def random_map(*sites: str, n: int = 8, seed: int = 0, n_layers: int = 3, n_pos:
 def altered(scores: ScoreMap, change: Any, *, cost: Cost = COST, **changes: Any) -> ScoreMap:
     """The same map with other effects, ``change(site, values)``, and other provenance."""
     data = scores.data.copy(data={site: change(site, scores.data[site].to_numpy()) for site in scores.sites})
-    return ScoreMap(data, scores.live, {**scores.provenance, **changes}, cost, scores.no_path)
+    return ScoreMap(data, scores.live, {**scores.provenance, **changes}, cost, scores.patterns, scores.no_path)
