@@ -113,7 +113,7 @@ class Trial:
     def prepare_routed(self) -> None:
         """What the routed passes put on the edges that are not kept."""
         values = contributions(self.model, self.program.tokens).values
-        self.changed = Contributions(values + torch.stack([self.differences.written(writer, 0) for writer in range(len(self.graph.writers))]))
+        self.changed = Contributions(values + torch.stack([self.differences.contributed(writer) for writer in range(len(self.graph.writers))]))
 
 
 @contextmanager

@@ -36,6 +36,12 @@ def reference_dir(shared_dir: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def reference_of(shared_dir: Path):
+    """The folder with the outputs for a model of a given name: models with norms after attention and MLP have one of their own."""
+    return lambda model: shared_dir / ("reference_postnorm" if model.startswith("gemma2") else "reference")
+
+
+@pytest.fixture(scope="session")
 def browser() -> str:
     """A Chromium or Chrome, which PNG export needs."""
     names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")

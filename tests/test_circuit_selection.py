@@ -1,6 +1,7 @@
 """Choosing circuits from scores: the selections of EAP-IG, ties, signs, positions, and what cannot be chosen."""
 
 import json
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -44,9 +45,10 @@ def reference_cases(folder: Path):
                 yield graph, places, values[f"edge.{circuit['scores']}"], values[f"{circuit['key']}.in_graph"], circuit
 
 
-def test_selections_of_the_reference_are_reproduced(reference_dir: Path) -> None:
+def test_selections_of_the_reference_are_reproduced(shared_dir: Path) -> None:
     done = {"topn": 0, "greedy": 0}
-    for graph, places, scores, in_graph, about in reference_cases(reference_dir):
+    cases = chain(*(reference_cases(shared_dir / folder) for folder in ("reference", "reference_postnorm")))
+    for graph, places, scores, in_graph, about in cases:
         given_scores, expected = np.full(graph.allowed.shape, np.nan, dtype=scores.dtype), np.zeros(graph.allowed.shape, dtype=bool)
         given_scores[places], expected[places] = scores, in_graph
         made = HOW[about["how"]](given_scores, about["n_requested"], graph=graph)

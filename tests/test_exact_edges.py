@@ -1,6 +1,7 @@
 """Exact patches of edges against a slow literal twin, whole routed passes, and published values; and the work they take."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -20,7 +21,6 @@ from patchlab.engine.edge_support import _found, edge_support
 from patchlab.engine.edge_sweep import Differences, edge_sweep
 from patchlab.engine.literal import hooked
 from patchlab.errors import InterventionError, MethodError, SiteError
-from patchlab.methods.exact_edges import FROZEN
 from patchlab.methods.path import kv_effects, patch_edges
 from patchlab.metrics import Metric
 from patchlab.models import Model
@@ -64,7 +64,7 @@ def plus(change: Tensor, module: Any, inputs: Any, value: Tensor) -> Tensor:
     return value + change
 
 
-def written(model: Model, tokens: Tensor, other: Tensor, writer: str) -> Tensor:
+def written(model: Model, tokens: Tensor, other: Tensor, writer: str, form: str = "renormalised") -> Tensor:
     """What a writer adds to the stream in the other run minus what it adds in this one."""
     if writer == "input":
         here, there = (kept(model, ids, ["blocks.0.hook_resid_pre"])[0] for ids in (tokens, other))
@@ -81,15 +81,26 @@ def written(model: Model, tokens: Tensor, other: Tensor, writer: str) -> Tensor:
     change = module(alone.flatten(2)) - module(torch.zeros_like(alone.flatten(2)))
     if "blocks.0.ln1_post.hook_out" in model.hooks:
         norm, whole = model.bridge.blocks[layer].ln1_post.original_component, module(here.flatten(2))
+        if form == "renormalised":
+            return norm(whole + change) - norm(whole)
         change = (1 + norm.weight) * change / (whole.pow(2).mean(-1, keepdim=True) + norm.eps).sqrt()
     return change
 
 
-def literal(model: Model, program: Program, other: Tensor, edge: tuple[int, int], *, pos: int | None = None, grouped: bool = False) -> Tensor:
+def literal(
+    model: Model,
+    program: Program,
+    other: Tensor,
+    edge: tuple[int, int],
+    *,
+    pos: int | None = None,
+    grouped: bool = False,
+    form: str = "renormalised",
+) -> Tensor:
     """The metric with one edge patched."""
     graph, tokens = model.arch.graph, program.tokens
     writer, reader, kind = graph.writers[edge[0]], graph.readers[edge[1]], graph.reader_kind[edge[1]]
-    change = written(model, tokens, other, writer)
+    change = written(model, tokens, other, writer, form)
     if pos is not None:
         change = change * (torch.arange(tokens.shape[1]) == pos)[None, :, None]
 
@@ -145,7 +156,7 @@ def test_equals_the_literal_twin(family: str, direction: str) -> None:
         expected = literal(model, program, other, edge).numpy() - base.to_numpy()
         np.testing.assert_allclose(effects[:, *edge], expected, rtol=0, atol=SINGLE_PRECISION.get(family, 1e-10), err_msg=scores.graph.name(*edge))
     assert scores.provenance["engine"].startswith("replay" if model.name in ("native", "attention-only") else "prefix")
-    assert scores.provenance.get("post_norm") == (FROZEN if family == "gemma2" else None)
+    assert scores.provenance.get("post_norm") == ("renormalised" if family == "gemma2" else None)
     assert np.abs(effects).max() > 0.1
     assert not effects[:, ~scores.graph.allowed].any()
 
@@ -163,6 +174,19 @@ def test_equals_whole_routed_passes_in_single_precision(family: str) -> None:
     program, other = asked(model_of(family), swap_task())
     metric = literal(model_of(family), program, other, tuple(dead[0].tolist())) if len(dead) else maps[0].data.metric_clean.to_numpy()
     np.testing.assert_allclose(np.asarray(metric), maps[0].data.metric_clean, atol=1e-5)
+
+
+@pytest.mark.parametrize("engine", ["auto", "literal"])
+def test_held_denominators_equal_the_literal_twin(engine: str) -> None:
+    model, task = model_of("gemma2", torch.float64), swap_task()
+    program, other = asked(model, task)
+    method = pl.ActivationPatching(engine=engine, post_norm="frozen")
+    scores = scores_of(method, model, task, "edges", "noising")
+    effects, base = scores.data["edges"].to_numpy(), scores.data.metric_clean.to_numpy()
+    for edge in some(model):
+        expected = literal(model, program, other, edge, form="frozen").numpy() - base
+        np.testing.assert_allclose(effects[:, *edge], expected, rtol=0, atol=SINGLE_PRECISION["gemma2"], err_msg=scores.graph.name(*edge))
+    assert (method.name, scores.provenance["method"], scores.provenance["post_norm"]) == ("exact-frozen", "exact-frozen", "frozen")
 
 
 @pytest.mark.parametrize("family", ["gpt2", "neox", "gemma2", "native"])
@@ -204,9 +228,10 @@ def test_metrics(metric: str | Metric) -> None:
 
 @pytest.mark.parametrize(
     ("model_name", "task_name"),
-    [("gpt2-random", "swap1"), ("llama-random", "swap2"), ("neox-random", "swap2"), ("trained-gpt2-4l", "sva_rc")],
+    [("gpt2-random", "swap1"), ("llama-random", "swap2"), ("neox-random", "swap2"), ("trained-gpt2-4l", "sva_rc"), ("gemma2-random", "swap2")],
 )
-def test_published_values(reference_dir: Path, model_name: str, task_name: str) -> None:
+def test_published_values(reference_of: Callable[[str], Path], model_name: str, task_name: str) -> None:
+    reference_dir = reference_of(model_name)
     model = pl.load_model(reference_dir / "models" / model_name)
     task = pl.load_task(reference_dir / "tasks" / f"{model_name}.{task_name}.jsonl", model)
     expected = load_file(reference_dir / "values" / f"{model_name}.{task_name}.safetensors")["edge_per_example.exact"].numpy()
@@ -228,7 +253,7 @@ def test_the_edges_of_a_hand_made_circuit_stand_out(name: str) -> None:
 # ---------- keys and values that several query heads share ----------
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2"])
 def test_a_key_or_value_for_all_heads_that_share_it(family: str) -> None:
     model, task = model_of(family, torch.float64), swap_task()
     graph, (program, other) = model.arch.graph, asked(model, task)
@@ -251,7 +276,7 @@ def test_a_key_or_value_for_all_heads_that_share_it(family: str) -> None:
 # ---------- sets of edges ----------
 
 
-@pytest.mark.parametrize(("family", "direction"), [("gpt2", "noising"), ("neox", "denoising"), ("qwen3", "noising")])
+@pytest.mark.parametrize(("family", "direction"), [("gpt2", "noising"), ("neox", "denoising"), ("qwen3", "noising"), ("gemma2", "noising")])
 def test_sets_of_edges(family: str, direction: str) -> None:
     model, task = model_of(family, torch.float64), swap_task()
     graph, atol = model.arch.graph, SINGLE_PRECISION.get(family, 1e-10)
@@ -337,8 +362,8 @@ def test_verified_patching_needs_a_screen_that_scores_every_edge() -> None:
 # ---------- work, memory, interruption ----------
 
 
-def _work(names: list[str], **options: Any) -> Work:
-    model, (program, other) = model_of("gpt2"), asked(model_of("gpt2"), swap_task())
+def _work(names: list[str], family: str = "gpt2", **options: Any) -> Work:
+    model, (program, other) = model_of(family), asked(model_of(family), swap_task())
     work = Work()
     edges = np.array([model.arch.graph.edge(name) for name in names])
     edge_sweep(model, program, edges, differences(model, program, other), work=work, **options)
@@ -352,6 +377,8 @@ def test_only_what_an_edge_can_change_is_computed() -> None:
     assert _work(["m1->logits"], start=start).block_positions == rows * span
     # an MLP: its own block for the baseline and for the edge, then the later ones
     assert _work(["a0.h1->m1"], start=start).block_positions == rows * span * (1 + 1 + (LAYERS - 2))
+    # a norm after the attention takes no more
+    assert _work(["a0.h1->m1"], "gemma2", start=start).block_positions == rows * span * (1 + 1 + (LAYERS - 2))
     # a query: in addition its block's attention, for the baseline and for the edge
     assert _work(["m0->a1.h2<q>"], start=start).block_positions == rows * span * (1 + 2 + 1 + (LAYERS - 2))
     # one run of the attention serves the queries of all heads

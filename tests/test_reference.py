@@ -1,6 +1,7 @@
-"""Scores against the outputs of published implementations (../shared/reference), number by number."""
+"""Scores against the outputs of published implementations (../shared/reference, ../shared/reference_postnorm), number by number."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ CASES = [
     ("trained-gpt2-4l", "ioi"),
     ("trained-gpt2-4l", "sva_rc"),
     ("trained-gpt2-4l", "docstring"),
+    ("gemma2-random", "swap2"),
 ]
 SITES = {
     "resid_pre": "resid_pre",
@@ -49,8 +51,9 @@ RULES = {
 
 
 @pytest.fixture(scope="module", params=CASES, ids=["-".join(case) for case in CASES])
-def case(request, reference_dir: Path):
+def case(request, reference_of: Callable[[str], Path]):
     model_name, task_name = request.param
+    reference_dir = reference_of(model_name)
     model = pl.load_model(reference_dir / "models" / model_name)
     task = pl.load_task(reference_dir / "tasks" / f"{model_name}.{task_name}.jsonl", model)
     values = load_file(reference_dir / "values" / f"{model_name}.{task_name}.safetensors")

@@ -1,6 +1,7 @@
 """Running models as circuits, against a slow literal twin that only patches whole runs, and against published values."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,11 +20,12 @@ from patchlab.errors import InterventionError, ModelError
 from patchlab.models import Model
 
 
-def literal(model: Model, clean: Tensor, ablated: Tensor, keep: Tensor) -> Tensor:
+def literal(model: Model, clean: Tensor, ablated: Tensor, keep: Tensor, form: str = "renormalised") -> Tensor:
     """Last logits of a circuit, one reader at a time: give the whole layer what the reader reads, take only what the reader makes of it.
 
     ``ablated`` is [writer, row, pos, d]; ``keep`` is [writer, reader, pos].
     """
+    post = {i: block.ln1_post.original_component for i, block in enumerate(model.bridge.blocks) if f"blocks.{i}.ln1_post.hook_out" in model.hooks}
     graph, rows = model.arch.graph, torch.arange(len(clean))
 
     def patched(edits: dict[str, Tensor], keep: str) -> Tensor:
@@ -41,8 +43,12 @@ def literal(model: Model, clean: Tensor, ablated: Tensor, keep: Tensor) -> Tenso
 
     def reads(reader: int) -> Tensor:
         before = [w for w in range(len(graph.writers)) if graph.allowed[w, reader]]
-        total = rest + sum(ablated[w] for w in before)
-        return total + sum(keep[w, reader][None, :, None] * (current[w] - ablated[w]) for w in before)
+        parts = {w: ablated[w] + keep[w, reader][None, :, None] * (current[w] - ablated[w]) for w in before}
+        total = rest
+        for layer, norm in post.items() if form == "renormalised" else ():
+            heads = [parts.pop(w) for w in range(graph.writer_slice(layer).start, graph.writer_slice(layer).stop - 1) if w in parts]
+            total = total + norm(sum(heads)) if heads else total
+        return total + sum(parts.values())
 
     for layer in range(graph.n_layers):
         start, out = graph.reader_slice(layer).start, graph.writer_slice(layer).start
@@ -57,8 +63,8 @@ def literal(model: Model, clean: Tensor, ablated: Tensor, keep: Tensor) -> Tenso
         weight = attention.weight if type(attention).__name__ == "Conv1D" else attention.weight.T
         parts = [z[head] @ weight.unflatten(0, (HEADS, -1))[head] for head in range(HEADS)]
         bias = torch.zeros(graph.d_model, dtype=weight.dtype) if attention.bias is None else attention.bias
-        if "blocks.0.ln1_post.hook_out" in model.hooks:
-            norm = model.bridge.blocks[layer].ln1_post.original_component
+        if post and form == "frozen":
+            norm = post[layer]
             total = sum(parts) + bias
             scale = (1 + norm.weight) / (total.pow(2).mean(-1, keepdim=True) + norm.eps).sqrt()
             parts, bias = [part * scale for part in parts], bias * scale
@@ -130,6 +136,17 @@ def test_circuits_equal_the_literal_twin(model: Model) -> None:
     expected = torch.stack([values(program, literal(model, program.tokens, ablated.values, k[..., None].expand(-1, -1, length))) for k in keep])
     torch.testing.assert_close(got, expected, atol=tolerance(model), rtol=0)
     assert (got - got[0]).abs().amax(1)[1:].min() > 1e-6, "each circuit differs from the others"
+
+
+def test_circuits_with_held_denominators_equal_the_literal_twin() -> None:
+    model = model_of("gemma2", torch.float64)
+    program, _, corrupted = setting(model)
+    ablated, keep = contributions(model, corrupted, "frozen"), masks(model, 3, 0.6, program.tokens.shape[1])
+    got = run_circuits(model, program, ablated, keep)
+    expected = torch.stack([values(program, literal(model, program.tokens, ablated.values, k, "frozen")) for k in keep])
+    torch.testing.assert_close(got, expected, atol=tolerance(model), rtol=0)
+    renormalised = run_circuits(model, program, contributions(model, corrupted), keep)
+    assert (got - renormalised).abs().min() > 1e-3
 
 
 def test_position_resolved_circuits_equal_the_literal_twin(model: Model) -> None:
@@ -223,7 +240,7 @@ def test_refuses_a_model_that_is_put_together_in_another_way(monkeypatch) -> Non
     program, ablated, _ = setting(model)
     # attention output is scaled on its way into the stream, which no norm or linear map shows
     handle = model.bridge.blocks[1].attn.hook_out.register_forward_hook(lambda module, inputs, value: value * 2)
-    with pytest.raises(ModelError, match="odd .* cannot be run as a circuit: with all edges kept, or none"):
+    with pytest.raises(ModelError, match="odd .* cannot be run as a circuit: with (all edges|none|all) kept"):
         run_circuits(model, program, ablated, masks(model, 1, 0.5))
     handle.remove()
     assert run_circuits(model, program, ablated, masks(model, 1, 0.5)).shape == (1, 2)
@@ -239,12 +256,14 @@ REFERENCE = [
     ("trained-gpt2-4l", "ioi"),
     ("trained-gpt2-4l", "sva_rc"),
     ("trained-gpt2-4l", "docstring"),
+    ("gemma2-random", "swap2"),
 ]
 
 
 @pytest.fixture(scope="module", params=REFERENCE, ids=["-".join(case) for case in REFERENCE])
-def case(request, reference_dir: Path):
+def case(request, reference_of: Callable[[str], Path]):
     model_name, task_name = request.param
+    reference_dir = reference_of(model_name)
     model = pl.load_model(reference_dir / "models" / model_name)
     task = pl.load_task(reference_dir / "tasks" / f"{model_name}.{task_name}.jsonl", model)
     stored = load_file(reference_dir / "values" / f"{model_name}.{task_name}.safetensors")

@@ -54,7 +54,7 @@ class Differences:
         """Of a source and the baseline's activations at all writers."""
         changes = {key: source.values(address(*key), value, examples) - value for key, value in own.items()}
         layers = layers_of(model)
-        attention = {i: layer.heads(own["z", i][None])[0].sum(0) for i, layer in enumerate(layers) if layer.post is not None}
+        attention = {i: own["z", i].flatten(2) @ layer.write.flatten(0, 1) for i, layer in enumerate(layers) if layer.post is not None}
         return Differences(layers, changes, form, attention)
 
     def written(self, writer: int, start: int) -> Float[Tensor, "row pos d_model"]:

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from patchlab.engine.literal import canonical, evaluate, forward, hooked, run
 from patchlab.engine.program import Program, row_numbers
-from patchlab.engine.wiring import Contributions, Layer, contributions, has_post_norm, layers_of
+from patchlab.engine.wiring import Contributions, Layer, contributions, has_post_norm, layers_of, norm_over_heads
 from patchlab.errors import InterventionError, ModelError
 from patchlab.graph import Graph
 from patchlab.interventions import Edit
@@ -266,6 +266,11 @@ def _check(model: Any, program: Program, ablated: Contributions, keep: Bool[Tens
     if program.edits or program.rules is not None or program.gradients or model.ambient:
         raise InterventionError("circuits are run on the model as it is; got edits, rules or gradients. Leave them out (also the surrounding ones).")
     graph, (rows, length) = model.arch.graph, program.tokens.shape
+    if graph.copies > 1 and (shared := norm_over_heads(model)) is not None:
+        raise ModelError(
+            f"{model.name} ({model.arch.family}) cannot be run as a circuit: {shared} is one norm over the keys of all heads, and {graph.copies} "
+            f"query heads share each of them, so what an edge into the key of one query head does to the others is not defined. Score nodes instead."
+        )
     allowed = torch.as_tensor(graph.allowed.copy(), device=keep.device)
     if tuple(keep.shape[1:3]) != tuple(allowed.shape) or not keep.shape[0]:
         raise InterventionError(

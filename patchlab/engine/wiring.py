@@ -34,6 +34,16 @@ def has_post_norm(model: Any) -> bool:
     return any(place.name.endswith(".ln1_post") for place in model.arch.places)
 
 
+def norm_over_heads(model: Any) -> str | None:
+    """The name of a norm over the keys of all heads at once (OLMo 2); None where every head has its own, or none."""
+    for place in model.arch.places:
+        if isinstance(place, NormPlace) and place.name.endswith(".attn.k_norm"):
+            weight = place.weight
+            if weight is not None and weight.ndim == 1 and weight.numel() != model.arch.d_head:
+                return place.name
+    return None
+
+
 def post_norm_record(model: Any, form: str) -> dict[str, str]:
     """What provenance says about the form; nothing on models where there is but one."""
     return {"post_norm": form, "post_norm_is": POST_NORMS[form]} if has_post_norm(model) else {}

@@ -12,7 +12,7 @@ from torch import Tensor
 from patchlab.engine import Support, Work
 from patchlab.engine.edge_support import edge_mask, edge_support, run_edge_sets
 from patchlab.engine.edge_sweep import Differences, edge_sweep
-from patchlab.engine.wiring import post_norm_problem, post_norm_record
+from patchlab.engine.wiring import has_post_norm, post_norm_problem, post_norm_record
 from patchlab.errors import MethodError
 from patchlab.graph import Graph
 from patchlab.interventions import Kept
@@ -177,7 +177,7 @@ def edge_bytes(setting: Setting, rows: int, length: int) -> int:
     """Bytes that the exact scores of a batch, the writers' activations in both runs and one chunk of edges take."""
     arch, live = setting.model.arch, setting.live[str(setting.edges)]
     written = len(setting.targets) * rows * length * max(arch.d_model, arch.n_heads * arch.d_head)
-    kept = 3 * arch.n_layers * rows * length * arch.d_model
+    kept = (3 + has_post_norm(setting.model)) * arch.n_layers * rows * length * arch.d_model
     return 16 * rows * live.size + itemsize(setting) * (3 * written + kept + rows * arch.vocab_size) + rows * length * token_bytes(setting, length)
 
 
