@@ -71,7 +71,7 @@ def test_the_bound_of_large_populations_is_the_binomial_one() -> None:
 
 @pytest.mark.parametrize("numbers", [(10, 11, 0), (10, 5, 6), (10, 5, -1)])
 def test_a_sample_that_cannot_be(numbers: tuple[int, int, int]) -> None:
-    with pytest.raises(MethodError, match="cannot be; the sample is at most the population"):
+    with pytest.raises(MethodError, match="cannot be; the sample is at most the unverified cells"):
         most_exceeding(*numbers)
     with pytest.raises(MethodError, match="cannot be"):
         Bound(0.95, *numbers, threshold=1.0)
@@ -92,17 +92,17 @@ def test_the_statement_says_what_it_does_not_bound() -> None:
 # the search, on given effects
 
 
-class Given(Patcher):
-    """Effects from a table in place of a model."""
+class Given:
+    """Effects from a table in place of a model; a table of one prompt, or ``[..., example]``."""
 
     def __init__(self, effects: np.ndarray, joint: dict[str, float] | None = None, sites: tuple[Site, ...] = (parse_site(HEADS),)) -> None:
-        self.table = {str(where): effect for where, effect in zip(_addresses(effects), effects.ravel(), strict=True)} | (joint or {})
+        self.table: dict[str, Any] = dict(zip(map(str, _addresses(effects)), effects.ravel(), strict=True)) | (joint or {})
         live = {str(site): np.ones(effects.shape, dtype=bool) for site in sites}
         self.setting = Setting(model_of("gpt2"), swap_task(), sites, "denoising", None, live)
         self.asked: list[str] = []
         self.together: Callable[[list[float]], float] = sum
 
-    def joint(self, sets: Sequence[Sequence[Site]]) -> np.ndarray:
+    def joint(self, sets: Sequence[Sequence[Any]]) -> np.ndarray:
         self.asked += ["+".join(map(str, cells)) for cells in sets]
         return np.array([[self.together([self.table[str(cell)] for cell in cells])] for cells in sets]).reshape(len(sets), 1)
 
@@ -127,7 +127,7 @@ def searched(
     patcher = Given(effects, joint)
     patcher.together = together
     cells = Cells(np.zeros(effects.size, dtype=np.int64), list(np.ndindex(*effects.shape)), _addresses(effects), screen.ravel().astype(float))
-    search = _Search(VerifiedPatching(**options), patcher, cells)
+    search = _Search(VerifiedPatching(**options), patcher.setting, cells, patcher.joint)
     search.run(target)
     return search, patcher
 
@@ -147,16 +147,16 @@ def test_a_perfect_screen_needs_twice_k_cells() -> None:
     assert len(set(patcher.asked)) == 50  # no cell twice
     bound = search.bound
     assert bound is not None
-    assert (bound.population, bound.sample, bound.exceeding) == (380, 30, 0)
+    assert (bound.unverified, bound.sample, bound.exceeding) == (380, 30, 0)
     assert bound.threshold == pytest.approx(float(effects.ravel()[9]))
 
 
-def test_k_is_at_most_five_per_cent_and_at_least_one() -> None:
+def test_k_is_what_was_asked_for() -> None:
     effects = _falling()
-    assert searched(effects, effects, k=50)[0].k == 20
+    assert searched(effects, effects, k=50)[0].k == 50
     assert searched(effects, effects, k=7)[0].k == 7
-    small = np.arange(1.0, 9).reshape(1, 2, 4)
-    assert searched(small, small, k=5)[0].k == 1
+    assert searched(effects, effects, k=500)[0].k == 400  # no more are live
+    assert searched(effects, effects, target=0.5, k=50)[0].k == 20  # at a time
 
 
 def test_a_screen_that_ranks_wrongly_is_followed_until_the_budget_ends() -> None:
@@ -223,7 +223,7 @@ def test_the_stated_confidence_holds_with_bad_screens(quality: float) -> None:
         assert bound is not None
         truth = int((np.abs(np.delete(effects.ravel(), search.verified)) > bound.threshold).sum())
         held.append(truth <= bound.at_most)
-        said.append(bound.at_most / bound.population)
+        said.append(bound.at_most / bound.unverified)
     assert np.mean(held) >= 0.92  # 95 % at least, less three standard errors and a bit
     assert np.median(said) < 0.7
 
@@ -299,7 +299,7 @@ def test_subsets_bound_the_largest_missed_effect_where_effects_add_up() -> None:
         search, patcher = searched(effects, screen, k=10, sample=5, subsets=80, seed=seed)
         assert search.subsets is not None
         left = np.setdiff1d(np.arange(400), search.verified)
-        assert (search.subsets.population, search.subsets.subsets) == (len(left), 80)
+        assert (search.subsets.unverified, search.subsets.subsets) == (len(left), 80)
         assert search.subsets.share == pytest.approx(10 / 80)
         assert len(patcher.asked) == len(search.verified) + 5 + 80
         held.append(search.subsets.at_most >= np.abs(effects.ravel()[left]).max())
@@ -381,7 +381,7 @@ def test_subsets_are_joint_patches() -> None:
     assert "If the effects of cells add up" in result.summary()
     record = json.loads(json.dumps(result.to_dict()))["subsets"]
     assert record["statement"] == str(result.subsets)
-    assert record["population"] == result.n_live - int((result.table["found"] == "screen").sum())
+    assert record["unverified"] == result.n_live - int((result.table["found"] == "screen").sum())
     plain = found(sample=2)
     assert plain.subsets is None
     assert plain.to_dict()["subsets"] is None
@@ -479,7 +479,7 @@ def test_everything_verified_is_the_exact_top_k() -> None:
     assert result.k == 2
     np.testing.assert_allclose(result.top["effect"].abs(), np.sort(values)[::-1][:2], rtol=1e-4)
     assert result.table["effect"].abs().is_monotonic_decreasing
-    assert result.bound.sample == result.bound.population
+    assert result.bound.sample == result.bound.unverified
     assert set(result.table["found"]) == {"screen", "sample"}
 
 
