@@ -38,14 +38,14 @@ def truth(exact: ScoreMap, result: Any) -> dict[str, Any]:
     chosen = {cell for cell, row in rows if row["top"]}
     best = sorted(sizes, key=lambda cell: -sizes[cell])[: result.k]
     kth, missed = min(sizes[cell] for cell in chosen), [cell for cell in best if cell not in chosen]
-    unverified = set(sizes) - {cell for cell, row in rows if row["found"] == "screen"}
+    unverified = set(sizes) - {cell for cell, row in rows if row["found"] != "sample"}
     exceeding = sum(sizes[cell] > result.bound.threshold for cell in unverified)
     return {
         "recall": 1 - sum(sizes[cell] > kth + TIE * abs(exact.gap) for cell in missed) / result.k,
         "strict_recall": 1 - sum(sizes[cell] > kth * (1 + 1e-4) for cell in missed) / result.k,
         "exceeding": exceeding,
         "at_most": result.bound.at_most,
-        "population": result.bound.population,
+        "unverified": result.bound.unverified,
         "held": exceeding <= result.bound.at_most,
         "share": result.share,
         "share_without_sample": result.share_without_sample,
@@ -87,7 +87,7 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     found |= {"least_recall": min(row["recall"] for row in rows), "least_strict_recall": min(row["strict_recall"] for row in rows)}
     found["mean_strict_recall"] = statistics.fmean(row["strict_recall"] for row in rows)
     found["most_needed"] = max(row["needed"] for row in rows)
-    found["at_most"] = common.median([row["at_most"] / row["population"] for row in rows])
+    found["at_most"] = common.median([row["at_most"] / row["unverified"] for row in rows])
     return {**found, "held": statistics.fmean(row["held"] for row in rows), "runs": len(rows)}
 
 

@@ -23,8 +23,10 @@ n_j with j exceeding cells leaves at most U_j behind, which is wrong if K ≥ K_
 where X(n) counts along one random order of the cells: all earlier looks are inside the event, so δ is spent once over all of them. It holds
 for every K: one more exceeding cell can only make X(n) larger along the same order, so the probability falls as K grows, and for
 K_j ≤ K < K_{j+1} only the looks up to j can be wrong. n_0 pays nothing for the right to go on. Where the budget ends
-before the next look, K is refuted by P_K(X(n_i) ≤ i for some look made, or X(s) ≤ x) ≤ δ, by the same argument. (A confidence sequence as
-that of Waudby-Smith & Ramdas 2020, arXiv 2006.04347, allows stopping at any time, and is wider at the sizes that are needed here.)
+before the next look, K is refuted by P_K(X(n_i) ≤ i for some look made, or X(s) ≤ x) ≤ δ, by the same argument. The probabilities
+are exact: a first stop at n_i has i exceeding cells up to n_(i−1) and none from there on, so orders are counted by their first stop.
+(A confidence sequence as that of Waudby-Smith & Ramdas 2020, arXiv 2006.04347, allows stopping at any time, and is wider at the sizes
+that are needed here.)
 
 *From these prompts to others.* On the prompts that were run, a patched cell's effect is known, and nothing about it is uncertain. For the
 mean over prompts such as these, an interval around a cell that was chosen because its effect came out large misses too often: the
@@ -37,10 +39,10 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 from patchlab.errors import MethodError
 from patchlab.methods.subsets import t_quantile
@@ -76,10 +78,13 @@ def most_exceeding(unverified: int, sample: int, exceeding: int, confidence: flo
         raise MethodError(f"looks at {tuple(looks)} cannot have come before a sample of {sample} with {exceeding} exceeding.")
     if not 0 < confidence < 1:
         raise MethodError(f"confidence is {confidence}; it must be between 0 and 1, such as 0.95.")
+    stops = _stops(looks)
+    ends = [*enumerate(looks), *((seen, sample) for seen in range(len(looks), exceeding + 1))]
+    ways = [*stops, *(_going(sample, seen, looks, stops) for seen in range(len(looks), exceeding + 1))]
     low, high = exceeding, unverified - sample + exceeding  # both are possible; the probability falls as K grows
     while low < high:
         middle = (low + high + 1) // 2
-        if _refuted(_Path(unverified, middle, exceeding, looks).few(sample), confidence):
+        if _refuted(_probability(unverified, middle, ends, ways), confidence):
             high = middle - 1
         else:
             low = middle
@@ -99,13 +104,14 @@ def look_sizes(unverified: int, allowed: Callable[[int], int], confidence: float
     [189, 246, 267]
     """
     looks: list[int] = []
+    ways: list[int] = []
     for found in itertools.count():
-        path = _Path(unverified, found + allowed(found) + 1, found, looks)
         low = max([found, *looks[-1:]])
         high = max(low, unverified - max(0, allowed(found)))  # as many as are allowed are left
+        ways.append(_going(looks[-1] if looks else 0, found, looks, ways))
         while low < high and allowed(found) >= 0:
             middle = (low + high) // 2
-            if _refuted(path.few(middle), confidence):
+            if _refuted(_probability(unverified, found + allowed(found) + 1, [*enumerate(looks), (found, middle)], ways), confidence):
                 high = middle
             else:
                 low = middle + 1
@@ -117,43 +123,33 @@ def _refuted(probability: float, confidence: float) -> bool:
     return probability < 1 - confidence - _ROUNDING
 
 
-class _Path:
-    """Exceeding cells along a random order, if there are ``marked`` of them: probabilities of having at most ``seen`` of them, or of having stopped.
-
-    Stopping means at most i exceeding cells at the i-th of the looks.
-    """
-
-    def __init__(self, unverified: int, marked: int, seen: int, looks: Sequence[int]) -> None:
-        self.unverified, self.marked, self.stopped, self.size = unverified, marked, 0.0, 0
-        self.going: Float[np.ndarray, " exceeding"] = np.zeros(seen + 1)  # P(not stopped, and so many exceed); more than seen never matter
-        self.going[0] = 1.0
-        for number, size in enumerate(looks):
-            self.going, self.size = self._at(size), size
-            self.stopped += float(self.going[: number + 1].sum())
-            self.going[: number + 1] = 0.0
-
-    def few(self, sample: int) -> float:
-        return self.stopped + float(self._at(sample).sum())
-
-    def _at(self, size: int) -> Float[np.ndarray, " exceeding"]:
-        before = np.arange(len(self.going))
-        left, more = (self.marked - before)[:, None], before[None, :] - before[:, None]
-        drawn, rest = size - self.size, self.unverified - self.size
-        ways = _log_choose(left, more) + _log_choose(rest - left, drawn - more) - _log_choose(np.array(rest), np.array(drawn))
-        return self.going @ np.exp(ways)
+def _stops(looks: Sequence[int]) -> list[int]:
+    """In how many ways a sample can first stop at each look: at the i-th with i exceeding cells, all found up to the look before."""
+    ways: list[int] = []
+    for number in range(len(looks)):
+        ways.append(_going(looks[number - 1] if number else 0, number, looks[:number], ways))
+    return ways
 
 
-def _log_choose(n: Int[np.ndarray, "..."], k: Int[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
-    n, k = np.broadcast_arrays(n, k)
-    possible = (k >= 0) & (k <= n)
-    table = _log_factorials(1 << int(max(n.max(), 1)).bit_length())
-    n, k = np.where(possible, n, 0), np.where(possible, k, 0)
-    return np.where(possible, table[n] - table[k] - table[n - k], -np.inf)
+def _going(size: int, seen: int, looks: Sequence[int], stops: Sequence[int]) -> int:
+    """In how many ways so many of the first ``size`` cells can exceed without a stop at a look: all ways but those after a first stop."""
+    after = (ways * math.comb(size - look, seen - number) for number, (look, ways) in enumerate(zip(looks, stops, strict=True)) if number <= seen)
+    return math.comb(size, seen) - sum(after)
 
 
-@cache
-def _log_factorials(size: int) -> Float[np.ndarray, " number"]:
-    return np.array([math.lgamma(i + 1) for i in range(size)])
+def _probability(unverified: int, marked: int, ends: Sequence[tuple[int, int]], ways: Sequence[int]) -> float:
+    """Probability that a random order ends in one of the ways, each with so many of its first cells exceeding, if ``marked`` cells do."""
+    whole = _log_choose(unverified, marked)
+    logs = (
+        math.log(count) + _log_choose(unverified - size, marked - seen) - whole
+        for (seen, size), count in zip(ends, ways, strict=True)
+        if count and 0 <= marked - seen <= unverified - size
+    )
+    return math.fsum(map(math.exp, logs))
+
+
+def _log_choose(n: int, k: int) -> float:
+    return math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
 
 
 def half_widths(effects: Float[np.ndarray, "cell example"], family: int, confidence: float = 0.95) -> Float[np.ndarray, " cell"]:
@@ -349,5 +345,8 @@ class Price:
             size = self.sample_for(missed)
             rows = 100 * (self.rows - self.sample + size) / self.n_live
             what = f"{self.k - missed} of the top {self.k}" if self.k is not None else f"At most {missed} missed"
-            lines.append(f"{what} would take {size} at random, none of them above ({100 * size / self.unverified:.0f} % of the unverified; {rows:.0f} % in all).")
+            lines.append(
+                f"{what} would take {size} at random, none of them above "
+                f"({100 * size / self.unverified:.0f} % of the unverified; {rows:.0f} % in all)."
+            )
         return "\n".join(lines)
