@@ -32,7 +32,9 @@ that are needed here.)
 mean over prompts such as these, an interval around a cell that was chosen because its effect came out large misses too often: the
 winner's luck is part of why it won. :func:`half_widths` therefore makes all live cells' intervals, patched or not, hold together
 (Bonferroni), so they hold for those that were chosen, however they were chosen. Each is Student's: exact for normal effects drawn
-independently, approximate for others.
+independently, wide enough for heavy tails (t with 4 degrees of freedom), too narrow for strong skew: where every cell's effects are
+exponential, an interval of the 20 selected of 300 cells holds in 91 % with 16 prompts and 97 % with 64, and all 20 together in 18 and
+54 %, at a nominal 95 % (a percentile bootstrap of the selected cells alone: below 50 % each, also for normal effects).
 """
 
 import itertools
@@ -244,7 +246,7 @@ class Recall:
     confidence: float
     k: int | None
     population: bool = False
-    asked: float | None = None
+    asked: float | int | None = None
 
     @property
     def share(self) -> float:
@@ -267,7 +269,7 @@ class Recall:
         return f"{text}; a recall of {100 * self.asked:g} % was asked for and is {'reached' if self.reached else 'not reached'}"
 
 
-def missable(recall: float, of: int) -> int:
+def missable(recall: float | int, of: int) -> int:
     """How many of so many cells may be missed at a recall: the whole number below (1 − recall) · of."""
     return of - math.ceil(recall * of - _ROUNDING)
 
@@ -296,7 +298,7 @@ class Price:
     verified: int
     sample: int
     joint: int = 0
-    recall: float | None = None
+    recall: float | int | None = None
 
     @property
     def unverified(self) -> int:

@@ -108,7 +108,7 @@ class VerifiedResult:
         return (
             f"effects are those of {these}; intervals and recall are about prompts such as these (drawn independently from the same source): with "
             f"{100 * self.population:g} % confidence no interval of any of the {self.n_live} live cells misses, however cells were chosen "
-            f"(Student's t, Bonferroni)"
+            f"(Student's t with Bonferroni's correction; too narrow where effects are strongly skewed over prompts)"
         )
 
     def summary(self) -> str:
