@@ -1,7 +1,8 @@
 """Verified patching against the full sweep: recall of the top k, the share of the work, and whether the stated confidence holds.
 
 Head × position maps (``z[layer,pos,head]``) of the packaged models on their tasks, pairs that the model solves. For every task and
-seed the full exact sweep is the truth, and the top k is of 5 % of the live cells, at most 20. Recall counts a missed cell as found where its |effect| is within 1 % of the gap of the
+seed the full exact sweep is the truth; k is 5 % of the live cells, at most 20.
+Recall counts a missed cell as found where its |effect| is within 1 % of the gap of the
 k-th verified one; strict recall does not. Shares are of a full sweep's rows, with everything included. The bound holds when
 no more unverified cells exceed the threshold than it says.
 """
