@@ -1,7 +1,8 @@
 """Verified patching against the full sweep: recall of the top k, the share of the work, and whether the stated confidence holds.
 
 Head × position maps (``z[layer,pos,head]``) of the packaged models on their tasks, pairs that the model solves. For every task and
-seed the full exact sweep is the truth. Recall counts a missed cell as found where its |effect| is within 1 % of the gap of the
+seed the full exact sweep is the truth; k is 5 % of the live cells, at most 20.
+Recall counts a missed cell as found where its |effect| is within 1 % of the gap of the
 k-th verified one; strict recall does not. Shares are of a full sweep's rows, with everything included. The bound holds when
 no more unverified cells exceed the threshold than it says.
 """
@@ -38,15 +39,16 @@ def truth(exact: ScoreMap, result: Any) -> dict[str, Any]:
     chosen = {cell for cell, row in rows if row["top"]}
     best = sorted(sizes, key=lambda cell: -sizes[cell])[: result.k]
     kth, missed = min(sizes[cell] for cell in chosen), [cell for cell in best if cell not in chosen]
-    unverified = set(sizes) - {cell for cell, row in rows if row["found"] == "screen"}
+    unverified = set(sizes) - {cell for cell, row in rows if row["found"] != "sample"}
     exceeding = sum(sizes[cell] > result.bound.threshold for cell in unverified)
     return {
         "recall": 1 - sum(sizes[cell] > kth + TIE * abs(exact.gap) for cell in missed) / result.k,
         "strict_recall": 1 - sum(sizes[cell] > kth * (1 + 1e-4) for cell in missed) / result.k,
         "exceeding": exceeding,
         "at_most": result.bound.at_most,
-        "population": result.bound.population,
+        "unverified": result.bound.unverified,
         "held": exceeding <= result.bound.at_most,
+        "certain": result.recall.at_least / result.k,
         "share": result.share,
         "share_without_sample": result.share_without_sample,
         "verified": result.passes["verified"] / result.n_live,
@@ -72,7 +74,8 @@ def measure(model: Any, name: str, seed: int, options: argparse.Namespace) -> li
     for screen in options.screens:
         for hierarchical in (False, True) if screen == HIERARCHICAL else (False,):
             for sample in range(options.samples):
-                method = pl.VerifiedPatching(screen=get_method(screen), hierarchical=hierarchical, seed=sample)
+                k = max(1, min(20, int(exact.live[SITE].sum()) // 20))
+                method = pl.VerifiedPatching(screen=get_method(screen), k=k, hierarchical=hierarchical, seed=sample)
                 result = method.run(model, task, SITE, progress=False)
                 about = {"model": model.name, "task": name, "seed": seed, "sample": sample}
                 label = f"{screen}, hierarchical" if hierarchical else screen
@@ -82,12 +85,12 @@ def measure(model: Any, name: str, seed: int, options: argparse.Namespace) -> li
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Medians over tasks, seeds and samples."""
-    names = ("recall", "strict_recall", "share", "share_without_sample", "verified", "needed")
+    names = ("recall", "strict_recall", "certain", "share", "share_without_sample", "verified", "needed")
     found: dict[str, Any] = {name: common.median([row[name] for row in rows]) for name in names}
     found |= {"least_recall": min(row["recall"] for row in rows), "least_strict_recall": min(row["strict_recall"] for row in rows)}
     found["mean_strict_recall"] = statistics.fmean(row["strict_recall"] for row in rows)
     found["most_needed"] = max(row["needed"] for row in rows)
-    found["at_most"] = common.median([row["at_most"] / row["population"] for row in rows])
+    found["at_most"] = common.median([row["at_most"] / row["unverified"] for row in rows])
     return {**found, "held": statistics.fmean(row["held"] for row in rows), "runs": len(rows)}
 
 

@@ -4,6 +4,7 @@ import json
 import signal
 import sys
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -105,11 +106,17 @@ def verify(
     task: TaskName,
     sites: Annotated[str, typer.Option(help="Comma-separated (patchlab sites); their cells compete.")] = "z[layer,pos,head]",
     screen: Annotated[str, typer.Option(help="The method that says where to look (patchlab methods).")] = "relp",
-    k: Annotated[int, typer.Option(help="How many cells are wanted; at most 5 % of those that can matter.")] = 20,
+    k: Annotated[int, typer.Option(help="How many cells are wanted.")] = 20,
     target: Annotated[float | None, typer.Option(help="All cells above this share of the gap, instead of k.", show_default=False)] = None,
-    sample: Annotated[int, typer.Option(help="Unverified cells that are patched at random, for the bound.")] = 30,
+    recall: Annotated[float | None, typer.Option(help="Share of them that must be there for certain, such as 0.85.", show_default=False)] = None,
+    sample: Annotated[
+        int | None,
+        typer.Option(help="Most unverified cells patched at random [default: 30; with --recall as many as it takes].", show_default=False),
+    ] = None,
+    confidence: Annotated[float, typer.Option(help="Of what is said about cells and prompts that were not run.")] = 0.95,
     subsets: Annotated[int, typer.Option(help="Random subsets that are patched jointly; their bound assumes that effects add up.")] = 0,
     hierarchical: Annotated[bool, typer.Option("--hierarchical", help="Look at layers and positions as a whole first.")] = False,
+    population: Annotated[bool, typer.Option("--population", help="Speak of prompts such as these, not only of these.")] = False,
     direction: Annotated[str, typer.Option(help="denoising or noising.")] = "denoising",
     n: Pairs = None,
     seed: Annotated[int, typer.Option(help="Seed of the task's generator and of the sample.")] = 0,
@@ -124,9 +131,10 @@ def verify(
     option: TaskOptions = None,
     json_: Json = False,
 ) -> None:
-    """Find the cells with the largest exact effects, and bound how many were missed.
+    """Find the cells with the largest exact effects, and say how many of them are certain.
 
-    A cheap method says where to look, exact patching says what is there.
+    A cheap method says where to look, exact patching says what is there, cells at random say what may be missing. The price is printed
+    first, on stderr; where a full sweep costs no more, it is run instead.
     """
     options = task_settings(option, metric=metric, positions=positions, on_mismatch=on_mismatch, only_correct=only_correct, chat=chat)
     from transformers.utils.logging import disable_progress_bar
@@ -138,12 +146,14 @@ def verify(
 
     disable_progress_bar()  # for files that load in a second
     method = VerifiedPatching(
-        screen=get_method(screen.strip()), k=k, target=target, sample=sample, subsets=subsets, hierarchical=hierarchical, seed=seed
-    )
+        screen=get_method(screen.strip()), k=k, target=target, recall=recall, sample=sample, confidence=confidence, subsets=subsets,
+        hierarchical=hierarchical, population=population, seed=seed,
+    )  # fmt: skip
     wanted = parse_sites(sites)
     loaded = load_model(model, device=device, dtype=dtype)
     pairs = named_task(task, loaded, n=n, seed=seed, options=options)
-    result = method.run(loaded, pairs, wanted, direction=direction, batch_size=batch_size, progress=sys.stderr.isatty())
+    say = partial(typer.echo, err=True)
+    result = method.run(loaded, pairs, wanted, direction=direction, batch_size=batch_size, progress=sys.stderr.isatty(), say=say)
     typer.echo(json.dumps(result.to_dict(), allow_nan=False) if json_ else result.summary())
 
 

@@ -393,6 +393,8 @@ def test_verify_prints_the_verified_cells_and_the_bounds():
     text, as_json = patchlab(*arguments), patchlab(*arguments, "--json")
     assert text.exit_code == as_json.exit_code == 0, text.output
     assert text.stdout == f"{wanted.summary()}\n"
+    assert text.stderr == f"{wanted.price}\n"
+    assert "With 95 % confidence at least" in text.stdout
     assert "With 95 % confidence at most" in text.stdout
     assert "If the effects of cells add up" in text.stdout
     assert len(as_json.stdout.splitlines()) == 1
@@ -407,6 +409,9 @@ def test_verify_prints_the_verified_cells_and_the_bounds():
     [
         (["--k", "0"], "k is 0; ask for at least 1 cell"),
         (["--target", "-1"], "target is -1.0; give a share of the gap above 0"),
+        (["--recall", "85"], "recall is 85.0; give a share above 0 and at most 1"),
+        (["--population", "--n", "1"], "one prompt pair says nothing about other prompts"),
+        (["--confidence", "95"], "confidence is 95.0; it must be between 0 and 1"),
         (["--subsets", "3"], "subsets is 3; give 0 for none, or at least 8"),
         (["--screen", "exact"], "the screen is exact patching itself"),
         (["--screen", "realp"], "unknown method 'realp'; did you mean 'relp'"),
@@ -419,6 +424,29 @@ def test_verify_prints_the_verified_cells_and_the_bounds():
 )
 def test_verify_refuses_wrong_names_and_numbers_in_one_line(change, message):
     assert message in error_of(*instead(VERIFY, change))
+
+
+def test_verify_says_that_it_ran_the_sweep_and_ranks_every_cell():
+    result = patchlab(*VERIFY, "--k", "20", "--sample", "30")
+    assert result.exit_code == 0, result.output
+    assert result.stderr.startswith("Price: ")
+    assert result.stderr.endswith("so the sweep is run.\n")
+    assert "20 cells were asked for; all 48 live cells were patched, so this is the whole ranking:" in result.stdout
+    assert sum(line.lstrip().startswith(("+", "-")) for line in result.stdout.splitlines()) == 48
+
+
+def test_verify_reaches_a_recall_that_is_asked_for_and_speaks_of_other_prompts():
+    result = patchlab(*VERIFY[:-2], "--sample", "100", "--recall", "0.3", "--confidence", "0.8", "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["recall"]["at_least"] >= 1
+    assert found["recall"]["reached"]
+    assert found["recall"]["confidence"] == 0.8
+    assert "With 80 % confidence" in found["price"]["statement"]
+    assert "17 of" not in found["price"]["statement"]
+    result = patchlab(*VERIFY, "--population")
+    assert result.exit_code == 0, result.output
+    assert "are about prompts such as these (drawn independently from the same source)" in result.stdout
 
 
 def test_verify_looks_at_groups_first_if_told_to():

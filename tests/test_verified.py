@@ -1,4 +1,4 @@
-"""Verified patching: exact cells, the stopping rule, the sample's bound, groups, and what it all cost."""
+"""Verified patching: exact cells, the stopping rule, the recall it states and its price, other prompts, groups, and what it all cost."""
 
 import importlib.util
 import itertools
@@ -16,12 +16,13 @@ import pytest
 from families import mixed_task, model_of, swap_task
 
 import patchlab as pl
+from patchlab.bootstrap import interval, resampling_weights
 from patchlab.errors import MethodError, SiteError
 from patchlab.methods import get_method
-from patchlab.methods.bound import Bound, most_exceeding
+from patchlab.methods.bound import Bound, Price, Recall, half_widths, look_sizes, missable, most_exceeding
 from patchlab.methods.cells import Cells, Patcher
 from patchlab.methods.runs import Meter, Setting
-from patchlab.methods.subsets import largest_effect, memberships, t_quantile
+from patchlab.methods.subsets import largest_effect, memberships, most_exceeding_additive, t_quantile
 from patchlab.methods.verified import VerifiedPatching, _levels, _Search
 from patchlab.methods.verified_result import VerifiedResult
 from patchlab.scores import ScoreMap
@@ -71,7 +72,7 @@ def test_the_bound_of_large_populations_is_the_binomial_one() -> None:
 
 @pytest.mark.parametrize("numbers", [(10, 11, 0), (10, 5, 6), (10, 5, -1)])
 def test_a_sample_that_cannot_be(numbers: tuple[int, int, int]) -> None:
-    with pytest.raises(MethodError, match="cannot be; the sample is at most the population"):
+    with pytest.raises(MethodError, match="cannot be; the sample is at most the unverified cells"):
         most_exceeding(*numbers)
     with pytest.raises(MethodError, match="cannot be"):
         Bound(0.95, *numbers, threshold=1.0)
@@ -89,22 +90,175 @@ def test_the_statement_says_what_it_does_not_bound() -> None:
     assert "none was drawn" in str(Bound(0.95, 7, 0, 0, 0.25))
 
 
+# the growing sample, the price
+
+
+_at_most = cache(most_exceeding)
+
+
+def _claims(marks: np.ndarray, sizes: list[int], confidence: float, cap: int) -> int:
+    """The growing sample on one order of the cells, literally: how many exceeding cells it says there are at most."""
+    looks: tuple[int, ...] = ()
+    for allowed, size in enumerate(sizes):
+        if size >= cap:  # the budget ends before the next look
+            seen = int(marks[:cap].sum())
+            return _at_most(len(marks), cap, seen, confidence, looks[:seen])
+        if marks[:size].sum() <= allowed:
+            return _at_most(len(marks), size, int(marks[:size].sum()), confidence, looks)
+        looks += (size,)
+    raise AssertionError
+
+
+@pytest.mark.parametrize(("unverified", "missed", "confidence", "cap"), [(9, 1, 0.8, 9), (9, 2, 0.8, 7), (9, 0, 0.7, 9), (9, 3, 0.7, 4)])
+def test_the_growing_sample_is_wrong_as_rarely_as_it_says_on_every_possible_order(unverified: int, missed: int, confidence: float, cap: int) -> None:
+    sizes = list(itertools.islice(look_sizes(unverified, lambda found: missed, confidence), unverified + 1))
+    wrong, peeked = [], []
+    for marked in range(unverified + 1):
+        failures = peeking = 0
+        orders = list(itertools.combinations(range(unverified), marked))
+        for order in orders:
+            marks = np.isin(np.arange(unverified), order)
+            failures += _claims(marks, sizes, confidence, cap) < marked
+            steps = np.concatenate([[0], marks.cumsum()]).tolist()
+            # what comes of looking at every size as if it were the only one
+            peeking += any(_at_most(unverified, n, steps[n], confidence) < marked for n in range(cap + 1))
+        wrong.append(failures / len(orders))
+        peeked.append(peeking / len(orders))
+    assert max(wrong) <= 1 - confidence + 1e-12
+    assert max(wrong) > 0
+    assert max(peeked) > 1 - confidence  # so the correction is needed
+
+
+def test_a_sample_stops_growing_only_where_no_more_than_allowed_are_left() -> None:
+    for allowed in (lambda found: 3, lambda found: (17 + found) * 15 // 85, lambda found: 5 - found):
+        looks: list[int] = []
+        for found, size in zip(range(6), look_sizes(200, allowed), strict=False):
+            if allowed(found) >= 0:
+                assert most_exceeding(200, size, found, 0.95, looks) - found <= allowed(found)
+                # one cell fewer would not do
+                assert size == max([found, *looks[-1:]]) or most_exceeding(200, size - 1, found, 0.95, looks) - found > allowed(found)
+            else:
+                assert size == 200
+            looks.append(size)
+    first = next(look_sizes(200, lambda found: 3))
+    fixed = next(n for n in range(200) if most_exceeding(200, n, 0) <= 3)
+    assert first == fixed  # the right to go on costs nothing
+
+
+@pytest.mark.parametrize("looks", [[30], [3, 2]])
+def test_looks_that_cannot_have_been(looks: list[int]) -> None:
+    with pytest.raises(MethodError, match="cannot have come before a sample of 10 with 2 exceeding"):
+        most_exceeding(40, 10, 2, 0.95, looks)
+    with pytest.raises(MethodError, match="cannot have come before"):
+        most_exceeding(40, 10, 0, 0.95, [4])
+
+
+@pytest.mark.parametrize("unverified", [1000, 4000])
+def test_what_recall_costs_whatever_the_effects(unverified: int) -> None:
+    """At the default confidence of 95 %: 17 of 20 take 53 % of the unverified cells; a tenth of them only excludes more than 28 misses."""
+    confidence = VerifiedPatching().confidence
+    assert missable(0.85, 20) == 3
+    assert next(look_sizes(unverified, lambda found: 3, confidence)) / unverified == pytest.approx(1 - 0.05**0.25, abs=0.002)
+    assert f"{next(look_sizes(unverified, lambda found: 3, confidence)) / unverified:.0%}" == "53%"
+    assert most_exceeding(unverified, unverified // 10, 0, confidence) == 28
+    price = Price(unverified + 40, 20, confidence, 4.0, 40, unverified // 10)
+    assert "With 95 % confidence" in str(price)
+    assert "at most 28 of the others do, which makes sure of 0 of the top 20" in str(price)
+    assert f"17 of the top 20 would take {price.sample_for(3)} at random, none of them above (53 % of the unverified; " in str(price)
+
+
+@pytest.mark.parametrize(("recall", "of", "missed"), [(0.85, 20, 3), (1, 20, 0), (0.55, 20, 9), (0.7, 10, 3), (0.01, 5, 4), (0.999, 1000, 1)])
+def test_how_many_may_be_missed(recall: float, of: int, missed: int) -> None:
+    assert missable(recall, of) == missed
+    assert Fraction(of - missed, of) >= Fraction(str(recall))
+    assert Fraction(of - missed - 1, of) < Fraction(str(recall))
+
+
+def test_a_recall_reads_well() -> None:
+    assert str(Recall(17, 20, 0.95, 20, asked=0.85)) == (
+        "with 95 % confidence at least 17 of the true top 20 on these prompts are among those returned; a recall of 85 % was asked for and is reached"
+    )
+    assert str(Recall(16, 20, 0.95, 20, asked=0.85)).endswith("is not reached")
+    assert str(Recall(5, 5, 1.0, 5)) == "for certain all 5 of the true top 5 on these prompts are among those returned"
+    assert "at least 8 of at most 11 cells above the target over prompts such as these" in str(Recall(8, 11, 0.95, None, population=True))
+    assert str(Recall(0, 0, 1.0, None)) == "for certain no cell is above the target on these prompts"
+    assert Recall(0, 0, 1.0, None).share == 1
+
+
+def test_the_price_of_a_target_says_how_many_are_missed() -> None:
+    text = str(Price(400, None, 0.95, 4.0, 20, 30))
+    assert "exceeds the target, at most" in text
+    assert "At most 3 missed would take" in text
+    assert str(Price(400, None, 0.95, 4.0, 20, 0)).count("none of them above") == 3
+
+
+# intervals for other prompts
+
+
+def _selected(effects: np.ndarray, k: int) -> np.ndarray:
+    return np.argsort(-np.abs(effects.mean(-1)), axis=-1)[..., :k]
+
+
+@pytest.mark.parametrize("draw", ["normal", "heavy", "skewed"])
+def test_intervals_hold_for_weak_cells_that_were_selected(draw: str) -> None:
+    """Cells that do next to nothing over prompts such as these, the largest of them on these 16 prompts."""
+    runs, cells, prompts, k = 60, 300, 16, 20
+    generator = np.random.default_rng(0)
+    shape = (runs, cells, prompts)
+    noise = {
+        "normal": generator.standard_normal(shape),
+        "heavy": generator.standard_t(4, shape),
+        "skewed": generator.exponential(1, shape) - 1,
+    }[draw]
+    truth = generator.normal(0, 0.05, (runs, cells, 1))
+    together, each, old = [], [], []
+    weights = resampling_weights(prompts, 200, 0)
+    for effects, mean in zip(noise + truth, truth[..., 0], strict=True):
+        chosen = _selected(effects, k)
+        wide = half_widths(effects[chosen], cells)
+        inside = np.abs(effects[chosen].mean(1) - mean[chosen]) <= wide
+        together.append(inside.all())
+        each.append(inside.mean())
+        low, high = interval(weights @ effects[chosen].T)
+        old.append(((low <= mean[chosen]) & (mean[chosen] <= high)).mean())
+    sigma = np.sqrt(0.05 * 0.95 / runs)
+    if draw == "skewed":  # the intervals are Student's, and say that they are approximate
+        assert np.mean(each) > 0.9
+    else:
+        assert np.mean(each) >= 0.95
+        assert np.mean(together) >= 0.95 - 3 * sigma
+    assert np.mean(old) < 0.5  # intervals of single cells, taken after the selection
+
+
+def test_half_widths_by_hand() -> None:
+    effects = np.array([[1.0, 2.0, 6.0], [0.0, 0.0, 0.0]])
+    spread = np.sqrt((4 + 1 + 9) / 2)
+    t = t_quantile(1 - 0.1 / (2 * 40), 2)
+    np.testing.assert_allclose(half_widths(effects, 40, 0.9), [t * spread / np.sqrt(3), 0])
+    assert half_widths(effects, 41)[0] > half_widths(effects, 40)[0]
+    with pytest.raises(MethodError, match="one prompt pair says nothing about other prompts"):
+        half_widths(effects[:, :1], 40)
+
+
 # the search, on given effects
 
 
-class Given(Patcher):
-    """Effects from a table in place of a model."""
+class Given:
+    """Effects from a table in place of a model; a table of one prompt, or ``[..., example]``."""
 
     def __init__(self, effects: np.ndarray, joint: dict[str, float] | None = None, sites: tuple[Site, ...] = (parse_site(HEADS),)) -> None:
-        self.table = {str(where): effect for where, effect in zip(_addresses(effects), effects.ravel(), strict=True)} | (joint or {})
+        rows = effects.reshape(-1, effects.shape[-1]) if effects.ndim == 4 else effects.reshape(-1, 1)
+        self.table: dict[str, Any] = dict(zip(map(str, _addresses(effects[..., 0] if effects.ndim == 4 else effects)), rows, strict=True))
+        self.table |= joint or {}
+        effects = effects.reshape(*effects.shape[:3], -1)[..., 0]
         live = {str(site): np.ones(effects.shape, dtype=bool) for site in sites}
         self.setting = Setting(model_of("gpt2"), swap_task(), sites, "denoising", None, live)
         self.asked: list[str] = []
-        self.together: Callable[[list[float]], float] = sum
+        self.together: Callable[[list[Any]], Any] = sum
 
-    def joint(self, sets: Sequence[Sequence[Site]]) -> np.ndarray:
+    def joint(self, sets: Sequence[Sequence[Any]]) -> np.ndarray:
         self.asked += ["+".join(map(str, cells)) for cells in sets]
-        return np.array([[self.together([self.table[str(cell)] for cell in cells])] for cells in sets]).reshape(len(sets), 1)
+        return np.stack([np.atleast_1d(self.together([self.table[str(cell)] for cell in cells])) for cells in sets])
 
 
 def _addresses(effects: np.ndarray) -> list[Site]:
@@ -121,13 +275,13 @@ def searched(
     screen: np.ndarray,
     target: float | None = None,
     joint: dict[str, float] | None = None,
-    together: Callable[[list[float]], float] = sum,
+    together: Callable[[list[Any]], Any] = sum,
     **options: Any,
 ) -> tuple[_Search, Given]:
     patcher = Given(effects, joint)
     patcher.together = together
-    cells = Cells(np.zeros(effects.size, dtype=np.int64), list(np.ndindex(*effects.shape)), _addresses(effects), screen.ravel().astype(float))
-    search = _Search(VerifiedPatching(**options), patcher, cells)
+    cells = Cells(np.zeros(screen.size, dtype=np.int64), list(np.ndindex(*screen.shape)), _addresses(screen), screen.ravel().astype(float))
+    search = _Search(VerifiedPatching(**options), patcher.setting, cells, patcher.joint)
     search.run(target)
     return search, patcher
 
@@ -147,16 +301,17 @@ def test_a_perfect_screen_needs_twice_k_cells() -> None:
     assert len(set(patcher.asked)) == 50  # no cell twice
     bound = search.bound
     assert bound is not None
-    assert (bound.population, bound.sample, bound.exceeding) == (380, 30, 0)
+    assert (bound.unverified, bound.sample, bound.exceeding) == (380, 30, 0)
     assert bound.threshold == pytest.approx(float(effects.ravel()[9]))
 
 
-def test_k_is_at_most_five_per_cent_and_at_least_one() -> None:
+def test_k_is_what_was_asked_for() -> None:
     effects = _falling()
-    assert searched(effects, effects, k=50)[0].k == 20
+    assert searched(effects, effects, k=50)[0].k == 50
     assert searched(effects, effects, k=7)[0].k == 7
-    small = np.arange(1.0, 9).reshape(1, 2, 4)
-    assert searched(small, small, k=5)[0].k == 1
+    assert searched(effects, effects, k=500)[0].k == 400  # no more are live
+    assert VerifiedPatching(target=0.5, k=50).step(400) == 20  # at a time
+    assert VerifiedPatching(target=0.5, k=50).step(40) == 2
 
 
 def test_a_screen_that_ranks_wrongly_is_followed_until_the_budget_ends() -> None:
@@ -223,9 +378,116 @@ def test_the_stated_confidence_holds_with_bad_screens(quality: float) -> None:
         assert bound is not None
         truth = int((np.abs(np.delete(effects.ravel(), search.verified)) > bound.threshold).sum())
         held.append(truth <= bound.at_most)
-        said.append(bound.at_most / bound.population)
+        said.append(bound.at_most / bound.unverified)
     assert np.mean(held) >= 0.92  # 95 % at least, less three standard errors and a bit
     assert np.median(said) < 0.7
+
+
+def _missed(effects: np.ndarray, search: _Search, k: int) -> int:
+    """How many of the true top k a search did not return, of the given mean effects."""
+    returned = sorted(search.effects, key=lambda i: -search.means[i])[:k]
+    return len(set(np.argsort(-np.abs(effects.ravel()))[:k].tolist()) - set(returned))
+
+
+def _recalled(search: _Search) -> Recall:
+    assert search.bound is not None
+    return search._recall(search.bound)
+
+
+@pytest.mark.parametrize("quality", [0.0, 1.0])
+def test_the_sample_grows_until_the_recall_is_certain(quality: float) -> None:
+    held, sizes, search = [], set(), searched(_falling(80), _falling(80), k=2)[0]
+    for seed in range(50):
+        generator = np.random.default_rng(seed)
+        effects = generator.standard_normal((4, 10, 4)) ** 3
+        screen = quality * effects + generator.standard_normal(effects.shape)
+        search, _ = searched(effects, screen, k=10, recall=0.8, max_share=0.15, seed=seed)
+        recall = _recalled(search)
+        assert recall.reached
+        assert recall.at_least >= 8
+        assert search.bound is not None
+        assert search.bound.unseen <= 2
+        held.append(10 - _missed(effects, search, 10) >= recall.at_least)
+        sizes.add(len(search.drawn))
+    assert np.mean(held) >= 0.95 - 3 * np.sqrt(0.05 * 0.95 / 50)
+    first = next(look_sizes(search.bound.unverified, lambda found: 2))
+    assert min(sizes) > first if quality == 0 else first in sizes  # the more it finds, the more it takes
+
+
+def test_a_budget_ends_the_growth_and_what_it_permits_is_said() -> None:
+    effects = _falling()
+    search, _ = searched(effects, effects, k=20, recall=0.85, sample=100)
+    recall = _recalled(search)
+    assert len(search.drawn) == 100
+    assert search.bound is not None
+    assert recall.at_least == 20 - most_exceeding(360, 100, 0) == 20 - search.bound.unseen
+    assert not recall.reached
+    enough = _recalled(searched(effects, effects, k=20, recall=0.85)[0])
+    assert (enough.at_least, enough.of, enough.reached) == (17, 20, True)
+    everything = searched(effects, effects, k=20, recall=1, sample=None)[0]
+    assert _recalled(everything).at_least == 20
+
+
+def test_the_price_is_what_a_good_screen_takes() -> None:
+    effects = _falling()
+    search, _ = searched(effects, effects, k=20, recall=0.85)
+    price = Price(400, 20, 0.95, 4.0, len(search.verified), len(search.drawn), recall=0.85)
+    assert price.sample == price.sample_for(3)
+    assert price.unverified == 360
+
+
+@pytest.mark.parametrize("recall", [0.6, 0.9])
+def test_the_recall_of_all_cells_above_a_target(recall: float) -> None:
+    held = []
+    for seed in range(60):
+        generator = np.random.default_rng(seed)
+        effects = generator.standard_normal((4, 10, 4))
+        search, _ = searched(effects, effects + generator.standard_normal(effects.shape), target=1.2, recall=recall, max_share=0.1, seed=seed)
+        said = _recalled(search)
+        assert said.reached
+        assert said.share >= recall - 1e-9
+        above = set(np.flatnonzero(np.abs(effects) > 1.2).tolist())
+        assert said.at_least == len(above & set(search.effects))
+        held.append(said.at_least >= said.share * len(above) - 1e-9)
+    assert np.mean(held) >= 0.95 - 3 * np.sqrt(0.05 * 0.95 / 60)
+
+
+@pytest.mark.parametrize("target", [None, 0.8])
+def test_recall_over_prompts_such_as_these_holds(target: float | None) -> None:
+    """The top k of the true means, from few noisy prompts of them; strong cells and many that are near nothing."""
+    held, said, covered = [], [], []
+    for seed in range(60):
+        generator = np.random.default_rng(seed)
+        truth = np.concatenate([generator.uniform(1, 2, 12) + (target is None), generator.normal(0, 0.2, 108)])
+        generator.shuffle(truth)
+        truth = truth.reshape(3, 10, 4)
+        prompts = truth[..., None] + generator.standard_normal((*truth.shape, 24)) * 0.4
+        options: dict[str, Any] = {} if target is None else {"target": target}
+        search, _ = searched(prompts, prompts.mean(-1), k=12, sample=60, max_share=0.3, population=True, seed=seed, **options)
+        recall, mean = _recalled(search), truth.ravel()
+        covered.append(all(abs(search.effects[i].mean() - mean[i]) <= search.wide[i] for i in search.effects))
+        if target is None:
+            held.append(12 - _missed(truth, search, 12) >= recall.at_least)
+        else:
+            above = set(np.flatnonzero(np.abs(mean) > target).tolist())
+            returned = {i for i in search.effects if search.means[i] > target}
+            held.append(len(above & returned) >= recall.share * len(above) - 1e-9)
+        said.append(recall.at_least)
+    assert np.mean(covered) >= 0.95 - 3 * np.sqrt(0.05 * 0.95 / 60)
+    assert np.mean(held) >= 0.95 - 3 * np.sqrt(0.05 * 0.95 / 60)
+    assert np.mean(said) > 3  # and says something
+
+
+def test_doubt_about_the_prompts_is_not_removed_by_patching_more_cells() -> None:
+    generator = np.random.default_rng(0)
+    prompts = generator.standard_normal((2, 10, 4, 4))  # nothing but noise
+    search, _ = searched(prompts, prompts.mean(-1), k=5, recall=0.8, population=True)
+    recall = _recalled(search)
+    assert len(search.effects) == 80  # all were patched, and still
+    assert recall.at_least == 0
+    assert not recall.reached
+    here = _recalled(searched(prompts, prompts.mean(-1), k=5, recall=0.8)[0])
+    assert here.reached  # these prompts are known
 
 
 # groups
@@ -299,7 +561,7 @@ def test_subsets_bound_the_largest_missed_effect_where_effects_add_up() -> None:
         search, patcher = searched(effects, screen, k=10, sample=5, subsets=80, seed=seed)
         assert search.subsets is not None
         left = np.setdiff1d(np.arange(400), search.verified)
-        assert (search.subsets.population, search.subsets.subsets) == (len(left), 80)
+        assert (search.subsets.unverified, search.subsets.subsets) == (len(left), 80)
         assert search.subsets.share == pytest.approx(10 / 80)
         assert len(patcher.asked) == len(search.verified) + 5 + 80
         held.append(search.subsets.at_most >= np.abs(effects.ravel()[left]).max())
@@ -327,15 +589,65 @@ def test_the_subset_bound_shrinks_with_more_subsets_and_is_sharp_for_one_cell() 
     assert largest_effect(one, -2.0 * one[0], 0.95) == pytest.approx(2.0)
 
 
+def test_subsets_claim_a_recall_that_single_cells_cannot_for_the_same_work() -> None:
+    effects = _falling()
+    effects.ravel()[20:] *= 0.02
+    search, patcher = searched(effects, effects, k=20, sample=20, subsets=60)
+    assert search.subsets is not None
+    assert (search.subsets.exceeding, search.subsets.recall) == (0, 20)
+    assert "and at most 0 exceed 0.561 logits, so at least 20 of the true top 20 are among those returned" in str(search.subsets)
+    assert _recalled(search).at_least == 0
+    singles, other = searched(effects, effects, k=20, sample=80)
+    assert len(other.asked) == len(patcher.asked)
+    assert _recalled(singles).at_least < 20
+    # a cell that the screen missed and the sample did not hit is not claimed away
+    effects.ravel()[300] = 0.9
+    screen = effects.copy()
+    screen.ravel()[300] = 0
+    missing, _ = searched(effects, screen, k=20, sample=1, subsets=60)
+    assert missing.subsets is not None
+    assert 300 not in missing.effects
+    assert missing.subsets.recall is None
+
+
+@pytest.mark.parametrize(("exceed", "start"), [(1, 0), (4, 3), (2, 3)])
+def test_the_number_that_subsets_claim_holds(exceed: int, start: int) -> None:
+    """As many cells as would make a claim wrong, each just above the threshold."""
+    generator = np.random.default_rng(0)
+    false = []
+    for seed in range(200):
+        effects = generator.normal(0, 0.1, 100)
+        effects[:exceed] = generator.choice([-1.001, 1.001], exceed)
+        members = memberships(100, 64, seed)
+        claimed = most_exceeding_additive(members, effects @ members, 1.0, 0.95, start)
+        false.append(claimed is not None and claimed < exceed)
+    assert np.mean(false) <= 0.05 + 3 * np.sqrt(0.05 * 0.95 / 200)
+    quiet = generator.normal(0, 0.1, 100)
+    members = memberships(100, 64, 0)
+    assert most_exceeding_additive(members, quiet @ members, 1.0, 0.95, start) == 0
+    assert most_exceeding_additive(members, quiet @ members, 0.01, 0.95, start) is None
+
+
 def test_few_cells_leave_some_subsets_empty() -> None:
-    effects = np.array([3.0, 2.0, -1.5, 0.5]).reshape(1, 1, 4)
-    search, patcher = searched(effects, effects, k=1, sample=2, subsets=64, max_share=0.25)
+    effects = np.array([3.0, 2.0, -1.5, 0.5, *([0.1] * 36)]).reshape(1, 10, 4)
+    seed = next(seed for seed in range(50) if not memberships(39, 32, seed).any(0).all())
+    search, patcher = searched(effects, effects, k=1, sample=2, subsets=32, max_share=0.025, seed=seed)
     assert search.subsets is not None
     assert len(search.verified) == 1
-    assert 8 <= search.joint_runs < 64  # three cells, each in eight
+    assert search.joint_runs < 32
     assert len(patcher.asked) == 1 + 2 + search.joint_runs
     assert "" not in patcher.asked
     assert search.subsets.at_most > 2
+
+
+def test_where_subsets_cost_as_much_as_the_cells_that_are_left_those_are_patched() -> None:
+    effects = _falling()
+    search, patcher = searched(effects, effects, k=10, sample=100, subsets=300)
+    assert search.subsets is None
+    assert sorted(search.effects) == list(range(400))
+    assert len(patcher.asked) == 400
+    assert search.bound is not None
+    assert (search.bound.sample, search.bound.unseen) == (380, 0)
 
 
 def test_each_cell_is_in_the_same_number_of_subsets() -> None:
@@ -381,7 +693,7 @@ def test_subsets_are_joint_patches() -> None:
     assert "If the effects of cells add up" in result.summary()
     record = json.loads(json.dumps(result.to_dict()))["subsets"]
     assert record["statement"] == str(result.subsets)
-    assert record["population"] == result.n_live - int((result.table["found"] == "screen").sum())
+    assert record["unverified"] == result.n_live - int((result.table["found"] == "screen").sum())
     plain = found(sample=2)
     assert plain.subsets is None
     assert plain.to_dict()["subsets"] is None
@@ -450,7 +762,7 @@ def test_verified_effects_are_those_of_the_full_sweep(source: str, direction: st
 
 
 def test_several_lengths_give_rows_in_the_order_of_the_examples() -> None:
-    result = found(mixed_task(), ("resid_pre", "z"), sample=3)
+    result = found(mixed_task(), ("resid_pre", "z"), sample=3, k=2)
     _check_effects(result, exact_map(("resid_pre", "z"), mixed=True))
 
 
@@ -472,19 +784,22 @@ def test_runs_that_do_not_fit_are_made_again(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_everything_verified_is_the_exact_top_k() -> None:
-    result = found(sample=10**6, max_share=1, k=2)
+    result = found(sample=10, target=1e-9, max_share=1)  # no cell is below, so the search goes on to the end
     exact = exact_map()
     values = np.concatenate([np.abs(exact.mean(site).to_numpy())[exact.live[site].to_numpy()] for site in exact.sites])
     assert len(result.table) == result.n_live == len(values)
-    assert result.k == 2
-    np.testing.assert_allclose(result.top["effect"].abs(), np.sort(values)[::-1][:2], rtol=1e-4)
+    assert result.complete
+    np.testing.assert_allclose(result.top["effect"].abs(), np.sort(values)[::-1], rtol=1e-4)
     assert result.table["effect"].abs().is_monotonic_decreasing
-    assert result.bound.sample == result.bound.population
-    assert set(result.table["found"]) == {"screen", "sample"}
+    assert set(result.table["found"]) == {"screen"}
+    assert (result.recall.at_least, result.recall.of, result.recall.confidence) == (55, 55, 1)
+    text = result.summary()
+    assert "all 55 live cells were patched, so this is the whole ranking:" in text
+    assert all(f"  {address}  (screen" in text for address in result.table["address"])
 
 
 def test_cells_of_the_sample_join_the_top() -> None:
-    with_sample = found(sample=10**6, max_share=0.05, k=2)
+    with_sample = found(sample=45, max_share=0.05, k=2)
     assert "sample" in with_sample.table["found"].tolist()
     assert with_sample.top["effect"].abs().min() >= with_sample.table[~with_sample.table["top"]]["effect"].abs().max()
     # the threshold of the statement is the one from before the draw
@@ -518,7 +833,6 @@ def test_a_target_is_a_share_of_the_gap() -> None:
     assert result.bound.threshold == pytest.approx(0.02 * gap)
     assert result.table["top"].tolist() == (result.table["effect"].abs() > 0.02 * gap).tolist()
     assert "|effect| >" in str(result)
-    assert result.table["low"].isna().all()  # one example has no interval
 
 
 def test_a_target_without_a_gap_is_refused() -> None:
@@ -529,6 +843,88 @@ def test_a_target_without_a_gap_is_refused() -> None:
     both = type(task)(task.name, (pair, swapped), task.metric)
     with pytest.raises(MethodError, match="not distinguishable from 0. Ask for k cells"):
         found(both, target=0.1)
+
+
+def test_a_run_that_costs_more_than_the_sweep_runs_the_sweep() -> None:
+    told: list[str] = []
+    method = VerifiedPatching(k=20)
+    result = method.run(model_of("gpt2"), swap_task(n=4, length=6), [HEADS, "mlp_out"], progress=False, say=told.append)
+    assert told == [str(result.price)] == [str(method.price(model_of("gpt2"), swap_task(n=4, length=6), [HEADS, "mlp_out"]))]
+    assert told[0] == (
+        "Price: verified patching would take about 59 patched rows per prompt or more, and a full sweep takes 55 (one for each live cell), "
+        "so the sweep is run."
+    )
+    exact = exact_map()
+    assert set(result.table["found"]) == {"sweep"}
+    assert (result.complete, result.k, int(result.table["top"].sum())) == (True, 20, 20)
+    assert result.cost.forwards == exact.cost.forwards  # no screen, no cell twice
+    assert result.cost.backwards == 0
+    assert result.passes == {"screen": 0, "verified": 55, "sample": 0, "groups": 0, "subsets": 0, "unpatched": exact.cost.forwards - 55}
+    assert result.table["screen"].isna().all()
+    assert result.table["place"].isna().all()
+    for row, effects in zip(result.table.to_dict("records"), result.effects, strict=True):
+        axes = {axis: int(row[axis]) for axis in parse_site(row["site"]).axes}
+        np.testing.assert_allclose(effects, exact.data[row["site"]].isel(axes).to_numpy())
+    text = result.summary()
+    assert "20 cells were asked for; all 55 live cells were patched, so this is the whole ranking:" in text
+    assert all(f"  {address}\n" in text for address in result.table["address"])
+    assert "For certain all 20 of the true top 20 on these prompts are among those returned." in text
+    assert "nan" not in text
+    assert json.loads(json.dumps(result.to_dict(), allow_nan=False))["table"][0]["screen"] is None
+
+
+def test_more_cells_than_are_live_are_all_of_them() -> None:
+    result = found(sites=("mlp_out[layer]",), k=20)
+    assert result.n_live == len(result.top) == len(result.table) < 20
+    assert str(result.price).startswith("Price: 20 are wanted, and a full sweep takes ")
+    assert f"20 cells were asked for; all {result.n_live} live cells were patched" in result.summary()
+    assert result.recall.share == 1
+
+
+@pytest.mark.parametrize("source", ["paired", "mean"])
+def test_edges_and_other_sources_are_swept_too(source: str) -> None:
+    screen = pl.RelevancePatching(source=source)
+    result = found(screen=screen, k=55)
+    _check_swept(result, exact_map(source=source))
+    edges = found(swap_task(), ("edges",), k=10**5)
+    assert len(edges.table) == edges.n_live
+
+
+def _check_swept(result: VerifiedResult, exact: ScoreMap) -> None:
+    assert set(result.table["found"]) == {"sweep"}
+    sizes = np.concatenate([np.abs(exact.mean(site).to_numpy())[exact.live[site].to_numpy()] for site in exact.sites])
+    np.testing.assert_allclose(result.table["effect"].abs(), np.sort(sizes)[::-1])
+
+
+def test_the_price_is_kept() -> None:
+    """What a run takes is no less than the price said, and no more where the screen is right."""
+    for options in ({"k": 2, "sample": 5}, {"k": 3, "recall": 0.3}, {"k": 2, "sample": 4, "subsets": 8}):
+        result = found(**options)
+        price = result.price
+        assert result.passes["screen"] <= price.screen
+        assert result.passes["verified"] >= price.verified
+        assert result.passes["groups"] + result.passes["subsets"] >= price.joint
+        if result.passes["verified"] == price.verified and not result.bound.exceeding:
+            assert result.passes["sample"] == price.sample
+    dearer = found(screen=get_method("ig:3"), k=2, sample=5)
+    assert dearer.passes["screen"] <= dearer.price.screen
+
+
+def test_intervals_are_those_of_the_effects_per_prompt() -> None:
+    result = found(k=2, sample=6, population=True)
+    wide = half_widths(result.effects, result.n_live, 0.975)
+    np.testing.assert_allclose(result.table["low"], result.effects.mean(1) - wide)
+    np.testing.assert_allclose(result.table["high"], result.effects.mean(1) + wide)
+    text = result.summary()
+    assert "no interval of any of the 55 live cells misses, however cells were chosen (Student's t with Bonferroni's" in text
+    assert "over prompts such as these are among those returned" in text
+    assert "may exceed" in text
+    assert result.population == 0.975
+    plain = found(k=2, sample=6)
+    assert plain.table["effect"].tolist() == result.table["effect"].tolist()
+    assert plain.population is None
+    with pytest.raises(MethodError, match="one prompt pair says nothing about other prompts; give at least 2 pairs"):
+        found(swap_task(n=1, length=6), k=2, population=True)
 
 
 def test_hierarchical_joint_effects_are_the_coarse_sweeps() -> None:
@@ -549,20 +945,28 @@ def test_hierarchical_joint_effects_are_the_coarse_sweeps() -> None:
 
 
 def test_the_result_reads_well_and_is_json() -> None:
-    result = found(sample=4)
+    result = found(sample=4, k=5)
     text = repr(result)
     assert text.startswith("verified(relp), denoising, logit_diff, gpt2 × ")
     assert "With 95 % confidence at most" in text
     assert "how large a missed effect may be is not bounded" in text
-    assert f"Work: {100 * result.share:.1f} % of a full sweep's rows" in text
+    assert "With 95 % confidence at least 0 of the true top 5 on these prompts are among those returned." in text
+    assert "Effects, ranking and recall are those of these 4 prompt pairs, exactly; nothing is said about other prompts." in text
+    work = next(line for line in text.splitlines() if line.startswith("Work: "))
+    screen = f"{result.passes['screen']:.3g} for the screen (a backward pass counts as two)"
+    assert work.startswith(
+        f"Work: as much as {sum(result.passes.values()):.4g} forward passes over all prompts, {100 * result.share:.1f} % of a full"
+    )
+    assert work.endswith(f"{screen}, {result.passes['verified']:.0f} for cells in its order, 4 for cells at random, 2 for runs without a patch.")
     values = json.loads(json.dumps(result.to_dict(), allow_nan=False))
     assert values["bound"]["at_most"] == result.bound.at_most
+    assert values["recall"]["at_least"] == result.recall.at_least == 0
+    assert values["price"]["statement"] == str(result.price)
+    assert values["speaks_of"] == result.speaks_of
     assert [row["address"] for row in values["table"]] == result.table["address"].tolist()
     assert values["provenance"]["method"] == "verified(relp)"
     assert not result.effects.flags.writeable
-    low, high = result.table["low"], result.table["high"]
-    assert (low <= result.table["effect"]).all()
-    assert (result.table["effect"] <= high).all()
+    assert not {"low", "high"} & set(result.table.columns)  # nothing is uncertain about an effect on these prompts
     assert sorted(result.table["place"]) == sorted(set(result.table["place"]))
     assert (result.table["place"] <= result.n_live).all()
 
@@ -583,6 +987,8 @@ def test_positions_are_labelled() -> None:
         ({"k": 0}, "k is 0; ask for at least 1 cell"),
         ({"subsets": 5}, "subsets is 5; give 0 for none, or at least 8"),
         ({"sample": -1}, "sample is -1; give a number of cells"),
+        ({"recall": 0}, "recall is 0; give a share above 0 and at most 1, such as 0.85"),
+        ({"recall": 20}, "recall is 20; give a share above 0 and at most 1"),
         ({"target": 0.0}, "target is 0.0; give a share of the gap above 0"),
         ({"confidence": 1.0}, "confidence is 1.0; it must be between 0 and 1"),
         ({"max_share": 0.0}, "max_share is 0.0; it must be between 0 and 1"),
@@ -598,7 +1004,7 @@ def test_options_that_make_no_sense(options: dict[str, Any], message: str) -> No
 
 def test_sites_that_cannot_be_verified() -> None:
     with pytest.raises(MethodError, match="the screen relp-ah does not score q .* leave the site out or take another screen"):
-        found(sites=("z", "q"), screen=get_method("relp-ah"))
+        found(sites=("z", "q"), screen=get_method("relp-ah"), k=1, sample=0)
     with pytest.raises(SiteError, match="unknown site"):
         found(sites=("zz",))
     with pytest.raises(MethodError, match="unknown direction"):

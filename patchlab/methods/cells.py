@@ -45,8 +45,6 @@ class Cells:
                 index.append(cell)
                 where.append(address)
                 scores.append(mean[cell])
-        if not where:
-            raise MethodError(f"none of the cells of {', '.join(map(str, setting.sites))} can matter: all are structural zeros. Name other sites.")
         return Cells(np.array(site), index, where, np.array(scores, dtype=np.float64))
 
 
