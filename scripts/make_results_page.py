@@ -106,6 +106,14 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(f"`{name}`" for name in names)
 
 
+def counts(kind: str, name: str, found: Mapping[tuple[str, str, str], Comparison]) -> str:
+    """In how many of the tables (model, task, site) the paired interval against the base is above and below 0, in each form."""
+    frames = [comparison.differences for comparison in found.values()]
+    rows = pd.concat([frame[(frame["cells"] == "live") & (frame["other"] == BASE)] for frame in frames])
+    rows = rows[rows["site"].isin(KINDS[kind]) & (rows["method"] == name)]
+    return ", ".join(f"{(rows[f'{form}_lo'] > 0).sum()} / {(rows[f'{form}_hi'] < 0).sum()}" for form in FORMS) + f" of {len(rows)}"
+
+
 def advice(kind: str, found: Mapping[tuple[str, str, str], Comparison], backwards: Mapping[str, int]) -> str:
     """The paragraph and the table for one kind of site."""
     settings = settings_of(found, kind)
@@ -127,7 +135,7 @@ def advice(kind: str, found: Mapping[tuple[str, str, str], Comparison], backward
     elif better(pairs[cheap, dear]):
         lines.append(f"- More passes do not pay: `{cheap}` is better than `{dear}`.")
     else:
-        lines.append(f"- Whether more passes pay cannot be told: no difference between `{dear}` and `{cheap}` in all three forms.")
+        lines.append(f"- Whether more passes pay cannot be told: `{dear}` and `{cheap}` do not differ surely in all three forms.")
     rows = []
     for name in methods:
         values = [_number(over[name][form][0]) for form in FORMS]
@@ -231,7 +239,8 @@ sites of the kind; the difference between two methods is averaged over settings,
 few, so it is wide). **One method is better than another if that interval lies above 0 in all three forms**; else no difference can be told.
 Recommended, separately for methods with one backward pass and with several, is the one with the highest mean correlation per prompt among
 those that none is better than. It is a choice among methods that may well be equal where the line says that no difference can be told. Intervals
-are of one pair of methods each, not corrected for the number of pairs.
+are of one pair of methods each, not corrected for the number of pairs. The last column counts tables (a model, a task, a site) where the paired
+interval over prompts is above or below 0, in the three forms: what can be said of these models and tasks, not beyond them.
 
 """
 
