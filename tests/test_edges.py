@@ -175,6 +175,7 @@ def test_readers_behind_a_constant_pattern_are_not_scored() -> None:
     assert "holds the attention pattern constant" in held.provenance["readers_not_scored"]["q"]
     comparison = pl.compare(scores_of(pl.AttributionPatching(), model, task, "edges", "noising"), {"held": held}, n_boot=10)
     assert comparison.table["n_cells"].max() == int(held.graph.allowed[:, ~blocked].sum())
+    assert comparison.table[["pearson_per_prompt", "pearson_pooled"]].notna().all(axis=None)
     assert any("edges into <q>, edges into <k> not scored and left out" in note for note in comparison.notes)
 
 

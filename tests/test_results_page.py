@@ -1,0 +1,121 @@
+"""The pages of results: the rule that turns tables into recommendations, and what the tables say."""
+
+import importlib.util
+import math
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pandas as pd
+import pytest
+from score_maps import altered, random_map
+
+from patchlab.compare import FORMS, compare
+from patchlab.scores import ScoreMap
+
+SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
+
+
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+page, readme = script("make_results_page"), script("readme_table")
+
+
+def settings(**methods: list[float]) -> dict[tuple[str, str], pd.DataFrame]:
+    """Every form has the same correlation; one number per setting."""
+    count = len(next(iter(methods.values())))
+    return {("m", str(i)): pd.DataFrame({form: {name: values[i] for name, values in methods.items()} for form in FORMS}) for i in range(count)}
+
+
+@pytest.mark.parametrize(("freedom", "quantile"), [(1, 12.7062), (2, 4.3027), (5, 2.5706), (30, 2.0423)])
+def test_students_quantile_is_that_of_the_tables(freedom, quantile):
+    assert page.student(freedom) == pytest.approx(quantile, abs=1e-4)
+
+
+def test_interval_over_settings_is_students():
+    mean, low, high = page.over_settings([0.1, 0.2, 0.6])
+    half = 4.3027 * math.sqrt(((0.2**2) + (0.1**2) + (0.3**2)) / 2) / math.sqrt(3)
+    assert (mean, low, high) == pytest.approx((0.3, 0.3 - half, 0.3 + half), abs=1e-4)
+    assert np.isnan(page.over_settings([0.1])[1:]).all()
+    assert np.isnan(page.over_settings([0.1, math.nan, 0.2])).all()
+
+
+def test_a_method_is_better_only_if_it_is_in_all_three_forms():
+    pairs = page.verdicts(settings(a=[0.5, 0.6, 0.55, 0.58], b=[0.7, 0.81, 0.74, 0.79], c=[0.4, 0.9, 0.3, 0.95]))
+    assert page.better(pairs["b", "a"])
+    assert not page.better(pairs["a", "b"])
+    assert not page.better(pairs["c", "a"])
+    assert not page.better(pairs["a", "c"])
+    first, second = (dict(pairs["b", "a"]) for _ in range(2))
+    for form in FORMS:
+        assert not page.better(first | {form: (0.1, -0.01, 0.2)})
+        assert not page.better(second | {form: (math.nan, math.nan, math.nan)})
+
+
+def test_the_recommended_is_the_best_of_the_unbeaten_and_names_those_it_cannot_be_told_from():
+    tables = settings(a=[0.5, 0.6, 0.55, 0.58], b=[0.7, 0.81, 0.74, 0.79], c=[0.4, 0.9, 0.3, 0.95])
+    means = pd.Series({"a": 0.56, "b": 0.76, "c": 0.64})
+    assert page.recommended(["a", "b", "c"], means, page.verdicts(tables)) == ("b", ["c"])
+    # a higher mean does not help a method that another is better than
+    assert page.recommended(["a", "b"], pd.Series({"a": 0.99, "b": 0.76}), page.verdicts(tables)) == ("b", [])
+    alike = page.verdicts(settings(a=[0.5, 0.6], b=[0.6, 0.5]))
+    assert page.recommended(["a", "b"], pd.Series({"a": 0.55, "b": 0.55}), alike) == ("a", ["b"])
+
+
+def _noisy(exact: ScoreMap, name: str, size: float) -> ScoreMap:
+    def change(site: str, values: np.ndarray) -> np.ndarray:
+        noise = np.random.default_rng(len(site)).normal(size=values.shape) * exact.live[site].to_numpy()
+        return (values + size * noise).astype(values.dtype)
+
+    return altered(exact, change, method=name)
+
+
+@pytest.fixture
+def found():
+    """Comparisons as the page takes them, of maps made by hand: every method's noise is its own."""
+    noise = {name: 0.2 * (i + 1) for i, name in enumerate(reversed(page.METHODS))}
+    comparisons = {}
+    for seed, key in enumerate([("m", "ioi"), ("m", "greater_than"), ("l", "ioi")]):
+        for run, sites in {"nodes": page.RUNS["nodes"][0], "neurons": ("mlp_post",)}.items():
+            exact = random_map(*sites, seed=seed)
+            maps = {name: _noisy(exact, name, size) for name, size in noise.items()}
+            comparisons[*key, run] = compare(exact, maps, n_boot=20)
+    return comparisons
+
+
+def test_the_page_takes_its_verdicts_and_numbers_from_the_comparisons(found):
+    passes = {name: 1 if name in page.METHODS[:6] else 5 for name in page.METHODS}
+    text = page.advice("attention", found, passes)
+    assert text.startswith("### Attention (`attn_out`, `z`)")
+    assert "**One backward pass: `gim`**" in text  # the least noise of those with one pass
+    assert "**Several backward passes: `relp+ig:5`**" in text
+    values = [found[key].table.query("cells == 'live' and method == 'gim' and site in ['attn_out', 'z']")["pearson_pooled"] for key in found]
+    assert f"{np.mean([part.mean() for part in values if len(part)]):.2f}" in next(line for line in text.splitlines() if line.startswith("| `gim`"))
+    rows = pd.concat([one.differences for one in found.values()]).query("cells == 'live' and method == 'gim' and other == 'atp'")
+    rows = rows[rows["site"].isin(["attn_out", "z"])]
+    counted = [(int((rows[f"{form}_lo"] > 0).sum()), int((rows[f"{form}_hi"] < 0).sum())) for form in FORMS]
+    assert sum(better for better, _ in counted) > 0
+    assert ", ".join(f"{better} / {worse}" for better, worse in counted) + " of 6 |" in text
+    listed = page.tables("m", "ioi", found)
+    for name in page.METHODS:
+        assert f"| `z` | `{name}` |" in listed
+        assert (f"| `mlp_post` | `{name}` |" in listed.partition("Paired differences")[2]) is (name != page.BASE)
+    difference = found["m", "ioi", "nodes"].differences.query("cells == 'live' and method == 'gim' and other == 'atp' and site == 'z'").iloc[0]
+    assert page._values(difference, "pearson_pooled", signed=True) in listed
+    assert page.costs(found).count("\n") == 2 + len(page.METHODS)
+
+
+def test_cells_of_the_readme_mark_differences_that_exclude_0(found):
+    assert [readme.number(value) for value in (0.891, -0.12, 1.0, 0.999, -1.0, 0.0, None)] == [".89", "−.12", "1.00", "1.00", "−1.00", ".00", "–"]
+    row = {f"{form}{end}": 0.5 for form in FORMS for end in ("", "_lo", "_hi")}
+    difference = {f"{form}{end}": 0.0 for form in FORMS for end in ("_lo", "_hi")}
+    assert readme.cell(row, None) == readme.cell(row, difference) == "m .50 [.50, .50]<br>p .50 [.50, .50]<br>a .50 [.50, .50]"
+    difference |= {"pearson_lo": 0.01, "pearson_pooled_hi": -0.01}
+    assert readme.cell(row, difference) == "m .50 [.50, .50] ▲<br>p .50 [.50, .50]<br>a .50 [.50, .50] ▼"
