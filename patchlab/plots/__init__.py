@@ -6,6 +6,6 @@ from patchlab.plots._comparison import comparison
 from patchlab.plots._edges import edge_heatmap
 from patchlab.plots._faithfulness import faithfulness
 from patchlab.plots._heatmaps import heatmaps
-from patchlab.plots._save import save
+from patchlab.plots._save import DARK, save
 
-__all__ = ["agreement", "circuit", "comparison", "edge_heatmap", "faithfulness", "heatmaps", "save"]
+__all__ = ["DARK", "agreement", "circuit", "comparison", "edge_heatmap", "faithfulness", "heatmaps", "save"]
