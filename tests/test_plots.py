@@ -262,17 +262,19 @@ def test_large_figures_have_a_fixed_height_and_a_table_of_the_largest_cells():
     assert [list(column[:2]) for column in table.cells.values] == [["L9.H6 · the (4)", "L20.H1 · the (2)"], ["+3.00", "−2.00"]]
 
 
-def test_the_table_of_several_maps_has_a_column_each():
+def test_the_table_of_several_maps_has_a_column_each(monkeypatch):
     exact = large_map()
     data = _prepare_heatmaps({"exact": exact, "half": altered(exact, half)})
     (top,) = data.tops
     assert top.columns == ("exact", "half")
     np.testing.assert_allclose(top.values[:2], [[3.0, 1.5], [-2.0, -1.0]])
-    exact = random_map("z", "resid_pre")
-    many = {f"m{i}": exact for i in range(170)}  # 170 × (12 + 18) cells
-    rows = _prepare_heatmaps(many).tops
-    assert [row.names[0].partition(".")[0][0] for row in rows] == ["L", "L"]
-    assert _prepare_heatmaps({name: many[name] for name in list(many)[:160]}).tops == ()
+    pair = {name: random_map("z", "resid_pre", seed=i) for i, name in enumerate("ab")}  # 2 × (12 + 18) cells
+    monkeypatch.setattr("patchlab.plots._heatmaps.MOST_CELLS", 60)
+    assert _prepare_heatmaps(pair).tops == ()
+    monkeypatch.setattr("patchlab.plots._heatmaps.MOST_CELLS", 59)
+    tops = _prepare_heatmaps(pair).tops
+    assert all("." in name for name in tops[0].names), "L1.H2"
+    assert all(" · " in name for name in tops[1].names), "L1 · cat"
 
 
 # agreement

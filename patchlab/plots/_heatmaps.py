@@ -73,7 +73,7 @@ def _prepare_heatmaps(scores: ScoreMap | Mapping[str, ScoreMap], *, normalised: 
             panels[name] = [facets_of(each, means[name][site], most=6 if each is scores else 3, **options) for site in first.sites]
         if isinstance(scores, ScoreMap):
             return _grouped(panels[""])
-        return [row for site in zip(*panels.values(), strict=True) for row in zip(*site, strict=True)]
+        return [list(row) for site in zip(*panels.values(), strict=True) for row in zip(*site, strict=True)]
 
     rows = arranged(compact=True)
     n_rows, n_cells = sum(max(len(facet.values) for facet in row) for row in rows), sum(facet.values.size for row in rows for facet in row)
