@@ -18,7 +18,13 @@
 # that decide it: exactly, by patching each of them, and approximately, from a backward pass.
 
 # %%
+import os
+
+import plotly.io
+
 import patchlab as pl
+
+plotly.io.renderers.default = os.environ.get("PLOTLY_RENDERER", "plotly_mimetype+notebook")  # so that nbconvert keeps the figures, too
 
 # %% [markdown]
 # ## A model and a task

@@ -21,7 +21,7 @@ from patchlab.plots._circuit_layout import HALF_HEIGHT, HALF_WIDTH, PORTS, place
 from patchlab.plots._edges import _prepare_edge_heatmap
 from patchlab.plots._faithfulness import _prepare_faithfulness
 from patchlab.plots._heatmaps import _prepare_heatmaps
-from patchlab.plots._style import NEGATIVE, POSITIVE, UNSCORED
+from patchlab.plots._style import OPPOSES, SUPPORTS, UNSCORED
 
 GRAPH = Graph(3, 4, 8)
 ABOUT = {"model": "tiny", "task": "toy[8]", "method": "relp", "direction": "noising", "metric": "logit_diff", "metric_unit": "logits"}
@@ -54,7 +54,7 @@ def test_the_largest_edges_come_first_and_only_their_nodes_are_there():
     assert [len(view.edges) for view in data.views] == [5, 10, 20, 50, 120]
     view = data.views[data.shown]
     sizes = np.sort(np.abs(circuit.scores[circuit.edges]))[::-1]
-    np.testing.assert_allclose([abs(mark.score) for mark in view.edges], sizes[:50])
+    np.testing.assert_allclose([abs(mark.score) for mark in view.edges], sizes)
     assert data.largest == sizes[0]
     assert set(view.nodes) == {mark.writer for mark in view.edges} | {mark.reader for mark in view.edges}
     assert set(view.layout.places) == set(view.nodes)
@@ -67,14 +67,23 @@ def test_the_largest_edges_come_first_and_only_their_nodes_are_there():
 
 
 def test_title_says_model_task_method_and_how_many_of_how_many():
-    data = _prepare_circuit(chosen(120, pruned=True))
+    data = _prepare_circuit(chosen(120, pruned=True), 50)
     assert data.title == "Circuit of tiny × toy[8], relp"
-    assert data.subtitle(data.views[data.shown]) == "<b>50 of 120 edges</b> · largest by |effect| · top 120 · noising · pruned"
+    assert data.subtitle(data.views[data.shown]) == "<b>the strongest 50 of 120 edges</b> · largest by |effect| · top 120 · noising · pruned"
     from_file = _prepare_circuit(Circuit(GRAPH, GRAPH.mask(["input->m0"]), None, {"file": "ioi.json"}))
     assert from_file.title == f"Circuit of {GRAPH}, ioi.json"
 
 
-@pytest.mark.parametrize(("n", "asked", "sizes", "shown"), [(6, 50, [6], 6), (60, 50, [5, 10, 20, 50, 60], 50), (30, 7, [5, 7, 10, 20, 30], 7)])
+@pytest.mark.parametrize(
+    ("n", "asked", "sizes", "shown"),
+    [
+        (6, None, [6], 6),
+        (60, 50, [5, 10, 20, 50, 60], 50),
+        (30, 7, [5, 7, 10, 20, 30], 7),
+        (150, None, [5, 10, 20, 50, 100, 150], 150),
+        (151, None, [5, 10, 20, 50, 60, 100, 151], 60),
+    ],
+)
 def test_slider_offers_sizes_up_to_the_circuit(n, asked, sizes, shown):
     data = _prepare_circuit(chosen(n), asked)
     assert [len(view.edges) for view in data.views] == sizes
@@ -91,10 +100,15 @@ def test_more_than_a_thousand_edges_are_drawn_only_when_asked_for():
 @pytest.mark.parametrize(("direction", "supports"), [("noising", "lowers"), ("denoising", "raises")])
 def test_legend_says_which_colour_supports_the_behaviour(direction, supports):
     legend = _prepare_circuit(chosen(120, direction=direction)).legend[0]
-    assert re.search(rf"patching it {supports} logit_diff: it supports the behaviour", legend)
-    assert legend.index(NEGATIVE) < legend.index("lowers") < legend.index(POSITIVE) < legend.index("raises")
+    told = dict(re.findall(r'<span style="color:(#\w+)">━━</span> ([^&]*?)(?= &nbsp;|$)', legend))
+    opposes = {"lowers": "raises", "raises": "lowers"}[supports]
+    assert told == {
+        SUPPORTS: f"patching it {supports} logit_diff: it supports the behaviour",
+        OPPOSES: f"patching it {opposes} logit_diff: it works against the behaviour",
+    }
     unknown = _prepare_circuit(Circuit(GRAPH, GRAPH.allowed, random_effects(), {}))
     assert "negative score" in unknown.legend[0]
+    assert not {OPPOSES, SUPPORTS} & {unknown.signs.negative, unknown.signs.positive}, "red and blue have a meaning"
     assert "|score|" in unknown.legend[1]
 
 
@@ -108,7 +122,7 @@ def test_edges_without_scores_are_grey_and_last():
     assert "no score" in data.views[0].edges[1].hover
     assert "no score" in data.legend[0]
     colours = {trace.line.color: trace.text[0] for trace in edge_traces(plots.circuit(circuit))}
-    assert set(colours) == {UNSCORED, NEGATIVE if effects[known] < 0 else POSITIVE}
+    assert set(colours) == {UNSCORED, SUPPORTS if effects[known] < 0 else OPPOSES}
     without = plots.circuit(Circuit(GRAPH, circuit.edges))
     assert {trace.line.color for trace in edge_traces(without)} == {UNSCORED}
 
@@ -198,12 +212,12 @@ def test_circuit_figure_has_one_look_per_kind_and_a_view_per_size():
         for trace, shown in zip(moved.data, visible["visible"], strict=True):
             trace.visible = shown
         assert drawn_edges(moved) == {mark.name for mark in view.edges}
-        assert changes["annotations"][1]["text"].startswith(f"<b>{len(view.edges)} of 120 edges</b>")
+        assert changes["annotations"][1]["text"].startswith(f"<b>{'all' if len(view.edges) == 120 else 'the strongest'} {len(view.edges)}")
         assert changes["height"] > view.layout.height
     for trace in edge_traces(figure):
         kinds = {re.search(r"&lt;(.)&gt;", text)[1] if "&lt;" in text else "" for text in trace.text if text}
         assert kinds <= {"q": {"q"}, "k": {"k"}, "v": {"v", ""}}[{"dash": "q", "dot": "k"}.get(trace.line.dash, "v")]
-        assert all(("-" in text.split("effect ")[1][:1]) == (trace.line.color == NEGATIVE) for text in trace.text if text)
+        assert all(("-" in text.split("effect ")[1][:1]) == (trace.line.color == SUPPORTS) for text in trace.text if text), "noising"
     widest = max(edge_traces(figure), key=lambda trace: trace.line.width)
     assert data.views[0].edges[0].hover in widest.text
     assert plots.circuit(chosen(6)).layout.sliders == ()
@@ -232,7 +246,7 @@ def test_dot_has_every_edge_and_node_once():
     assert text.endswith("}")
     for line in text.splitlines():
         if "tooltip" in line:
-            assert (NEGATIVE in line) == (" -" in line.partition("tooltip")[2])
+            assert (SUPPORTS in line) == (" -" in line.partition("tooltip")[2])
             assert ("style=dashed" in line) == ("<q>" in line) == ('label="q"' in line)
     assert "penwidth=6.00" in text
 
@@ -408,6 +422,42 @@ def test_a_curve_without_rows_is_refused():
     empty = curve(VALUES)
     with pytest.raises(CircuitError, match="the curve has no rows"):
         plots.faithfulness(FaithfulnessCurve(empty.table.iloc[:0], empty.areas, {}, {}))
+
+
+def test_a_slider_stands_above_the_graph_and_the_page_sets_the_width():
+    figure = plots.circuit(chosen(120))
+    (slider,) = figure.layout.sliders
+    below = slider.pad.t + 60  # pixels from the top
+    assert (slider.y, slider.yanchor) == (1, "top")
+    assert figure.layout.height * (1 - figure.layout.yaxis.domain[1]) >= below - 6
+    assert below < 200
+    assert figure.layout.width is None
+    assert figure.layout.autosize
+
+
+def test_marks_say_which_node_and_edge_each_point_belongs_to():
+    circuit = chosen(120)
+    figure, data = plots.circuit(circuit), _prepare_circuit(circuit)
+    ends = {mark.ends[:2] for mark in data.views[data.shown].edges}
+    drawn = [trace for trace in figure.data if trace.meta["view"] == data.shown]
+    told = {tuple(pair) for trace in drawn if trace.meta["circuit"] == "edges" for pair in trace.meta["edges"]}
+    assert told == ends
+    for trace in drawn:
+        if trace.meta["circuit"] == "edges":
+            assert len(trace.x) == len(trace.meta["edges"]) * (trace.meta["points"] + 1)
+        else:
+            assert len(trace.x) % len(trace.meta["nodes"]) == 0
+    (names,) = (trace for trace in drawn if trace.meta["circuit"] == "names")
+    layout = data.views[data.shown].layout
+    assert {node: tuple(place) for node, place in zip(names.meta["nodes"], names.meta["places"], strict=True)} == layout.places
+    assert [note.name for note in figure.layout.annotations if note.captureevents] == [f"layer {band.layer}" for band in layout.bands]
+
+
+def test_only_pages_of_circuits_answer_clicks(tmp_path):
+    for name, figure in (("circuit", plots.circuit(chosen(20))), ("edges", plots.edge_heatmap(chosen(20)))):
+        page = plots.save(figure, tmp_path / f"{name}.html", include_plotlyjs="directory").read_text()
+        assert ("plotly_clickannotation" in page) == (name == "circuit")
+        assert "{plot_id}" not in page
 
 
 # files

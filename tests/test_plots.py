@@ -17,7 +17,7 @@ from patchlab.plots._comparison import _prepare_comparison
 from patchlab.plots._differences import _prepare_differences
 from patchlab.plots._heatmaps import _prepare_heatmaps
 from patchlab.plots._save import save
-from patchlab.plots._style import GREY, flow, shown, sparse_ticks
+from patchlab.plots._style import _METHODS, _OTHERS, OPPOSES, SUPPORTS, flow, method_colours, shown, sparse_ticks
 from patchlab.scores import ScoreMap
 
 SITES = ("resid_pre", "z")
@@ -73,8 +73,8 @@ def test_a_position_whose_token_varies_is_headed_by_its_name_or_index_and_lists_
     assert "layer 2<br>position 5" in by_index.hover[2, 5]
     assert "“cat”" in by_index.hover[0, 2]
     assert f"effect {by_index.values[2, 5]:.3g} logits" in by_index.hover[2, 5]
-    assert "structural zero" in by_index.hover[1, 0]
-    assert "structural zero" not in by_index.hover[1, 1]
+    assert "same in both prompts" in by_index.hover[1, 0]
+    assert "same in both prompts" not in by_index.hover[1, 1]
 
 
 def test_a_map_without_tokens_is_headed_by_indices():
@@ -93,16 +93,24 @@ def test_layer_0_is_at_the_top_and_colours_are_centred_at_0():
     assert any(note.text == "effect (logits)" for note in figure.layout.annotations)
 
 
-def test_structural_zeros_do_not_look_like_measured_zeros():
-    scores = make_map({"z": np.zeros((2, 1, 3))}, live={"z": np.array([[True, False, True]])})
-    measured, structural, hatching = plots.heatmaps(scores).data
-    assert np.array_equal(measured.z, [[0, np.nan, 0]], equal_nan=True)
-    assert np.array_equal(structural.z, [[np.nan, 0, np.nan]], equal_nan=True)
-    assert [colour for _, colour in structural.colorscale] == [GREY, GREY]
-    assert (list(hatching.x), list(hatching.y), hatching.marker.symbol) == ([1], [0], "line-ne")
+def test_structural_zeros_do_not_look_like_measured_zeros_and_say_of_which_kind_they_are():
+    no_path = {"z": np.array([[False, False, False, True]])}
+    scores = make_map({"z": np.zeros((2, 1, 4))}, live={"z": np.array([[True, False, True, False]])}, no_path=no_path)
+    assert only(_prepare_heatmaps(scores)).zero.tolist() == [["", "same in both prompts", "", "no path"]]
+    measured, cut, hatching, same, dots = plots.heatmaps(scores).data
+    assert np.array_equal(measured.z, [[0, np.nan, 0, np.nan]], equal_nan=True)
+    assert np.array_equal(cut.z, [[np.nan, np.nan, np.nan, 0]], equal_nan=True)
+    assert np.array_equal(same.z, [[np.nan, 0, np.nan, np.nan]], equal_nan=True)
+    assert cut.colorscale[0][1] != same.colorscale[0][1]
+    assert (list(hatching.x), list(hatching.y), hatching.marker.symbol) == ([3], [0], "line-ne")
+    assert (list(dots.x), dots.marker.symbol) == ([1], "circle")
+    assert cut.text[0][3].endswith("<br>no path to the metric")
+    assert same.text[0][1].endswith("<br>same in both prompts")
     notes = " ".join(note.text for note in plots.heatmaps(scores).layout.annotations)
-    assert "structural zero" in notes
-    assert "structural zero" not in " ".join(note.text for note in plots.heatmaps(random_map("z")).layout.annotations)
+    assert "no path to the metric" in notes
+    assert "same in both prompts" in notes
+    assert "cannot affect" not in notes
+    assert "no path" not in " ".join(note.text for note in plots.heatmaps(random_map("z")).layout.annotations)
 
 
 def test_structural_zeros_do_not_set_the_colour_limit():
@@ -133,7 +141,7 @@ def test_three_axes_have_a_row_per_head():
     facet = only(_prepare_heatmaps(scores))
     assert facet.values.shape == (12, 6)
     np.testing.assert_array_equal(facet.values[7], scores.mean("z[layer,pos,head]")[1, :, 3])
-    assert facet.rows.texts == ("0", "1", "2")
+    assert facet.rows.texts == tuple(f"L{layer}.H{head}" for layer in range(3) for head in range(4))
     assert facet.rows.breaks == (3.5, 7.5)
     assert "layer 1<br>position 2 “cat”<br>head 3" in facet.hover[7, 2]
     pattern = random_map("pattern[layer,head,src]")
@@ -191,6 +199,83 @@ def test_unlike_maps_are_not_drawn_together():
         plots.heatmaps({"a": random_map("z"), "b": random_map("z", direction="noising")})
     with pytest.raises(ScoreError, match="nothing to draw"):
         plots.heatmaps({})
+
+
+def noising(**options):
+    return make_map({"z": np.array([[[1.0, -3.0]]])}, direction="noising", **options)
+
+
+def test_blue_supports_and_red_opposes_in_both_directions():
+    """Denoising raises the metric at what supports the behaviour, noising lowers it there."""
+    for direction, sign in (("denoising", 1), ("noising", -1)):
+        scores = make_map({"z": np.array([[[3.0, -3.0]]])}, direction=direction)
+        means = _prepare_heatmaps(scores).signs
+        assert (means.positive, means.negative)[::sign] == (SUPPORTS, OPPOSES)
+        assert (means.above, means.below)[::sign] == ("supports the behaviour", "works against the behaviour")
+        scale = plots.heatmaps(scores).layout.coloraxis1.colorscale
+        red, blue = (scale[0][1], scale[-1][1])[::sign]
+        assert (red, blue) == ("rgb(103,0,31)", "rgb(5,48,97)")
+        assert means.legend.index(SUPPORTS) < means.legend.index("supports the behaviour") < means.legend.index(OPPOSES)
+
+
+def test_scores_without_sign_are_neither_red_nor_blue():
+    figure = plots.heatmaps(noising(unsigned=True))
+    assert "sign unknown" in figure.layout.annotations[1].text
+    assert (figure.data[0].zmin, figure.data[0].colorscale[0][1]) == (0, "white")
+    both = plots.heatmaps({"exact": noising(), "drop": noising(unsigned=True)})
+    assert [trace.coloraxis for trace in both.data] == ["coloraxis", None]
+    assert "supports the behaviour" in both.layout.annotations[1].text
+
+
+# large figures
+
+
+def large_map(layers: int = 26, heads: int = 8, **options):
+    values = 0.01 * np.random.default_rng(0).normal(size=(1, layers, 6, heads))
+    values[0, 9, 4, 6], values[0, 20, 2, 1], values[0, 3, 0, 0] = 3.0, -2.0, 9.0
+    live = np.ones(values.shape[1:], dtype=bool)
+    live[:, 0] = False
+    name = "z[layer,pos,head]"
+    tokens = (("a", "b", "the", "c", "the", "d"),)
+    return make_map({name: values}, live={name: live}, labels=Labels((), tokens), examples=[0], **options)
+
+
+def test_large_figures_have_a_fixed_height_and_a_table_of_the_largest_cells():
+    small, large = (_prepare_heatmaps(large_map(layers)) for layers in (25, 26))
+    assert (small.tops, only(small).compact, len(only(small).rows.texts)) == ((), False, 200)
+    facet, (top,) = only(large), large.tops
+    assert (len(facet.rows.names), facet.compact, facet.hover) == (208, True, None)
+    assert len(top.cells) == 20
+    assert top.cells[:2] == ((0, 9 * 8 + 6, 4), (0, 20 * 8 + 1, 2))
+    assert top.names[:2] == ("L9.H6 · the (4)", "L20.H1 · the (2)")
+    np.testing.assert_allclose(top.values[:2, 0], [3.0, -2.0])
+    assert np.abs(top.values).max() == 3.0, "a cell that cannot matter is not among them"
+    figure = plots.heatmaps(large_map(60))
+    assert figure.layout.height < 800
+    assert len(figure.to_json()) < 100_000
+    axis = figure.layout.yaxis
+    assert (axis.type, axis.categoryarray[9 * 8 + 6], len(set(axis.categoryarray))) == ("category", "L9.H6", 480)
+    heat, same, rings, table = figure.data
+    assert (heat.y[9 * 8 + 6], heat.x[4]) == ("L9.H6", "the (4)")
+    assert heat.z[9 * 8 + 6][4] == 3.0
+    assert "same in both prompts" in same.hovertemplate
+    assert (rings.x[0], rings.y[0]) == ("the (4)", "L9.H6")
+    assert [list(column[:2]) for column in table.cells.values] == [["L9.H6 · the (4)", "L20.H1 · the (2)"], ["+3.00", "−2.00"]]
+
+
+def test_the_table_of_several_maps_has_a_column_each(monkeypatch):
+    exact = large_map()
+    data = _prepare_heatmaps({"exact": exact, "half": altered(exact, half)})
+    (top,) = data.tops
+    assert top.columns == ("exact", "half")
+    np.testing.assert_allclose(top.values[:2], [[3.0, 1.5], [-2.0, -1.0]])
+    pair = {name: random_map("z", "resid_pre", seed=i) for i, name in enumerate("ab")}  # 2 × (12 + 18) cells
+    monkeypatch.setattr("patchlab.plots._heatmaps.MOST_CELLS", 60)
+    assert _prepare_heatmaps(pair).tops == ()
+    monkeypatch.setattr("patchlab.plots._heatmaps.MOST_CELLS", 59)
+    tops = _prepare_heatmaps(pair).tops
+    assert all("." in name for name in tops[0].names), "L1.H2"
+    assert all(" · " in name for name in tops[1].names), "L1 · cat"
 
 
 # agreement
@@ -343,6 +428,28 @@ def test_differences_without_pairs_or_of_unknown_cells_are_refused(comparison):
         plots.differences(compare(exact, {"x": altered(exact, half)}, n_boot=2))
 
 
+def test_a_method_has_one_colour_whatever_the_company_and_order():
+    known = [*_METHODS, *(f"mine {i}" for i in range(3))]
+    alone = {name: method_colours([name])[name] for name in known}
+    together = method_colours(known)
+    assert len(set(together.values())) == len(known) >= 16
+    assert {name: together[name] for name in _METHODS} == {name: alone[name] for name in _METHODS} == dict(_METHODS)
+    assert method_colours(known[::-1]) == together
+    for mine, ours in {"EAP": "atp", "AtP": "atp", "IG-5": "ig:5", "EAP-IG-5": "ig:5", "edge-RelP": "relp", "edge-RelP+IG-5": "relp+ig:5"}.items():
+        assert method_colours([mine])[mine] == _METHODS[ours], mine
+    assert len(set(method_colours(["EAP", "atp", "AtP"]).values())) == 3, "on one page they are told apart"
+    assert len(set(method_colours([f"own {i}" for i in range(25)]).values())) == 25
+
+
+def test_method_colours_are_neither_the_blue_nor_the_red_of_effects():
+    assert not {SUPPORTS, OPPOSES} & {*_METHODS.values(), *_OTHERS}
+
+
+def test_bars_and_curves_use_the_colour_of_the_name(comparison):
+    figure = plots.comparison(comparison)
+    assert figure.data[0].marker.color == _METHODS["relp"]
+
+
 # all figures
 
 
@@ -395,6 +502,12 @@ def test_html_stands_alone(figure, tmp_path):
     with pytest.raises(OutputError, match="not overwritten"):
         save(figure, path)
     save(figure, path, overwrite=True)
+
+
+def test_pages_follow_a_dark_browser(figure, tmp_path):
+    html = save(figure, tmp_path / "dark.html", include_plotlyjs="directory").read_text(encoding="utf-8")
+    assert '<meta name="color-scheme" content="light dark">' in html.partition("<body>")[0]
+    assert "prefers-color-scheme: dark" in html.partition("<body>")[0]
 
 
 def test_html_of_a_folder_shares_one_script(figure, tmp_path):

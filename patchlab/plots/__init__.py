@@ -7,6 +7,6 @@ from patchlab.plots._differences import differences
 from patchlab.plots._edges import edge_heatmap
 from patchlab.plots._faithfulness import faithfulness
 from patchlab.plots._heatmaps import heatmaps
-from patchlab.plots._save import save
+from patchlab.plots._save import DARK, save
 
-__all__ = ["agreement", "circuit", "comparison", "differences", "edge_heatmap", "faithfulness", "heatmaps", "save"]
+__all__ = ["DARK", "agreement", "circuit", "comparison", "differences", "edge_heatmap", "faithfulness", "heatmaps", "save"]

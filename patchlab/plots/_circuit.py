@@ -215,7 +215,7 @@ def _draw(data: CircuitData) -> go.Figure:
 def _draw_view(data: CircuitData, number: int) -> go.Figure:
     view = data.views[number]
     layout, top = view.layout, _TOP + (_SLIDER if len(data.views) > 1 else 0)
-    margin, left = 42, 76
+    margin, left = 42, 92
     height = layout.height + 2 * margin
     page = Page(WIDTH, top + height + _BOTTOM, data.title, data.subtitle(view))
     for i, words in enumerate(data.legend):

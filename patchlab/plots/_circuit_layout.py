@@ -17,7 +17,7 @@ from patchlab.graph import Graph
 HALF_WIDTH, HALF_HEIGHT = 34.0, 15.0
 """Half the sides of a node's box."""
 ROW, LAYER_GAP, COLUMN, CLEARANCE = 54.0, 12.0, 170.0, 34.0
-_WIDEST, _MOST_COLUMNS = 1150.0, 12
+_WIDEST, _MOST_COLUMNS = 1400.0, 12
 PORTS = {"q": -20.0, "k": 0.0, "v": 20.0}
 """Where in the lower side of a head its query, key and value inputs are."""
 

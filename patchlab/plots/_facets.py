@@ -226,7 +226,7 @@ class _Cells:
             texts = tuple(label for label, _ in self._positions(name))
             names = tuple(f"{text} ({i})" if texts.count(text) > 1 else text for i, text in enumerate(texts))
             return Axis(title, tuple(range(size)), texts, 0 if down else -60, names=names)
-        places, indices = sparse_ticks(size, 16), self.mean[name].to_numpy()
+        places, indices = sparse_ticks(size, 16), self.mean[name].to_numpy().tolist()
         names = tuple(_short((name,), (i,)) for i in indices)
         return Axis(title, tuple(places), tuple(str(indices[i]) for i in places), names=names)
 

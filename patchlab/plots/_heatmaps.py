@@ -12,7 +12,7 @@ from jaxtyping import Float
 from patchlab.alignment import check_alike
 from patchlab.errors import ScoreError
 from patchlab.plots._facets import MOST_CELLS, ZEROS, Facet, facets_of
-from patchlab.plots._style import GREY, INK, MUTED, PALE, Box, Page, Pixels, Signs, about, flow, heading, signs, words_width
+from patchlab.plots._style import GREY, INK, MUTED, PALE, Box, Page, Pixels, Signs, about, flow, heading, lines, signs, words_width
 from patchlab.scores import NO_EDGE, NO_PATH, SAME, ScoreMap
 
 WIDTH = 1240
@@ -21,7 +21,8 @@ MOST_ROWS, TOP = 200, 20
 """Beyond so many rows, or 5,000 cells, a figure is an image to zoom into, beside a table of so many of the largest effects."""
 _HATCHED = 3000
 """Beyond this many structural zeros of a kind in a panel the hatching is left out; the grey stays."""
-_TABLE, _VISIBLE = 190, 4
+_NOTHING = np.array(None, dtype=object)
+_TABLE, _VISIBLE, _LINE = 190, 4, 760
 _PLAIN = ("▨", "#ced3d9", "line-ne", 0.8)
 _LOOKS = {NO_PATH: _PLAIN, SAME: ("⊡", "#e9ebef", "circle", 0.15), NO_EDGE: ("□", "white", "", 0.0)}
 """How cells that cannot matter look: a sign for the legend, a grey, a symbol, and its share of the cell."""
@@ -72,7 +73,7 @@ def _prepare_heatmaps(scores: ScoreMap | Mapping[str, ScoreMap], *, normalised: 
             panels[name] = [facets_of(each, means[name][site], most=6 if each is scores else 3, **options) for site in first.sites]
         if isinstance(scores, ScoreMap):
             return _grouped(panels[""])
-        return [row for site in zip(*panels.values(), strict=True) for row in zip(*site, strict=True)]
+        return [list(row) for site in zip(*panels.values(), strict=True) for row in zip(*site, strict=True)]
 
     rows = arranged(compact=True)
     n_rows, n_cells = sum(max(len(facet.values) for facet in row) for row in rows), sum(facet.values.size for row in rows for facet in row)
@@ -91,7 +92,7 @@ def _top_cells(row: Sequence[Facet], methods: list[str]) -> TopCells:
     """The largest effects of the first method, with those of the others at the same cells; without methods, of all panels."""
     shown = [(i, facet) for i, facet in enumerate(row) if facet.not_scored is None and facet.rows.names and facet.columns.names]
     ranked = shown[:1] if methods else shown
-    found = [(i, *place) for i, facet in ranked for place in np.argwhere(facet.live).tolist()]
+    found = [(i, int(y), int(x)) for i, facet in ranked for y, x in np.argwhere(facet.live)]
     found.sort(key=lambda cell: -abs(row[cell[0]].values[cell[1:]]))
     cells = tuple(found[:TOP])
     values = [
@@ -156,10 +157,10 @@ def _draw(data: HeatmapData) -> go.Figure:
     sizes = [[_outer(facet) for facet in row] for row in data.rows]
     tables = [_TABLE + 62 * len(top.columns) for top in data.tops] or [0] * len(data.rows)
     widths = [16 + sum(w for w, _ in row) + 80 + table for row, table in zip(sizes, tables, strict=True)]
-    page = Page(
-        max(words_width(data.title, _subtitle(data)), *widths), 66 + sum(max(h for _, h in row) for row in sizes) + 10, data.title, _subtitle(data)
-    )
-    top = 66.0
+    subtitle = lines(_words(data), max(_LINE, *widths))
+    top = 50.0 + 16 * len(subtitle)
+    width = max(*widths, *(words_width(data.title, line) for line in subtitle))
+    page = Page(width, top + sum(max(h for _, h in row) for row in sizes) + 10, data.title, "<br>".join(subtitle))
     for number, (row, row_sizes, limit) in enumerate(zip(data.rows, sizes, data.limits, strict=True), start=1):
         left, head = 16.0, max(facet.margins[1] for facet in row)
         marked = data.tops[number - 1] if data.tops else None
@@ -179,14 +180,15 @@ def _draw(data: HeatmapData) -> go.Figure:
     return page.figure
 
 
-def _subtitle(data: HeatmapData) -> str:
+def _words(data: HeatmapData) -> list[str]:
+    """What was patched, what the colours mean, and how cells that cannot matter look."""
     kinds = {str(kind) for row in data.rows for facet in row for kind in np.unique(facet.zero)}
     looks = {kind: _LOOKS.get(kind, _PLAIN) for kind in ZEROS if kind in kinds}
     marks = {kind: ("■", fill) if data.tops else (mark, MUTED) for kind, (mark, fill, *_) in looks.items()}
     words = [f'<span style="color:{colour}">{mark}</span> {ZEROS[kind]}' for kind, (mark, colour) in marks.items()]
     thin = data.tops and any(facet.size[1] / len(facet.values) < _VISIBLE for row in data.rows for facet in row)
     words += [f"○ the {TOP} largest; rows are thin: zoom in for the others"] if thin else []
-    return " &nbsp;·&nbsp; ".join([data.subtitle, data.signs.legend, *words])
+    return [data.subtitle, data.signs.legend, *words]
 
 
 def _draw_facet(page: Page, facet: Facet, box: Box, scale: str, limit: float) -> dict[str, str]:
@@ -211,7 +213,7 @@ def _draw_facet(page: Page, facet: Facet, box: Box, scale: str, limit: float) ->
     def told(mask: np.ndarray, words: str) -> dict[str, Any]:
         if facet.hover is None:
             return {"hovertemplate": f"%{{y}}<br>%{{x}}<br>{words}<extra></extra>"}
-        return {"text": np.where(mask, facet.hover, None), "hovertemplate": "%{text}<extra></extra>"}
+        return {"text": np.where(mask, facet.hover, _NOTHING), "hovertemplate": "%{text}<extra></extra>"}
 
     values = np.where(facet.live, facet.values, np.nan).astype(np.float32 if named else np.float64)
     colours: dict[str, Any] = {"coloraxis": scale}

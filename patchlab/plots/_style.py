@@ -172,6 +172,18 @@ def words_width(title: str, subtitle: str) -> Pixels:
     return 32 + max(10 * len(title), 6.3 * len(plain))
 
 
+def lines(words: Iterable[str], width: Pixels) -> list[str]:
+    """Words about a figure (plotly's HTML), with dots between them, in lines of this width."""
+    found: list[str] = []
+    for word in words:
+        longer = f"{found[-1]} &nbsp;·&nbsp; {word}" if found else word
+        if found and words_width("", longer) <= width:
+            found[-1] = longer
+        else:
+            found.append(word)
+    return found
+
+
 def heading(title: str, description: str, width: Pixels) -> str:
     """A panel's heading: its name, and below it what it is, broken to fit."""
     lines = [f"<b>{escape(title, quote=False)}</b>"]

@@ -72,7 +72,7 @@
     draw();
   }
   const hint = document.createElement("p");
-  hint.style.cssText = "margin: 6px 16px; font: 13px Helvetica, Arial, sans-serif; color: #636c76";
+  hint.style.cssText = "margin: 6px 16px; font: 13px Helvetica, Arial, sans-serif; opacity: 0.8";
   hint.textContent = "Click a node to see its edges alone, a layer's name to see its heads as one; click again to go back. ";
   const all = document.createElement("button");
   all.onclick = () => {

@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 
 from patchlab.compare import CELLS, FORMS, QUARTILES, STATISTICS, Comparison
+from patchlab.plots import DARK
 from patchlab.report.job import REFERENCE, Results
 
 DIRECTIONS = {
@@ -54,7 +55,7 @@ def render(results: Results, figures: Mapping[str, str], written: Iterable[str],
             "<!doctype html>",
             '<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">',
             f"<title>{escape(title)}</title>",
-            f"<style>\n{css}</style>",
+            f"<style>\n{css}{DARK}\n</style>",
             '<script src="plotly.min.js"></script></head>',
             f"<body><main><h1>{escape(title)}</h1>",
             _introduction(results),
