@@ -152,7 +152,7 @@ class EdgeScores:
     def _head_readers(self, part: Layer, letter: str, gradient: Tensor, point: Result, chunk: slice) -> Tensor:
         split = gradient.ndim == 5
         gradient = gradient[chunk, -self.span :, -self.span :] if split else gradient[chunk, -self.span :]
-        stream = torch.einsum("...hk,hdk->...hd", gradient, part.read[letter][0])
+        stream = torch.einsum("...hk,hdk->...hd", gradient, part.read[letter][0].to(gradient.dtype))
         back = [self._through(part.before, point, chunk, one) for one in (stream.unbind(1) if split else [stream])]
         return torch.stack(back, 1) if split else back[0]
 
