@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 import pandas as pd
 import xarray as xr
@@ -32,6 +31,7 @@ from patchlab.score_arrays import (
     label_of,
     plain,
     position_coords,
+    spread,
 )
 from patchlab.sites import POSITION_AXES, Site, parse_site
 
@@ -39,6 +39,7 @@ FORMAT = 2
 _ATTRIBUTE = "patchlab_scoremap"
 NO_PATH, SAME, NO_EDGE = "no path", "same in both prompts", "no edge"
 """Why a cell cannot matter."""
+_BESIDE = ("patterns", "no_path", "noise", "standard_error")
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,9 @@ class ScoreMap:
             matter for which example (:meth:`live_per_example`); None in maps that do not know.
         no_path: bool, as ``live``; True where no causal path leads from the cell to what the metric reads. The other structural zeros are the same
             in both prompts (see :meth:`zeros`). None in files that do not say.
+        noise: the rounding error to be expected of each effect in the model's dtype, in metric units, the same variables with the dims of
+            ``data``, or ``example`` alone where all cells share it (:mod:`patchlab.methods.noise` says how it is found). NaN where it is unknown.
+        standard_error: of effects that were estimated with random probes, in metric units, dims as ``data``; None for other methods.
 
     Example:
         >>> relp = pl.RelevancePatching().run(model, task, ["resid_pre", "z"])  # doctest: +SKIP
@@ -112,6 +116,8 @@ class ScoreMap:
     cost: Cost
     patterns: xr.Dataset | None = None
     no_path: xr.Dataset | None = None
+    noise: xr.Dataset | None = None
+    standard_error: xr.Dataset | None = None
 
     @staticmethod
     def build(
@@ -126,6 +132,8 @@ class ScoreMap:
         cost: Cost,
         patterns: Patterns | None = None,
         no_path: Mapping[str, np.ndarray] | None = None,
+        noise: Mapping[str, np.ndarray] | None = None,
+        standard_error: Mapping[str, np.ndarray] | None = None,
     ) -> "ScoreMap":
         """Check the arrays of a method's result and name their axes.
 
@@ -140,6 +148,8 @@ class ScoreMap:
             cost: see the class.
             patterns: which cells can matter for which example, where that differs between examples.
             no_path: per site a bool array ``[*axes]``; True = no causal path to what the metric reads, which no live cell is.
+            noise: per site ``[example, *axes]`` or ``[example]``; see the class.
+            standard_error: per site ``[example, *axes]``; see the class.
 
         Raises:
             ScoreError: shapes that do not fit together, values that are not finite in a scored site, a site that is NaN
@@ -173,7 +183,8 @@ class ScoreMap:
         rows = {name: (("pattern", *masks[name][0]), cells.astype(bool)) for name, cells in patterns.cells.items()}
         of = xr.Dataset(rows, coords={"example": coords["example"], "pattern_of": ("example", patterns.of[order].astype(np.int64))})
         cut = None if no_path is None else frozen(xr.Dataset(paths, coords=bare))
-        return ScoreMap(frozen(data), frozen(xr.Dataset(masks, coords=bare)), record, cost, frozen(of), cut)
+        errors = [spread(data, found, order) for found in (noise, standard_error)]
+        return ScoreMap(frozen(data), frozen(xr.Dataset(masks, coords=bare)), record, cost, frozen(of), cut, *errors)
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -248,6 +259,34 @@ class ScoreMap:
             words[~self.graph.allowed] = NO_EDGE
         words[live.to_numpy()] = ""
         return live.copy(data=words)
+
+    def noise_floor(self, site: str | Site) -> xr.DataArray:
+        """The rounding error to be expected of each mean effect, dims = the site's axes, in metric units; NaN where it is unknown.
+
+        Errors of examples are taken as independent: √Σ noise² / n.
+
+        Raises:
+            ScoreError: the map has no such site.
+        """
+        return self._of_mean(self.noise, site)
+
+    def error_of_mean(self, site: str | Site) -> xr.DataArray:
+        """The standard error of each mean effect over random probes (not over examples), as :meth:`noise_floor`.
+
+        NaN where it is unknown, also throughout for methods without probes.
+        """
+        return self._of_mean(self.standard_error, site)
+
+    def below_noise(self, site: str | Site) -> xr.DataArray:
+        """The live cells whose mean effect is smaller than its noise floor, bool, dims = the site's axes."""
+        return (abs(self.mean(site)) < self.noise_floor(site)) & self.live[self.site_name(site)]
+
+    def _of_mean(self, errors: xr.Dataset | None, site: str | Site) -> xr.DataArray:
+        name = self.site_name(site)
+        if errors is None:
+            return xr.full_like(self.mean(name), np.nan)
+        squares = np.square(errors[name].astype(np.float64)).sum("example", skipna=False)
+        return (np.sqrt(squares) / self.data.sizes["example"]).broadcast_like(self.live[name]).transpose(*self.live[name].dims)
 
     def site_name(self, site: str | Site) -> str:
         """The name of a site in this map, however it was written.
@@ -327,21 +366,19 @@ class ScoreMap:
         return table.reindex(columns=[*table.columns.drop(["zero", "effect", "live"]), "zero", "effect", "live"])
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
-        """Write one netCDF file (the effects, ``live`` and ``no_path`` as groups, the rest as JSON), whole or not at all.
+        """Write one netCDF file (the effects; ``live``, ``patterns`` and errors as groups; the rest as JSON), whole or not at all.
 
         Raises:
             OutputError: the file exists and ``overwrite`` is False, or it cannot be written there.
         """
-        about = {"format": FORMAT, "provenance": self.provenance, "cost": asdict(self.cost), "patterns": self.patterns is not None}
-        record = json.dumps(about)
+        beside = {name: part for name in _BESIDE if (part := getattr(self, name)) is not None}
+        record = json.dumps({"format": FORMAT, "provenance": self.provenance, "cost": asdict(self.cost), "beside": list(beside)})
         with writing(path, overwrite=overwrite) as temporary:
             encoding = {name: {"_FillValue": None} for name, part in self.data.variables.items() if part.dtype.kind == "f"}
             self.data.assign_attrs({_ATTRIBUTE: record}).to_netcdf(temporary, engine="h5netcdf", encoding=encoding)
-            self.live.to_netcdf(temporary, engine="h5netcdf", group="live", mode="a")
-            if self.patterns is not None:
-                self.patterns.to_netcdf(temporary, engine="h5netcdf", group="patterns", mode="a")
-            if self.no_path is not None:
-                self.no_path.to_netcdf(temporary, engine="h5netcdf", group="no_path", mode="a")
+            for name, part in {"live": self.live, **beside}.items():
+                fill = {variable: {"_FillValue": None} for variable, one in part.variables.items() if one.dtype.kind == "f"}
+                part.to_netcdf(temporary, engine="h5netcdf", group=name, mode="a", encoding=fill)
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> "ScoreMap":
@@ -354,19 +391,16 @@ class ScoreMap:
             raise ScoreError(f"there is no score map {path}. Give the path of a .nc file that ScoreMap.save wrote.")
         try:
             data, live = (xr.load_dataset(path, engine="h5netcdf", group=group) for group in (None, "live"))
-            with h5py.File(path) as file:
-                told = "no_path" in file
-            no_path = xr.load_dataset(path, engine="h5netcdf", group="no_path") if told else None
             record = json.loads(data.attrs.pop(_ATTRIBUTE))
-            patterns = xr.load_dataset(path, engine="h5netcdf", group="patterns") if record.get("patterns") else None
+            groups = [name for name in record.get("beside", ()) if name in _BESIDE]
+            beside = {name: frozen(xr.load_dataset(path, engine="h5netcdf", group=name)) for name in groups}
         except KeyError as error:
             raise ScoreError(f"{path} is not a patchlab score map: {error} is missing. Give a .nc file that ScoreMap.save wrote.") from error
         except (OSError, ValueError, RuntimeError) as error:
             raise ScoreError(f"cannot read the score map {path}: {error}. It is damaged or not a score map; compute it again.") from error
         if record["format"] > FORMAT:
             raise ScoreError(f"{path} has the format {record['format']} and this patchlab reads up to {FORMAT}. Update patchlab.")
-        rest = (None if part is None else frozen(part) for part in (patterns, no_path))
-        return ScoreMap(frozen(data), frozen(live), record["provenance"], Cost(**record["cost"]), *rest)
+        return ScoreMap(frozen(data), frozen(live), record["provenance"], Cost(**record["cost"]), **beside)
 
     def __repr__(self) -> str:
         about, skipped = self.provenance, self.not_scored
@@ -378,7 +412,18 @@ class ScoreMap:
         check = about.get("self_check")
         sums = f"; edges add up to node scores within {max(check['mismatch']) / max(*check['largest_node_score'], 1e-300):.0e}" if check else ""
         notes = "".join(f"; note: {note}" for note in about.get("notes", ()))
-        return f"ScoreMap({head}, {self.subject}) {' '.join(sites)}{sums}; {self.cost}{notes}"
+        return f"ScoreMap({head}, {self.subject}) {' '.join(sites)}{sums}{self._doubts()}; {self.cost}{notes}"
+
+    def _doubts(self) -> str:
+        """How many cells are below the noise floor, and how many of a second-order map were patched."""
+        known = {site: self.noise_floor(site).to_numpy() for site in self.sites if site not in self.not_scored}
+        below = sum(int(self.below_noise(site).sum()) for site in known)
+        cells = sum(int((self.live[site].to_numpy() & np.isfinite(floor)).sum()) for site, floor in known.items())
+        text = f"; {below} of {cells} cells below the noise floor of {self.provenance.get('dtype', '?')}" if below else ""
+        for site, counts in self.provenance.get("patched_exactly", {}).items():
+            live = int(self.live[site].sum()) * self.data.sizes["example"]
+            text += f"; {site}: {sum(counts)} of {live} terms patched exactly, where probes would cost more" if sum(counts) else ""
+        return text
 
 
 def _counted(number: int, noun: str) -> str:

@@ -39,6 +39,7 @@ def make_map(
     corrupted: np.ndarray | None = None,
     cost: Cost = COST,
     patterns: Patterns | None = None,
+    noise: Mapping[str, np.ndarray] | None = None,
     **changes: Any,
 ) -> ScoreMap:
     """A map of these effects; every cell is live and the gap is 2 logits unless something else is asked for.
@@ -58,6 +59,7 @@ def make_map(
         cost=cost,
         patterns=patterns,
         no_path={site: np.zeros_like(mask) for site, mask in live.items()} | dict(no_path or {}),
+        noise=noise,
     )
 
 
@@ -81,4 +83,4 @@ def random_map(*sites: str, n: int = 8, seed: int = 0, n_layers: int = 3, n_pos:
 def altered(scores: ScoreMap, change: Any, *, cost: Cost = COST, **changes: Any) -> ScoreMap:
     """The same map with other effects, ``change(site, values)``, and other provenance."""
     data = scores.data.copy(data={site: change(site, scores.data[site].to_numpy()) for site in scores.sites})
-    return ScoreMap(data, scores.live, {**scores.provenance, **changes}, cost, scores.patterns, scores.no_path)
+    return ScoreMap(data, scores.live, {**scores.provenance, **changes}, cost, scores.patterns, scores.no_path, scores.noise, scores.standard_error)

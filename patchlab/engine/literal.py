@@ -60,8 +60,9 @@ def run(model: Any, program: Program, *, cache: Any = None) -> Result:
                 raise InterventionError(
                     f"the hook {name} fired {hook.fired} times in one forward pass of {model.name}; a site must be computed exactly once."
                 )
-        values = None if program.metric is None else evaluate(model, program, logits)
-        gradients, at_hooks = _gradients(model, program, logits, values, execution)
+        read = logits.float() if logits.dtype == torch.float16 and torch.is_grad_enabled() else logits
+        values = None if program.metric is None else evaluate(model, program, read)
+        gradients, at_hooks = _gradients(model, program, logits, read, values, execution)
     kept = {"all": logits, "answer": logits[:, -1], "none": None}[program.logits]
     rows, length = program.tokens.shape
     return Result(
@@ -218,19 +219,38 @@ def evaluate(model: Any, program: Program, logits: Float[Tensor, "row pos vocab"
 
 
 def _gradients(
-    model: Any, program: Program, logits: Float[Tensor, "row pos vocab"], values: Float[Tensor, " row"] | None, execution: _Execution
+    model: Any,
+    program: Program,
+    logits: Float[Tensor, "row pos vocab"],
+    read: Float[Tensor, "row pos vocab"],
+    values: Float[Tensor, " row"] | None,
+    execution: _Execution,
 ) -> tuple[dict[Target, Tensor], dict[str, Tensor]]:
     """Gradients of the summed metric: examples do not interact, so each row is its own example's gradient.
 
     Where edits replace everything downstream of a site, its gradient is zero. Without them a site that no gradient reaches is an error.
+    In float16, where small gradients (of a probability near 0 or 1) would be lost, every row's gradient is multiplied by the power of
+    two that makes its largest entry at the logits about 1, and is divided by it at the end, in float32. ``read`` is then the float32 copy
+    of the logits that the metric was given.
+
+    Raises:
+        InterventionError: no gradient reaches a site.
+        ModelError: a gradient overflows in float16.
     """
     lenses, leaves = model.arch.lenses, {**execution.leaves, **execution.raw_leaves}
     if not leaves or values is None:
         return {}, {}
+    lift = None
     if values.requires_grad:
         unique = list({id(leaf): leaf for leaf in leaves.values()}.values())
         split = program.attention != "joint"
-        grads = torch.autograd.grad(values.sum(), unique, allow_unused=True, retain_graph=split)
+        if read is logits:
+            grads = torch.autograd.grad(values.sum(), unique, allow_unused=True, retain_graph=split)
+        else:
+            (at_logits,) = torch.autograd.grad(values.sum(), read)
+            lift = torch.ldexp(torch.ones_like(values), -torch.frexp(at_logits.flatten(1).abs().amax(1)).exponent)
+            arriving = (at_logits * _along_rows(lift, at_logits)).to(logits.dtype)
+            grads = torch.autograd.grad(logits, unique, arriving, allow_unused=True, retain_graph=split)
         found = dict(zip(map(id, unique), grads, strict=True))
     elif model.ambient and not logits.requires_grad:
         found, split = {}, False
@@ -246,7 +266,24 @@ def _gradients(
     at_sites = {key: lenses[key[0]].shape(gradients[key]) for key in execution.leaves}
     if split:
         at_sites |= _split(model, program, execution, gradients)
-    return at_sites, {name: gradients[name] for name in execution.raw_leaves}
+    at_hooks = {name: gradients[name] for name in execution.raw_leaves}
+    if lift is None:
+        return at_sites, at_hooks
+    return {key: _lowered(model, key, value, lift) for key, value in at_sites.items()}, {
+        name: _lowered(model, name, value, lift) for name, value in at_hooks.items()
+    }
+
+
+def _along_rows(factor: Float[Tensor, " row"], value: Float[Tensor, "row *rest"]) -> Float[Tensor, "row *ones"]:
+    return factor.reshape(-1, *[1] * (value.ndim - 1))
+
+
+def _lowered(model: Any, key: Target | str, value: Float[Tensor, "row *rest"], lift: Float[Tensor, " row"]) -> Float[Tensor, "row *rest"]:
+    """A gradient in float32 without the factor that it was multiplied by."""
+    if not bool(torch.isfinite(value).all()):
+        where = key if isinstance(key, str) else str(address(*key))
+        raise ModelError(f"the gradient at {where} of {model.name} overflows in float16. Load it with dtype='bfloat16' or 'float32'.")
+    return value.float() / _along_rows(lift, value)
 
 
 def _split(model: Any, program: Program, execution: _Execution, gradients: dict[Target | str, Tensor]) -> dict[Target, Tensor]:

@@ -10,8 +10,10 @@ from patchlab.adapters import LinearPlace
 from patchlab.rules.rule import LinearRule
 
 
-def _away_from_zero(y: Tensor, epsilon: float) -> Tensor:
-    return y + torch.where(y >= 0, 1.0, -1.0).to(y.dtype) * epsilon
+def _share(part: Tensor, whole: Tensor, epsilon: float) -> Tensor:
+    """``part / (whole + ε sign whole)``, in float32 at least: float16 rounds a usual ε to 0."""
+    wide = whole.detach().to(torch.promote_types(whole.dtype, torch.float32))
+    return (part.detach() / (wide + torch.where(wide >= 0, epsilon, -epsilon))).to(part.dtype)
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class EpsilonRule(LinearRule):
     epsilon: float = 1e-6
 
     def surrogate(self, place: LinearPlace, x: Float[Tensor, "*rows d_in"], y: Float[Tensor, "*rows d_out"]) -> Float[Tensor, "*rows d_out"]:
-        return y * (y / _away_from_zero(y, self.epsilon)).detach()
+        return y * _share(y, y, self.epsilon)
 
 
 @dataclass(frozen=True)
@@ -46,4 +48,4 @@ class GammaRule(LinearRule):
         if bias is not None:
             above, below = above + bias + self.gamma * bias.clamp_min(0), below + bias + self.gamma * bias.clamp_max(0)
         favoured = torch.where(y > 0, above, below)
-        return favoured * (y / _away_from_zero(favoured, self.epsilon)).detach()
+        return favoured * _share(y, favoured, self.epsilon)

@@ -31,19 +31,20 @@ class LNRule(NormRule):
 class IdentityRule(ActivationRule):
     """An activation acts as a factor: ``dy = (f(x)/x) · dx``, at x = 0 the limit f'(0).
 
-    Source: RelP (arXiv 2508.21258), table 1. Only for f(0) = 0; no stabiliser is added to x.
+    Source: RelP (arXiv 2508.21258), table 1. Only for f(0) = 0; no stabiliser is added to x. The quotient is taken in float32 at
+    least: f(x) of a small x is lost in float16.
 
     Raises:
         RuleError: the activation is not zero at zero.
     """
 
     def surrogate(self, f: Activation, g: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        x = g.detach().to(torch.promote_types(g.dtype, torch.float32))
         at_zero, slope = value_and_slope_at_zero(f, g.device)
         if at_zero != 0:
             raise RuleError(f"the Identity-rule needs an activation with f(0) = 0; this one has f(0) = {at_zero:g}. Use a composite without it.")
-        x = g.detach()
         ratio = torch.where(x == 0, slope, f(x) / torch.where(x == 0, 1.0, x))
-        return ratio * g
+        return ratio.to(g.dtype) * g
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,8 @@ class TemperatureRule(PatternRule):
     """The softmax passes the gradient of ``T · softmax(s/T)``. Source: GIM, temperature-adjusted softmax gradients, T = 2.
 
     The scores enter through the logarithm of the pattern, which differs from them by a constant per row that both
-    softmaxes ignore.
+    softmaxes ignore. An entry of zero is masked and gets nothing. Half precision is widened first: what float16 holds below its smallest
+    normal number counts √(p) in a softmax of temperature 2, and is no zero.
 
     Raises:
         RuleError: the rows of the pattern do not sum to one (attention sinks).
@@ -90,11 +92,12 @@ class TemperatureRule(PatternRule):
     temperature: float = 2.0
 
     def surrogate(self, pattern: Float[Tensor, "row head dest src"]) -> Float[Tensor, "row head dest src"]:
-        if not bool(torch.all((pattern.detach().float().sum(-1) - 1).abs() < 1e-2)):
+        wide = pattern.to(torch.promote_types(pattern.dtype, torch.float32))
+        if not bool(torch.all((wide.detach().sum(-1) - 1).abs() < 1e-2)):
             raise RuleError("the temperature rule needs attention patterns whose rows sum to one; this model's do not (attention sinks?).")
-        tiny = torch.finfo(pattern.dtype).tiny
-        scores = pattern.clamp_min(tiny).log().masked_fill(pattern < tiny, -torch.inf)
-        return self.temperature * (scores / self.temperature).softmax(-1)
+        tiny = torch.finfo(wide.dtype).tiny
+        scores = wide.clamp_min(tiny).log().masked_fill(wide < tiny, -torch.inf)
+        return (self.temperature * (scores / self.temperature).softmax(-1)).to(pattern.dtype)
 
 
 @dataclass(frozen=True)
