@@ -847,7 +847,7 @@ def test_a_target_without_a_gap_is_refused() -> None:
 
 def test_a_run_that_costs_more_than_the_sweep_runs_the_sweep() -> None:
     told: list[str] = []
-    method = VerifiedPatching(k=20)
+    method = VerifiedPatching(k=20, sample=35)
     result = method.run(model_of("gpt2"), swap_task(n=4, length=6), [HEADS, "mlp_out"], progress=False, say=told.append)
     assert told == [str(result.price)] == [str(method.price(model_of("gpt2"), swap_task(n=4, length=6), [HEADS, "mlp_out"]))]
     assert told[0] == (
