@@ -141,15 +141,9 @@ def advice(kind: str, found: Mapping[tuple[str, str, str], Comparison], backward
         values = [_number(over[name][form][0]) for form in FORMS]
         apart = ["–"] * 3 if name == BASE else [_with_interval(*pairs[name, BASE][form], signed=True) for form in FORMS]
         verdict = "–" if name == BASE else "better" if better(pairs[name, BASE]) else "worse" if better(pairs[BASE, name]) else "cannot be told"
-        rows.append([f"`{name}`", *values, *apart, verdict])
-    header = [
-        "method",
-        "of means",
-        "per prompt",
-        "pooled",
-        *(f"− `{BASE}`, {what}" for what in ("of means", "per prompt", "pooled")),
-        f"than `{BASE}`",
-    ]
+        rows.append([f"`{name}`", *values, *apart, verdict, "–" if name == BASE else counts(kind, name, found)])
+    words = ("of means", "per prompt", "pooled")
+    header = ["method", *words, *(f"− `{BASE}`, {what}" for what in words), f"than `{BASE}`", "tables: surely better / worse, of all"]
     return "\n".join([*lines, "", f"Means over {len(settings)} settings:", "", table(header, rows), ""])
 
 
