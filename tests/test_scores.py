@@ -296,7 +296,7 @@ def test_live_cells_of_each_example_survive_and_follow_the_order_of_the_rows(tmp
 
 
 def test_a_map_that_does_not_know_the_live_cells_of_each_example(tmp_path):
-    scores = altered(random_map("resid_pre"), lambda site, values: values)
+    scores = replace(random_map("resid_pre"), patterns=None)
     assert scores.patterns is None
     assert (scores.live_per_example("resid_pre") == scores.live["resid_pre"].to_numpy()).all()
     assert scores.live_per_example("resid_pre").shape == scores.data["resid_pre"].shape
@@ -304,14 +304,15 @@ def test_a_map_that_does_not_know_the_live_cells_of_each_example(tmp_path):
     assert ScoreMap.load(tmp_path / "a.nc").patterns is None
 
 
-def test_a_file_from_before_patterns_loads_without_them(tmp_path, monkeypatch):
+def test_a_file_from_before_patterns_loads_without_them(tmp_path):
     random_map("z").save(tmp_path / "a.nc")
     with h5py.File(tmp_path / "a.nc", "r+") as file:
         record = json.loads(file.attrs["patchlab_scoremap"])
-        del record["patterns"], file["patterns"]
+        for name in record.pop("beside"):
+            del file[name]
         file.attrs["patchlab_scoremap"] = json.dumps({**record, "format": 1})
     again = ScoreMap.load(tmp_path / "a.nc")
-    assert again.patterns is None
+    assert again.patterns is again.no_path is again.noise is None
     assert again.data.identical(random_map("z").data)
 
 

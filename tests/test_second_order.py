@@ -132,7 +132,9 @@ def test_every_cell_is_within_the_tolerance_or_patched(direction: str, probing: 
     assert counts.min() >= 8
     assert set(np.log2(counts).ravel() % 1) == {0}
     smaller = scores_of(SecondOrder(tolerance=0.1), model, task, name, direction)
-    assert np.nanmean(smaller.standard_error[name].to_numpy()[probed]) < 0.6 * error[probed].mean()
+    terms, errors = np.maximum(np.abs(smaller.data[name].to_numpy()), np.abs(atp)), smaller.standard_error[name].to_numpy()
+    assert (errors <= 1.0001 * 0.1 * np.sqrt(3) * terms)[errors > 0].all()
+    assert np.sum(smaller.provenance["probes"][name]) > counts.sum()
 
 
 def test_few_cells_are_patched_and_not_probed() -> None:
