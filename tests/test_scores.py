@@ -8,7 +8,7 @@ import h5py
 import numpy as np
 import pytest
 import xarray as xr
-from score_maps import TOKENS, Labels, altered, make_map, random_map
+from score_maps import TOKENS, Labels, make_map, random_map
 
 from patchlab.bootstrap import interval, resampling_weights
 from patchlab.errors import OutputError, ScoreError
