@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from patchlab.adapters import describe
+from patchlab.adapters import describe, points_of
 from patchlab.engine import Program, Result, continues, run
 from patchlab.engine.program import row_numbers, targets
 from patchlab.engine.selftest import self_test
@@ -40,7 +40,7 @@ class Model:
     def __init__(self, bridge: Any, name: str, tokenizer: Any = None, *, test: bool = True) -> None:
         self.bridge, self.name, self.tokenizer = bridge, name, tokenizer
         self.ambient: tuple[Edit, ...] = ()
-        self.hooks: dict[str, Any] = dict(bridge.hook_dict)
+        self.hooks: dict[str, Any] = points_of(bridge)
         self.support: Any = None
         self.continues: bool | None = None
         self.unfinished: dict[str, Any] = {}
