@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from patchlab.errors import ModelError, unknown
-from patchlab.models import Model, wrap_bridge
+from patchlab.models import Model, bridge_module, wrap_bridge
 
 VOCAB, LAYERS, HEADS, WIDTH, D_MLP = 37, 3, 4, 16, 12
 _SIZES: dict[str, Any] = {
@@ -188,4 +188,4 @@ def zoo_model(name: str, dtype: torch.dtype = torch.float32, layers: int = LAYER
     Raises:
         ModelError: a name that the zoo has not, or a model that patchlab refuses.
     """
-    return wrap_bridge(zoo_bridge(zoo_module(name, dtype, layers)), name)
+    return wrap_bridge(bridge_module(zoo_module(name, dtype, layers), name), name)
