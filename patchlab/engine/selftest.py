@@ -313,7 +313,9 @@ def _tested(model: Any, place: Place, tokens: Int[Tensor, "row pos"]) -> Place:
     if isinstance(place, NormPlace):
         x, scale = (seen[name] for name in place.reads)
         expected = (x - x.mean(-1, keepdim=True) if place.centred else x) / scale
-        expected = expected if place.weight is None else expected * place.weight
+        weight = getattr(place.module.original_component, "weight", None)
+        # one plus a weight in half precision would be rounded to it
+        expected = expected if weight is None else expected * (weight.double() + float(place.module.uses_weight_offset))
         bias = getattr(place.module.original_component, "bias", None)
         expected = expected + bias if isinstance(bias, nn.Parameter) and place.centred else expected
         what = "its output is not w · x / s"
