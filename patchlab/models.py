@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from patchlab.adapters import describe
+from patchlab.adapters import describe, points_of
 from patchlab.engine import Program, Result, continues, run
 from patchlab.engine.program import row_numbers, targets
 from patchlab.engine.selftest import self_test
@@ -41,7 +41,7 @@ class Model:
     def __init__(self, bridge: Any, name: str, tokenizer: Any = None, *, test: bool = True) -> None:
         self.bridge, self.name, self.tokenizer = bridge, name, tokenizer
         self.ambient: tuple[Edit, ...] = ()
-        self.hooks: dict[str, Any] = dict(bridge.hook_dict)
+        self.hooks: dict[str, Any] = points_of(bridge)
         self.support: Any = None
         self.continues: bool | None = None
         self.unfinished: dict[str, Any] = {}
@@ -230,18 +230,45 @@ def _taken_over(module: nn.Module, tokenizer: Any, device: torch.device | None, 
     except (ValueError, AttributeError) as error:
         raise ModelError(f"{name}: its attention cannot be made eager, which hooks need: {_first_line(error)}") from error
     module.to(device=device, dtype=dtype)
-    return _bridged(module, name, tokenizer)
+    return _with_bridge(module, name, tokenizer)
 
 
-def _bridged(module: Any, name: str, tokenizer: Any) -> Model:
+def bridge_module(module: Any, name: str, tokenizer: Any = None) -> Any:
+    """A TransformerLens bridge of a Hugging Face model, which it changes, after a look at whether it still computes the same.
+
+    Raises:
+        ModelError: TransformerLens cannot bridge the model, or the bridge gives other logits.
+    """
     from transformer_lens.model_bridge.sources import build_bridge_from_module
 
-    try:
-        # the Bridge gives its tokenizer special tokens that the model was not trained with, so it gets a copy
-        bridge = build_bridge_from_module(module, type(module).__name__, hf_config=module.config, tokenizer=copy.deepcopy(tokenizer))
-    except (ValueError, KeyError, NotImplementedError, AttributeError) as error:
-        raise ModelError(f"{name}: TransformerLens cannot bridge {type(module).__name__}: {_first_line(error)}") from error
-    return Model(bridge, name, tokenizer)
+    kind = type(module).__name__
+    length = min(6, int(getattr(module.config, "max_position_embeddings", None) or 6))
+    tokens = torch.arange(length)[None] % int(module.get_input_embeddings().num_embeddings)
+    tokens = tokens.to(next(module.parameters()).device)
+    where, errors = "", (ValueError, KeyError, NotImplementedError, AttributeError, RuntimeError)
+    with torch.no_grad():
+        try:
+            where = f"{kind} does not run in {module.dtype}"
+            expected = module.eval()(tokens, use_cache=False).logits
+            where = f"TransformerLens cannot bridge {kind}"
+            bridge = build_bridge_from_module(module, kind, hf_config=module.config, tokenizer=tokenizer)
+            where = f"{kind}, bridged by TransformerLens, does not run in {module.dtype}"
+            got = bridge.eval()(tokens, return_type="logits", use_cache=False)
+        except errors as error:
+            raise ModelError(f"{name}: {where}: {_first_line(error)}") from error
+    # both ways round differently, in half precision by up to a tenth where experts are chosen by a narrow margin
+    allowed = 0.25 if expected.dtype in (torch.float16, torch.bfloat16) else 2e-3
+    if (off := float((got.float() - expected.float()).norm() / expected.float().norm().clamp_min(1e-30))) > allowed:
+        raise ModelError(
+            f"{name}: bridged by TransformerLens, {kind} gives other logits than by itself (off by {off:.2g} of their size), so nothing measured on "
+            f"it would be about the model. Its configuration may have an option that the Bridge does not know."
+        )
+    return bridge
+
+
+def _with_bridge(module: Any, name: str, tokenizer: Any) -> Model:
+    # the Bridge gives its tokenizer special tokens that the model was not trained with, so it gets a copy
+    return Model(bridge_module(module, name, copy.deepcopy(tokenizer)), name, tokenizer)
 
 
 def _load_folder(folder: Path, name: str, device: torch.device, dtype: torch.dtype, tokenizer: Any = None) -> Model:
@@ -259,7 +286,7 @@ def _load_folder(folder: Path, name: str, device: torch.device, dtype: torch.dty
     if wrong := sorted(report["missing_keys"]) + sorted(key for key, *_ in report["mismatched_keys"]):
         raise ModelError(f"{name}: {len(wrong)} weights are missing from {folder} or have another shape than config.json says, such as {wrong[0]}.")
     module.to(device)
-    return _bridged(module, name, _tokenizer(folder, name) if tokenizer is None else tokenizer)
+    return _with_bridge(module, name, _tokenizer(folder, name) if tokenizer is None else tokenizer)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ class Architecture:
     """Sizes, block form, lenses and places of one model.
 
     ``absent`` maps a site kind that this model lacks to the reason. ``parallel`` is True where attention and MLP read the
-    same residual stream (GPT-NeoX's default).
+    same residual stream (GPT-NeoX's default). ``d_input`` is the width of the token embedding, where it is not d_model.
     """
 
     family: str
@@ -32,6 +32,7 @@ class Architecture:
     lenses: dict[str, Lens] = field(repr=False)
     places: tuple[Place, ...] = field(repr=False)
     absent: dict[str, str] = field(default_factory=dict)
+    d_input: int | None = None
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -55,6 +56,8 @@ class Architecture:
         for kind in ("input", "q", "k", "v", "z", "resid_post"):
             if kind in self.absent:
                 raise SiteError(f"{self.family} has no graph of edges, which needs {kind}: {self.absent[kind]}.")
+        if self.d_input is not None:
+            raise SiteError(f"{self.family} has no graph of edges: its embedding is {self.d_input} wide and is projected to d_model {self.d_model}.")
         return Graph(self.n_layers, self.n_heads, self.d_model, self.parallel, self.n_kv_heads, "mlp_out" not in self.absent)
 
     def check(self, site: Site) -> None:
@@ -71,6 +74,11 @@ class Architecture:
         for what, value, axis in (("layer", site.layer, "layer"), ("head", site.head, site.head_axis), ("neuron", site.neuron, "neuron")):
             if value is not None and axis is not None and not 0 <= value < self.size(axis):
                 raise SiteError(f"{site} names {what} {value}, but this model has {self.size(axis)} ({axis} 0 to {self.size(axis) - 1}).")
+
+
+def _in_some_layers(hook: str, missing: list[int | None], n_layers: int) -> str:
+    numbers = ", ".join(map(str, missing[:6])) + (", ..." if len(missing) > 6 else "")
+    return f"its layers are of several kinds, and {len(missing)} of {n_layers} (layers {numbers}) lack the hook {hook}"
 
 
 def describe(bridge: Any, *, vocab_size: int) -> Architecture:
@@ -96,8 +104,8 @@ def describe(bridge: Any, *, vocab_size: int) -> Architecture:
         ):
             absent[kind] = "the hook that should show its neurons shows the MLP's output (a mixture of experts?)"
         elif missing:
-            where = "it" if missing == layers else f"layers {missing}"
-            absent[kind] = f"{where} lacks the hook {lens.host(missing[0])}"
+            hook = lens.host(missing[0])
+            absent[kind] = f"it lacks the hook {hook}" if missing == layers else _in_some_layers(hook, missing, len(layers))
     return Architecture(
         family=str(getattr(cfg, "architecture", None) or type(bridge).__name__),
         n_layers=n_layers,

@@ -89,28 +89,20 @@ class _Seen:
         self.inputs.append((args[0] if args else kwargs["hidden_states"]).clone())
 
     def output_of(self, module: Any, inputs: Any, output: Any) -> None:
-        self.tuples.append(isinstance(output, tuple))
+        self.tuples.append(isinstance(output, (tuple, list)))
 
 
 def unembed(model: Any, hidden: Float[Tensor, "row pos d_model"], columns: Int[Tensor, " column"] | None) -> Float[Tensor, "row pos column"]:
     """Logits of the last block's output, for some columns of the vocabulary or all."""
     bridge = model.bridge
-    normed = bridge.ln_final(hidden) if hasattr(bridge, "ln_final") else hidden
+    for name in ("ln_final", "project_out"):
+        hidden = getattr(bridge, name)(hidden) if hasattr(bridge, name) else hidden
     linear = bridge.unembed.original_component
     weight, bias = linear.weight, getattr(linear, "bias", None)
     if columns is not None:
         weight, bias = weight[columns], None if bias is None else bias[columns]
-    logits = torch.nn.functional.linear(normed, weight, bias)
-    cap = _softcap(bridge)
-    return logits if cap is None else torch.tanh(logits / cap) * cap
-
-
-def _softcap(bridge: Any) -> float | None:
-    cap = getattr(getattr(bridge, "original_model", None), "config", None)
-    found = getattr(cap, "final_logit_softcapping", None)
-    if found is None:
-        found = getattr(bridge.cfg, "output_logits_soft_cap", None)
-    return float(found) if found is not None and found > 0 else None
+    logits = torch.nn.functional.linear(hidden, weight, bias)
+    return bridge.adapter.apply_output_logits_transform(logits)  # soft-caps, scales
 
 
 def template(model: Any, program: Program, base: Baseline, start: int, span: int) -> Template:

@@ -190,16 +190,17 @@ class Wave:
         kwargs = {name: prefix if value is not None and value is template.cache else value for name, value in kwargs.items()}
         args = tuple(prefix if value is not None and value is template.cache else value for value in args)
         if args:
-            args = (hidden, *args[1:])
+            args = (hidden, *(_for_rows("", value, hidden.shape[0]) for value in args[1:]))
         else:
             kwargs["hidden_states"] = hidden
+        kwargs = {name: _for_rows(name, value, hidden.shape[0]) for name, value in kwargs.items()}
         self.work.block_positions += hidden.shape[0] * hidden.shape[1]
         try:
             with hooked(self.model.hooks, self._hooks(layer, active, narrow=hidden.shape[1] > 1)):
                 output = self.model.bridge.blocks[layer](*args, **kwargs)
         finally:
             self.companions.clear()
-        return output[0] if isinstance(output, tuple) else output
+        return output[0] if isinstance(output, (tuple, list)) else output
 
     def _hooks(self, layer: int, active: list[_Entry], *, narrow: bool) -> dict[str, Callable[..., Tensor | None]]:
         """What to do at which hook of a block: edits of the surroundings on all rows, then each cell's own on its rows."""
@@ -217,14 +218,12 @@ class Wave:
                 hooks.setdefault(canonical(self.model, companion), partial(self._edit, [], canonical(self.model, companion), False))
             found.setdefault(canonical(self.model, lens.host(layer)), []).append((edit, low, high))
         last = layer == self.model.arch.n_layers - 1 and self.program.metric is not None and self.program.metric.reads == "answer"
+        names = (f"blocks.{layer}.attn.hook_z", f"blocks.{layer}.mlp.hook_in")
+        narrowed = {canonical(self.model, name) for name in names if name in self.model.hooks and not getattr(self.model.hooks[name], "flat", False)}
         if last and narrow:
             # past the attention of the last layer only the answer position is read; adding it to the stream broadcasts
-            for name in (f"blocks.{layer}.attn.hook_z", f"blocks.{layer}.mlp.hook_in"):
-                if name in self.model.hooks:
-                    found.setdefault(canonical(self.model, name), [])
-        narrowed = {
-            canonical(self.model, name) for name in (f"blocks.{layer}.attn.hook_z", f"blocks.{layer}.mlp.hook_in") if name in self.model.hooks
-        }
+            for name in narrowed:
+                found.setdefault(name, [])
         return hooks | {host: partial(self._edit, edits, host, last and narrow and host in narrowed) for host, edits in found.items()}
 
     def _edit(self, edits: list[tuple[Edit, int, int]], host: str, narrow: bool, module: Any, inputs: Any, value: Tensor) -> Tensor:
@@ -278,6 +277,15 @@ class Wave:
                 f"{self.model.name} gave non-finite logits in {self.model.dtype}; load it in another dtype (dtype='float32'), or check the edits."
             )
         return metric(logits, answers.rows(index)).reshape(cells, n)
+
+
+def _for_rows(name: str, value: Any, rows: int) -> Any:
+    """An argument of a block that was seen on one row, on several: masks, and distances by row × head (BLOOM, Falcon)."""
+    if not isinstance(value, Tensor):
+        return value
+    if name == "alibi" and value.ndim == 3:
+        return value.repeat(rows, 1, 1)
+    return value.expand(rows, *value.shape[1:]) if value.ndim == 4 and value.shape[0] == 1 else value
 
 
 def _columns(metric: Metric, answers: Answers) -> tuple[Int[Tensor, " column"] | None, Answers]:

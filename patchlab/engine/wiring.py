@@ -169,6 +169,9 @@ def layers_of(model: Any) -> list[Layer]:
                 weight, bias = (None if part is None else part.repeat_interleave(times, 0) for part in (weight, bias))
             read[letter] = (weight, bias)
         write, bias = _linear(model, places, f"{block}.attn.o")
+        # Granite multiplies what attention and MLP add to the stream
+        scale = float(getattr(model.bridge.blocks[i], "residual_contribution_scale", 1.0))
+        write, bias = write * scale, None if bias is None else bias * scale
         before, mlp, post = (_norm(places.get(f"{block}.{name}")) for name in ("ln1", "ln2", "ln1_post"))
         mlp = before if mlp is None and arch.parallel else mlp
         layers.append(Layer(before, mlp, post, read, write.unflatten(0, (arch.n_heads, -1)), bias))
