@@ -11,6 +11,7 @@ from patchlab.metrics import METRICS, Metric
 from patchlab.models import Model, wrap_bridge
 from patchlab.scores import ScoreMap
 from patchlab.tasks.base import Pair, Task
+from patchlab.testing.zoo import D_MLP, HEADS, LAYERS, VOCAB, WIDTH, zoo_bridge, zoo_model, zoo_module
 
 FAMILIES = ("gpt2", "neox", "neox-sequential", "llama", "qwen2", "qwen3", "gemma2", "native")
 SITES = (
@@ -30,54 +31,21 @@ SITES = (
 """Every kind of site but the pattern, some at a finer granularity."""
 GATED = ("llama", "qwen2", "qwen3", "gemma2")
 GROUPED = GATED
-VOCAB, LAYERS, HEADS, WIDTH, D_MLP = 37, 3, 4, 16, 12
 
 
 def hf_module(family: str, dtype: torch.dtype = torch.float32, layers: int = LAYERS, seed: int = 0) -> Any:
-    """A Hugging Face model whose weights leave no non-linearity idle."""
-    from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, GPTNeoXConfig, LlamaConfig, Qwen2Config, Qwen3Config
-
-    common: dict[str, Any] = {
-        "vocab_size": VOCAB,
-        "hidden_size": WIDTH,
-        "num_hidden_layers": layers,
-        "num_attention_heads": HEADS,
-        "intermediate_size": D_MLP,
-        "max_position_embeddings": 24,
-    }
-    grouped = {**common, "num_key_value_heads": 2}
-    configs = {
-        "gpt2": lambda: GPT2Config(vocab_size=VOCAB, n_embd=WIDTH, n_layer=layers, n_head=HEADS, n_inner=D_MLP, n_positions=24),
-        "neox": lambda: GPTNeoXConfig(**common, use_parallel_residual=True),
-        "neox-sequential": lambda: GPTNeoXConfig(**common, use_parallel_residual=False),
-        "llama": lambda: LlamaConfig(**grouped),
-        "qwen2": lambda: Qwen2Config(**grouped),
-        "qwen3": lambda: Qwen3Config(**grouped, head_dim=4),
-        "gemma2": lambda: Gemma2Config(**grouped, head_dim=4, query_pre_attn_scalar=4, sliding_window=3),
-    }
-    module = AutoModelForCausalLM.from_config(configs[family](), attn_implementation="eager", dtype=dtype)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            is_scale = ("norm" in name or "ln_" in name) and name.endswith("weight") and family != "gemma2"
-            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.3 + float(is_scale))
-    return module.eval()
+    """A Hugging Face model of the zoo."""
+    return zoo_module(family, dtype, layers, seed)
 
 
 def bridged(module: Any, name: str) -> Model:
     """A Hugging Face module as a model."""
-    return wrap_bridge(_bridge(module), name)
+    return wrap_bridge(zoo_bridge(module), name)
 
 
 def untested(module: Any, name: str) -> Model:
     """The same without the load-time self-test, for weights that it would refuse."""
-    return Model(_bridge(module), name, test=False)
-
-
-def _bridge(module: Any) -> Any:
-    from transformer_lens.model_bridge.sources import build_bridge_from_module
-
-    return build_bridge_from_module(module, type(module).__name__, hf_config=module.config, tokenizer=None)
+    return Model(zoo_bridge(module), name, test=False)
 
 
 def native_model(name: str = "native", *, dtype: torch.dtype = torch.float32, seed: int = 0, **options: Any) -> Model:
@@ -99,7 +67,7 @@ def model_of(family: str, dtype: torch.dtype = torch.float32, layers: int = LAYE
     """The model of a family, built once; nothing that runs may change it."""
     if family == "native":
         return native_model(dtype=dtype, n_layers=layers)
-    return bridged(hf_module(family, dtype, layers), family)
+    return zoo_model(family, dtype, layers)
 
 
 def pair(length: int, changed: Sequence[int], seed: int, *, template: str = "", **positions: int) -> Pair:
