@@ -1,5 +1,6 @@
 """Every rule against a slow, literal float64 twin, and every preset against whole models written out in plain torch."""
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -349,15 +350,9 @@ def test_coverage_text() -> None:
 
 def _with_places(model: Any, places: tuple[Any, ...]) -> Any:
     """A stand-in with other places."""
-    return SimpleNamespace(
-        bridge=model.bridge,
-        name=model.name,
-        ambient=(),
-        keeps_logits=model.keeps_logits,
-        dtype=model.dtype,
-        device=model.device,
-        arch=replace(model.arch, places=places),
-    )
+    other = copy.copy(model)
+    other.arch, other.conserved = replace(model.arch, places=places), {}
+    return other
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,33 @@
 
 from patchlab.adapters.architecture import Architecture, describe
 from patchlab.adapters.lenses import Lens
-from patchlab.adapters.places import AttentionPlace, LinearPlace, MLPPlace, NormPlace, Place, find_places
+from patchlab.adapters.places import (
+    LOGITS,
+    AttentionPlace,
+    CapPlace,
+    ClipPlace,
+    GatePlace,
+    LinearPlace,
+    MLPPlace,
+    NormPlace,
+    Place,
+    final_cap,
+    find_places,
+)
 
-__all__ = ["Architecture", "AttentionPlace", "Lens", "LinearPlace", "MLPPlace", "NormPlace", "Place", "describe", "find_places"]
+__all__ = [
+    "LOGITS",
+    "Architecture",
+    "AttentionPlace",
+    "CapPlace",
+    "ClipPlace",
+    "GatePlace",
+    "Lens",
+    "LinearPlace",
+    "MLPPlace",
+    "NormPlace",
+    "Place",
+    "describe",
+    "final_cap",
+    "find_places",
+]
