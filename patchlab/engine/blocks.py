@@ -8,7 +8,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from patchlab.adapters import final_cap
 from patchlab.engine.literal import run
 from patchlab.engine.program import Program, Result
 from patchlab.errors import InterventionError
@@ -102,8 +101,16 @@ def unembed(model: Any, hidden: Float[Tensor, "row pos d_model"], columns: Int[T
     if columns is not None:
         weight, bias = weight[columns], None if bias is None else bias[columns]
     logits = torch.nn.functional.linear(normed, weight, bias)
-    cap = final_cap(bridge)
+    cap = _softcap(bridge)
     return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
+def _softcap(bridge: Any) -> float | None:
+    cap = getattr(getattr(bridge, "original_model", None), "config", None)
+    found = getattr(cap, "final_logit_softcapping", None)
+    if found is None:
+        found = getattr(bridge.cfg, "output_logits_soft_cap", None)
+    return float(found) if found is not None and found > 0 else None
 
 
 def template(model: Any, program: Program, base: Baseline, start: int, span: int) -> Template:

@@ -47,7 +47,8 @@ def uncovered(model: Any, composite: Composite) -> tuple[Uncovered, ...]:
     found = tuple(Uncovered(place.name, problem) for place, problem in problems if problem is not None)
     if composite.plain:
         return ()
-    key = (tuple(bool(composite.rules_at(place)) for place in model.arch.places), found, composite.activation is None, repr(composite.pattern))
+    # all that the test depends on: other composites share it
+    key = (found, composite.activation is None, repr(composite.pattern))
     if key not in model.conserved:
         model.conserved[key] = (*found, *_gaps(model, composite, {gap.module for gap in found}))
     return model.conserved[key]
@@ -82,7 +83,7 @@ def soft_caps(model: Any) -> tuple[SoftCap, ...]:
                     stack.enter_context(on_modules((model.hooks[place.at],), after=partial(_note, seen, place.at)))
             logits = model.bridge(_tokens(model), return_type="logits", use_cache=False)
         values = [logits if place.final else seen.get(place.at) for place in places]
-        model.conserved[key] = tuple(_loss(place, value) for place, value in zip(places, values, strict=True) if value is not None)
+        model.conserved[key] = tuple(_loss(place, value) for place, value in zip(places, values, strict=True))
     return model.conserved.get(key, ())
 
 
@@ -90,8 +91,10 @@ def _note(seen: dict[str, Tensor], name: str, module: Any, args: Any, kwargs: An
     seen[name] = output.detach()
 
 
-def _loss(place: CapPlace, capped: Tensor) -> SoftCap:
-    """Of y = f(x), x·f'(x) is kept: with t = y / c, f'(x) = 1 − t²."""
+def _loss(place: CapPlace, capped: Tensor | None) -> SoftCap:
+    """Of y = f(x), x·f'(x) is kept: with t = y / c, f'(x) = 1 − t². NaN where the scores are not seen."""
+    if capped is None:
+        return SoftCap(place.name, place.cap, *[float("nan")] * 3)
     y = capped.double()
     y = y[y.abs() <= place.cap]  # not what is masked
     t = (y / place.cap).clamp(-1 + 1e-12, 1 - 1e-12)

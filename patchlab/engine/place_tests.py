@@ -25,7 +25,7 @@ _SUMS = 1e-5
 """Largest difference of Σ x·Jᵀg from Σ (y − b)·g, as a share of Σ |x·Jᵀg|."""
 
 
-def tested_places(model: Any, tokens: Int[Tensor, "row pos"]) -> tuple[Place, ...]:
+def checked_places(model: Any, tokens: Int[Tensor, "row pos"]) -> tuple[Place, ...]:
     """The places of a model, with a problem noted where a rule could not be right, and whether patterns can be reached."""
     places = [place for place in model.arch.places if place.problem is None and not isinstance(place, LinearPlace)]
     seen, calls = _observed(model, tokens, places)
@@ -78,10 +78,17 @@ def _problem(model: Any, tokens: Int[Tensor, "row pos"], place: Place, seen: dic
     if isinstance(place, (ClipPlace, GatePlace)):
         return _next_problem(model, tokens, place, seen)
     if isinstance(place, CapPlace):
-        expected = seen[place.at] if not place.final else place.activation(seen[place.reads[0]])
-        worst = _difference(expected.clamp(-place.cap, place.cap) if place.final else expected, seen[place.at])
-        return None if worst <= _rounding(expected) else f"the logits are not cap · tanh(x / cap) (off by {worst:.2g})"
+        return _cap_problem(model, tokens, place, seen)
     return None
+
+
+def _cap_problem(model: Any, tokens: Int[Tensor, "row pos"], place: CapPlace, seen: dict[str, Tensor]) -> str | None:
+    value = seen[place.at]
+    if place.final:
+        worst = _difference(place.activation(seen[place.reads[0]]), value)
+        return None if worst <= _rounding(value) else f"the logits are not cap · tanh(x / cap) (off by {worst:.2g})"
+    (other,) = _logits_with(model, tokens, place, torch.where(value.abs() <= place.cap, 0.0, value))
+    return _NOT_LIVE if torch.equal(other, seen[LOGITS]) else None
 
 
 def _norm_problem(model: Any, place: NormPlace, calls: Calls) -> str | None:
@@ -102,8 +109,8 @@ def _norm_problem(model: Any, place: NormPlace, calls: Calls) -> str | None:
             return f"its output is not w · x / s (off by {worst:.2g})"
         g = _cotangent(y)
         (gradient,) = torch.autograd.grad(surrogate, x, g.to(surrogate.dtype))
-        shares = x.double() * gradient.double()
-        gap = float(shares.sum() - ((y - (own - surrogate)).double() * g).sum())
+        shares = x.detach().double() * gradient.double()
+        gap = float(shares.sum() - ((y - (own - surrogate)).detach().double() * g).sum())
     return None if abs(gap) <= _SUMS * float(shares.abs().sum()) else f"the LN-rule does not conserve relevance there (gap {gap:.2g})"
 
 
@@ -137,12 +144,22 @@ def _next_problem(model: Any, tokens: Int[Tensor, "row pos"], place: ClipPlace |
         # σ is 0 in float32 far below, so that any two very low inputs are one
         values = (torch.full_like(large, -1e4), torch.full_like(large, -2e4))
         what = "what follows is not a sigmoid"
-    with torch.no_grad():
-        logits = []
-        for value in values:
-            with hooked(model.hooks, {place.at: partial(_give, value)}):
-                logits.append(_logits(model, tokens))
-    return None if torch.equal(*logits) else what
+    one, other = _logits_with(model, tokens, place, *values)
+    if torch.equal(one, seen[LOGITS]):
+        return _NOT_LIVE
+    return None if torch.equal(one, other) else what
+
+
+_NOT_LIVE = "what is put at its hook does not reach the logits"
+
+
+def _logits_with(model: Any, tokens: Int[Tensor, "row pos"], place: Place, *values: Tensor) -> list[Tensor]:
+    """Logits with other values at the hook of a place, in one run each."""
+    found = []
+    for value in values:
+        with torch.no_grad(), hooked(model.hooks, {place.at: partial(_give, value)}):
+            found.append(_logits(model, tokens))
+    return found
 
 
 def _give(value: Tensor, module: Any, inputs: Any, output: Tensor) -> Tensor:

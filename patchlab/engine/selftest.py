@@ -16,7 +16,7 @@ from torch import Tensor
 
 from patchlab.adapters import Architecture
 from patchlab.engine.literal import run
-from patchlab.engine.place_tests import tested_places
+from patchlab.engine.place_tests import checked_places
 from patchlab.engine.program import Program, Result, Target, row_numbers, targets
 from patchlab.errors import InterventionError, ModelError
 from patchlab.interventions import Edit, Kept, address
@@ -61,7 +61,7 @@ def _tested_architecture(model: Any) -> Architecture:
     for kind in ("resid_pre", "resid_post"):
         if kind in absent:
             raise ModelError(f"{model.name} ({model.arch.family}) cannot be trusted: {kind} failed the self-test, {absent[kind]}.")
-    return replace(model.arch, absent=absent, places=tested_places(model, tokens[:1]))
+    return replace(model.arch, absent=absent, places=checked_places(model, tokens[:1]))
 
 
 class _Trial:

@@ -254,9 +254,7 @@ class LinearizedPatching(Method):
         gaps = setting.model.uncovered(self.composite)
         if gaps:
             record["uncovered"] = {gap.module: gap.problem for gap in gaps}
-            notes.append(
-                f"{len(gaps)} modules keep their plain gradient though no rule covers them (allow_gaps): {', '.join(gap.module for gap in gaps)}"
-            )
+            notes.append(f"no rule covers {', '.join(gap.module for gap in gaps)}: the plain gradient was kept there (allow_gaps)")
         if setting.edges is not None and self.composite.not_scored:
             record["readers_not_scored"] = self.composite.not_scored
         return {**record, "notes": notes, "unsigned": self.grad_drop}

@@ -1,6 +1,7 @@
 """Coverage: which rule sits on which module of a model, and what no rule covers."""
 
 from dataclasses import dataclass
+from math import isnan
 from typing import Any, NamedTuple
 
 from patchlab.adapters import LinearPlace
@@ -25,6 +26,8 @@ class SoftCap:
     share_at_largest: float
 
     def __str__(self) -> str:
+        if isnan(self.share):
+            return f"{self.name}: tanh cap of {self.cap:g} with its plain gradient; what it loses cannot be seen from outside"
         return (
             f"{self.name}: tanh cap of {self.cap:g} with its plain gradient loses {self.share:.1%} of the relevance on random tokens, "
             f"{self.share_at_largest:.1%} at the largest value, {self.largest:.3g} (a rule for it: Composite(softcap=IdentityRule()))"
