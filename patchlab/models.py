@@ -13,11 +13,13 @@ from torch import Tensor, nn
 
 from patchlab.adapters import describe, points_of
 from patchlab.engine import Program, Result, continues, run
+from patchlab.engine.conservation import check_rules, soft_caps, uncovered
 from patchlab.engine.program import row_numbers, targets
 from patchlab.engine.selftest import self_test
 from patchlab.errors import InterventionError, ModelError, unknown
 from patchlab.hub import hub_folder
 from patchlab.interventions import Edit, as_edits
+from patchlab.rules import Composite, SoftCap, Uncovered
 from patchlab.sites import Site
 from patchlab.tasks.base import Prompts
 
@@ -44,6 +46,7 @@ class Model:
         self.hooks: dict[str, Any] = points_of(bridge)
         self.support: Any = None
         self.continues: bool | None = None
+        self.conserved: dict[Any, Any] = {}
         self.unfinished: dict[str, Any] = {}
         bridge.eval()
         for parameter in bridge.parameters():
@@ -125,6 +128,22 @@ class Model:
             logits="all",
         )
         return run(self, program)
+
+    def check_rules(self, rules: Composite) -> None:
+        """Check that backward rules cover this model, by a conservation test that is run once per model and kind of composite.
+
+        Raises:
+            RuleError: modules that no rule covers, unless ``rules.allow_gaps``.
+        """
+        check_rules(self, rules)
+
+    def uncovered(self, rules: Composite) -> tuple[Uncovered, ...]:
+        """The modules that backward rules do not cover (see :func:`patchlab.rules.coverage`)."""
+        return uncovered(self, rules)
+
+    def soft_caps(self) -> tuple[SoftCap, ...]:
+        """The soft caps of this model, with what they lose of the relevance."""
+        return soft_caps(self)
 
     def _targets(self, keep: Any) -> tuple[tuple[str, int | None], ...]:
         found = targets(keep, self.arch.n_layers)

@@ -1,5 +1,6 @@
 """Every rule against a slow, literal float64 twin, and every preset against whole models written out in plain torch."""
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -349,15 +350,9 @@ def test_coverage_text() -> None:
 
 def _with_places(model: Any, places: tuple[Any, ...]) -> Any:
     """A stand-in with other places."""
-    return SimpleNamespace(
-        bridge=model.bridge,
-        name=model.name,
-        ambient=(),
-        keeps_logits=model.keeps_logits,
-        dtype=model.dtype,
-        device=model.device,
-        arch=replace(model.arch, places=places),
-    )
+    other = copy.copy(model)
+    other.arch, other.conserved = replace(model.arch, places=places), {}
+    return other
 
 
 @pytest.mark.parametrize(
@@ -539,7 +534,8 @@ def _constant_value(value: Tensor, gradient_of: Tensor) -> Tensor:
 class PlainRules:
     """The presets, as flags."""
 
-    def __init__(self, preset: str) -> None:
+    def __init__(self, preset: str, *, caps: bool = False) -> None:
+        self.caps = caps
         self.ln = preset != "gradient"
         self.identity = preset in ("relp", "relp-ah", "attnlrp", "cp-lrp")
         self.half = preset in ("relp", "relp-ah", "attnlrp", "gim")
@@ -560,6 +556,10 @@ class PlainRules:
             return f(g).detach() * u
         product = a * u
         return _constant_value(product, 0.5 * product) if self.half else product
+
+    def cap(self, x: Tensor, cap: float) -> Tensor:
+        y = cap * (x / cap).tanh()
+        return x * (y / x).detach() if self.caps else y
 
     def bilinear(self, product: Tensor) -> Tensor:
         return _constant_value(product, 0.5 * product) if self.uniform else product
@@ -584,10 +584,10 @@ def _rms_norm(x: Tensor, norm: Any, rules: PlainRules) -> Tensor:
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, rules: PlainRules, *, cap: float | None = None, window: int | None = None) -> Tensor:
-    """[row, head, pos, d_head] each; grouped k and v are repeated. The softcap keeps its plain gradient."""
+    """[row, head, pos, d_head] each; grouped k and v are repeated."""
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     scores = rules.bilinear(q @ k.transpose(-1, -2)) / math.sqrt(q.shape[-1])
-    scores = scores if cap is None else cap * (scores / cap).tanh()
+    scores = scores if cap is None else rules.cap(scores, cap)
     mask = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
     mask = mask if window is None else mask | torch.ones_like(mask).tril(-window)
     z = rules.bilinear(rules.softmax(scores.masked_fill(mask, -torch.inf)) @ v)
@@ -655,32 +655,45 @@ def plain_gemma2(module: Any, tokens: Tensor, rules: PlainRules) -> tuple[Tensor
         n, p = norm(x, layer.pre_feedforward_layernorm), layer.mlp
         out = rules.gate(lambda t: F.gelu(t, approximate="tanh"), n @ p.gate_proj.weight.T, n @ p.up_proj.weight.T) @ p.down_proj.weight.T
         x = x + norm(out, layer.post_feedforward_layernorm)
-    return 30.0 * (norm(x, m.norm) @ module.lm_head.weight.T / 30.0).tanh(), streams
+    return rules.cap(norm(x, m.norm) @ module.lm_head.weight.T, 30.0), streams
 
 
 WRITTEN_OUT = [("gpt2", plain_gpt2, 1e-10), ("llama", plain_llama, 5e-6), ("gemma2", plain_gemma2, 5e-6)]
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize(("family", "plain", "rtol"), WRITTEN_OUT)
-def test_presets_against_whole_models_written_out(family: str, plain: Callable[..., Any], rtol: float, preset: str) -> None:
+def _assert_equal_written_out(family: str, plain: Callable[..., Any], rtol: float, composite: Composite, rules: PlainRules) -> None:
     """Gradients at every resid_pre, example by example. Llama and Gemma compute norms and softmax in float32 whatever their dtype."""
     task = swap_task(n=3, length=6)
     (batch,) = task.batches()
     model = model_of(family, torch.float64)
     where = tuple(("resid_pre", layer) for layer in range(model.arch.n_layers))
-    got = _gradients(model, preset, where, task)
+    got = _gradients(model, composite, where, task)
     module = hf_module(family, torch.float64)
     for parameter in module.parameters():
         parameter.requires_grad_(False)
     for e in range(len(task)):
-        logits, streams = plain(module, batch.corrupted[e : e + 1], PlainRules(preset))
+        logits, streams = plain(module, batch.corrupted[e : e + 1], rules)
         torch.testing.assert_close(logits[0], model.run(batch.corrupted[e : e + 1]).logits[0], rtol=1e-5, atol=5e-6)
         metric = logits[0, -1, task.pairs[e].correct[0]] - logits[0, -1, task.pairs[e].incorrect[0]]
         expected = torch.autograd.grad(metric, streams)
         for layer, gradient in enumerate(expected):
             error = float((got["resid_pre", layer][e] - gradient[0]).norm() / gradient.norm())
             assert error < rtol, (layer, e, error)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize(("family", "plain", "rtol"), WRITTEN_OUT)
+def test_presets_against_whole_models_written_out(family: str, plain: Callable[..., Any], rtol: float, preset: str) -> None:
+    _assert_equal_written_out(family, plain, rtol, PRESETS[preset], PlainRules(preset))
+
+
+@pytest.mark.parametrize("preset", ["relp", "gim"])
+def test_the_rule_for_soft_caps_against_a_whole_model_written_out(preset: str) -> None:
+    """Of the attention scores, of which only the capped ones are seen, and of the logits."""
+    composite = replace(PRESETS[preset], softcap=IdentityRule())
+    _assert_equal_written_out("gemma2", plain_gemma2, 5e-6, composite, PlainRules(preset, caps=True))
+    plain, capped = (_gradients(model_of("gemma2"), rules, (("resid_pre", 0),))["resid_pre", 0] for rules in (PRESETS[preset], composite))
+    assert float((plain - capped).norm() / plain.norm()) > 1e-3
 
 
 @pytest.mark.parametrize("wrong", ["ln", LNRule, IdentityRule()], ids=["a name", "a class", "a rule for something else"])

@@ -2,7 +2,35 @@
 
 from patchlab.adapters.architecture import Architecture, describe
 from patchlab.adapters.lenses import Lens
-from patchlab.adapters.places import AttentionPlace, LinearPlace, MLPPlace, NormPlace, Place, find_places
+from patchlab.adapters.places import (
+    LOGITS,
+    AttentionPlace,
+    CapPlace,
+    ClipPlace,
+    GatePlace,
+    LinearPlace,
+    MLPPlace,
+    NormPlace,
+    Place,
+    final_cap,
+    find_places,
+)
 from patchlab.adapters.points import points_of
 
-__all__ = ["Architecture", "AttentionPlace", "Lens", "LinearPlace", "MLPPlace", "NormPlace", "Place", "describe", "find_places", "points_of"]
+__all__ = [
+    "LOGITS",
+    "Architecture",
+    "AttentionPlace",
+    "CapPlace",
+    "ClipPlace",
+    "GatePlace",
+    "Lens",
+    "LinearPlace",
+    "MLPPlace",
+    "NormPlace",
+    "Place",
+    "describe",
+    "final_cap",
+    "find_places",
+    "points_of",
+]

@@ -6,7 +6,7 @@ an activation function). ``problem`` says why no rule can be put there; a compos
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any, cast
 
 import torch
@@ -16,6 +16,8 @@ from transformer_lens.model_bridge.generalized_components.moe import MoEBridge
 from transformer_lens.model_bridge.generalized_components.normalization import NormalizationBridge
 
 Activation = Callable[[Tensor], Tensor]
+LOGITS = "logits"
+"""Stands in for a hook: what the whole model returns."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,7 @@ class Place:
     name: str
     at: str
     problem: str | None = None
+    module: Any = None
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -35,8 +38,6 @@ class Place:
 @dataclass(frozen=True)
 class NormPlace(Place):
     """A LayerNorm or RMSNorm: ``w · centre(x) / s (+ b)``."""
-
-    module: Any = None
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -76,16 +77,54 @@ class MLPPlace(Place):
 
 @dataclass(frozen=True)
 class AttentionPlace(Place):
-    """An attention layer; ``at`` is its pattern hook, ``z`` the output of pattern times values."""
+    """An attention layer; ``at`` is its pattern hook, ``z`` the output of pattern times values, ``scores`` the queries and keys.
+
+    ``open`` says whether what is put at the pattern hook flows on. Where the Bridge leaves the softmax to the wrapped module, the hook
+    only shows the pattern afterwards: then it is held by holding queries and keys, and a rule that needs the softmax itself is refused.
+    """
 
     z: str = ""
+    scores: tuple[str, ...] = ()
+    open: bool = True
+
+
+@dataclass(frozen=True)
+class GatePlace(Place):
+    """A sigmoid gate on what an attention layer computes; ``at`` is the hook of the gate's input."""
+
+
+@dataclass(frozen=True)
+class ClipPlace(Place):
+    """A clamp of queries, keys or values to ``[-limit, limit]``; ``at`` is the hook of what is clamped next."""
+
+    limit: float = 0.0
+
+    @property
+    def activation(self) -> Activation:
+        """The clamp."""
+        return _clamp(self.limit)
+
+
+@dataclass(frozen=True)
+class CapPlace(Place):
+    """A soft cap ``c · tanh(x / c)``: of attention scores, where ``at`` is the hook of the capped scores, or of the logits."""
+
+    cap: float = 0.0
+    final: bool = False
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return ("unembed.hook_out",) if self.final else ()
+
+    @property
+    def activation(self) -> Activation:
+        """The soft cap."""
+        return _soft_cap(self.cap)
 
 
 @dataclass(frozen=True)
 class LinearPlace(Place):
     """A linear map ``x W + b``."""
-
-    module: Any = None
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -99,7 +138,7 @@ class LinearPlace(Place):
 
 
 def _activation(component: Any) -> Activation | None:
-    for name in ("act_fn", "act", "activation_fn", "activation", "activation_func", "nonlinearity"):
+    for name in ("act_fn", "act", "activation_fn", "activation", "activation_func", "nonlinearity", "gelu_impl"):
         found: Any = getattr(component, name, None)
         if callable(found):
             return cast(Activation, found)
@@ -116,7 +155,7 @@ def _norms(bridge: nn.Module) -> Iterator[Place]:
                 yield NormPlace(clean, f"{clean}.hook_out", module=module)
         elif "norm" in type(module).__name__.lower() and id(module) not in wrapped and not _holds_norms(module):
             clean = named.get(id(module), name)
-            yield NormPlace(clean, "", problem=f"{type(module).__name__} is not a norm that the Bridge opens", module=module)
+            yield NormPlace(clean, "", f"{type(module).__name__} is not a norm that the Bridge opens", module)
 
 
 def _holds_norms(module: nn.Module) -> bool:
@@ -140,36 +179,84 @@ def _linears(bridge: nn.Module) -> Iterator[Place]:
             yield LinearPlace(clean, f"{clean}.hook_out", problem=problem, module=module)
 
 
-def _mlp(bridge: Any, layer: int) -> Place | None:
+def _mlp(bridge: Any, layer: int) -> Iterator[Place]:
     block = bridge.blocks[layer]
     mlp = getattr(block, "mlp", None)
     name = f"blocks.{layer}.mlp"
     if mlp is None:
-        return None
+        return
     hooks = bridge.hook_dict
-    if isinstance(mlp, MoEBridge) or f"{name}.hook_post" not in hooks or f"{name}.hook_pre" not in hooks:
-        return MLPPlace(name, f"{name}.hook_post", problem=f"{type(mlp).__name__} has no single activation (a router, or hooks that are missing)")
+    routed = isinstance(mlp, MoEBridge) and not mlp.bound_dense
+    if routed or f"{name}.hook_post" not in hooks or f"{name}.hook_pre" not in hooks:
+        problem = f"{type(mlp).__name__} has no single activation (a router, or hooks that are missing)"
+        yield MLPPlace(name, f"{name}.hook_post", problem, mlp)
+        return
     linear = f"{name}.hook_pre_linear" if f"{name}.hook_pre_linear" in hooks else None
     activation = _activation(mlp.original_component)
     problem = None if activation is not None else f"the activation function of {type(mlp.original_component).__name__} was not found"
-    return MLPPlace(name, f"{name}.hook_post", problem=problem, pre=f"{name}.hook_pre", linear=linear, activation=activation)
+    yield MLPPlace(name, f"{name}.hook_post", problem, mlp, pre=f"{name}.hook_pre", linear=linear, activation=activation)
 
 
-def _attention(bridge: Any, layer: int) -> Place | None:
-    if getattr(bridge.blocks[layer], "attn", None) is None:
-        return None
+def _attention(bridge: Any, layer: int) -> Iterator[Place]:
+    attn = getattr(bridge.blocks[layer], "attn", None)
+    if attn is None:
+        return
     name = f"blocks.{layer}.attn"
-    missing = [hook for hook in ("hook_pattern", "hook_z") if f"{name}.{hook}" not in bridge.hook_dict]
+    hooks = {hook: f"{name}.{hook}" for hook in _ATTENTION_HOOKS if f"{name}.{hook}" in bridge.hook_dict}
+    missing = [hook for hook in ("hook_pattern", "hook_z") if hook not in hooks]
     problem = f"the hooks {missing} are missing" if missing else None
-    return AttentionPlace(name, f"{name}.hook_pattern", problem=problem, z=f"{name}.hook_z")
+    scores = tuple(hooks[hook] for hook in ("hook_q", "hook_k") if hook in hooks)
+    yield AttentionPlace(name, f"{name}.hook_pattern", problem, attn, z=f"{name}.hook_z", scores=scores)
+    for hook in ("hook_q_gate", "hook_gate"):
+        if hook in hooks:
+            yield GatePlace(f"{name}.{hook.removeprefix('hook_')}", hooks[hook], module=attn)
+    original = attn.original_component
+    limit = getattr(attn, "_clip_qkv", None) or getattr(getattr(original, "config", None), "clip_qkv", None)
+    if limit:
+        normed = getattr(attn, "_qk_norm_phase", None) == "pre_reshape"
+        for letter in "qkv":
+            hook = f"hook_{letter}_normed" if normed and letter != "v" else f"hook_{letter}"
+            problem = None if hook in hooks else f"its hook {hook} is missing"
+            yield ClipPlace(f"{name}.clip_{letter}", f"{name}.{hook}", problem, attn, limit=float(limit))
+    cap = getattr(original, "attn_logit_softcapping", None) or getattr(original, "attn_scores_soft_cap", None)
+    if cap and cap > 0:
+        problem = None if "hook_attn_scores" in hooks else "its hook hook_attn_scores is missing"
+        yield CapPlace(f"{name}.softcap", f"{name}.hook_attn_scores", problem, attn, cap=float(cap))
+
+
+_ATTENTION_HOOKS = (
+    *("hook_pattern", "hook_z", "hook_q", "hook_k", "hook_v", "hook_q_normed", "hook_k_normed"),
+    *("hook_attn_scores", "hook_q_gate", "hook_gate"),
+)
+
+
+def final_cap(bridge: Any) -> float | None:
+    """The soft cap of the logits, if the model has one."""
+    config = getattr(getattr(bridge, "original_model", None), "config", None)
+    found = getattr(config, "final_logit_softcapping", None)
+    if found is None:
+        found = getattr(bridge.cfg, "output_logits_soft_cap", None)
+    return float(found) if found is not None and found > 0 else None
 
 
 def find_places(bridge: Any, n_layers: int) -> tuple[Place, ...]:
-    """Every place of a bridged model, norms first, then MLPs, attention and linear maps."""
+    """Every place of a bridged model, norms first, then MLPs, attention, the cap of the logits and linear maps."""
     places: list[Place] = list(_norms(bridge))
     for find in (_mlp, _attention):
-        places += [place for layer in range(n_layers) if (place := find(bridge, layer)) is not None]
+        places += [place for layer in range(n_layers) for place in find(bridge, layer)]
+    if (cap := final_cap(bridge)) is not None:
+        places.append(CapPlace("logits.softcap", LOGITS, cap=cap, final=True))
     return tuple(places + list(_linears(bridge)))
+
+
+@cache
+def _clamp(limit: float) -> Activation:
+    return lambda x: x.clamp(-limit, limit)
+
+
+@cache
+def _soft_cap(cap: float) -> Activation:
+    return lambda x: cap * (x / cap).tanh()
 
 
 @lru_cache(maxsize=64)

@@ -1,10 +1,10 @@
 """The literal engine: one forward pass of the bridged model, with hooks for what the program says.
 
-At every hook the order is rule, edits, capture. Hooks return new tensors and are removed at the end, also after an
-exception. Each must fire exactly once, or the run raises: a hook that stays silent is a wrong result.
+At every hook the order is rule, edits, capture, and then what stands in for the model's next step. Hooks return new tensors and are
+removed at the end, also after an exception. Each must fire exactly once, or the run raises: a hook that stays silent is a wrong result.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from patchlab.adapters import Lens
+from patchlab.adapters import LOGITS, Lens
 from patchlab.engine.program import Program, Result, Target
 from patchlab.errors import InterventionError, MetricError, ModelError
 from patchlab.interventions import Edit, address
@@ -31,6 +31,7 @@ class _Hook:
     gradients: list[Target] = field(default_factory=list)
     keep_raw: list[str] = field(default_factory=list)
     gradient_raw: list[str] = field(default_factory=list)
+    after: list[Callable[[Tensor, Recorded], Tensor]] = field(default_factory=list)
     recorded: bool = False
     fired: int = 0
 
@@ -43,18 +44,23 @@ def run(model: Any, program: Program, *, cache: Any = None) -> Result:
     Raises:
         SiteError: a site that this model lacks.
         InterventionError: an edit that does not fit, or a hook that did not fire once.
-        RuleError: a composite that cannot cover a module.
+        RuleError: a composite that cannot cover a module, or a model with modules that no rule covers.
         ModelError: non-finite logits.
         MetricError: non-finite values, or a metric of the wrong shape.
     """
+    if program.rules is not None:
+        model.check_rules(program.rules)
     edits = model.ambient + program.edits
     for site in [edit.address for edit in edits] + [address(*target) for target in (*program.keep, *program.gradients)]:
         model.arch.check(site)
     plan = _plan(model, program, edits)
+    at_logits = plan.pop(LOGITS, None)
     execution = _Execution(model, program)
     hooks = {name: partial(execution.at_hook, name, hook) for name, hook in plan.items()}
     with torch.set_grad_enabled(bool(program.gradients or program.hook_gradients)), hooked(model.hooks, hooks):
         logits = forward(model, program, cache)
+        if at_logits is not None:
+            logits = execution.at_hook(LOGITS, at_logits, None, None, logits)
         for name, hook in plan.items():
             if hook.fired != 1:
                 raise InterventionError(
@@ -82,7 +88,7 @@ class _Execution:
     """What one forward pass collects, and what it does when a hook fires."""
 
     model: Any
-    program: Program
+    program: Program | None = None
     recorded: Recorded = field(default_factory=dict)
     activations: dict[Target, Tensor] = field(default_factory=dict)
     hooks: dict[str, Tensor] = field(default_factory=dict)
@@ -90,14 +96,14 @@ class _Execution:
     raw_leaves: dict[str, Tensor] = field(default_factory=dict)
 
     def at_hook(self, name: str, hook: _Hook, module: Any, inputs: Any, value: Tensor) -> Tensor:
-        """Rule, edits, capture; returns the tensor that flows on."""
+        """Rule, edits, capture, what stands in for the next step; returns the tensor that flows on."""
         hook.fired += 1
         for rule in hook.rules:
             value = rule(value, self.recorded)
         for edit in hook.edits:
             lens, companion = self._lens(edit.address.kind, edit.address.layer)
             own = lens.read(value, companion)
-            value = lens.write(value, companion, edit.apply(own, self.program.examples, self.program.positions))
+            value = lens.write(value, companion, edit.apply(own, self.program.examples, self.program.positions))  # type: ignore[union-attr]
         if hook.gradients or hook.gradient_raw:
             # a tensor of its own: if the model drops what a hook returns, no gradient may reach it by another way
             value = value.view_as(value) if value.requires_grad else value.detach().requires_grad_()
@@ -109,6 +115,8 @@ class _Execution:
         self.hooks.update((wanted, value.detach().clone()) for wanted in hook.keep_raw)
         if hook.recorded:
             self.recorded[name] = value
+        for rule in hook.after:
+            value = rule(value, self.recorded)
         return value
 
     def _lens(self, kind: str, layer: int | None) -> tuple[Lens, Tensor | None]:
@@ -138,11 +146,7 @@ def _host(plan: dict[str, _Hook], model: Any, kind: str, layer: int | None) -> _
 def _plan(model: Any, program: Program, edits: tuple[Edit, ...]) -> dict[str, _Hook]:
     plan: dict[str, _Hook] = {}
     if program.rules is not None:
-        for attachment in program.rules.attach(model.arch.places):
-            reads = {name: canonical(model, name) for name in attachment.reads}
-            _hook(plan, model, attachment.at).rules.append(partial(_apply_rule, attachment, reads))
-            for name in attachment.reads:
-                _hook(plan, model, name).recorded = True
+        _put_rules(plan, model, program.rules.attach(model.arch.places))
     for edit in edits:
         _host(plan, model, edit.address.kind, edit.address.layer).edits.append(edit)
     for target in program.keep:
@@ -154,6 +158,27 @@ def _plan(model: Any, program: Program, edits: tuple[Edit, ...]) -> dict[str, _H
     for name in program.hook_gradients:
         _hook(plan, model, name).gradient_raw.append(name)
     return plan
+
+
+def _put_rules(plan: dict[str, _Hook], model: Any, attachments: Iterable[Attachment]) -> None:
+    for attachment in attachments:
+        reads = {name: canonical(model, name) for name in attachment.reads}
+        hook = plan.setdefault(LOGITS, _Hook()) if attachment.at == LOGITS else _hook(plan, model, attachment.at)
+        (hook.after if attachment.after else hook.rules).append(partial(_apply_rule, attachment, reads))
+        for name in attachment.reads:
+            _hook(plan, model, name).recorded = True
+
+
+@contextmanager
+def ruled(model: Any, attachments: Iterable[Attachment], leaves: Iterable[str] = ()) -> Iterator[dict[str, Tensor]]:
+    """Rules on a model's hooks for the duration of the block, however it is run; gives the values at ``leaves``, to differentiate by."""
+    plan: dict[str, _Hook] = {}
+    _put_rules(plan, model, attachments)
+    for name in leaves:
+        _hook(plan, model, name).gradient_raw.append(name)
+    execution = _Execution(model)
+    with hooked(model.hooks, {name: partial(execution.at_hook, name, hook) for name, hook in plan.items()}):
+        yield execution.raw_leaves
 
 
 def _apply_rule(attachment: Attachment, reads: dict[str, str], value: Tensor, recorded: Recorded) -> Tensor:

@@ -4,7 +4,7 @@ Half precision rounds so coarsely (a run and the same run in another batch diffe
 can tell right from wrong only by guessing. The weights are exact in float32, so the same comparison on them can be as strict as on a float32 model.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -56,10 +56,10 @@ def _holds(module: nn.Module) -> bool:
 
 def _widen(held: list[tuple[Tensor, Tensor]], module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
     for tensor in {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}.values():
-        if tensor.dtype in HALF:
+        if is_half(tensor):
             held.append((tensor, tensor.data))
             tensor.data = tensor.data.float()
-    return _widened(args), _widened(kwargs)
+    return mapped(args, at_full_precision), mapped(kwargs, at_full_precision)
 
 
 def _restore(held: list[tuple[Tensor, Tensor]], module: nn.Module, inputs: Any, output: Any) -> None:
@@ -68,9 +68,36 @@ def _restore(held: list[tuple[Tensor, Tensor]], module: nn.Module, inputs: Any, 
         tensor.data = data
 
 
-def _widened(value: Any) -> Any:
+@contextmanager
+def widened(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Weights and buffers of half precision in float32 for the duration of the block; afterwards they are the tensors they were before."""
+    kept: dict[int, tuple[Tensor, Tensor]] = {}
+    try:
+        for module in modules:
+            for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+                if id(tensor) not in kept and is_half(tensor):
+                    kept[id(tensor)] = tensor, tensor.data
+                    tensor.data = tensor.data.float()
+        yield
+    finally:
+        for tensor, data in kept.values():
+            tensor.data = data
+
+
+def is_half(tensor: Tensor) -> bool:
+    """Whether a tensor is of half precision."""
+    return tensor.dtype in HALF
+
+
+def at_full_precision(tensor: Tensor) -> Tensor:
+    """A tensor cut off from its graph, in float32 if it is of half precision."""
+    return tensor.detach().float() if is_half(tensor) else tensor.detach()
+
+
+def mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """A structure of plain containers with its tensors replaced."""
     if isinstance(value, Tensor):
-        return value.float() if value.dtype in HALF else value
-    if isinstance(value, (tuple, list)):
-        return type(value)(_widened(part) for part in value)
-    return {name: _widened(part) for name, part in value.items()} if isinstance(value, dict) else value
+        return function(value)
+    if type(value) in (tuple, list):
+        return type(value)(mapped(entry, function) for entry in value)
+    return {key: mapped(entry, function) for key, entry in value.items()} if type(value) is dict else value

@@ -10,15 +10,15 @@ A model in half precision is tested in float32, one block at a time (:mod:`patch
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Int
-from torch import Tensor, nn
+from torch import Tensor
 
-from patchlab.adapters import Architecture, MLPPlace, NormPlace, Place
+from patchlab.adapters import Architecture
 from patchlab.engine.literal import run
+from patchlab.engine.place_tests import checked_places
 from patchlab.engine.precision import in_single_precision
 from patchlab.engine.probes import probe
 from patchlab.engine.program import Program, Result, Target, row_numbers, targets
@@ -73,8 +73,7 @@ def _tested_architecture(model: Any) -> Architecture:
         trial = _Trial(model, replace(arch, absent=absent))
         absent |= _bypassing(trial, tokens)
         _check_stream(model, absent)
-        places = tuple(_tested(trial, place, tokens[:1]) for place in arch.places)
-    return replace(arch, absent=absent, places=places)
+    return replace(arch, absent=absent, places=checked_places(trial, tokens[:1]))
 
 
 def _length(arch: Architecture) -> int:
@@ -292,48 +291,6 @@ def _imbalance(result: Result, arch: Architecture) -> float:
     values = result.activations
     sums = [sum(values[kind, layer] for kind in _SUM[:3]) for layer in range(arch.n_layers)]
     return max(_difference(torch.as_tensor(total), values["resid_post", layer]) for layer, total in enumerate(sums))
-
-
-def _tested(model: Any, place: Place, tokens: Int[Tensor, "row pos"]) -> Place:
-    """The place, with a problem noted if its formula does not give the module's own output."""
-    if place.problem is not None or not isinstance(place, (NormPlace, MLPPlace)):
-        return place
-    seen: dict[str, Tensor] = {}
-    handles = [model.hooks[name].register_forward_hook(partial(_record, seen, name)) for name in (*place.reads, place.at)]
-    try:
-        with torch.no_grad():
-            model.bridge(tokens, return_type="logits", use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    missing = [name for name in (*place.reads, place.at) if name not in seen]
-    if missing:
-        return replace(place, problem=f"the hooks {missing} do not fire")
-    output = seen[place.at]
-    if isinstance(place, NormPlace):
-        x, scale = (seen[name] for name in place.reads)
-        expected = (x - x.mean(-1, keepdim=True) if place.centred else x) / scale
-        weight = getattr(place.module.original_component, "weight", None)
-        # one plus a weight in half precision would be rounded to it
-        expected = expected if weight is None else expected * (weight.double() + float(place.module.uses_weight_offset))
-        bias = getattr(place.module.original_component, "bias", None)
-        expected = expected + bias if isinstance(bias, nn.Parameter) and place.centred else expected
-        what = "its output is not w · x / s"
-    else:
-        f = place.activation
-        if f is None:
-            return place
-        g = seen[place.pre]
-        expected = f(g) if place.linear is None else f(g) * seen[place.linear]
-        what = "its output is not f(g)" + ("" if place.linear is None else " · u")
-        if _difference(f(g[..., :1]), f(g)[..., :1]) > _TOLERANCE:
-            return replace(place, problem="its activation is not elementwise")
-    worst = _difference(expected.to(output.dtype), output)
-    return place if worst <= _TOLERANCE else replace(place, problem=f"{what} (off by {worst:.2g})")
-
-
-def _record(seen: dict[str, Tensor], name: str, module: Any, inputs: Any, output: Tensor) -> None:
-    seen[name] = output
 
 
 def _edits(where: tuple[Target, ...], source: Kept) -> tuple[Edit, ...]:

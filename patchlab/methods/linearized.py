@@ -109,7 +109,7 @@ class LinearizedPatching(Method):
                 f"would score everything zero. "
                 f"Use direction='denoising', integrated gradients, or another metric."
             )
-        self.composite.attach(setting.model.arch.places)
+        setting.model.check_rules(self.composite)
         if setting.edges is None and self.over == "groups":
             raise MethodError("over='groups' averages over the readers of edges; for nodes use over='activations'.")
         if setting.edges is not None:
@@ -265,6 +265,10 @@ class LinearizedPatching(Method):
             notes.append("GradDrop: mean of absolute scores, one layer's backward contribution dropped at a time; the scores are unsigned")
         if self._fixed(setting) and self.composite.pattern is not None:
             notes.append(f"q and k are scored by QK-fix, with the true softmax; the {type(self.composite.pattern).__name__} does not act on them")
+        gaps = setting.model.uncovered(self.composite)
+        if gaps:
+            record["uncovered"] = {gap.module: gap.problem for gap in gaps}
+            notes.append(f"no rule covers {', '.join(gap.module for gap in gaps)}: the plain gradient was kept there (allow_gaps)")
         if setting.edges is not None and self.composite.not_scored:
             record["readers_not_scored"] = self.composite.not_scored
         return {**record, "notes": notes, "unsigned": self.grad_drop}

@@ -1,6 +1,7 @@
 """Backward rules for layer-wise relevance propagation, and composites that say which rule goes where."""
 
-from patchlab.rules.composites import PRESETS, Composite, Coverage, coverage, get_composite
+from patchlab.rules.composites import PRESETS, Composite, get_composite
+from patchlab.rules.coverage import Coverage, SoftCap, Uncovered, coverage
 from patchlab.rules.linear import EpsilonRule, GammaRule
 from patchlab.rules.nonlinear import AHRule, ConstantGateRule, HalfRule, IdentityRule, LNRule, TemperatureRule, UniformRule
 from patchlab.rules.rule import ActivationRule, LinearRule, NormRule, PatternRule, ProductRule, graft, scale_gradient
@@ -21,7 +22,9 @@ __all__ = [
     "NormRule",
     "PatternRule",
     "ProductRule",
+    "SoftCap",
     "TemperatureRule",
+    "Uncovered",
     "UniformRule",
     "coverage",
     "get_composite",
