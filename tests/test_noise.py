@@ -89,7 +89,7 @@ def test_second_differences_of_float32_have_the_floor_of_their_step(monkeypatch:
     assert got.noise is not None
     assert 0.02 < np.median(ratios) < 1
     assert (ratios > 1).mean() < 0.3
-    assert float(got.noise["z"].max()) > 1e3 * float(np.max(scores_of(get_method("atp"), model_of("gpt2"), task, "z").noise["z"]))  # type: ignore[index]
+    assert float(got.noise["z"].max()) > 20 * float(np.max(scores_of(get_method("atp"), model_of("gpt2"), task, "z").noise["z"]))  # type: ignore[index]
 
 
 def test_resolution_of_a_difference_of_logits() -> None:
