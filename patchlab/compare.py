@@ -58,7 +58,8 @@ class Comparison:
 
     Args:
         table: one row per method, site and set of cells (``cells`` = ``all`` or ``live``, the latter without structural
-            zeros): ``n_cells``, ``k``, and for each statistic ``x`` its value, ``x_lo`` and ``x_hi`` (95 % percentile
+            zeros): ``n_cells``, ``k``, ``below_noise`` (live cells whose mean effect is below its noise floor, here or in the reference; NaN
+            where a map has none), and for each statistic ``x`` its value, ``x_lo`` and ``x_hi`` (95 % percentile
             bootstrap over examples). The Pearson correlation has three forms: ``pearson`` of example-mean maps;
             ``pearson_per_prompt``, the arithmetic mean over prompts of the correlation of a prompt's raw effects, over the cells that are
             live for that prompt (quartiles over prompts in ``_q25``, ``_q50``, ``_q75``; ``_undefined`` counts the prompts left out since
@@ -238,7 +239,8 @@ def compare(reference: ScoreMap, methods: Mapping[str, ScoreMap], *, n_boot: int
                 stable = _reliability(part.exact, halves)
             about = {"site": site, "cells": cells}
             size = {"n_cells": part.exact.shape[1], "k": k}
-            rows += [{"method": name, **about, **size, **one.statistics()} for name, one in draws.items()]
+            below = {name: _below_noise(reference, methods[name], site) for name in draws}
+            rows += [{"method": name, **about, **size, "below_noise": below[name], **one.statistics()} for name, one in draws.items()]
             differences += [{**about, **one} for one in _differences(draws, unsigned, weights)]
             reliability.append({**about, "n_cells": part.exact.shape[1], **stable})
         exact, maps = part.exact, part.maps
@@ -367,6 +369,13 @@ def _differences(draws: Mapping[str, _Draws], unsigned: Set[str], weights: Float
         yield row | {"pearson_per_prompt_undefined": int(np.isnan(apart).sum())}
 
 
+def _below_noise(reference: ScoreMap, other: ScoreMap, site: str) -> float:
+    """Live cells whose mean effect is below its noise floor in one map or the other; NaN where one has no floor."""
+    if any(bool(np.isnan(scores.noise_floor(site)).all()) for scores in (reference, other)):
+        return math.nan
+    return float((reference.below_noise(site) | other.below_noise(site)).sum())
+
+
 def _verified(exact: Float[np.ndarray, "example cell"], screen: Float[np.ndarray, "example cell"]) -> dict[str, float | int]:
     """What it costs to find the top cells of the mean map in the screen's order."""
     cells = exact.shape[1]
@@ -413,6 +422,12 @@ def _notes(reference: ScoreMap, name_of_reference: str, methods: Mapping[str, Sc
     signed = [name for name, scores in methods.items() if not scores.provenance.get("unsigned")]
     if signed and len(signed) < len(methods):
         notes.append("Unsigned methods are held against something else than signed ones, so the two have no paired differences.")
+    for name, scores in methods.items():
+        counts = {site: _below_noise(reference, scores, site) for site in reference.sites if site in scores.sites}
+        some = [f"{int(count)} of {int(reference.live[site].sum())} at {site}" for site, count in counts.items() if count > 0]
+        if some:
+            dtypes = " and ".join(sorted({str(one.provenance.get("dtype", "?")) for one in (reference, scores)}))
+            notes.append(f"{name}: the mean effect of live cells, here or in the reference, is below the noise floor of {dtypes}: {', '.join(some)}.")
     if reference.patterns is None and not all(bool(mask.all()) for mask in reference.live.values()):
         notes.append("The reference does not say which cells can matter for which prompt: those that can for any count for all.")
     if n == 1:

@@ -165,6 +165,28 @@ def position_coords(labels: PositionLabels | None, examples: np.ndarray, sizes: 
     return coords
 
 
+def spread(data: xr.Dataset, values: Mapping[str, np.ndarray] | None, order: np.ndarray) -> xr.Dataset | None:
+    """Errors of the effects of a map: an array per site with the dims of its effects, or ``example`` alone where the cells share it.
+
+    Raises:
+        ScoreError: other sites or shapes, or negative values.
+    """
+    if values is None:
+        return None
+    if set(values) != set(data.data_vars):
+        raise ScoreError(f"noise and standard errors must be of the sites that are scored, {sorted(map(str, data.data_vars))}; got {sorted(values)}.")
+    variables = {}
+    for name, found in values.items():
+        dims = data[name].dims if found.ndim > 1 else ("example",)
+        if found.shape != tuple(data.sizes[dim] for dim in dims) or bool((found < 0).any()):
+            raise ScoreError(
+                f"the noise or standard error of {name} must be [example] or of the shape {list(data[name].shape)}, and nowhere below 0; "
+                f"got the shape {list(found.shape)}."
+            )
+        variables[name] = (dims, found[order].astype(np.float32), {"units": data[name].attrs.get("units", "")})
+    return frozen(xr.Dataset(variables, coords={"example": data["example"]}))
+
+
 def frozen(dataset: xr.Dataset) -> xr.Dataset:
     """The same dataset on arrays of its own that cannot be written to, text as fixed-width strings."""
     parts = {}

@@ -30,11 +30,13 @@ from patchlab.score_arrays import (
     label_of,
     plain,
     position_coords,
+    spread,
 )
 from patchlab.sites import POSITION_AXES, Site, parse_site
 
 FORMAT = 2
 _ATTRIBUTE = "patchlab_scoremap"
+_BESIDE = ("patterns", "noise", "standard_error")
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,9 @@ class ScoreMap:
         cost: what it cost.
         patterns: bool, the same variables with the axis ``pattern`` instead of ``example``, and ``pattern_of(example)``: which cells can
             matter for which example (:meth:`live_per_example`); None in maps that do not know.
+        noise: the rounding error to be expected of each effect in the model's dtype, in metric units, the same variables with the dims of
+            ``data``, or ``example`` alone where all cells share it (:mod:`patchlab.methods.noise` says how it is found). NaN where it is unknown.
+        standard_error: of effects that were estimated with random probes, in metric units, dims as ``data``; None for other methods.
 
     Example:
         >>> relp = pl.RelevancePatching().run(model, task, ["resid_pre", "z"])  # doctest: +SKIP
@@ -105,6 +110,8 @@ class ScoreMap:
     provenance: dict[str, Any]
     cost: Cost
     patterns: xr.Dataset | None = None
+    noise: xr.Dataset | None = None
+    standard_error: xr.Dataset | None = None
 
     @staticmethod
     def build(
@@ -118,6 +125,8 @@ class ScoreMap:
         provenance: Mapping[str, Any],
         cost: Cost,
         patterns: Patterns | None = None,
+        noise: Mapping[str, np.ndarray] | None = None,
+        standard_error: Mapping[str, np.ndarray] | None = None,
     ) -> "ScoreMap":
         """Check the arrays of a method's result and name their axes.
 
@@ -131,6 +140,8 @@ class ScoreMap:
             provenance: see the class.
             cost: see the class.
             patterns: which cells can matter for which example, where that differs between examples.
+            noise: per site ``[example, *axes]`` or ``[example]``; see the class.
+            standard_error: per site ``[example, *axes]``; see the class.
 
         Raises:
             ScoreError: shapes that do not fit together, values that are not finite in a scored site, a site that is NaN
@@ -159,7 +170,8 @@ class ScoreMap:
         check_patterns(patterns, live, len(index))
         rows = {name: (("pattern", *masks[name][0]), cells.astype(bool)) for name, cells in patterns.cells.items()}
         of = xr.Dataset(rows, coords={"example": coords["example"], "pattern_of": ("example", patterns.of[order].astype(np.int64))})
-        return ScoreMap(frozen(data), frozen(xr.Dataset(masks, coords=bare)), record, cost, frozen(of))
+        errors = [spread(data, found, order) for found in (noise, standard_error)]
+        return ScoreMap(frozen(data), frozen(xr.Dataset(masks, coords=bare)), record, cost, frozen(of), *errors)
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -214,6 +226,34 @@ class ScoreMap:
             ScoreError: the map has no such site.
         """
         return self.data[self.site_name(site)].astype(np.float64).mean("example", skipna=False, keep_attrs=True)
+
+    def noise_floor(self, site: str | Site) -> xr.DataArray:
+        """The rounding error to be expected of each mean effect, dims = the site's axes, in metric units; NaN where it is unknown.
+
+        Errors of examples are taken as independent: √Σ noise² / n.
+
+        Raises:
+            ScoreError: the map has no such site.
+        """
+        return self._of_mean(self.noise, site)
+
+    def error_of_mean(self, site: str | Site) -> xr.DataArray:
+        """The standard error of each mean effect over random probes (not over examples), as :meth:`noise_floor`.
+
+        NaN where it is unknown, also throughout for methods without probes.
+        """
+        return self._of_mean(self.standard_error, site)
+
+    def below_noise(self, site: str | Site) -> xr.DataArray:
+        """The live cells whose mean effect is smaller than its noise floor, bool, dims = the site's axes."""
+        return (abs(self.mean(site)) < self.noise_floor(site)) & self.live[self.site_name(site)]
+
+    def _of_mean(self, errors: xr.Dataset | None, site: str | Site) -> xr.DataArray:
+        name = self.site_name(site)
+        if errors is None:
+            return xr.full_like(self.mean(name), np.nan)
+        squares = np.square(errors[name].astype(np.float64)).sum("example", skipna=False)
+        return (np.sqrt(squares) / self.data.sizes["example"]).broadcast_like(self.live[name]).transpose(*self.live[name].dims)
 
     def site_name(self, site: str | Site) -> str:
         """The name of a site in this map, however it was written.
@@ -292,19 +332,19 @@ class ScoreMap:
         return table.reindex(columns=[*table.columns.drop(["effect", "live"]), "effect", "live"])
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
-        """Write one netCDF file (the effects, ``live`` as a group, the rest as JSON), whole or not at all.
+        """Write one netCDF file (the effects; ``live``, ``patterns`` and errors as groups; the rest as JSON), whole or not at all.
 
         Raises:
             OutputError: the file exists and ``overwrite`` is False, or it cannot be written there.
         """
-        about = {"format": FORMAT, "provenance": self.provenance, "cost": asdict(self.cost), "patterns": self.patterns is not None}
-        record = json.dumps(about)
+        beside = {name: part for name in _BESIDE if (part := getattr(self, name)) is not None}
+        record = json.dumps({"format": FORMAT, "provenance": self.provenance, "cost": asdict(self.cost), "beside": list(beside)})
         with writing(path, overwrite=overwrite) as temporary:
             encoding = {name: {"_FillValue": None} for name, part in self.data.variables.items() if part.dtype.kind == "f"}
             self.data.assign_attrs({_ATTRIBUTE: record}).to_netcdf(temporary, engine="h5netcdf", encoding=encoding)
-            self.live.to_netcdf(temporary, engine="h5netcdf", group="live", mode="a")
-            if self.patterns is not None:
-                self.patterns.to_netcdf(temporary, engine="h5netcdf", group="patterns", mode="a")
+            for name, part in {"live": self.live, **beside}.items():
+                fill = {variable: {"_FillValue": None} for variable, one in part.variables.items() if one.dtype.kind == "f"}
+                part.to_netcdf(temporary, engine="h5netcdf", group=name, mode="a", encoding=fill)
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> "ScoreMap":
@@ -318,14 +358,15 @@ class ScoreMap:
         try:
             data, live = (xr.load_dataset(path, engine="h5netcdf", group=group) for group in (None, "live"))
             record = json.loads(data.attrs.pop(_ATTRIBUTE))
-            patterns = xr.load_dataset(path, engine="h5netcdf", group="patterns") if record.get("patterns") else None
+            groups = [name for name in record.get("beside", ()) if name in _BESIDE]
+            beside = {name: frozen(xr.load_dataset(path, engine="h5netcdf", group=name)) for name in groups}
         except KeyError as error:
             raise ScoreError(f"{path} is not a patchlab score map: {error} is missing. Give a .nc file that ScoreMap.save wrote.") from error
         except (OSError, ValueError, RuntimeError) as error:
             raise ScoreError(f"cannot read the score map {path}: {error}. It is damaged or not a score map; compute it again.") from error
         if record["format"] > FORMAT:
             raise ScoreError(f"{path} has the format {record['format']} and this patchlab reads up to {FORMAT}. Update patchlab.")
-        return ScoreMap(frozen(data), frozen(live), record["provenance"], Cost(**record["cost"]), None if patterns is None else frozen(patterns))
+        return ScoreMap(frozen(data), frozen(live), record["provenance"], Cost(**record["cost"]), **beside)
 
     def __repr__(self) -> str:
         about, skipped = self.provenance, self.not_scored
@@ -336,7 +377,18 @@ class ScoreMap:
         head = ", ".join(str(about.get(key, "?")) for key in ("method", "direction", "metric"))
         check = about.get("self_check")
         sums = f"; edges add up to node scores within {max(check['mismatch']) / max(*check['largest_node_score'], 1e-300):.0e}" if check else ""
-        return f"ScoreMap({head}, {self.subject}) {' '.join(sites)}{sums}; {self.cost}"
+        return f"ScoreMap({head}, {self.subject}) {' '.join(sites)}{sums}{self._doubts()}; {self.cost}"
+
+    def _doubts(self) -> str:
+        """How many cells are below the noise floor, and how many of a second-order map were patched."""
+        known = {site: self.noise_floor(site).to_numpy() for site in self.sites if site not in self.not_scored}
+        below = sum(int(self.below_noise(site).sum()) for site in known)
+        cells = sum(int((self.live[site].to_numpy() & np.isfinite(floor)).sum()) for site, floor in known.items())
+        text = f"; {below} of {cells} cells below the noise floor of {self.provenance.get('dtype', '?')}" if below else ""
+        for site, counts in self.provenance.get("patched_exactly", {}).items():
+            live = int(self.live[site].sum()) * self.data.sizes["example"]
+            text += f"; {site}: {sum(counts)} of {live} terms patched exactly, where probes would cost more" if sum(counts) else ""
+        return text
 
 
 def _counted(number: int, noun: str) -> str:

@@ -38,6 +38,7 @@ def make_map(
     corrupted: np.ndarray | None = None,
     cost: Cost = COST,
     patterns: Patterns | None = None,
+    noise: Mapping[str, np.ndarray] | None = None,
     **changes: Any,
 ) -> ScoreMap:
     """A map of these effects; every cell is live and the gap is 2 logits unless something else is asked for."""
@@ -53,6 +54,7 @@ def make_map(
         provenance=provenance(**changes),
         cost=cost,
         patterns=patterns,
+        noise=noise,
     )
 
 

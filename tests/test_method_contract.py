@@ -10,6 +10,7 @@ from families import mixed_task, model_of, swap_task
 
 import patchlab as pl
 from patchlab.methods import LinearizedPatching, Method, get_method
+from patchlab.methods.runs import Scored
 from patchlab.models import Model
 from patchlab.testing import check_method, linear_toy, toy_task
 
@@ -106,15 +107,17 @@ class Broken(LinearizedPatching):
     def name(self) -> str:
         return "broken"
 
-    def score(self, setting: Any, runs: Any, meter: Any, notes: Any) -> dict[str, np.ndarray]:
-        scores = super().score(setting, runs, meter, notes)
+    def score(self, setting: Any, runs: Any, meter: Any, notes: Any) -> Scored:
+        found = super().score(setting, runs, meter, notes)
+        scores = found.effects
         bridge = setting.model.bridge
         if self.what == "batch":
-            return {name: values - values.mean(0) for name, values in scores.items()}
+            return replace(found, effects={name: values - values.mean(0) for name, values in scores.items()})
         if self.what == "order":
-            return {name: values * np.arange(1, 1 + len(values)).reshape(-1, *[1] * (values.ndim - 1)) for name, values in scores.items()}
+            turned = {name: values * np.arange(1, 1 + len(values)).reshape(-1, *[1] * (values.ndim - 1)) for name, values in scores.items()}
+            return replace(found, effects=turned)
         if self.what == "zeros":
-            return {name: values + 1 for name, values in scores.items()}
+            return replace(found, effects={name: values + 1 for name, values in scores.items()})
         if self.what == "parameters":
             next(bridge.parameters()).data.flatten()[0] += 1
         if self.what == "hooks":
@@ -125,7 +128,7 @@ class Broken(LinearizedPatching):
             torch.set_grad_enabled(False)
         if self.what == "random":
             torch.rand(1)
-        return scores
+        return found
 
     def run(self, model: Any, task: Any, sites: Any, **options: Any) -> Any:
         if self.what == "exception":

@@ -307,7 +307,7 @@ def test_a_file_from_before_patterns_loads_without_them(tmp_path, monkeypatch):
     random_map("z").save(tmp_path / "a.nc")
     with h5py.File(tmp_path / "a.nc", "r+") as file:
         record = json.loads(file.attrs["patchlab_scoremap"])
-        del record["patterns"], file["patterns"]
+        del record["beside"], file["patterns"]
         file.attrs["patchlab_scoremap"] = json.dumps({**record, "format": 1})
     again = ScoreMap.load(tmp_path / "a.nc")
     assert again.patterns is None

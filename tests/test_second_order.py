@@ -13,6 +13,7 @@ from torch import Tensor
 import patchlab as pl
 from patchlab.errors import MethodError, ScoreError
 from patchlab.methods import SecondOrder
+from patchlab.methods.second_order import _worth_more
 from patchlab.reliability import unreliable
 from patchlab.sites import KINDS, parse_site
 from patchlab.tasks.base import Task
@@ -55,7 +56,7 @@ def _agree(got: np.ndarray, expected: np.ndarray, rtol: float) -> None:
 @pytest.mark.parametrize("name", ["resid_pre[layer]", "attn_out[layer]", "z[layer]", "q[layer]", "k[layer]", "mlp_post[layer]"])
 def test_a_layer_of_one_cell_is_exact(name: str) -> None:
     task = swap_task(n=2)
-    scores = scores_of(SecondOrder(), model_of("gpt2", torch.float64), task, name)
+    scores = scores_of(SecondOrder(probes=1), model_of("gpt2", torch.float64), task, name)
     _agree(scores.data[name].to_numpy(), literal(task, name), 1e-3)
 
 
@@ -63,7 +64,7 @@ def test_signs_cancel_what_cells_do_together() -> None:
     """Two cells differ here, so a probe gives diagonal ± cross term; halfway between the two is the diagonal."""
     task, name = swap_task(n=2, length=3, changed=(1,)), "resid_pre"
     model = model_of("gpt2", torch.float64)
-    seeds = np.stack([scores_of(SecondOrder(seed=seed), model, task, name).data[name].to_numpy() for seed in range(10)])
+    seeds = np.stack([scores_of(SecondOrder(probes=1, seed=seed), model, task, name).data[name].to_numpy() for seed in range(10)])
     diagonal = literal(task, name)
     _agree((seeds.max(0) + seeds.min(0)) / 2, diagonal, 1e-3)
     assert np.abs(seeds - diagonal).max() > 0.05 * np.abs(diagonal).max()
@@ -71,10 +72,104 @@ def test_signs_cancel_what_cells_do_together() -> None:
     assert np.abs(several - diagonal).max() < 0.6 * np.abs(seeds - diagonal).max()
 
 
+CONTRACT = ("input", "resid_pre", "z", "k[layer,pos,kv_head]", "mlp_post")
+
+
 @pytest.mark.parametrize("source", ["paired", "zero", "mean"])
 def test_it_keeps_the_contract(source: str) -> None:
-    sites = ("input", "resid_pre", "z", "k[layer,pos,kv_head]", "mlp_post")
-    check_method(SecondOrder(probes=2, source=source), model_of("gpt2", torch.float64, layers=2), swap_task(), sites)
+    check_method(SecondOrder(probes=2, source=source), model_of("gpt2", torch.float64, layers=2), swap_task(), CONTRACT)
+
+
+@pytest.mark.parametrize("source", ["paired", "mean"])
+def test_it_keeps_the_contract_with_a_tolerance(source: str, probing: None) -> None:
+    check_method(SecondOrder(tolerance=0.5, source=source), model_of("gpt2", torch.float64, layers=2), swap_task(), CONTRACT)
+
+
+@pytest.fixture
+def probing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let probes cost next to nothing, as among thousands of cells."""
+    monkeypatch.setattr("patchlab.methods.second_order.PROBE", 1e-3)
+
+
+def test_standard_errors_are_those_of_the_probes() -> None:
+    """Over seeds the means of 12 probes spread by what the probes of each seed say of it."""
+    task, name, model = swap_task(n=2, length=6, changed=(1, 2, 4)), "z[layer,pos,head]", model_of("gpt2", torch.float64, layers=2)
+    maps = [scores_of(SecondOrder(probes=12, seed=seed), model, task, name) for seed in range(8)]
+    values, errors = (np.stack([part(one)[name].to_numpy() for one in maps]) for part in (lambda one: one.data, lambda one: one.standard_error))
+    random = errors.min(0) > 0
+    assert random.sum() > 20
+    ratio = values.var(0, ddof=1)[random] / np.square(errors).mean(0)[random]
+    assert 0.7 < ratio.mean() < 1.4
+    mean = np.sqrt(np.square(errors[0]).sum(0)) / 2
+    np.testing.assert_allclose(maps[0].error_of_mean(name), mean, rtol=1e-6)
+
+
+def test_one_probe_has_no_standard_error_unless_one_cell_differs() -> None:
+    model, task = model_of("gpt2", torch.float64, layers=2), swap_task(n=2, changed=(2,))
+    assert np.isnan(scores_of(SecondOrder(probes=1), model, task, "z").standard_error["z"]).all()
+    # at the residual stream before the first block only one position differs
+    errors = scores_of(SecondOrder(probes=1), model, task, "resid_pre").standard_error["resid_pre"]
+    assert (errors[:, 0] == 0).all()
+    assert np.isnan(errors[:, 1]).all()
+
+
+@pytest.mark.parametrize("direction", ["denoising", "noising"])
+def test_every_cell_is_within_the_tolerance_or_patched(direction: str, probing: None) -> None:
+    task, name, model = swap_task(n=3, length=6, changed=(1, 2, 4)), "z[layer,pos,head]", model_of("gpt2", torch.float64, layers=2)
+    second = scores_of(SecondOrder(tolerance=0.3), model, task, name, direction)
+    exact, atp = (
+        scores_of(method, model, task, name, direction).data[name].to_numpy() for method in (pl.ActivationPatching(), pl.AttributionPatching())
+    )
+    value, error = second.data[name].to_numpy(), second.standard_error[name].to_numpy()
+    probed = error > 0
+    assert probed.sum() > 10
+    assert (error <= 1.0001 * 0.3 * np.sqrt(3) * np.maximum(np.abs(value), np.abs(atp)))[probed].all()
+    patched = np.isclose(value, exact - atp, rtol=1e-6, atol=1e-12 * np.abs(exact).max()) & (atp != 0) & ~probed
+    assert int(patched.sum()) == sum(second.provenance["patched_exactly"][name])
+    assert (patched | probed | (value == 0)).all()
+    counts = np.array(second.provenance["probes"][name])
+    assert counts.shape == (3, 2)
+    assert counts.min() >= 8
+    assert set(np.log2(counts).ravel() % 1) == {0}
+    smaller = scores_of(SecondOrder(tolerance=0.1), model, task, name, direction)
+    terms, errors = np.maximum(np.abs(smaller.data[name].to_numpy()), np.abs(atp)), smaller.standard_error[name].to_numpy()
+    assert (errors <= 1.0001 * 0.1 * np.sqrt(3) * terms)[errors > 0].all()
+    assert np.sum(smaller.provenance["probes"][name]) > counts.sum()
+
+
+def test_few_cells_are_patched_and_not_probed() -> None:
+    model, task = model_of("gpt2", torch.float64), swap_task(n=2)
+    second = scores_of(SecondOrder(), model, task, ["z", "input"])
+    exact, atp = (scores_of(method, model, task, ["z", "input"]) for method in (pl.ActivationPatching(), pl.AttributionPatching()))
+    for name in ("z", "input"):
+        np.testing.assert_allclose(second.data[name], exact.data[name] - atp.data[name], rtol=1e-6, atol=1e-9)
+        assert not second.standard_error[name].any()
+        assert np.array(second.provenance["probes"][name]).max() == 0
+    total = 2 * int(second.live["z"].sum())
+    assert f"z: {sum(second.provenance['patched_exactly']['z'])} of {total} terms patched exactly, where probes would cost more" in repr(second)
+
+
+def test_it_costs_at_most_a_tenth_more_than_exact_patching(demo_gpt2_4l: Any) -> None:
+    """With the backward pass of a probe as two forward passes; among a layer's neurons most are known from probes."""
+    task = pl.load_task("ioi", demo_gpt2_4l, n=2)
+    tokens = sum(len(one) for one in task.pairs)
+    for name in ("z[layer,pos,head]", "mlp_post[layer,pos,neuron]"):
+        second, exact = (scores_of(method, demo_gpt2_4l, task, name) for method in (SecondOrder(), pl.ActivationPatching()))
+        price = second.cost.positions + 2 * tokens / len(task.batches()) * second.cost.backwards
+        assert price <= 1.15 * exact.cost.positions + 8 * tokens, name
+    counts = np.array(second.provenance["probes"][name])
+    assert counts.max() >= 8
+    assert sum(second.provenance["patched_exactly"][name]) < int((second.data[name] != 0).sum())
+
+
+def test_when_to_go_on_probing() -> None:
+    price = np.full(1000, 0.5)
+    assert _worth_more(np.full(1000, 1.9), price, 8, 500.0)  # two doublings, 72 passes, for 500
+    assert not _worth_more(np.full(1000, 30.0), price, 8, 500.0)  # ten doublings would cost 24,552
+    assert not _worth_more(np.full(1000, np.inf), price, 8, 500.0)  # no probe will do
+    assert not _worth_more(np.array([]), np.array([]), 8, 500.0)  # all cells are known
+    assert not _worth_more(np.full(1000, 1.9), price, 16, 500.0)  # 96 passes more and then perhaps all cells all the same
+    assert _worth_more(np.full(900, 1.9), np.full(900, 0.5), 16, 500.0)
 
 
 def test_positions_by_name() -> None:
@@ -82,7 +177,7 @@ def test_positions_by_name() -> None:
     task, name = mixed_task(), "attn_out"
     pairs = tuple(replace(one, positions={key: one.positions[key] for key in ("END", "A")}) for one in task.pairs)
     named, model = Task("named", pairs, task.metric), model_of("gpt2", torch.float64)
-    maps = [scores_of(SecondOrder(seed=seed), model, named, name).data for seed in range(10)]
+    maps = [scores_of(SecondOrder(probes=1, seed=seed), model, named, name).data for seed in range(10)]
     values = np.stack([found[name].to_numpy() for found in maps])
     names = maps[0]["position"].to_numpy().tolist()
     assert sorted(names) == ["A", "END"]
@@ -100,7 +195,7 @@ def test_flagged_cells_are_the_worse_ones(demo_gpt2_4l: Any) -> None:
     """On a trained model the first-order scores of flagged cells are off by several times more than the others'."""
     task, sites = pl.load_task("ioi", demo_gpt2_4l, n=8), ["z", "attn_out", "mlp_out", "v"]
     exact, atp, second = (
-        scores_of(method, demo_gpt2_4l, task, sites) for method in (pl.ActivationPatching(), pl.AttributionPatching(), SecondOrder())
+        scores_of(method, demo_gpt2_4l, task, sites) for method in (pl.ActivationPatching(), pl.AttributionPatching(), SecondOrder(probes=16))
     )
     flags = unreliable(atp, second)
     errors: dict[bool, list[float]] = {True: [], False: []}
@@ -116,12 +211,14 @@ def test_flagged_cells_are_the_worse_ones(demo_gpt2_4l: Any) -> None:
 
 def test_unreliable_compares_means_over_live_cells() -> None:
     model, task = model_of("gpt2"), swap_task()
-    atp, second = (scores_of(method, model, task, ["z", "resid_pre"]) for method in (pl.AttributionPatching(), SecondOrder()))
+    atp, second = (scores_of(method, model, task, ["z", "resid_pre"]) for method in (pl.AttributionPatching(), SecondOrder(probes=4)))
     for fraction in (0.1, 1.0):
         flags = unreliable(atp, second, fraction)
         for site in ("z", "resid_pre"):
             one, two = (np.abs(scores.data[site].to_numpy().mean(0)) for scores in (atp, second))
-            np.testing.assert_array_equal(flags[site], (two > fraction * one) & atp.live[site].to_numpy())
+            error = np.sqrt(np.square(second.standard_error[site].to_numpy()).sum(0)) / len(task)
+            np.testing.assert_array_equal(flags[site], (two + 2 * error > fraction * one) & atp.live[site].to_numpy())
+            assert (unreliable(atp, scores_of(SecondOrder(probes=1), model, task, ["z", "resid_pre"]), 1e9)["z"] == atp.live["z"]).all(), "unknown"
     assert flags["resid_pre"].dims == ("layer", "pos")
 
 
@@ -132,6 +229,9 @@ def test_refusals() -> None:
     half = model_of("gpt2", torch.bfloat16)
     with pytest.raises(MethodError, match="needs a model in float32 or float64.*bfloat16"):
         scores_of(SecondOrder(), half, task, "z")
+    for tolerance in (0.0, 1.0, float("nan")):
+        with pytest.raises(MethodError, match=f"tolerance is {tolerance}; it must be above 0 and below 1"):
+            SecondOrder(tolerance=tolerance)
     atp, second = (scores_of(method, model, task, "z") for method in (pl.AttributionPatching(), SecondOrder()))
     with pytest.raises(MethodError, match="second-order terms are of nodes, and edges are edges; ask for z and mlp_out"):
         SecondOrder().run(model_of("gpt2", torch.float32), swap_task(n=2), "edges", progress=False)

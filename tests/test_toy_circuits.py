@@ -1,6 +1,6 @@
 """The hand-made circuits: does every edge that the construction calls true matter, and no other one?"""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from patchlab.circuits import evaluate
 from patchlab.graph import Graph
 from patchlab.methods import LinearizedPatching, get_method
-from patchlab.methods.runs import Meter, Runs, Setting
+from patchlab.methods.runs import Meter, Runs, Scored, Setting
 from patchlab.testing import TOY_CIRCUITS, ToyCircuit, auc_table, check_method, induction_toy, lookup_toy
 
 SATURATED = 24.0
@@ -299,8 +299,9 @@ def test_edges_keep_the_contract_of_methods(method: str, site: str) -> None:
 class FillsGaps(LinearizedPatching):
     """Gives the readers that its rules cut off a score."""
 
-    def score(self, setting: Setting, runs: Runs, meter: Meter, notes: dict[str, Any]) -> dict[str, np.ndarray]:
-        return {name: np.nan_to_num(values) for name, values in super().score(setting, runs, meter, notes).items()}
+    def score(self, setting: Setting, runs: Runs, meter: Meter, notes: dict[str, Any]) -> Scored:
+        found = super().score(setting, runs, meter, notes)
+        return replace(found, effects={name: np.nan_to_num(values) for name, values in found.effects.items()})
 
 
 def test_the_contract_notices_scores_of_readers_that_are_not_scored() -> None:

@@ -22,7 +22,7 @@ from patchlab.errors import MethodError, unknown
 from patchlab.methods.checkpoint import Finished, Work, batch_rows, described, joined, keeping
 from patchlab.methods.identity import identify
 from patchlab.methods.liveness import cell_shape, live_cells, live_patterns, pattern_cells
-from patchlab.methods.runs import DIRECTIONS, SOURCES, Meter, Runs, Setting, check_metric, mean_source, unpatched
+from patchlab.methods.runs import DIRECTIONS, SOURCES, Meter, Runs, Scored, Setting, check_metric, mean_source, unpatched
 from patchlab.metrics import METRICS
 from patchlab.models import Model
 from patchlab.score_arrays import Patterns
@@ -60,8 +60,8 @@ class Method(ABC):
         """Memory for the activations of one batch, in bytes."""
 
     @abstractmethod
-    def score(self, setting: Setting, runs: Runs, meter: Meter, notes: dict[str, Any]) -> dict[str, np.ndarray]:
-        """Effects per site, ``[batch, *axes]``, of one batch. ``notes[name][group]`` is a list to add one value per example to."""
+    def score(self, setting: Setting, runs: Runs, meter: Meter, notes: dict[str, Any]) -> Scored:
+        """What is found on one batch. ``notes[name][group]`` is a list to add one value per example to."""
 
     def not_scored(self, setting: Setting) -> dict[str, str]:
         """Sites that this method cannot score, with the reason."""
@@ -203,21 +203,26 @@ class Method(ABC):
                 if not trusted and len(batch) > 1:  # a batch of one shows nothing
                     check_metric(setting, runs, meter)
                     trusted = True
-                scores = self.score(setting, runs, meter, notes)
+                scored = _with_noise(setting, runs, self.score(setting, runs, meter, notes))
                 clean, corrupted = (value.double().cpu().numpy() for value in (runs.clean, runs.corrupted))
-                work.add(Finished(scores, clean, corrupted, notes))
+                work.add(Finished(scored, clean, corrupted, notes))
         skipped = self.not_scored(setting)
         forwards, backwards, positions, seconds = work.spent()
         parts = work.batches
-        scores = {name: np.concatenate([part.scores[name] for part in parts]) for name in map(str, setting.sites)}
+        effects, noise, errors = (
+            {site: np.concatenate([found[site] for found in of_batches]) for site in map(str, setting.sites) if site in of_batches[0]}
+            for of_batches in ([getattr(one.scored, part.name) for one in parts] for part in fields(Scored))
+        )
         clean, corrupted = (np.concatenate([getattr(part, side) for part in parts]) for side in ("clean", "corrupted"))
         examples = torch.cat([batch.examples for batch in batches]).cpu().numpy()
         order = np.argsort(examples).tolist()  # as the map orders its rows
         notes = {name: {group: [values[i] for i in order] for group, values in groups.items()} for name, groups in joined(parts).items()}
         return ScoreMap.build(
-            scores,
+            effects,
             setting.live,
             patterns=self._patterns(setting, examples),
+            noise=noise,
+            standard_error=errors or None,
             task_axis=setting.axis,
             examples=examples,
             metric_clean=clean,
@@ -272,6 +277,12 @@ class Method(ABC):
             **({} if setting.edges is None else {"graph": model.arch.graph.as_dict()}),
             "notes": [f"{len(ambient)} surrounding edits; no cell is taken as a structural zero"] if ambient else [],
         }
+
+
+def _with_noise(setting: Setting, runs: Runs, scored: Scored) -> Scored:
+    """A difference of two metrics is as uncertain as both, where the method does not know better."""
+    two = np.sqrt(2) * runs.rounding.metric
+    return replace(scored, noise={str(site): scored.noise.get(str(site), two) for site in setting.sites})
 
 
 def free_bytes(device: torch.device) -> int:

@@ -6,7 +6,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,10 @@ import numpy as np
 from jaxtyping import Float
 
 from patchlab.errors import MethodError, PatchlabError
-from patchlab.methods.runs import Meter
+from patchlab.methods.runs import Meter, Scored
 from patchlab.output import writing
 
-FORMAT = 1
+FORMAT = 2
 SECONDS = 5.0
 """A checkpoint is written at most so often, and never for more than a twentieth of the time."""
 KEPT = 4
@@ -26,9 +26,9 @@ KEPT = 4
 
 @dataclass(frozen=True)
 class Finished:
-    """What one batch gave: effects per site, the metric of its clean and corrupted runs, and the method's notes."""
+    """What one batch gave: effects, noise and errors per site, the metric of its clean and corrupted runs, and the method's notes."""
 
-    scores: dict[str, np.ndarray]
+    scored: Scored
     clean: Float[np.ndarray, " batch"]
     corrupted: Float[np.ndarray, " batch"]
     notes: dict[str, Any]
@@ -95,7 +95,12 @@ class Work:
             return
         began = time.perf_counter()
         number, cells = self.cells
-        arrays = {f"{i}/score/{name}": values for i, one in enumerate(self.batches) for name, values in one.scores.items()}
+        arrays = {
+            f"{i}/{part.name}/{name}": values
+            for i, one in enumerate(self.batches)
+            for part in fields(Scored)
+            for name, values in getattr(one.scored, part.name).items()
+        }
         arrays |= {f"{i}/{side}": getattr(one, side) for i, one in enumerate(self.batches) for side in ("clean", "corrupted")}
         arrays |= {"cells": np.array(list(cells), dtype=np.int64), "effects": np.array(list(cells.values()), dtype=np.float64)}
         about = {
@@ -225,9 +230,13 @@ def _read(path: Path) -> Work:
             raise ValueError(f"format {about['patchlab_checkpoint']}")
         batches = []
         for i, notes in enumerate(about["notes"]):
-            prefix = f"{i}/score/"
-            scores = {name.removeprefix(prefix): values for name, values in arrays.items() if name.startswith(prefix)}
-            batches.append(Finished(scores, arrays[f"{i}/clean"], arrays[f"{i}/corrupted"], notes))
+            found: dict[str, dict[str, np.ndarray]] = {part.name: {} for part in fields(Scored)}
+            for key, values in arrays.items():
+                number, _, rest = key.partition("/")
+                part, _, name = rest.partition("/")
+                if number == str(i) and part in found:
+                    found[part][name] = values
+            batches.append(Finished(Scored(**found), arrays[f"{i}/clean"], arrays[f"{i}/corrupted"], notes))
         cells = dict(zip(arrays["cells"].tolist(), arrays["effects"], strict=True))
         forwards, backwards, positions, seconds = about["spent"]
         spent = (forwards, backwards, positions, float(seconds))

@@ -14,6 +14,7 @@ from torch import Tensor
 from patchlab.adapters import Place
 from patchlab.engine import Target
 from patchlab.interventions import Edit, address
+from patchlab.methods.noise import product_variance
 from patchlab.methods.runs import Meter, Runs, Setting, program, reduced
 from patchlab.rules import Composite, scale_gradient
 from patchlab.rules.composites import Attachment, Recorded
@@ -120,18 +121,29 @@ def qk_product(
     return product.sum((2, 3)).unflatten(1, (n_kv_heads, -1)).sum(-1)
 
 
-def qk_scores(setting: Setting, runs: Runs, meter: Meter, gradients: list[dict[int, Tensor]]) -> dict[str, list[Float[np.ndarray, "batch *cells"]]]:
-    """Scores of the q and k sites, one array per set of gradients at the patterns (``layer`` to ``[batch, head, dest, src]``)."""
-    sites = {str(site): site for site in setting.sites if site.kind in ("q", "k")}
-    found = {name: [np.zeros((len(runs.batch), *setting.live[name].shape)) for _ in gradients] for name in sites}
+def qk_scores(setting: Setting, runs: Runs, meter: Meter, gradients: list[dict[int, Tensor]]) -> dict[str, list[tuple[np.ndarray, np.ndarray]]]:
+    """Scores of the q and k sites and their noise floors, ``[batch, *cells]`` for each set of gradients at the patterns (``layer`` to
+    ``[batch, head, dest, src]``).
+    """
+    sites, copies = {str(site): site for site in setting.sites if site.kind in ("q", "k")}, setting.model.arch.n_kv_heads
+    found = {name: [tuple(np.zeros((2, len(runs.batch), *setting.live[name].shape))) for _ in gradients] for name in sites}
     for kind, names, cell, changes in pattern_changes(setting, runs, meter):
         for number, gradient in enumerate(gradients):
-            products = [qk_product(kind, change, gradient[layer], setting.model.arch.n_kv_heads) for layer, change in changes.items()]
+            products = [qk_product(kind, change, gradient[layer], copies) for layer, change in changes.items()]
+            off = [_variance(runs.baseline.activations["pattern", layer], change, gradient[layer]) for layer, change in changes.items()]
+            off = [qk_product(kind, one, torch.ones_like(one), copies) for one in off]
+            where = (slice(None), slice(None)) if cell is None else (slice(None), slice(None), cell)
             for name in names:
-                per_layer = [_reduced(setting, runs, sites[name], product) for product in products]
-                values = torch.stack(per_layer, 1).double().cpu().numpy()
-                found[name][number][(slice(None), slice(None)) if cell is None else (slice(None), slice(None), cell)] = values
+                values, variance = (
+                    torch.stack([_reduced(setting, runs, sites[name], one) for one in part], 1).double().cpu().numpy() for part in (products, off)
+                )
+                found[name][number][0][where] = values
+                found[name][number][1][where] = runs.rounding.of_products(variance, values)
     return found
+
+
+def _variance(own: Float[Tensor, "batch head dest src"], change: Tensor, gradient: Tensor) -> Float[Tensor, "batch head dest src"]:
+    return product_variance(change.to(torch.promote_types(change.dtype, torch.float32)), own, gradient, vectors=False)
 
 
 def _reduced(setting: Setting, runs: Runs, site: Site, product: Float[Tensor, "batch *site"]) -> Float[Tensor, "batch *cells"]:

@@ -57,7 +57,7 @@ def edge_bytes(setting: Setting, rows: int, length: int) -> int:
     writers, readers = setting.model.arch.graph.allowed.shape
     cells = writers * readers * (1 if setting.edges is None else length ** (len(setting.edges.axes) - 2))
     one = _writer_bytes(setting, 1, length)
-    return rows * cells * (8 + 4) + 3 * max(one, min(rows * one, _chunk_bytes(setting)))
+    return 2 * rows * cells * (8 + 4) + 3 * max(one, min(rows * one, _chunk_bytes(setting)))
 
 
 class EdgeScores:
@@ -77,6 +77,7 @@ class EdgeScores:
         shape = (n, *self.graph.allowed.shape, *[length] * len(self.axes))
         kind = torch.float64 if setting.model.dtype == torch.float64 else torch.float32
         self.total = torch.zeros(shape, dtype=kind, device=runs.baseline_tokens.device)
+        self.variance = torch.zeros_like(self.total)
         self.nodes = self.total.new_zeros(n, len(self.graph.writers))
 
     def add(self, point: Result, weight: float, group: Target | None = None) -> None:
@@ -89,25 +90,30 @@ class EdgeScores:
         step = max(1, int(_chunk_bytes(self.setting) // _writer_bytes(self.setting, 1, self.span)))
         for first in range(0, n, step):
             chunk = slice(first, first + step)
-            scores = self.total.new_zeros(self.total[chunk].shape)
+            scores, off = self.total.new_zeros(2, *self.total[chunk].shape).unbind(0)
             written = self._written(point, chunk)
+            sizes = self._sizes(written, chunk).unsqueeze(-1)
             for readers, before, coefficients in self._readers(point, chunk):
                 low, high = rows.start or 0, before if rows.stop is None else min(rows.stop, before)
                 if low < high:
-                    self._contract(scores[:, low:high, readers], written[:, low:high], coefficients, readers)
+                    self._contract(scores[:, low:high, readers], written[:, low:high], coefficients)
+                    slopes = coefficients.to(written.dtype).square().sum(-1, keepdim=True)
+                    self._contract(off[:, low:high, readers], sizes[:, low:high], slopes)
             self.total[chunk] += weight * scores
-            del scores, written
+            self.variance[chunk] += weight * off / written.shape[-1]
+            del scores, off, written
         self._add_nodes(point, weight, rows)
 
-    def result(self) -> Float[np.ndarray, "batch writer reader *positions"]:
-        """The scores; NaN for readers that the rules cut off."""
-        values = self.total
-        for dim in range(3, values.ndim):
-            values = at_positions(self.setting, self.runs, values, dim)
-        values = values.double().cpu().numpy()
-        cut = np.isin(self.graph.reader_kind, list(self.composite.not_scored))
-        values[:, :, cut] = np.nan
-        return values
+    def result(self) -> tuple[Float[np.ndarray, "batch writer reader *positions"], Float[np.ndarray, "batch writer reader *positions"]]:
+        """The scores and their noise floors; NaN for readers that the rules cut off."""
+        found = []
+        for values in (self.total, self.variance):
+            for dim in range(3, values.ndim):
+                values = at_positions(self.setting, self.runs, values, dim)
+            found.append(values.double().cpu().numpy())
+            found[-1][:, :, np.isin(self.graph.reader_kind, list(self.composite.not_scored))] = np.nan
+        scores, variance = found
+        return scores, self.runs.rounding.of_products(variance, scores)
 
     def mismatch(self) -> tuple[float, float]:
         """Largest |Σ of a writer's edges − its node score|, and the largest |node score| to hold it against."""
@@ -129,6 +135,25 @@ class EdgeScores:
             if self.graph.mlps:
                 written[:, where.stop - 1] = self.differences["mlp_out", layer][chunk]
         return written
+
+    def _sizes(self, written: Float[Tensor, "batch writer pos d_model"], chunk: slice) -> Float[Tensor, "batch writer pos"]:
+        """Squared lengths of what every writer writes in both runs and of their difference, which rounding is a share of.
+
+        Of a head they are taken at z, with the gain that the difference has from there to the residual stream.
+        """
+        change = written.square().sum(-1)
+        shares = torch.zeros_like(change)
+        for (kind, layer), difference in self.differences.items():
+            own = self.runs.baseline.activations[kind, layer][chunk, -self.span :].to(difference.dtype)
+            moved = difference[chunk].square().sum(-1)
+            lengths = (own.square() + (own + difference[chunk]).square()).sum(-1)
+            share = torch.where(moved > 0, lengths / torch.where(moved > 0, moved, 1.0), 0.0)
+            where = self.graph.writer_slice(layer)
+            if kind == "z":
+                shares[:, where.start : where.start + self.graph.n_heads] = share.transpose(1, 2)
+            else:
+                shares[:, where.stop - 1] = share
+        return change * (1 + shares)
 
     def _readers(self, point: Result, chunk: slice) -> Iterator[tuple[slice, int, Tensor]]:
         """Readers, the number of writers before them, and their coefficients ``[batch, pos, reader, d_model]`` (or with dest first)."""
@@ -156,7 +181,7 @@ class EdgeScores:
         back = [self._through(part.before, point, chunk, one) for one in (stream.unbind(1) if split else [stream])]
         return torch.stack(back, 1) if split else back[0]
 
-    def _contract(self, into: Tensor, written: Tensor, coefficients: Tensor, readers: slice) -> None:
+    def _contract(self, into: Tensor, written: Tensor, coefficients: Tensor) -> None:
         coefficients = coefficients.to(written.dtype)
         if not self.axes:
             into.copy_(written.flatten(2) @ coefficients.transpose(1, 2).flatten(2).mT)

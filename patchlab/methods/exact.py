@@ -13,7 +13,7 @@ from patchlab.errors import MethodError, unknown
 from patchlab.interventions import Edit, Kept
 from patchlab.methods.base import Method
 from patchlab.methods.exact_edges import check_edges, edge_bytes, frozen_norms, score_edges
-from patchlab.methods.runs import Meter, Runs, Setting, activation_bytes, first_difference, itemsize, program, required, token_bytes
+from patchlab.methods.runs import Meter, Runs, Scored, Setting, activation_bytes, first_difference, itemsize, program, required, token_bytes
 from patchlab.sites import Position, Site
 
 
@@ -68,16 +68,16 @@ class ActivationPatching(Method):
             + rows * length * token_bytes(setting, length)
         )
 
-    def score(self, setting: Setting, runs: Runs, meter: Meter, notes: dict[str, Any]) -> dict[str, np.ndarray]:
+    def score(self, setting: Setting, runs: Runs, meter: Meter, notes: dict[str, Any]) -> Scored:
         if setting.edges is not None:
-            return {str(setting.edges): score_edges(setting, runs, meter, engine=self.engine)}
+            return Scored({str(setting.edges): score_edges(setting, runs, meter, engine=self.engine)})
         scores = {str(site): np.zeros((len(runs.batch), *setting.live[str(site)].shape)) for site in setting.sites}
         cells = [(str(site), index, where) for site in setting.sites for index, where in addresses(setting, site, setting.live[str(site)])]
         edits = [(Edit(where, runs.source),) for _, _, where in cells]
         effects = patched(setting, runs, meter, edits, engine=self.engine, finished=meter.cells)
         for (name, index, _), effect in zip(cells, effects, strict=True):
             scores[name][(slice(None), *index)] = effect
-        return scores
+        return Scored(scores)
 
     def _provenance(self, setting: Setting, skipped: dict[str, str]) -> dict[str, Any]:
         return {**super()._provenance(setting, skipped), **frozen_norms(setting)}

@@ -21,8 +21,9 @@ from patchlab.interventions import Blend, Edit, Own, address
 from patchlab.methods.base import Method
 from patchlab.methods.corrections import drop_term, dropping, every_layer, qk_forwards, qk_scores
 from patchlab.methods.edges import EdgeScores, check_sums, edge_bytes, edge_options
+from patchlab.methods.noise import product_variance
 from patchlab.methods.quadrature import points_and_weights
-from patchlab.methods.runs import Meter, Runs, Setting, activation_bytes, itemsize, program, reduced
+from patchlab.methods.runs import Meter, Runs, Scored, Setting, activation_bytes, itemsize, program, reduced
 from patchlab.rules import Composite, get_composite
 from patchlab.sites import KINDS, Site, parse_site
 
@@ -165,17 +166,18 @@ class LinearizedPatching(Method):
             return {"keep": keep, "gradients": self._differentiated(setting), "rules": self._rules(setting, None)}
         return {"keep": keep}
 
-    def score(self, setting: Setting, runs: Runs, meter: Meter, notes: dict[str, Any]) -> dict[str, np.ndarray]:
+    def score(self, setting: Setting, runs: Runs, meter: Meter, notes: dict[str, Any]) -> Scored:
         if setting.edges is not None:
-            return {str(setting.edges): self._edge_scores(setting, runs, meter, notes)}
+            return self._edge_scores(setting, runs, meter, notes)
         n_layers, skipped = setting.model.arch.n_layers, self.not_scored(setting)
         fixed = {str(site) for site in setting.sites if (site.kind, 0) in self._fixed(setting)}
         drops = list(range(n_layers)) if self.grad_drop else [None]
         patterns: list[dict[int, Tensor]] = []
         differences = {target: self._difference(runs, target) for target in self._linear(setting)}
-        scores = {
-            str(site): np.full((len(runs.batch), *setting.live[str(site)].shape), np.nan if str(site) in skipped else 0.0) for site in setting.sites
-        }
+        scores, noise = (
+            {str(site): np.full((len(runs.batch), *setting.live[str(site)].shape), np.nan if str(site) in skipped else 0.0) for site in setting.sites}
+            for _ in range(2)
+        )
         for drop in drops:
             coefficients = self._coefficients(setting, runs, meter, drop)
             if not self.grad_drop:
@@ -185,13 +187,16 @@ class LinearizedPatching(Method):
                 patterns.append({layer: coefficients["pattern", layer] * share for layer in range(n_layers)})
             for site in setting.sites:
                 if str(site) not in skipped and str(site) not in fixed:
-                    scores[str(site)] += self._term(site, self._linear_scores(setting, runs, site, differences, coefficients), drop, n_layers)
+                    found, off = self._linear_scores(setting, runs, site, differences, coefficients)
+                    scores[str(site)] += self._term(site, found, drop, n_layers)
+                    noise[str(site)] += self._term(site, off, drop, n_layers)
         for name, parts in qk_scores(setting, runs, meter, patterns).items() if fixed else ():
-            for drop, part in zip(drops, parts, strict=True):
-                scores[name] += self._term(parse_site(name), part, drop, n_layers)
-        return scores
+            for drop, (found, off) in zip(drops, parts, strict=True):
+                scores[name] += self._term(parse_site(name), found, drop, n_layers)
+                noise[name] += self._term(parse_site(name), off, drop, n_layers)
+        return Scored(scores, noise)
 
-    def _edge_scores(self, setting: Setting, runs: Runs, meter: Meter, notes: dict[str, Any]) -> np.ndarray:
+    def _edge_scores(self, setting: Setting, runs: Runs, meter: Meter, notes: dict[str, Any]) -> Scored:
         scores = EdgeScores(setting, runs, self.composite, {target: self._difference(runs, target) for target in setting.targets})
         for point, weight, group in self._edge_points(setting, runs, meter):
             scores.add(point, weight, group)
@@ -199,7 +204,8 @@ class LinearizedPatching(Method):
         notes.setdefault("self_check", {}).setdefault("mismatch", []).extend([off] * len(runs.batch))
         notes["self_check"].setdefault("largest_node_score", []).extend([scale] * len(runs.batch))
         check_sums(setting, off, scale)
-        return scores.result()
+        found, noise = scores.result()
+        return Scored({str(setting.edges): found}, {str(setting.edges): noise})
 
     def _edge_points(self, setting: Setting, runs: Runs, meter: Meter) -> Iterator[tuple[Result, float, Target | None]]:
         """Runs at the points of the path, their weights, and the group of writers that they are for (None: all)."""
@@ -235,10 +241,18 @@ class LinearizedPatching(Method):
 
     def _linear_scores(
         self, setting: Setting, runs: Runs, site: Site, differences: dict[Target, Tensor], coefficients: dict[Target, Tensor]
-    ) -> Float[np.ndarray, "batch *cells"]:
+    ) -> tuple[Float[np.ndarray, "batch *cells"], Float[np.ndarray, "batch *cells"]]:
+        """Scores, and their noise floors."""
         layers = [None] if "layer" not in KINDS[site.kind].axes else list(range(setting.model.arch.n_layers))
-        per_layer = [_cells(setting, runs, site, differences[site.kind, layer], coefficients[site.kind, layer]) for layer in layers]
-        return (per_layer[0] if layers == [None] else torch.stack(per_layer, 1)).double().cpu().numpy()
+        scores, variances = [], []
+        for key in ((site.kind, layer) for layer in layers):
+            difference, coefficient, vectors = differences[key], coefficients[key], KINDS[site.kind].width is not None
+            product = difference * coefficient.to(difference.dtype)
+            scores.append(reduced(setting, runs, site, product.sum(-1) if vectors else product))
+            variance = product_variance(difference, runs.baseline.activations[key], coefficient, vectors=vectors)
+            variances.append(reduced(setting, runs, site, variance))
+        found, off = ((part[0] if layers == [None] else torch.stack(part, 1)).double().cpu().numpy() for part in (scores, variances))
+        return found, runs.rounding.of_products(off, found)
 
     @staticmethod
     def _term(site: Site, scores: Float[np.ndarray, "batch *cells"], drop: int | None, n_layers: int) -> Float[np.ndarray, "batch *cells"]:
@@ -316,15 +330,6 @@ class LinearizedPatching(Method):
             scores = (differences[group] * coefficients[group]).flatten(1).sum(1)
             gaps = (scores - (end - runs.baseline_values)).double().cpu().tolist()
             notes.setdefault(name, {}).setdefault(str(address(*group)), []).extend(gaps)
-
-
-def _cells(setting: Setting, runs: Runs, site: Site, difference: Float[Tensor, "batch *site"], coefficient: Float[Tensor, "batch *site"]) -> Tensor:
-    """Difference × coefficient of one layer, summed over the vector axis and over the axes that are taken jointly."""
-    kind = KINDS[site.kind]
-    product = difference * coefficient.to(difference.dtype)
-    if kind.width is not None:
-        product = product.sum(-1)
-    return reduced(setting, runs, site, product)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

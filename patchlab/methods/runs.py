@@ -1,7 +1,7 @@
 """The unpatched runs that every method starts from, and where the patched-in values come from."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -13,6 +13,7 @@ from patchlab.engine import Baseline, Program, Result, Target, empty_cache, run,
 from patchlab.engine.program import targets
 from patchlab.errors import MethodError
 from patchlab.interventions import Average, Kept, Source, Zero
+from patchlab.methods.noise import Rounding, rounding
 from patchlab.metrics import Answers
 from patchlab.models import Model
 from patchlab.sites import KINDS, POSITION_AXES, Site
@@ -55,7 +56,7 @@ class Setting:
 class Runs:
     """The unpatched runs of one batch, with the source run's activations at the sites.
 
-    ``base`` is what a sweep resumes from, where the baseline run left it.
+    ``base`` is what a sweep resumes from, where the baseline run left it. ``rounding`` is what the dtype makes of the metric.
     """
 
     batch: Batch
@@ -66,12 +67,26 @@ class Runs:
     source: Source
     positions: dict[str, Int[Tensor, " batch"]]
     baseline: Result
+    rounding: Rounding
     base: Baseline | None = None
 
     @property
     def baseline_values(self) -> Tensor:
         """The metric before patching."""
         return self.baseline.values if self.baseline.values is not None else self.clean
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What a method found on one batch, per site ``[batch, *axes]`` in metric units.
+
+    ``noise`` is the rounding error to be expected of each effect where the method knows more about it than the resolution of the metric
+    (see :mod:`patchlab.methods.noise`); ``standard_error`` that of effects estimated with random probes, NaN where it is unknown.
+    """
+
+    effects: dict[str, np.ndarray]
+    noise: dict[str, np.ndarray] = field(default_factory=dict)
+    standard_error: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 class Meter:
@@ -134,13 +149,42 @@ def unpatched(
         if clean.values is None:
             clean = replace(clean, values=setting.task.metric(required(clean.logits), answers))
     extra = baseline if denoising else kept
-    corrupted = meter.run(setting.model, _program(setting, batch, batch.corrupted, extra, metric=setting.task.metric, answers=answers))
+    scored = {"metric": setting.task.metric, "answers": answers, "logits": setting.task.metric.reads}
+    corrupted = meter.run(setting.model, _program(setting, batch, batch.corrupted, extra, **scored))
     base, other = (corrupted, clean) if denoising else (clean, corrupted)
     patched_in: Source = Kept(other.activations, batch.examples)
     if source != "paired":
         patched_in = Zero() if source == "zero" else required(setting.mean)
     tokens = batch.corrupted if denoising else batch.clean
-    return Runs(batch, answers, tokens, required(clean.values), required(corrupted.values), patched_in, named_positions(setting, batch), base)
+    off = _rounding(setting, answers, clean, corrupted)
+    positions, base = named_positions(setting, batch), replace(base, logits=None)
+    return Runs(batch, answers, tokens, required(clean.values), required(corrupted.values), patched_in, positions, base, off)
+
+
+def _rounding(setting: Setting, answers: Answers, clean: Result, corrupted: Result) -> Rounding:
+    model, metric, denoising = setting.model, setting.task.metric, setting.direction == "denoising"
+    ends = required(clean.logits), required(corrupted.logits)
+    return rounding(metric, answers, *ends, dtype=model.dtype, n_layers=model.arch.n_layers, denoising=denoising)
+
+
+def of_rows(runs: Runs, rows: Int[np.ndarray, " row"]) -> Runs:
+    """The runs of some examples of a batch; of the baseline only the metric."""
+    index = torch.as_tensor(rows, device=runs.baseline_tokens.device)
+    batch, answers = runs.batch, runs.answers.rows(index)
+    some = Batch(batch.examples[index], batch.clean[index], batch.corrupted[index], answers)
+    positions = {name: at[index] for name, at in runs.positions.items()}
+    baseline = Result(some.examples, values=runs.baseline_values[index])
+    return Runs(
+        some,
+        answers,
+        runs.baseline_tokens[index],
+        runs.clean[index],
+        runs.corrupted[index],
+        runs.source,
+        positions,
+        baseline,
+        runs.rounding.rows(rows),
+    )
 
 
 def first_difference(batch: Batch) -> int:
@@ -158,26 +202,27 @@ def _resumed(setting: Setting, batch: Batch, meter: Meter, *, at: tuple[Target, 
         answers = replace(answers, clean_logits=source.logits)
         source = replace(source, values=metric(required(source.logits), answers))
     else:
-        source = meter.run(setting.model, _program(setting, batch, others, keep, metric=metric, answers=answers), cache=cache)
-    rest = _program(setting, batch, tokens, baseline, metric=metric, answers=answers)
+        source = meter.run(setting.model, _program(setting, batch, others, keep, metric=metric, answers=answers, logits="answer"), cache=cache)
+    rest = _program(setting, batch, tokens, baseline, metric=metric, answers=answers, logits="answer")
     base, resumed = run_rest(setting.model, rest, cache, start, source.activations)
     clean, corrupted = (source, meter.count(base)) if denoising else (meter.count(base), source)
     patched_in = Kept(source.activations, batch.examples)
-    positions = named_positions(setting, batch)
-    return Runs(batch, answers, tokens, required(clean.values), required(corrupted.values), patched_in, positions, base, resumed)
+    positions, off = named_positions(setting, batch), _rounding(setting, answers, clean, corrupted)
+    base = replace(base, logits=None)
+    return Runs(batch, answers, tokens, required(clean.values), required(corrupted.values), patched_in, positions, base, off, resumed)
 
 
 def _run_clean(setting: Setting, batch: Batch, meter: Meter, extra: Mapping[str, Any]) -> Result:
     metric = setting.task.metric
     if metric.needs_clean:
-        reads = "answer" if metric.reads == "answer" else "all"
+        reads = metric.reads
         if not extra.get("gradients"):
             return meter.run(setting.model, _program(setting, batch, batch.clean, extra, logits=reads))
         # a gradient at the clean run itself: the reference has to be there first
         reference = meter.run(setting.model, _program(setting, batch, batch.clean, {}, logits=reads)).logits
         answers = replace(batch.answers, clean_logits=reference)
         return meter.run(setting.model, _program(setting, batch, batch.clean, extra, metric=metric, answers=answers, logits=reads))
-    return meter.run(setting.model, _program(setting, batch, batch.clean, extra, metric=metric, answers=batch.answers))
+    return meter.run(setting.model, _program(setting, batch, batch.clean, extra, metric=metric, answers=batch.answers, logits=metric.reads))
 
 
 def _program(setting: Setting, batch: Batch, tokens: Int[Tensor, "batch pos"], extra: Mapping[str, Any], **options: Any) -> Program:
@@ -220,8 +265,7 @@ def mean_source(setting: Setting, batches: list[Batch], meter: Meter, *, at: tup
 
 def check_metric(setting: Setting, runs: Runs, meter: Meter) -> None:
     """Check a user's metric for independence between examples, on the baseline run of one batch."""
-    reads = "answer" if setting.task.metric.reads == "answer" else "all"
-    logits = meter.run(setting.model, replace(program(setting, runs), metric=None, answers=None, logits=reads)).logits
+    logits = meter.run(setting.model, replace(program(setting, runs), metric=None, answers=None, logits=setting.task.metric.reads)).logits
     setting.task.metric.check_independent(required(logits), runs.answers)
 
 

@@ -1,23 +1,32 @@
 """The second-order term of each cell's effect: what linearised patching leaves out first."""
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from patchlab.engine import Target
+from patchlab.engine import Target, support
 from patchlab.errors import MethodError
-from patchlab.interventions import Edit, Source, address
+from patchlab.interventions import Edit, Kept, Source, address
 from patchlab.methods.base import Method
-from patchlab.methods.runs import Meter, Runs, Setting, activation_bytes, itemsize, program, reduced
+from patchlab.methods.exact import addresses, patched
+from patchlab.methods.noise import product_variance
+from patchlab.methods.runs import Meter, Runs, Scored, Setting, activation_bytes, first_difference, itemsize, of_rows, program, reduced
 from patchlab.sites import KINDS, POSITION_AXES, Site
 
 STEPS = {torch.float32: 1e-2, torch.float64: 1e-4}
 """Share of the way to the source at which the second gradient is taken, per dtype of the model."""
+PILOT = 8
+"""Fewer probes say too little about their own spread."""
+PROBE = 3.0
+"""What a probe costs in forward passes over a whole prompt: a forward pass, and a backward pass as two (as in verified patching)."""
+ALLOWANCE = 0.1
+"""Probes and patches together may exceed the price of exact patching by so much of it: what a pilot costs where it shows that probes will not do."""
 
 
 @dataclass(frozen=True)
@@ -26,14 +35,26 @@ class SecondOrder(Method):
 
     H is the Hessian of the metric in one layer's site at the baseline. One Hessian-vector product per layer and probe, along
     ``u = Σ_c s_c δ_c`` with a random sign per cell and example, gives ``½ s_c δ_c · Hu`` for all cells of the layer at once:
-    exact where a layer has one cell, elsewhere unbiased over the signs, since the cross terms between cells average out. (Without
-    signs they would all be counted.) The product is a difference of two gradients, at the baseline and a small step along u.
+    exact where only one cell of a layer differs, elsewhere unbiased over the signs, since the cross terms between cells average out.
+    (Without signs they would all be counted.) A cell's variance over probes is ``¼ Σ_d (δ_cᵀHδ_d)²`` over the other cells d, which can be
+    many times the square of its own term; the spread of the probes shows it, as ``standard_error`` of the result.
+    The product is a difference of two gradients, at the baseline and a small step along u.
+
+    Each example's probes of a layer are doubled, from 8 on, until the standard error of a cell's mean over examples is at most ``tolerance``
+    times what it is held against: the larger of its first- and its second-order term. (Every example gets there by itself, at √n times the
+    tolerance for n examples, so that nothing depends on the batches.) Cells that would take more probes than patching them costs are
+    patched: their value is then the whole remainder, effect − first-order score, without error, and the result says how many they
+    are. Where exact patching of a layer costs less than ten pilots of 8 probes, nothing is probed. So the cost is at most 1.1 times that of
+    exact patching, in forward passes over a whole prompt, where a probe counts 3.
+
     Source: arXiv 2606.09899 for the term, whose size over that of the first-order score ``|δᵀHδ| / (2 |∇m·δ|)`` tells how reliable the
     latter is (:func:`patchlab.reliability.unreliable`). There every component has a Hessian-vector product of its own, along its own δ;
-    sharing one among the cells of a layer is ours (signs: Hutchinson 1989), and so is the difference in place of a second derivative.
+    sharing one among the cells of a layer is ours (signs: Hutchinson 1989), as are the stopping rule and the difference in place of a second
+    derivative.
 
     Args:
-        probes: sign patterns to average over.
+        tolerance: largest standard error, as a share of the larger of the first- and second-order term.
+        probes: this many sign patterns for every layer and example instead, and no patches; one has no standard error.
         seed: of the signs.
         source: what is patched in; see :class:`patchlab.methods.Method`.
 
@@ -41,17 +62,20 @@ class SecondOrder(Method):
         >>> doubtful = patchlab.reliability.unreliable(atp, SecondOrder().run(model, task, "z"))  # doctest: +SKIP
     """
 
-    probes: int = 1
+    tolerance: float = 0.1
+    probes: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.probes < 1:
-            raise MethodError(f"probes is {self.probes}; at least 1 sign pattern is needed.")
+        if self.probes is not None and self.probes < 1:
+            raise MethodError(f"probes is {self.probes}; at least 1 sign pattern is needed, or None for as many as the tolerance takes.")
+        if not 0 < self.tolerance < 1:
+            raise MethodError(f"tolerance is {self.tolerance}; it must be above 0 and below 1 (0.1: a standard error of 10 %).")
 
     @property
     def name(self) -> str:
-        return "second-order" if self.probes == 1 else f"second-order:{self.probes}"
+        return "second-order" if self.probes is None else f"second-order:{self.probes}"
 
     def check(self, setting: Setting) -> None:
         if setting.edges is not None:
@@ -63,7 +87,7 @@ class SecondOrder(Method):
             )
 
     def forwards(self, setting: Setting) -> int:
-        return 2 + self.probes * sum(len(_layers(setting, site)) for site in setting.sites)
+        return 2 + (self.probes or PILOT) * sum(len(_layers(setting, site)) for site in setting.sites)
 
     def predicted_bytes(self, setting: Setting, rows: int, length: int) -> int:
         arch = setting.model.arch
@@ -79,25 +103,64 @@ class SecondOrder(Method):
     def baseline_options(self, setting: Setting) -> dict[str, Any]:
         return {"keep": setting.targets, "gradients": setting.targets}
 
-    def score(self, setting: Setting, runs: Runs, meter: Meter, notes: dict[str, Any]) -> dict[str, np.ndarray]:
-        scores = {}
+    def score(self, setting: Setting, runs: Runs, meter: Meter, notes: dict[str, Any]) -> Scored:
+        found = {}
         for site in setting.sites:
-            per_layer = [self._of_layer(setting, runs, meter, site, (site.kind, layer)) for layer in _layers(setting, site)]
-            found = per_layer[0] if KINDS[site.kind].axes[0] != "layer" else torch.stack(per_layer, 1)
-            scores[str(site)] = found.double().cpu().numpy()
-        return scores
+            layers = [self._of_layer(setting, runs, meter, site, layer) for layer in _layers(setting, site)]
+            found[str(site)] = layers[0] if "layer" not in KINDS[site.kind].axes else _Terms.stacked(layers)
+            notes.setdefault("probes", {})[str(site)] = np.stack([one.count for one in layers], 1).tolist()
+        self._patch(setting, runs, meter, found)
+        for name, terms in found.items():
+            notes.setdefault("patched_exactly", {})[name] = terms.left.reshape(len(runs.batch), -1).sum(1).tolist()
+        value, noise, error = ({name: getattr(one, part) for name, one in found.items()} for part in ("value", "noise", "error"))
+        return Scored(value, noise, error)
 
-    def _of_layer(self, setting: Setting, runs: Runs, meter: Meter, site: Site, target: Target) -> Float[Tensor, "batch *cells"]:
-        own, gradient, step = runs.baseline.activations[target], runs.baseline.gradients[target], STEPS[setting.model.dtype]
+    def _of_layer(self, setting: Setting, runs: Runs, meter: Meter, site: Site, layer: int | None) -> "_Terms":
+        """The terms of one layer, from as many probes as each example takes."""
+        own, gradient, target = runs.baseline.activations[site.kind, layer], runs.baseline.gradients[site.kind, layer], (site.kind, layer)
         difference = runs.source.values(address(*target), own, runs.batch.examples).to(own) - own
-        total = torch.zeros((), device=own.device)
-        for probe in range(self.probes):
-            signs = self._signs(setting, runs, site, target, own, probe)
-            nudge = Edit(address(*target), _Nudge(runs.source, signs, step))
-            moved = meter.run(setting.model, program(setting, runs, edits=(nudge,), gradients=(target,))).gradients[target]
-            product = signs * difference * (moved - gradient) / (2 * step)
-            total = total + reduced(setting, runs, site, product if KINDS[site.kind].width is None else product.sum(-1))
-        return total / self.probes
+        first, differs = _cells(setting, runs, site, difference * gradient), _cells(setting, runs, site, (difference != 0).to(own)) > 0
+        step = STEPS[setting.model.dtype]
+        variance = product_variance(torch.zeros_like(own), difference, gradient, vectors=KINDS[site.kind].width is not None) / (4 * step**2)
+        noise = runs.rounding.of_products(reduced(setting, runs, site, variance).double().cpu().numpy(), np.zeros_like(first))
+        probed, rows = _Probed.of(first.shape, alone=differs.reshape(len(differs), -1).sum(1) <= 1), np.arange(len(first))
+
+        def probe(rows: Int[np.ndarray, " row"], upto: int) -> None:
+            some, index = of_rows(runs, rows), torch.as_tensor(rows, device=own.device)
+            for number in range(int(probed.count[rows[0]]), upto):
+                signs = self._signs(setting, some, site, target, own, number)
+                nudge = Edit(address(*target), _Nudge(runs.source, signs, step))
+                moved = meter.run(setting.model, program(setting, some, edits=(nudge,), gradients=(target,))).gradients[target]
+                product = signs * difference[index] * (moved - gradient[index]) / (2 * step)
+                probed.add(rows, _cells(setting, some, site, product))
+
+        if self.probes is not None:
+            probe(rows, self.probes)
+            return _Terms(first, probed.mean, probed.error(), noise, np.zeros_like(differs), probed.count)
+        live = setting.live[str(site)] if layer is None else setting.live[str(site)][layer]
+        price, left, probes = _prices(setting, runs, site, layer, first.shape), differs & live, PILOT
+        whole = (price * live).reshape(len(price), -1).sum(1)
+        rows = rows[ALLOWANCE * whole >= PROBE * PILOT]
+        while len(rows):
+            probe(rows, probes)
+            allowed = self.tolerance * np.sqrt(len(setting.task)) * np.maximum(np.abs(first), np.abs(probed.mean))
+            error = probed.error()
+            excess = np.divide(error, allowed, out=np.where(error > 0, np.inf, 0.0), where=allowed > 0)
+            left[rows] = (differs & live & (excess > 1))[rows]
+            rows = np.array([row for row in rows if _worth_more(excess[row][left[row]], price[row][left[row]], probes, whole[row])], dtype=int)
+            probes *= 2
+        patch = np.sqrt(2) * runs.rounding.metric.reshape(-1, *[1] * (first.ndim - 1))
+        return _Terms(first, probed.mean, np.where(left | ~(differs & live), 0.0, probed.error()), np.where(left, patch, noise), left, probed.count)
+
+    def _patch(self, setting: Setting, runs: Runs, meter: Meter, found: "dict[str, _Terms]") -> None:
+        """Put the whole remainder where probes did not reach the tolerance. Every example by itself: their cells differ."""
+        for row in range(len(runs.batch)):
+            one = of_rows(runs, np.array([row]))
+            cells = [(terms, cell, where) for site in setting.sites for terms, cell, where in found[str(site)].patches(setting, site, row)]
+            if cells:
+                effects = patched(setting, one, meter, [(Edit(where, one.source),) for _, _, where in cells])[:, 0]
+                for (terms, cell, _), effect in zip(cells, effects.tolist(), strict=True):
+                    terms.value[row][cell] = effect - terms.first[row][cell]
 
     def _signs(self, setting: Setting, runs: Runs, site: Site, target: Target, own: Float[Tensor, "batch *site"], probe: int) -> Tensor:
         """A sign per example and cell, keyed by the example's tokens; it broadcasts to the site. 0 at positions that are no cell."""
@@ -116,6 +179,103 @@ class SecondOrder(Method):
             rows.append(signs)
         found = torch.as_tensor(np.stack(rows), dtype=own.dtype, device=own.device)
         return found if KINDS[site.kind].width is None else found.unsqueeze(-1)
+
+
+@dataclass(frozen=True)
+class _Terms:
+    """What was found of the cells of one layer or all, ``[batch, *cells]``: the first-order score, the second-order term, its standard
+    error and noise floor, which cells are left to be patched; and the number of probes per example (and layer).
+    """
+
+    first: Float[np.ndarray, "batch *cells"]
+    value: Float[np.ndarray, "batch *cells"]
+    error: Float[np.ndarray, "batch *cells"]
+    noise: Float[np.ndarray, "batch *cells"]
+    left: Bool[np.ndarray, "batch *cells"]
+    count: Int[np.ndarray, "batch *layer"]
+
+    @staticmethod
+    def stacked(layers: "Sequence[_Terms]") -> "_Terms":
+        """All layers, as the second axis."""
+        first, value, error, noise, left, count = (np.stack([getattr(one, field.name) for one in layers], 1) for field in fields(_Terms))
+        return _Terms(first, value, error, noise, left, count)
+
+    def patches(self, setting: Setting, site: Site, row: int) -> "Iterator[tuple[_Terms, tuple[int, ...], Site]]":
+        """Index and address of the cells of one example that are left."""
+        for cell, where in addresses(setting, site, self.left[row]):
+            yield self, cell, where
+
+
+@dataclass
+class _Probed:
+    """Mean and summed squared deviations over the probes so far, and their number per example; ``alone``: only one cell differs, so that a
+    probe has no error.
+    """
+
+    mean: Float[np.ndarray, "batch *cells"]
+    squares: Float[np.ndarray, "batch *cells"]
+    count: Int[np.ndarray, " batch"]
+    alone: Bool[np.ndarray, " batch"]
+
+    @staticmethod
+    def of(shape: tuple[int, ...], *, alone: Bool[np.ndarray, " batch"]) -> "_Probed":
+        return _Probed(np.zeros(shape), np.zeros(shape), np.zeros(shape[0], dtype=np.int64), alone)
+
+    def add(self, rows: Int[np.ndarray, " row"], values: Float[np.ndarray, "row *cells"]) -> None:
+        """One more probe of some examples (Welford's update)."""
+        self.count[rows] += 1
+        deviation = values - self.mean[rows]
+        self.mean[rows] += deviation / self._along(self.count[rows])
+        self.squares[rows] += deviation * (values - self.mean[rows])
+
+    def error(self) -> Float[np.ndarray, "batch *cells"]:
+        """Standard error of the mean; NaN where fewer than two probes do not tell."""
+        count = self._along(self.count).astype(np.float64)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            error = np.sqrt(self.squares / (count - 1) / count)
+        return np.where(self._along(self.alone), 0.0, error)
+
+    def _along(self, values: np.ndarray) -> np.ndarray:
+        return values.reshape(-1, *[1] * (self.mean.ndim - 1))
+
+
+def _cells(setting: Setting, runs: Runs, site: Site, values: Float[Tensor, "batch *site"]) -> Float[np.ndarray, "batch *cells"]:
+    summed = values if KINDS[site.kind].width is None else values.sum(-1)
+    return reduced(setting, runs, site, summed).double().cpu().numpy()
+
+
+def _prices(setting: Setting, runs: Runs, site: Site, layer: int | None, shape: tuple[int, ...]) -> Float[np.ndarray, "batch *cells"]:
+    """What patching each cell costs exact patching at least, in forward passes over a whole prompt: blocks × positions that it computes."""
+    mode, depth = support(setting.model).mode, setting.model.arch.n_layers
+    prices = np.ones(shape)
+    if layer is None or mode == "literal":
+        return prices
+    length, share = runs.baseline_tokens.shape[1], (depth - layer) / depth
+    if mode == "replay":
+        return prices * share
+    axes = [axis for axis in site.axes if axis != "layer"]
+    place = next((dim for dim, axis in enumerate(axes, 1) if axis in ("pos", "dest")), None)
+    for row, example in enumerate(runs.batch.examples.tolist()):
+        paired = isinstance(runs.source, Kept) and not setting.model.ambient
+        start = np.array(first_difference(of_rows(runs, np.array([row])).batch) if paired else 0)
+        if place is not None and setting.axis is not None:
+            start = np.maximum(start, setting.axis.index[example]).reshape([-1 if dim == place else 1 for dim in range(1, len(shape))])
+        prices[row] *= share * (length - start) / length
+    return prices
+
+
+def _worth_more(excess: Float[np.ndarray, " cell"], price: Float[np.ndarray, " cell"], probes: int, whole: float) -> bool:
+    """Whether to double an example's probes rather than patch the cells that are left.
+
+    ``excess`` is each cell's standard error as a multiple of what is allowed; it falls with the root of the number of probes. ``price``: of
+    patching it; ``whole``: of patching all cells of the layer.
+    """
+    if not len(excess) or PROBE * 2 * probes + price.sum() > (1 + ALLOWANCE) * whole:
+        return False
+    doublings = np.ceil(2 * np.log2(excess))
+    tried = np.unique(doublings[np.isfinite(doublings)])
+    costs = [PROBE * probes * (2.0**n - 1) + price[doublings > n].sum() for n in tried]
+    return bool(costs and min(costs) < price.sum())
 
 
 @dataclass(frozen=True)

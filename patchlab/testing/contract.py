@@ -180,6 +180,8 @@ def _check_map(method: Method, model: Model, task: Task, sites: tuple[Site, ...]
             _require(bool(np.isnan(values[:, :, cut]).all()), f"{name} has values for readers that are not scored")
             values, live = values[:, :, ~cut], live[:, ~cut]
         _require(bool(np.isfinite(values).all()), f"{name} has scores that are not finite")
+        noise = None if scores.noise is None else scores.noise[name].to_numpy()
+        _require(noise is not None and bool((noise > 0).any()), f"{name} has no noise floor")
         largest = float(np.abs(values).max(initial=0.0))
         _require(float(np.abs(values[:, ~live]).max(initial=0.0)) <= 1e-6 * largest, f"structural zeros of {name} are not zero")
     record = scores.provenance
@@ -219,6 +221,10 @@ def _same(first: ScoreMap, second: ScoreMap, order: list[int], rtol: float, mess
         one, other = first.data[site].to_numpy()[order], second.data[site].to_numpy()
         largest = float(np.nanmax(np.abs(one), initial=0.0))
         apart = float(np.nanmax(np.abs(one - other), initial=0.0))
+        for before, after in ((first.noise, second.noise), (first.standard_error, second.standard_error)):
+            if before is not None and after is not None:
+                noise, again = before[site].to_numpy()[order], after[site].to_numpy()
+                _require(np.allclose(noise, again, rtol=1e-2, atol=1e-6 * largest, equal_nan=True), f"{message}: the noise or error of {site}")
         _require(np.array_equal(np.isnan(one), np.isnan(other)) and apart <= rtol * largest, f"{message}: {site} by {apart:.3g} of {largest:.3g}")
 
 
@@ -227,7 +233,9 @@ def _check_saved(scores: ScoreMap) -> None:
         path = Path(folder) / "scores.nc"
         scores.save(path)
         loaded = ScoreMap.load(path)
-    same = all(getattr(loaded, name).identical(getattr(scores, name)) for name in ("data", "live", "patterns"))
+    same = all(getattr(loaded, name).identical(getattr(scores, name)) for name in ("data", "live", "patterns", "noise"))
+    if scores.standard_error is not None:
+        same = same and loaded.standard_error is not None and loaded.standard_error.identical(scores.standard_error)
     _require(same and loaded.provenance == scores.provenance and loaded.cost == scores.cost, "a saved map does not load as it was")
 
 
