@@ -285,7 +285,7 @@ class ScoreMap:
         name = self.site_name(site)
         if errors is None:
             return xr.full_like(self.mean(name), np.nan)
-        squares = np.square(errors[name].astype(np.float64)).sum("example", skipna=False)
+        squares = (errors[name].astype(np.float64) ** 2).sum("example", skipna=False)
         return (np.sqrt(squares) / self.data.sizes["example"]).broadcast_like(self.live[name]).transpose(*self.live[name].dims)
 
     def site_name(self, site: str | Site) -> str:

@@ -1,7 +1,6 @@
 """What the figures show: the prepared data, and that drawing keeps it apart, labelled and offline."""
 
 import re
-import sys
 
 import numpy as np
 import plotly.graph_objects as go
@@ -12,6 +11,7 @@ from score_maps import COST, Labels, altered, make_map, random_map
 from patchlab import plots
 from patchlab.compare import FORMS, STATISTICS, compare
 from patchlab.errors import OutputError, ScoreError
+from patchlab.plots import _save
 from patchlab.plots._agreement import STRUCTURAL, _prepare_agreement
 from patchlab.plots._comparison import _prepare_comparison
 from patchlab.plots._differences import _prepare_differences
@@ -521,10 +521,10 @@ def test_html_of_a_folder_shares_one_script(figure, tmp_path):
 
 @pytest.mark.parametrize("error", [RuntimeError("Kaleido requires Google Chrome\nmore"), ValueError("\n\n  no kaleido here \n"), OSError()])
 def test_without_a_browser_the_figure_is_written_as_html_and_a_warning_says_so(figure, tmp_path, monkeypatch, error):
-    def to_image(*args: object, **kwargs: object) -> bytes:
+    def drawn(*args: object) -> bytes:
         raise error
 
-    monkeypatch.setattr(go.Figure, "to_image", to_image)
+    monkeypatch.setattr("patchlab.plots._save._drawn", drawn)
     with pytest.warns(UserWarning, match=r"wrote .*a\.html instead of a \.png image, which needs kaleido and Chromium.*patchlab\[images\]"):
         path = save(figure, tmp_path / "a.png")
     assert path == tmp_path / "a.html"
@@ -532,7 +532,7 @@ def test_without_a_browser_the_figure_is_written_as_html_and_a_warning_says_so(f
 
 
 def test_without_kaleido_the_warning_names_the_package(figure, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys.modules["plotly.io._kaleido"], "kaleido_available", lambda: False)
+    monkeypatch.setattr("patchlab.plots._save._DRAW", "import sys; sys.modules['kaleido'] = None\n" + _save._DRAW)
     with pytest.warns(UserWarning, match=r"(?i)a\.html instead of a \.svg image.*image export requires the kaleido package"):
         save(figure, tmp_path / "a.svg")
 

@@ -75,7 +75,9 @@ class Evaluation:
             for row in self.table.to_dict("records")
         ]
         low = (
-            ["  completeness: faithfulness of the model without the circuit's edges; low is good"] if self.table["completeness"].notna().any() else []
+            ["  completeness: faithfulness of the model without the circuit's edges; low is good"]
+            if np.isfinite(self.table["completeness"].to_numpy()).any()
+            else []
         )
         return "\n".join([head, *rows, *low, *still_falling(about), *(f"  note: {note}" for note in about.get("notes", ()))])
 

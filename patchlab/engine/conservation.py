@@ -62,13 +62,14 @@ def check_rules(model: Any, composite: Composite) -> None:
     """
     composite.attach(model.arch.places)
     found = uncovered(model, composite)
-    if found and not composite.allow_gaps:
-        more = f" ({len(found) - 1} more: see coverage())" if len(found) > 1 else ""
-        raise RuleError(
-            f"the composite {composite.name!r} does not cover all of {model.name}: {found[0].module}: {found[0].problem}{more}. "
-            f"Use rules='gradient', which has none, describe the module to patchlab.adapters, or leave it with its plain gradient: "
-            f"get_composite({composite.name!r}, allow_gaps=True)."
-        )
+    if not composite.allow_gaps:
+        for first in found:
+            more = f" ({len(found) - 1} more: see coverage())" if len(found) > 1 else ""
+            raise RuleError(
+                f"the composite {composite.name!r} does not cover all of {model.name}: {first.module}: {first.problem}{more}. "
+                f"Use rules='gradient', which has none, describe the module to patchlab.adapters, or leave it with its plain gradient: "
+                f"get_composite({composite.name!r}, allow_gaps=True)."
+            )
 
 
 def soft_caps(model: Any) -> tuple[SoftCap, ...]:

@@ -1,6 +1,6 @@
 """The ledger of one run: what relevance flows in and out of each module that is called, and of which the balance is off."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -123,7 +123,7 @@ def _is_wrapped_leaf(module: nn.Module, parent: nn.Module | None) -> bool:
     return isinstance(parent, GeneralizedComponent) and parent.original_component is module and not any(module.children())
 
 
-def _bias(entry: Entry, grads: dict[int, Tensor | None]) -> float:
+def _bias(entry: Entry, grads: Mapping[int, Tensor | None]) -> float:
     """Σ b·g at the output of the module that owns b; a component of the Bridge owns the bias of the module it wraps."""
     owner = entry.module.original_component if isinstance(entry.module, GeneralizedComponent) else entry.module
     bias = None if owner is None else owner._parameters.get("bias")

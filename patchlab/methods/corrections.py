@@ -126,7 +126,8 @@ def qk_scores(setting: Setting, runs: Runs, meter: Meter, gradients: list[dict[i
     ``[batch, head, dest, src]``).
     """
     sites, copies = {str(site): site for site in setting.sites if site.kind in ("q", "k")}, setting.model.arch.n_kv_heads
-    found = {name: [tuple(np.zeros((2, len(runs.batch), *setting.live[name].shape))) for _ in gradients] for name in sites}
+    shapes = {name: (len(runs.batch), *setting.live[name].shape) for name in sites}
+    found = {name: [(np.zeros(shape), np.zeros(shape)) for _ in gradients] for name, shape in shapes.items()}
     for kind, names, cell, changes in pattern_changes(setting, runs, meter):
         for number, gradient in enumerate(gradients):
             products = [qk_product(kind, change, gradient[layer], copies) for layer, change in changes.items()]

@@ -81,7 +81,7 @@ def rounding(
     unit, n = spacing(dtype) * n_layers**0.5 * (1 if dtype in (torch.float16, torch.bfloat16) else 2), len(clean)
     ends = [logits.detach().to(torch.promote_types(logits.dtype, torch.float32)) for logits in (corrupted, clean)]
     size = 0.5 * unit * torch.stack([torch.maximum(end.abs(), end.std(-1, keepdim=True)) for end in ends]).amax(0)
-    points = [torch.lerp(*ends, share) for share in torch.linspace(0, 1, POINTS).tolist()]
+    points = [torch.lerp(ends[0], ends[1], share) for share in torch.linspace(0, 1, POINTS).tolist()]
     signs = 1.0 - 2.0 * torch.randint(0, 2, size.shape[1:], generator=torch.Generator().manual_seed(0)).to(size)
     base = 0 if denoising else POINTS - 1
     with torch.enable_grad():

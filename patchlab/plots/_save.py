@@ -104,15 +104,20 @@ def _drawn(figure: go.Figure, options: dict[str, Any], timeout: float | int) -> 
                 raise TimeoutError(f"the browser drew nothing in {timeout:g} s") from error
             raise
         if process.returncode or not made.exists():
-            raise RuntimeError(_reason(said))
+            raise RuntimeError(said.rpartition(_REASON)[2].strip() or "no image was made")
         return made.read_bytes()
 
 
-_DRAW = """
+_REASON = "reason: "
+_DRAW = f"""
 import json, sys
 import plotly.io as pio
-figure = pio.from_json(open(sys.argv[1], encoding="utf-8").read())
-figure.write_image(sys.argv[2], **json.loads(sys.argv[3]))
+try:
+    figure = pio.from_json(open(sys.argv[1], encoding="utf-8").read())
+    figure.write_image(sys.argv[2], **json.loads(sys.argv[3]))
+except Exception as error:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    sys.exit({_REASON!r} + (lines or [type(error).__name__])[0])
 """
 
 
@@ -124,13 +129,6 @@ def _end(process: "subprocess.Popen[str]") -> None:
     else:
         process.kill()
     process.wait()
-
-
-def _reason(said: str) -> str:
-    """What went wrong: the line that names the exception, at the end of a traceback."""
-    lines = [line for line in said.splitlines() if line and not line[0].isspace()]
-    named = [line for line in lines if ":" in line and line.split(":")[0].replace(".", "").isidentifier()]
-    return (named or lines or ["no image was made"])[-1]
 
 
 def _write_html(figure: go.Figure, path: Path, include_plotlyjs: Literal[True, "directory"], overwrite: bool) -> None:

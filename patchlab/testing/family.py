@@ -125,11 +125,11 @@ def _edges_gap(model: Model) -> float:
     writers = torch.arange(len(graph.writers), device=model.device)
     masks = [allowed & (writers == writer)[:, None] for writer in nodes]
     together = run_edge_sets(model, program, masks, Differences.of(model, own, source, examples))
-    plain = run(model, program).values
+    plain = _values(model, program)
     alone = torch.stack([_values(model, program, Edit(site, source)) for site in nodes.values()])
     return float((together - alone).abs().max() / (alone - plain).abs().max())
 
 
-def _values(model: Model, program: Program, edit: Edit) -> Any:
+def _values(model: Model, program: Program, *edits: Edit) -> Any:
     with torch.no_grad():
-        return run(model, Program(program.tokens, program.examples, metric=program.metric, answers=program.answers, edits=(edit,))).values
+        return run(model, Program(program.tokens, program.examples, metric=program.metric, answers=program.answers, edits=edits)).values
