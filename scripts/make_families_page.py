@@ -67,7 +67,7 @@ def row(family: Family, notes: Notes) -> list[str]:
     for site, reason in family.absent.items():
         reasons.setdefault(re.sub(r"blocks\.\d+\.(attn\.|mlp\.)?hook_\w+", "for it", reason), []).append(site)
     absent = ", ".join(f"{', '.join(f'`{site}`' for site in sites)} {notes(reason)}" for reason, sites in reasons.items()) or "none"
-    rules = ["runs" if (why := family.rules[composite]) is None else f"refused {notes(_general(why, composite))}" for composite in RULES]
+    rules = ["conserves" if (why := family.rules[composite]) is None else f"refused {notes(_general(why, composite))}" for composite in RULES]
     if family.edges_gap is None:
         edges = ["refused " + notes(_general(family.no_edges or "", family.name)), "–"]
     else:
@@ -97,7 +97,9 @@ the architecture runs in it, with transformers {transformers.__version__} and Tr
   only what a patch can change, `replay` whole prompts from the patched layer on, `literal` whole passes.
 - **absent sites**: not offered on this model. A site is offered if its activation has the shape and the positions of its site, an edit
   arrives and arrives alone, and it changes only the positions and heads that its address names (tried with random values).
-- **`relp`, `relp-ah`**: whether these rules run, or refuse because a module cannot be covered.
+- **`relp`, `relp-ah`**: whether the rules cover the model. *Conserves*: every place computes what its rule takes it for, queries and keys get no
+  gradient where the pattern is held, and with every non-linearity held the embedding, each block and the unembedding pass on all relevance, to
+  1e-5 of it. Otherwise the rules refuse, and name the module.
 - **edges**: how single edges are patched. **Edges of a node = node**: all edges out of a node patched together change the metric as
   patching the node does.
 

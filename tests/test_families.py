@@ -26,7 +26,6 @@ ABSENT = {
     "qwen3.5": ATTENTION,
     **{name: ATTENTION | {"mlp_out", "mlp_post"} for name in ("mamba", "rwkv")},
 }
-POST_NORMS = ("gemma2", "gemma3", "olmo2")
 NO_EDGES = ("opt-projected", "opt-postnorm", "openai-gpt", "deepseek-v3", "qwen3-next", "qwen3.5", "rwkv", "mamba", "jamba")
 CHEAP = ("gpt-j", "opt", "openai-gpt", "bloom", "mistral", "falcon", "cohere", "granite", "deepseek-v3", "xglm", "jamba", "mamba", "olmo2")
 
@@ -41,7 +40,7 @@ def test_a_family_is_right_or_refused(name: str) -> None:
     assert (family.edges_gap is None) == (name in NO_EDGES)
     if family.edges_gap is None:
         assert re.search("has no graph of edges|cannot be run as a circuit", family.no_edges or "")
-    elif name not in POST_NORMS:
+    else:
         assert family.edges_gap < (1e-3 if family.single else 1e-6)
 
 

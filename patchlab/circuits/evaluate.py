@@ -74,11 +74,8 @@ class Evaluation:
             + (f", completeness {row['completeness']:.3f}" if np.isfinite(row["completeness"]) else "")
             for row in self.table.to_dict("records")
         ]
-        low = (
-            ["  completeness: faithfulness of the model without the circuit's edges; low is good"]
-            if np.isfinite(self.table["completeness"].to_numpy()).any()
-            else []
-        )
+        measured = np.isfinite(self.table["completeness"].to_numpy()).any()
+        low = ["  completeness: faithfulness of the model without the circuit's edges; low is good"] if measured else []
         return "\n".join([head, *rows, *low, *still_falling(about), *(f"  note: {note}" for note in about.get("notes", ()))])
 
 
