@@ -77,7 +77,8 @@ def row(family: Family, notes: Notes) -> list[str]:
 
 def _general(reason: str, name: str) -> str:
     """A reason without what differs between models, so that it is written once."""
-    reason = reason.replace(f"the composite {name!r}", "the composite").removeprefix(f"{name}: ")
+    reason = re.sub(r"get_composite\('[^']+'", "get_composite(name", reason.replace(f"the composite {name!r}", "the composite"))
+    reason = re.sub(r"does not cover all of [\w.-]+:", "does not cover", reason).removeprefix(f"{name}: ")
     return re.sub(r"blocks\.\d+\.", "a block's ", re.sub(rf"^{re.escape(name)} (\(\w+\) )?", "it ", reason))
 
 

@@ -29,8 +29,10 @@ class Shown:
         """Put a function on the point; the handle takes it off again."""
 
         def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
-            new = function(module, inputs, self.show(output))
-            return None if new is None else self.hide(output, new)
+            shown = self.show(output)
+            new = function(module, inputs, shown)
+            # what was only looked at flows on as it is, so that what is shown stays a branch of it
+            return None if new is None or new is shown else self.hide(output, new)
 
         return self.module.register_forward_hook(hook)
 

@@ -28,6 +28,7 @@ from transformer_lens.model_bridge.generalized_components.base import Generalize
 
 from patchlab.adapters import AttentionPlace, CapPlace, GatePlace, LinearPlace, MLPPlace, Place
 from patchlab.adapters.places import value_and_slope_at_zero
+from patchlab.adapters.points import Shown
 from patchlab.engine.ledger import Ledger, on_modules, tensors_in
 from patchlab.engine.literal import ruled
 from patchlab.engine.precision import at_full_precision, mapped, widened
@@ -195,7 +196,8 @@ def _found(model: Any, part: str, ledger: Ledger, y: Tensor, rules: list[_Rule])
     total = sum(gaps.values())
     if abs(total) <= TOLERANCE * scale:
         return
-    ruled_at = {id(model.hooks[attachment.at]) for attachment in _attachments(rules)}
+    points = [model.hooks[attachment.at] for attachment in _attachments(rules)]
+    ruled_at = {id(point.module if isinstance(point, Shown) else point) for point in points}
     for entry in entries:
         if isinstance(entry.module, GeneralizedComponent) and id(entry.module.hook_in) in ruled_at and entry.parent is not None:
             # the rule acts within the module that reads what it gives
