@@ -1,5 +1,6 @@
 """The arrays of a score map: their checks, their names, their position labels."""
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -196,6 +197,19 @@ def spread(data: xr.Dataset, values: Mapping[str, np.ndarray] | None, order: np.
             )
         variables[name] = (dims, found[order].astype(np.float32), {"units": data[name].attrs.get("units", "")})
     return frozen(xr.Dataset(variables, coords={"example": data["example"]}))
+
+
+def checksum(record: Mapping[str, Any], *parts: xr.Dataset) -> str:
+    """A hash of everything that a file of scores holds."""
+    digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode())
+    for part in parts:
+        for name in sorted(map(str, part.variables)):
+            variable = part.variables[name]
+            values = variable.to_numpy()
+            plain = values.tobytes() if values.dtype.kind in "biuf" else json.dumps(values.tolist()).encode()
+            kept = {key: str(value) for key, value in variable.attrs.items()}
+            digest.update(json.dumps([name, list(map(str, variable.dims)), values.dtype.kind, values.shape, kept], sort_keys=True).encode() + plain)
+    return digest.hexdigest()
 
 
 def frozen(dataset: xr.Dataset) -> xr.Dataset:

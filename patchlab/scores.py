@@ -25,6 +25,7 @@ from patchlab.score_arrays import (
     check_patterns,
     check_rows,
     check_shape,
+    checksum,
     edge_coords,
     frozen,
     graph_of,
@@ -372,7 +373,8 @@ class ScoreMap:
             OutputError: the file exists and ``overwrite`` is False, or it cannot be written there.
         """
         beside = {name: part for name in _BESIDE if (part := getattr(self, name)) is not None}
-        record = json.dumps({"format": FORMAT, "provenance": self.provenance, "cost": asdict(self.cost), "beside": list(beside)})
+        about = {"format": FORMAT, "provenance": self.provenance, "cost": asdict(self.cost), "beside": list(beside)}
+        record = json.dumps({**about, "sha256": checksum(about, self.data, self.live, *beside.values())})
         with writing(path, overwrite=overwrite) as temporary:
             encoding = {name: {"_FillValue": None} for name, part in self.data.variables.items() if part.dtype.kind == "f"}
             self.data.assign_attrs({_ATTRIBUTE: record}).to_netcdf(temporary, engine="h5netcdf", encoding=encoding)
@@ -396,10 +398,13 @@ class ScoreMap:
             beside = {name: frozen(xr.load_dataset(path, engine="h5netcdf", group=name)) for name in groups}
         except KeyError as error:
             raise ScoreError(f"{path} is not a patchlab score map: {error} is missing. Give a .nc file that ScoreMap.save wrote.") from error
-        except (OSError, ValueError, RuntimeError) as error:
+        except Exception as error:  # a damaged file breaks its reader in many ways
             raise ScoreError(f"cannot read the score map {path}: {error}. It is damaged or not a score map; compute it again.") from error
         if record["format"] > FORMAT:
             raise ScoreError(f"{path} has the format {record['format']} and this patchlab reads up to {FORMAT}. Update patchlab.")
+        written = record.pop("sha256", None)  # files of format 1 have none
+        if written != checksum(record, data, live, *beside.values()) and (written is not None or record["format"] > 1):
+            raise ScoreError(f"the score map {path} is damaged: its values do not have the checksum that was written with them. Compute it again.")
         return ScoreMap(frozen(data), frozen(live), record["provenance"], Cost(**record["cost"]), **beside)
 
     def __repr__(self) -> str:

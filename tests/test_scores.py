@@ -308,6 +308,7 @@ def test_a_file_from_before_patterns_loads_without_them(tmp_path):
     random_map("z").save(tmp_path / "a.nc")
     with h5py.File(tmp_path / "a.nc", "r+") as file:
         record = json.loads(file.attrs["patchlab_scoremap"])
+        record.pop("sha256")
         for name in record.pop("beside"):
             del file[name]
         file.attrs["patchlab_scoremap"] = json.dumps({**record, "format": 1})
@@ -410,3 +411,24 @@ def test_a_file_that_does_not_say_why_cells_cannot_matter(tmp_path):
     assert again.no_path is None
     assert again.zeros("z").to_numpy().tolist() == [["", "structural zero"]]
     assert scores.zeros("z").to_numpy().tolist() == [["", "same in both prompts"]]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # h5netcdf's own, when it lets go of a damaged file
+def test_no_flipped_bit_goes_unnoticed(tmp_path):
+    scores = random_map("resid_pre", "z")
+    scores.save(tmp_path / "a.nc")
+    content = (tmp_path / "a.nc").read_bytes()
+    rng, path, refused = np.random.default_rng(0), tmp_path / "b.nc", 0
+    for bit in rng.integers(0, 8 * len(content), 60):
+        changed = bytearray(content)
+        changed[bit // 8] ^= 1 << (bit % 8)
+        path.write_bytes(changed)
+        try:
+            again = ScoreMap.load(path)
+        except ScoreError:
+            refused += 1
+            continue
+        for name in ("data", "live", "patterns", "no_path"):
+            assert getattr(again, name).identical(getattr(scores, name))
+        assert (again.provenance, again.cost) == (scores.provenance, scores.cost)
+    assert refused
