@@ -257,6 +257,7 @@ def _load(
 def _curve(out: Path, methods: str, where: tuple[Any, ...], settings: dict[str, Any], *, force: bool, as_json: bool) -> None:
     from patchlab import __version__, report
     from patchlab.circuits import faithfulness_curve
+    from patchlab.circuits.curves import check_plan
     from patchlab.methods import get_method
 
     names = tuple(get_method(name.strip()).name for name in methods.split(","))
@@ -269,6 +270,8 @@ def _curve(out: Path, methods: str, where: tuple[Any, ...], settings: dict[str, 
     job = {"patchlab": __version__, "curve": list(names), "of": list(where), "batch_size": settings["batch_size"]}
     with report.result_folder(out, force=force, job=job, say=say) as folder:
         loaded, first, second = _load(*where, whole=False)
+        plan = {key: settings[key] for key in ("how", "by", "ablation")}
+        check_plan(loaded.arch.graph, {name: get_method(name) for name in names}, settings["sizes"], **plan)
         run = {"direction": "noising", "batch_size": settings["batch_size"], "progress": progress}
         maps = report.scored(names, loaded, first, ["edges"], folder=folder, say=say, **run)
         train = None if settings["ablation"] in ("resample", "zero") else first

@@ -11,9 +11,10 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from patchlab.adapters import describe, points_of
+from patchlab.adapters import describe
 from patchlab.engine import Program, Result, continues, run
 from patchlab.engine.conservation import check_rules, soft_caps, uncovered
+from patchlab.engine.points import points_of
 from patchlab.engine.program import row_numbers, targets
 from patchlab.engine.selftest import self_test
 from patchlab.errors import InterventionError, ModelError, unknown

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from command_lines import instead
 from typer.testing import CliRunner
 
 from patchlab import cli, plots, report
@@ -48,12 +49,6 @@ def error_of(*arguments: str) -> str:
     last = result.stderr.splitlines()[-1]
     assert last.startswith("error: ")
     return last
-
-
-def instead(arguments: list[str], change: list[str]) -> list[str]:
-    """The arguments with options of another value."""
-    left = [word for i, word in enumerate(arguments) if not {word, arguments[i - 1]} & set(change[::2])]
-    return [*left, *change]
 
 
 @pytest.fixture(scope="module")
@@ -427,7 +422,7 @@ def test_verify_refuses_wrong_names_and_numbers_in_one_line(change, message):
 
 
 def test_verify_says_that_it_ran_the_sweep_and_ranks_every_cell():
-    result = patchlab(*VERIFY, "--k", "20", "--sample", "30")
+    result = patchlab(*instead(VERIFY, ["--k", "20", "--sample", "30"]))
     assert result.exit_code == 0, result.output
     assert result.stderr.startswith("Price: ")
     assert result.stderr.endswith("so the sweep is run.\n")
@@ -436,7 +431,7 @@ def test_verify_says_that_it_ran_the_sweep_and_ranks_every_cell():
 
 
 def test_verify_reaches_a_recall_that_is_asked_for_and_speaks_of_other_prompts():
-    result = patchlab(*VERIFY[:-2], "--sample", "100", "--recall", "0.3", "--confidence", "0.8", "--json")
+    result = patchlab(*instead(VERIFY[:-2], ["--sample", "100"]), "--recall", "0.3", "--confidence", "0.8", "--json")
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
     assert found["recall"]["at_least"] >= 1

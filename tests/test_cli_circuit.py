@@ -1,10 +1,12 @@
 """patchlab circuit: what its commands write and print, that halves are kept apart, and how errors read."""
 
 import json
+import re
 
 import numpy as np
 import pandas as pd
 import pytest
+from command_lines import instead
 from typer.testing import CliRunner
 
 import patchlab as pl
@@ -75,9 +77,7 @@ def test_every_option_of_find_reaches_the_selection(tmp_path, halves):
     )
     choose = [
         "find",
-        *WHERE,
-        "--n",
-        5,
+        *instead(WHERE, ["--n", 5]),
         "--seed",
         3,
         "--option",
@@ -144,7 +144,7 @@ def test_find_prints_a_summary_and_does_not_overwrite_unasked(found, tmp_path):
     ],
 )
 def test_find_refuses_wrong_names_and_numbers_in_one_line(change, message, tmp_path):
-    assert message in error_of("find", *WHERE, "--out", tmp_path / "c.json", *change)
+    assert message in error_of("find", *instead([*WHERE, "--out", tmp_path / "c.json"], change))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -197,7 +197,7 @@ def test_evaluate_prints_what_each_node_adds(found, tmp_path):
 def test_evaluate_refuses_what_does_not_fit(found, tmp_path):
     path, _ = found
     assert "comes from 6 of the 12 examples" in error_of("evaluate", path, *WHERE, "--all")
-    assert "belongs to" in error_of("evaluate", path, *WHERE, "--model", "demo-gpt2")
+    assert "belongs to" in error_of("evaluate", path, *instead(WHERE, ["--model", "demo-gpt2"]))
     assert "unknown ablation 'means'" in error_of("evaluate", path, *WHERE, "--ablation", "means")
     assert "unknown part for minimality 'head'" in error_of("evaluate", path, *WHERE, "--minimality", "head")
     assert "nowhere.json" in error_of("evaluate", tmp_path / "nowhere.json", *WHERE)
@@ -254,6 +254,11 @@ def test_curve_errors_leave_nothing_behind(tmp_path):
     assert "unknown method 'realp'" in error_of(*arguments, "--methods", "realp")
     assert "unknown way to choose edges 'gredy'" in error_of(*arguments, "--methods", "atp", "--how", "gredy")
     assert "numbers of edges from 0 to 479" in error_of(*arguments, "--methods", "atp", "--sizes", "10,480")
+    assert "unknown ablation 'means'" in error_of(*arguments, "--methods", "atp", "--ablation", "means")
+    assert re.search(
+        r"relp-ah scores \d+ of the 479 edges \(none into q and k\), and circuits of 400",
+        error_of(*arguments, "--methods", "atp,relp-ah", "--sizes", "10,400"),
+    )
     assert list(tmp_path.iterdir()) == []
 
 

@@ -136,7 +136,7 @@ def test_only_the_engine_adds_hooks_to_a_model(path):
 
 @pytest.mark.parametrize("path", modules(), ids=module_name)
 def test_modules_stay_of_readable_size(path):
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= 400, "split it: one noun per module"
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 600, "split it: past that it is two nouns"
 
 
 def loaded_after(code: str) -> set[str]:

@@ -15,7 +15,6 @@ from patchlab.adapters.places import (
     final_cap,
     find_places,
 )
-from patchlab.adapters.points import points_of
 
 __all__ = [
     "LOGITS",
@@ -32,5 +31,4 @@ __all__ = [
     "describe",
     "final_cap",
     "find_places",
-    "points_of",
 ]

@@ -12,12 +12,12 @@ from jaxtyping import Float
 from tqdm.auto import tqdm
 
 from patchlab.bootstrap import interval, resampling_weights
-from patchlab.circuits.ablations import OptimalFit, ablation_for, still_falling
+from patchlab.circuits.ablations import ABLATIONS, OptimalFit, ablation_for, still_falling
 from patchlab.circuits.circuit import Circuit
 from patchlab.circuits.faithfulness import Scale
 from patchlab.circuits.heldout import check_disjoint
 from patchlab.circuits.measure import checked, described, full_metric
-from patchlab.circuits.select import greedy, top_n
+from patchlab.circuits.select import BY, greedy, top_n
 from patchlab.circuits.submission import MIB_FRACTIONS
 from patchlab.errors import CircuitError, unknown
 from patchlab.graph import Graph
@@ -234,13 +234,39 @@ def faithfulness_curve(
     return FaithfulnessCurve(pd.DataFrame(rows), pd.DataFrame(areas), circuits, plain({**about, **choice}))
 
 
+def check_plan(graph: Graph, methods: Mapping[str, Any], sizes: Sequence[int] | None, *, how: str, by: str, ablation: str) -> None:
+    """Check what a curve over several methods is asked for, before anything is scored.
+
+    ``methods`` are those that will score the edges, by name.
+
+    Raises:
+        CircuitError: an unknown way to choose, importance or ablation, sizes beyond the graph, or beyond the edges that a method scores.
+    """
+    for what, got, valid in (("way to choose edges", how, HOW), ("importance", by, BY), ("ablation", ablation, ABLATIONS)):
+        if got not in valid:
+            raise CircuitError(unknown(what, got, valid))
+    for name, method in methods.items():
+        wanted = [n for n, _, _ in _sizes_of(name, graph.n_edges, sizes)]
+        composite = getattr(method, "composite", None)
+        cut = {} if composite is None else composite.not_scored
+        scored = int(graph.allowed[:, ~np.isin(graph.reader_kind, list(cut))].sum())
+        if beyond := [n for n in wanted if scored < n < graph.n_edges]:
+            raise CircuitError(
+                f"{name} scores {scored:,} of the {graph.n_edges:,} edges (none into {' and '.join(cut)}), and circuits of {beyond[0]:,} edges were "
+                f"asked for. Give sizes up to {scored:,}, or leave {name} out."
+            )
+
+
 Size = tuple[int, float, int]
 """Edges to choose, their share of all edges, all edges."""
 
 
 def _sizes(name: str, scores: ScoreMap, sizes: Sequence[int] | None) -> list[Size]:
     by_position = any("pos" in parse_site(site).axes for site in scores.sites)
-    total = scores.graph.n_edges * (scores.data.sizes["pos"] if by_position else 1)
+    return _sizes_of(name, scores.graph.n_edges * (scores.data.sizes["pos"] if by_position else 1), sizes)
+
+
+def _sizes_of(name: str, total: int, sizes: Sequence[int] | None) -> list[Size]:
     if sizes is None:
         return [(int(share * total), share, total) for share in MIB_FRACTIONS]
     chosen = [int(n) for n in sizes]

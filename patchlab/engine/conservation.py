@@ -28,9 +28,9 @@ from transformer_lens.model_bridge.generalized_components.base import Generalize
 
 from patchlab.adapters import AttentionPlace, CapPlace, GatePlace, LinearPlace, MLPPlace, Place
 from patchlab.adapters.places import value_and_slope_at_zero
-from patchlab.adapters.points import Shown
 from patchlab.engine.ledger import Ledger, on_modules, tensors_in
 from patchlab.engine.literal import ruled
+from patchlab.engine.points import Shown
 from patchlab.engine.precision import at_full_precision, mapped, widened
 from patchlab.errors import RuleError
 from patchlab.rules import AHRule, Composite, ConstantGateRule, HalfRule, IdentityRule, LNRule, SoftCap, Uncovered

@@ -95,14 +95,14 @@ def _drawn(figure: go.Figure, options: dict[str, Any], timeout: float | int) -> 
         given, made = Path(folder) / "figure.json", Path(folder) / f"image.{options['format']}"
         given.write_text(figure.to_json() or "", encoding="utf-8")
         command = [sys.executable, "-c", _DRAW, str(given), str(made), json.dumps(options)]
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
-        try:
-            _, said = process.communicate(timeout=timeout)
-        except BaseException as error:
-            _end(process)
-            if isinstance(error, subprocess.TimeoutExpired):
-                raise TimeoutError(f"the browser drew nothing in {timeout:g} s") from error
-            raise
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+            try:
+                _, said = process.communicate(timeout=timeout)
+            except BaseException as error:
+                _end(process)
+                if isinstance(error, subprocess.TimeoutExpired):
+                    raise TimeoutError(f"the browser drew nothing in {timeout:g} s") from error
+                raise
         if process.returncode or not made.exists():
             raise RuntimeError(said.rpartition(_REASON)[2].strip() or "no image was made")
         return made.read_bytes()
@@ -128,7 +128,6 @@ def _end(process: "subprocess.Popen[str]") -> None:
             os.killpg(process.pid, signal.SIGKILL)
     else:
         process.kill()
-    process.wait()
 
 
 def _write_html(figure: go.Figure, path: Path, include_plotlyjs: Literal[True, "directory"], overwrite: bool) -> None:
