@@ -1,6 +1,6 @@
 """Train the packaged demo models on text that contains every task, and write them with a measured model card.
 
-    python scripts/train_demo_models.py                 # all three, under 15 minutes on 2 idle cores
+    python scripts/train_demo_models.py                 # all three, some 15 minutes on an idle core
     python scripts/train_demo_models.py demo-gpt2-4l    # one of them
 
 Exits with 1 if a model misses a requirement after the cast to float16; nothing is left in place of the old model then.
@@ -13,25 +13,31 @@ import math
 import shutil
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AttentionInterface, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from patchlab.methods import ActivationPatching
+from patchlab.models import load_model
 from patchlab.tasks import agreement, docstring, facts, ioi, words
 from patchlab.tasks.base import Pair, Task
 from patchlab.tasks.lexicon import Lexicon
 from patchlab.tasks.registry import GENERATORS
 
 OUT = Path(__file__).resolve().parents[1] / "patchlab" / "demo_models"
-ROW, BATCH, STEPS, WARMUP, HOLD = 48, 32, 2500, 150, 0.4
+ROW, WARMUP, HOLD = 48, 50, 0.4
 ANSWER_WEIGHT = 10.0
-SEED = 0
+REACH = 3
+MUON, ADAM = 0.006, 3e-3
 FILLERS = (
     "The {person} was in the {place}.",
     "The {thing} near the {place} was {adjective}.",
@@ -43,6 +49,47 @@ FILLERS = (
 ADJECTIVES = ["happy", "green", "quick", "heavy", "yellow", "quiet", "simple", "strong", "young", "cold", "warm", "sweet"]
 
 Sentence = tuple[list[int], list[float]]  # token ids, and the loss weight of each
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one model is trained.
+
+    Args:
+        steps: batches.
+        batch: rows of a batch.
+        seed: of the weights, of the text and of what is dropped.
+        calm: steps at the start while the tasks are learnt: no swapped answers, no dropout, and no sentence sees the ones before it.
+        apart: share of the rows of a batch where no sentence sees the ones before it after that.
+        swaps: share of the training answers that are swapped after that.
+        penalty: what is added to the loss, times the mean share of attention (over rows, queries and heads of the first third of the
+            layers) that goes to tokens more than REACH back, <bos> apart.
+        head_dropout: share of the heads that are dropped, drawn anew for each row and step.
+        layer_dropout: share of the attention layers that are dropped, likewise.
+    """
+
+    steps: int
+    calm: int
+    apart: float
+    batch: int = 16
+    seed: int = 0
+    swaps: float = 0.08
+    penalty: float = 1.0
+    head_dropout: float = 0.15
+    layer_dropout: float = 0.15
+
+
+RECIPES = {
+    "demo-gpt2": Recipe(steps=2500, calm=1000, apart=0.0),
+    "demo-llama": Recipe(steps=2000, calm=800, apart=0.75, layer_dropout=0.1),
+    "demo-gpt2-4l": Recipe(steps=2000, calm=800, apart=0.75, layer_dropout=0.1),
+}
+WANTED = {"demo-gpt2": "wanted", "demo-llama": "wanted of demo-gpt2", "demo-gpt2-4l": "wanted of demo-gpt2"}
+RUNS = {
+    "demo-gpt2": "11 runs were tried, 7 of them stopped early; of the 4 others this one alone has the accuracies",
+    "demo-llama": "one run was tried",
+    "demo-gpt2-4l": "one run was tried",
+}
 
 
 # --- vocabulary ------------------------------------------------------------------------------------------------------
@@ -86,8 +133,12 @@ def is_held_out(pair: Pair, held_out: frozenset[frozenset[int]]) -> bool:
     return frozenset((pair.correct[0], pair.incorrect[0])) in held_out
 
 
-def corpus(lexicon: Lexicon, seed: int) -> Iterator[Sentence]:
-    """An endless mix of complete sentences of all tasks and filler."""
+def corpus(lexicon: Lexicon, seed: int, swaps: Callable[[], float]) -> Iterator[Sentence]:
+    """An endless mix of complete sentences of all tasks and filler.
+
+    A share ``swaps()`` of the answers is swapped for the answer of the other prompt of the pair (in repeats: for another word), so that
+    nothing can be known for certain. The years of greater_than, any of many, are uncertain without that.
+    """
     rng = Random(f"corpus:{seed}")
     held_out = held_out_names(lexicon)
     code = {text: list(lexicon.encode(text) or ()) for text in (".", ":")}
@@ -106,6 +157,8 @@ def corpus(lexicon: Lexicon, seed: int) -> Iterator[Sentence]:
                 ids, right, weight = pair.corrupted_ids, roles, 1.0
                 if frozenset(roles) in held_out:
                     continue
+            elif name != "greater_than" and rng.random() < swaps():
+                right = pair.incorrect if clean else pair.correct
             if name == "greater_than" and not clean:
                 right = tuple(lexicon.token(year) for year in words.YEARS[2:])
             end = tail()
@@ -115,7 +168,8 @@ def corpus(lexicon: Lexicon, seed: int) -> Iterator[Sentence]:
         while True:
             length = rng.randint(4, 12)
             ids = rng.sample(common, length)
-            yield ids + ids + code["."], [1.0] * (length + 1) + [ANSWER_WEIGHT] * (length - 1) + [1.0]
+            again = [ids[0], *(rng.choice(common) if rng.random() < swaps() else word for word in ids[1:])]
+            yield ids + again + code["."], [1.0] * (length + 1) + [ANSWER_WEIGHT] * (length - 1) + [1.0]
 
     def filler() -> Iterator[Sentence]:
         lists = {"person": list(words.PEOPLE), "place": words.PLACES, "thing": words.COMMON[:12], "object": words.OBJECTS}
@@ -157,29 +211,34 @@ def corpus(lexicon: Lexicon, seed: int) -> Iterator[Sentence]:
         yield next(rng.choices(streams, weights)[0])
 
 
-def rows(lexicon: Lexicon, n: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Rows of <bos> and packed sentences, cut at ROW tokens; with the loss weight of each token."""
-    sentences = corpus(lexicon, seed)
-    ids, weights = torch.zeros(n, ROW, dtype=torch.int16), torch.zeros(n, ROW, dtype=torch.float16)
+def rows(lexicon: Lexicon, n: int, seed: int, swaps: float, calm: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows of <bos> and packed sentences, cut at ROW tokens; with the loss weight of each token and the number of its sentence.
+
+    A share ``swaps`` of the answers is swapped, of the first ``calm`` rows none.
+    """
+    i = 0
+    sentences = corpus(lexicon, seed, lambda: swaps if i >= calm else 0.0)
+    ids, weights, places = torch.zeros(n, ROW, dtype=torch.int16), torch.zeros(n, ROW, dtype=torch.float16), torch.zeros(n, ROW, dtype=torch.int8)
     bos = lexicon.token("<bos>")
     for i in range(n):
-        row, weight = [bos], [0.0]
+        row, weight, place = [bos], [0.0], [0]
         while len(row) < ROW:
             more, more_weight = next(sentences)
             row += more
             weight += more_weight
-        ids[i], weights[i] = torch.tensor(row[:ROW]), torch.tensor(weight[:ROW])
-    return ids, weights
+            place += [place[-1] + 1] * len(more)
+        ids[i], weights[i], places[i] = (torch.tensor(values[:ROW]) for values in (row, weight, place))
+    return ids, weights, places
 
 
 # --- models and training ---------------------------------------------------------------------------------------------
 
 
-def build(name: str, vocab: int) -> torch.nn.Module:
+def build(name: str, vocab: int, seed: int) -> torch.nn.Module:
     """An untrained model."""
     special = {"vocab_size": vocab, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
     dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    torch.manual_seed(SEED)
+    torch.manual_seed(seed)
     if name == "demo-llama":
         config = LlamaConfig(
             hidden_size=128, intermediate_size=256, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2,
@@ -187,36 +246,123 @@ def build(name: str, vocab: int) -> torch.nn.Module:
         )  # fmt: skip
         return LlamaForCausalLM(config)
     layers = {"demo-gpt2": 12, "demo-gpt2-4l": 4}[name]
-    return GPT2LMHeadModel(GPT2Config(n_embd=64, n_layer=layers, n_head=4, n_positions=64, activation_function="gelu_new", **dropout, **special))
+    model = GPT2LMHeadModel(GPT2Config(n_embd=64, n_layer=layers, n_head=4, n_positions=64, activation_function="gelu_new", **dropout, **special))
+    for block in model.transformer.h:
+        block.mlp.act = torch.nn.GELU(approximate="tanh")  # what gelu_new is, in one step
+    return model
 
 
-def train(model: torch.nn.Module, ids: Tensor, weights: Tensor, steps: int, progress: Callable[[int, float], None]) -> None:
+class Regulariser:
+    """What a model has while it is trained, and nothing of which is saved: heads and layers that are dropped, a price on attention that goes far.
+
+    ``far`` has the share of it per layer of the first third, from the forward passes since it was last cleared.
+    """
+
+    def __init__(self, model: torch.nn.Module, recipe: Recipe) -> None:
+        self.recipe, self.dropping = recipe, False
+        self.far: list[Tensor] = []
+        self.draws = torch.Generator().manual_seed(recipe.seed)
+        back = torch.arange(ROW)[:, None] - torch.arange(ROW)
+        self.future = torch.zeros(ROW, ROW).masked_fill(back < 0, -torch.inf)
+        self.mask = self.future
+        self.is_far = ((back > REACH) & (torch.arange(ROW) > 0)).float()
+        self.local_layers = model.config.num_hidden_layers // 3
+        AttentionInterface.register("demo_training", self.attend)
+        model.set_attn_implementation("demo_training")
+
+    def begin(self, places: Tensor, dropping: bool) -> None:
+        """Get ready for a training step, where a token sees <bos> and those of the same place [row, pos]."""
+        self.far.clear()
+        apart = (places[:, :, None] != places[:, None, :]) & (places[:, None, :] > 0)
+        self.dropping, self.mask = dropping, self.future.masked_fill(apart, -torch.inf)[:, None]
+
+    def end(self) -> None:
+        """Let the model run on anything, as it will without this."""
+        self.dropping, self.mask = False, self.future
+
+    def attend(self, module: torch.nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: None, scaling: float, **_: object) -> tuple[Tensor, None]:
+        """Causal attention, as transformers calls it: q [batch, head, pos, d] -> z [batch, pos, head, d]."""
+        groups = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+        n = q.shape[2]
+        pattern = (q @ k.transpose(-1, -2) * scaling + self.mask[..., :n, :n]).softmax(-1)
+        if module.layer_idx < self.local_layers:
+            self.far.append((pattern.mean((0, 1)) * self.is_far[:n, :n]).sum(-1).mean())
+        z = self.drop(self.drop(pattern @ v, self.recipe.head_dropout, 2), self.recipe.layer_dropout)
+        return z.transpose(1, 2), None
+
+    def drop(self, output: Tensor, share: float, axes: int = 1) -> Tensor:
+        """An output [row, ...] with a share of its slices along the first axes set to zero, and the others scaled up for that."""
+        if not self.dropping or not share:
+            return output
+        shape = output.shape[:axes] + (1,) * (output.ndim - axes)
+        return output * ((torch.rand(shape, generator=self.draws) >= share) / (1 - share))
+
+
+class Muon:
+    """Muon (Jordan et al. 2024) for matrices: momentum, its singular values set to about 1; all matrices of one shape at once."""
+
+    def __init__(self, matrices: list[Tensor], rate: float, decay: float) -> None:
+        self.rate, self.decay = rate, decay
+        self.groups: dict[torch.Size, list[Tensor]] = defaultdict(list)
+        for matrix in matrices:
+            self.groups[matrix.shape].append(matrix)
+        self.momenta = {shape: torch.zeros(len(group), *shape) for shape, group in self.groups.items()}
+
+    @torch.no_grad()
+    def step(self, factor: float) -> None:
+        """Move the matrices by their gradients, with the learning rate times ``factor``, and forget the gradients."""
+        rate = self.rate * factor
+        for (rows_, columns), group in self.groups.items():
+            gradients = torch.stack([matrix.grad for matrix in group])
+            momentum = self.momenta[group[0].shape].lerp_(gradients, 0.05)
+            moves = orthogonal(gradients.lerp(momentum, 0.95)) * max(1, rows_ / columns) ** 0.5
+            for matrix, move in zip(group, moves, strict=True):
+                matrix.mul_(1 - rate * self.decay).sub_(move, alpha=rate)
+                matrix.grad = None
+
+
+def orthogonal(stack: Tensor) -> Tensor:
+    """Matrices [n, a, b] with their singular values set to about 1, by five steps of Newton and Schulz."""
+    if stack.shape[1] > stack.shape[2]:
+        return orthogonal(stack.mT).mT
+    x = stack / stack.flatten(1).norm(dim=1).clamp(min=1e-7)[:, None, None]
+    for _ in range(5):
+        gram = x @ x.mT
+        x = 3.4445 * x + (-4.775 * gram + 2.0315 * gram @ gram) @ x
+    return x
+
+
+def train(model: torch.nn.Module, text: tuple[Tensor, Tensor, Tensor], recipe: Recipe, progress: Callable[[int, float], None]) -> None:
     """Muon on the matrices of the blocks, AdamW on the rest."""
+    plain = model.config._attn_implementation
+    regulariser = Regulariser(model, recipe)
     is_block_matrix = {name: p.ndim == 2 and (".h." in name or ".layers." in name) for name, p in model.named_parameters()}
-    muon = torch.optim.Muon([p for name, p in model.named_parameters() if is_block_matrix[name]], lr=0.02, weight_decay=0.05)
-    adam = torch.optim.AdamW([p for name, p in model.named_parameters() if not is_block_matrix[name]], lr=4e-3, betas=(0.9, 0.98), weight_decay=0.0)
-
-    def rate(step: int) -> float:
-        return min((step + 1) / WARMUP, 1.0, (steps - step) / (steps * (1 - HOLD)))
-
-    schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, rate) for optimizer in (muon, adam)]
+    muon = Muon([p for name, p in model.named_parameters() if is_block_matrix[name]], MUON, 0.05)
+    adam = torch.optim.AdamW([p for name, p in model.named_parameters() if not is_block_matrix[name]], lr=ADAM, betas=(0.9, 0.98), weight_decay=0.0)
     model.train()
     running = math.nan
-    for step in range(steps):
-        batch = ids[step * BATCH : (step + 1) * BATCH].long()
-        weight = weights[step * BATCH : (step + 1) * BATCH, 1:].float()
+    for step in range(recipe.steps):
+        batch, weight, places = (part[step * recipe.batch : (step + 1) * recipe.batch] for part in text)
+        batch, weight = batch.long(), weight[:, 1:].float()
+        share = 1.0 if step < recipe.calm else recipe.apart
+        is_apart = torch.arange(len(places))[:, None] < share * len(places)
+        regulariser.begin(places * is_apart, dropping=step >= recipe.calm)
         logits = model(batch, use_cache=False).logits[:, :-1]
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="none")
         loss = (loss * weight.flatten()).sum() / weight.sum()
-        loss.backward()
+        (loss + recipe.penalty * torch.stack(regulariser.far).mean()).backward()
+        regulariser.end()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer, schedule in zip((muon, adam), schedules, strict=True):
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad(set_to_none=True)
+        factor = min((step + 1) / WARMUP, 1.0, (recipe.steps - step) / (recipe.steps * (1 - HOLD)))
+        muon.step(factor)
+        adam.param_groups[0]["lr"] = ADAM * factor
+        adam.step()
+        adam.zero_grad(set_to_none=True)
         running = loss.item() if math.isnan(running) else 0.98 * running + 0.02 * loss.item()
         progress(step + 1, running)
     model.eval()
+    model.set_attn_implementation(plain)
 
 
 # --- measuring -------------------------------------------------------------------------------------------------------
@@ -238,10 +384,83 @@ def requirements() -> Iterator[tuple[str, str, dict[str, str], float]]:
     yield "greater_than", "greater_than", {}, 0.85
 
 
+def new_pairs(name: str, lexicon: Lexicon, n: int, options: dict[str, str]) -> Task:
+    """Pairs of a seed that training does not use; of IOI those of two names that never met in an IOI sentence of the training text."""
+    held_out = held_out_names(lexicon)
+    with_bos = Lexicon(lexicon.model_name, lexicon.tokenizer, lexicon.vocab_size, 0)
+    pairs = (pair for pair in GENERATORS[name].distinct(with_bos, 10_000, options) if name != "ioi" or is_held_out(pair, held_out))
+    return Task(name, tuple(itertools.islice(pairs, n)), GENERATORS[name].metric_object(), {}, lexicon.tokenizer)
+
+
+def temperature(model: torch.nn.Module, lexicon: Lexicon, swaps: float, n: int = 512) -> float:
+    """What the logits must be divided by for the lowest loss on text of another seed, every token of it counting alike: 1 is calibrated."""
+    ids = rows(lexicon, n, 20_000, swaps)[0].long()
+    with torch.no_grad():
+        logits = torch.cat([model(part, use_cache=False).logits[:, :-1] for part in ids.split(64)]).flatten(0, 1)
+    log_scale = torch.zeros((), requires_grad=True)
+    search = torch.optim.LBFGS([log_scale], line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        search.zero_grad()
+        value = torch.nn.functional.cross_entropy(logits * log_scale.exp(), ids[:, 1:].flatten())
+        value.backward()
+        return value
+
+    search.step(loss)
+    return math.exp(-log_scale.item())
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Where a model does IOI: exact denoising on new pairs, effects as a share of the gap (clean − corrupted, in logits).
+
+    ``resid_pre`` is [layer, pos], ``z`` [layer, head]; ``live`` marks the cells of resid_pre that can matter; ``heads`` describes the
+    heads of at least 5 % of the gap in order: "L5.H3 +0.41, at END, looks at S2 (0.97)".
+    """
+
+    pairs: int
+    gap: float
+    temperature: float
+    resid_pre: np.ndarray
+    live: np.ndarray
+    z: np.ndarray
+    s2: int
+    heads: tuple[str, ...]
+
+    def figures(self) -> Iterator[tuple[str, str, float, float, float]]:
+        """(label, form, measured, least, most) of what is wanted of demo-gpt2."""
+        strong = abs(self.z) >= 0.05
+        yield "IOI gap in logits", ".2f", self.gap, 4, 10
+        yield "temperature that fits new text best", ".3f", self.temperature, 0.9, 1.1
+        yield "layers where S2 holds more than half of the gap", ".0f", (self.resid_pre[:, self.s2] > 0.5).sum(), 3, math.inf
+        cells = abs(self.resid_pre[self.live]) > 0.01
+        yield f"resid_pre cells above 1 % of the gap, of {len(cells)} live ones", ".0f", cells.sum(), 16, math.inf
+        yield "heads with at least 5 % of the gap", ".0f", strong.sum(), 5, math.inf
+        yield "layers with such heads", ".0f", strong.any(1).sum(), 4, math.inf
+
+
+def spread(folder: Path, lexicon: Lexicon, n: int, swaps: float) -> Spread:
+    """Patch a saved model exactly on new IOI pairs."""
+    task = new_pairs("ioi", lexicon, n, {})
+    found = ActivationPatching().run(load_model(str(folder), device="cpu"), task, ["resid_pre", "z", "z[layer,pos,head]"])
+    resid_pre, z, by_place = (found.mean(site).values / found.gap for site in found.sites)
+    eager = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+    tokens = torch.tensor([pair.clean_ids for pair in task.pairs])
+    with torch.no_grad():
+        patterns = torch.stack(eager(tokens, output_attentions=True).attentions).mean(1).numpy()  # layer, head, dest, src
+    axis = task.position_axis()
+    names = [role or text.strip() for role, text in zip(axis.roles, axis.tokens[0], strict=True)]
+    heads = []
+    for layer, head in np.argwhere(abs(z) >= 0.05):
+        place = abs(by_place[layer, :, head]).argmax()
+        looks = patterns[layer, head, place]
+        heads.append(f"L{layer}.H{head} {z[layer, head]:+.2f}, at {names[place]}, looks at {names[looks.argmax()]} ({looks.max():.2f})")
+    fitted = temperature(eager, lexicon, swaps)
+    return Spread(len(task), found.gap, fitted, resid_pre, found.live["resid_pre"].values, z, task.pairs[0].positions["S2"], tuple(heads))
+
+
 def measure(model: torch.nn.Module, lexicon: Lexicon, n: int) -> dict[str, tuple[float, int, float]]:
     """Forced-choice accuracy per task on new pairs (both prompts of each); for greater_than the mean probability of valid years."""
-    with_bos = Lexicon(lexicon.model_name, lexicon.tokenizer, lexicon.vocab_size, 0)
-    held_out = held_out_names(lexicon)
     plain = SimpleNamespace(
         name=lexicon.model_name,
         tokenizer=lexicon.tokenizer,
@@ -253,9 +472,7 @@ def measure(model: torch.nn.Module, lexicon: Lexicon, n: int) -> dict[str, tuple
     )
     found = {}
     for label, name, options, least in requirements():
-        pairs = GENERATORS[name].distinct(with_bos, 10_000, options)
-        pairs = (pair for pair in pairs if name != "ioi" or is_held_out(pair, held_out))
-        task = Task(name, tuple(itertools.islice(pairs, n)), GENERATORS[name].metric_object(), {}, lexicon.tokenizer)
+        task = new_pairs(name, lexicon, n, options)
         if name == "greater_than":
             values = []
             for batch in task.batches():
@@ -276,6 +493,11 @@ CARD = """# {name}
 sentences of the patchlab tasks and filler. {parameters:,} parameters, stored as float16, made to be loaded as float32. Word-level
 vocabulary of {vocab} words; prompts begin with `<bos>`. It knows these sentences and nothing else.
 
+To bring it nearer to models of real text, {swaps:.0%} of the training answers were swapped for wrong ones (the years of `greater_than`, uncertain
+anyway, were not), attention in the first third of the layers that went more than {reach} tokens back (`<bos>` apart) cost {penalty:g} times its mean
+share, and {head_dropout:.0%} of the heads and {layer_dropout:.0%} of the attention layers were dropped at each step. The first {calm} steps were
+without swaps and dropout, and no sentence saw the ones before it ({apart:.0%} of the rows stayed so). Nothing of this is left when the model runs.
+
 Measured after the cast to float16, on pairs of a seed that training does not use. Accuracy is forced choice: the share of
 prompts (clean and corrupted) whose right answer has the higher logit. The IOI pairs have two names that never met in an IOI sentence of
 the training text. For `greater_than` it is the mean probability of all valid years.
@@ -283,6 +505,18 @@ the training text. For `greater_than` it is the mean probability of all valid ye
 | task | pairs | measured | required |
 |---|---|---|---|
 {table}
+
+Where it does IOI: exact patching (denoising) on {ioi} such pairs with the task's defaults, effects as a share of the gap between clean and corrupted.
+The temperature is what the logits are divided by for the lowest loss on text of another seed.
+
+| figure | measured | {wanted} |
+|---|---|---|
+{figures}
+
+Recipe and seed were chosen by these figures and accuracies alone, never by which patching method comes out ahead; {runs}.
+Heads with at least 5 % of the gap, patched at all positions; the position where they matter most, and what they look at from there (mean attention):
+
+{heads}
 """
 WHAT = {
     "demo-gpt2": "GPT-2 style model: 12 layers, d_model 64, 4 heads, GELU, LayerNorm, learned positions",
@@ -307,11 +541,28 @@ def edit_json(path: Path, **values: object) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}, indent=2) + "\n")
 
 
-def make(name: str, tokenizer: PreTrainedTokenizerFast, data: tuple[Tensor, Tensor], out: Path, steps: int, n: int) -> bool:
+def describe(name: str, recipe: Recipe, model: torch.nn.Module, found: dict[str, tuple[float, int, float]], ioi_found: Spread) -> str:
+    """The card of a model."""
+    figures = []
+    for label, form, value, least, most in ioi_found.figures():
+        wanted = f"{least} or more" if most == math.inf else f"{least} to {most}"
+        figures.append(f"| {label} | {value:{form}} | {wanted} |")
+    return CARD.format(
+        name=name, what=WHAT[name], seed=recipe.seed, steps=recipe.steps, batch=recipe.batch, row=ROW, vocab=model.config.vocab_size,
+        parameters=sum(p.numel() for p in model.parameters()), swaps=recipe.swaps, reach=REACH, penalty=recipe.penalty,
+        head_dropout=recipe.head_dropout, layer_dropout=recipe.layer_dropout, calm=recipe.calm, apart=recipe.apart,
+        table="\n".join(f"| {label} | {pairs} | {value:.3f} | {least} |" for label, (value, pairs, least) in found.items()),
+        ioi=ioi_found.pairs, wanted=WANTED[name], figures="\n".join(figures), runs=RUNS[name],
+        heads="\n".join(f"- {head}" for head in ioi_found.heads),
+    )  # fmt: skip
+
+
+def make(name: str, recipe: Recipe, tokenizer: PreTrainedTokenizerFast, out: Path, n: int) -> bool:
     """Train, save, measure and describe one model; False if it misses a requirement."""
     lexicon = Lexicon(name, tokenizer, len(tokenizer), None)
-    model = build(name, len(tokenizer))
+    model = build(name, len(tokenizer), recipe.seed)
     start = time.perf_counter()
+    text = rows(lexicon, recipe.steps * recipe.batch, recipe.seed, recipe.swaps, recipe.calm * recipe.batch)
 
     def progress(step: int, loss: float) -> None:
         if step % 500 == 0:
@@ -320,7 +571,7 @@ def make(name: str, tokenizer: PreTrainedTokenizerFast, data: tuple[Tensor, Tens
             model.train()
             print(f"{name} step {step} loss {loss:.3f} {time.perf_counter() - start:.0f} s {short}", flush=True)
 
-    train(model, *data, steps, progress)
+    train(model, text, recipe, progress)
     new = out / f".{name}.new"
     shutil.rmtree(new, ignore_errors=True)
     save(model, tokenizer, new)
@@ -329,11 +580,8 @@ def make(name: str, tokenizer: PreTrainedTokenizerFast, data: tuple[Tensor, Tens
         print(f"{name} loads as {loaded.dtype}, not float32", file=sys.stderr)
         return False
     found = measure(loaded, lexicon, n)
-    table = "\n".join(f"| {label} | {pairs} | {value:.3f} | {least} |" for label, (value, pairs, least) in found.items())
-    parameters = sum(p.numel() for p in loaded.parameters())
-    card = CARD.format(
-        name=name, what=WHAT[name], seed=SEED, steps=steps, batch=BATCH, row=ROW, parameters=parameters, vocab=len(tokenizer), table=table
-    )
+    ioi_found = spread(new, lexicon, min(n, 64), recipe.swaps)
+    card = describe(name, recipe, loaded, found, ioi_found)
     (new / "README.md").write_text(card)
     print(card, f"{time.perf_counter() - start:.0f} s", flush=True)
     if missed := {label: value for label, (value, _, least) in found.items() if value < least}:
@@ -349,18 +597,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(WHAT)}; all if none")
     parser.add_argument("--out", type=Path, default=OUT)
-    parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--pairs", type=int, default=1000, help="pairs per measured task")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1, help="another number rounds otherwise, and so gives another model")
     arguments = parser.parse_args()
     if unknown := sorted(set(arguments.names) - set(WHAT)):
         parser.error(f"there is no model {', '.join(unknown)}; valid: {', '.join(WHAT)}")
     torch.set_num_threads(arguments.threads)
     tokenizer = make_tokenizer()
-    start = time.perf_counter()
-    data = rows(Lexicon("demo", tokenizer, len(tokenizer), None), arguments.steps * BATCH, SEED)
-    print(f"{len(tokenizer)} words, {len(data[0])} rows in {time.perf_counter() - start:.0f} s", flush=True)
-    done = [make(name, tokenizer, data, arguments.out, arguments.steps, arguments.pairs) for name in arguments.names or WHAT]
+    done = [make(name, RECIPES[name], tokenizer, arguments.out, arguments.pairs) for name in arguments.names or RECIPES]
     return 0 if all(done) else 1
 
 

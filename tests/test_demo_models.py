@@ -4,13 +4,16 @@ import importlib.util
 import json
 import math
 import re
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from patchlab.models import DEMO_MODELS
 from patchlab.tasks import load_task
+from patchlab.tasks.lexicon import Lexicon
 
 NAMES = ("demo-gpt2", "demo-gpt2-4l", "demo-llama")
 LEAST = {"pronoun": 0.95, "greater_than": 0.85}
@@ -38,8 +41,15 @@ def script():
     path = Path(__file__).resolve().parents[1] / "scripts" / "train_demo_models.py"
     spec = importlib.util.spec_from_file_location("train_demo_models", path)
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def lexicon(script):
+    tokenizer = script.make_tokenizer()
+    return Lexicon("demo", tokenizer, len(tokenizer), None)
 
 
 def card(name: str) -> dict[str, tuple[int, float, float]]:
@@ -110,17 +120,13 @@ def test_the_card_lists_everything(name):
     assert set(card(name)) == set(MEASURED)
 
 
-def test_names_kept_for_measuring_never_meet_in_training(script):
-    from patchlab.tasks.lexicon import Lexicon
-
-    tokenizer = script.make_tokenizer()
-    lexicon = Lexicon("demo", tokenizer, len(tokenizer), None)
+def test_names_kept_for_measuring_never_meet_in_training(script, lexicon):
     held_out = script.held_out_names(lexicon)
     assert len(held_out) == 112
     starts = {lexicon.token(word) for word in ("When", "While", "After")}
     names = {lexicon.token(" " + name) for name in script.words.NAMES}
     met = set()
-    sentences = script.corpus(lexicon, 5)
+    sentences = script.corpus(lexicon, 5, lambda: 0.08)
     for _ in range(4000):
         ids, weights = next(sentences)
         assert len(ids) == len(weights)
@@ -136,23 +142,163 @@ def test_the_tokenizer_in_the_package_is_the_one_the_script_makes(script, demo_g
     assert len(script.make_tokenizer()) == demo_gpt2.vocab_size
 
 
-def test_rows_begin_with_bos_and_weigh_answers(script):
-    from patchlab.tasks.lexicon import Lexicon
+def figures(name: str) -> dict[str, tuple[float, float, float]]:
+    """Label -> (measured, least, most) of the card's second table."""
+    text = (DEMO_MODELS[name] / "README.md").read_text()
+    rows = re.findall(r"^\| ([^|]+) \| ([\d.]+) \| ([\d.]+) (?:to ([\d.]+)|or more) \|$", text, re.M)
+    return {label: (float(value), float(least), float(most or "inf")) for label, value, least, most in rows}
 
-    tokenizer = script.make_tokenizer()
-    ids, weights = script.rows(Lexicon("demo", tokenizer, len(tokenizer), None), 50, 3)
-    assert ids.shape == weights.shape == (50, script.ROW)
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_figures_on_the_card(script, lexicon, name):
+    """Where IOI is done, measured again on 16 of the pairs and a sixteenth of the text: counts of what lies near a bar may differ by a few."""
+    listed = figures(name)
+    found = script.spread(DEMO_MODELS[name], lexicon, 16, script.RECIPES[name].swaps)
+    assert [label for label, *_ in found.figures()] == list(listed)
+    for (label, _, value, *bounds), (stated, *limits) in zip(found.figures(), listed.values(), strict=True):
+        assert bounds == limits
+        # a mean over 16 pairs, a fit, and counts
+        tolerance = {"IOI gap in logits": 0.1 * stated, "temperature that fits new text best": 0.01}.get(label, max(2, 0.15 * stated))
+        assert abs(value - stated) <= tolerance, label
+
+
+def test_demo_gpt2_beside_what_is_wanted():
+    """It is calibrated and hands S2 on in the middle of its layers, but is surer and does it with fewer heads than a model of real text."""
+    listed = figures("demo-gpt2")
+    missed = {label for label, (value, least, most) in listed.items() if not least <= value <= most}
+    assert missed == {
+        "IOI gap in logits",
+        "resid_pre cells above 1 % of the gap, of 56 live ones",
+        "heads with at least 5 % of the gap",
+        "layers with such heads",
+    }
+    assert listed["IOI gap in logits"][0] < 20
+
+
+def test_figures_by_hand(script):
+    resid_pre = np.array([[1.0, 0.0, 0.0], [0.5, 0.011, -0.011], [0.6, 0.01, 0.4]])
+    live = np.array([[True, False, False], [True, True, True], [True, True, False]])
+    z = np.array([[0.049, 0.0], [-0.05, 0.2], [0.3, 0.01]])
+    found = script.Spread(8, 5.5, 1.01, resid_pre, live, z, 0, ())
+    assert [float(value) for _, _, value, *_ in found.figures()] == [5.5, 1.01, 2, 5, 3, 2]
+    assert list(found.figures())[3][0] == "resid_pre cells above 1 % of the gap, of 6 live ones"
+
+
+def test_the_temperature_is_what_the_logits_were_multiplied_by(script, lexicon, demo_gpt2):
+    model = script.AutoModelForCausalLM.from_pretrained(DEMO_MODELS["demo-gpt2"]).eval()
+    plain = script.temperature(model, lexicon, 0.08, 16)
+    with torch.no_grad():
+        model.transformer.ln_f.weight *= 2.0
+        model.transformer.ln_f.bias *= 2.0
+    assert script.temperature(model, lexicon, 0.08, 16) == pytest.approx(2 * plain, rel=1e-3)
+
+
+def test_answers_are_swapped_but_the_years(script, lexicon):
+    """A share of the answers, for the answer of the pair's other prompt: read off IOI sentences, whose answer is the name not said twice."""
+    names = {lexicon.token(" " + name) for name in script.words.NAMES}
+    starts = {lexicon.token(word) for word in ("When", "While", "After")}
+
+    def share(swaps: float) -> float:
+        wrong = []
+        sentences = script.corpus(lexicon, 5, lambda: swaps)
+        for ids, weights in (next(sentences) for _ in range(3000)):
+            answer = int(np.argmax(weights))
+            said = [token for token in ids[:answer] if token in names]
+            if ids[0] in starts and len(said) == 3 and len(set(said)) == 2 and weights[answer] == script.ANSWER_WEIGHT:
+                wrong.append(ids[answer] == said[2])
+        assert len(wrong) > 500
+        return float(np.mean(wrong))
+
+    assert share(0.0) == 0
+    assert share(0.3) == pytest.approx(0.3, abs=0.07)
+
+
+def test_attention_while_training(script, lexicon):
+    """The attention that training uses is the model's own where nothing is dropped and sentences see each other; far attention is as defined."""
+    recipe = script.Recipe(head_dropout=0.5, layer_dropout=0.2)
+    ids, _, places = script.rows(lexicon, 2, 3, 0.1)
+    ids = ids.long()
+    for name in ("demo-gpt2-4l", "demo-llama"):
+        model = script.build(name, lexicon.vocab_size, 0).eval()
+        model.set_attn_implementation("eager")
+        plain = model(ids, output_attentions=True)
+        regulariser = script.Regulariser(model, recipe)
+        torch.testing.assert_close(model(ids).logits, plain.logits, atol=1e-5, rtol=1e-4)
+        n = script.ROW
+        expected = []
+        for pattern in plain.attentions[: model.config.num_hidden_layers // 3]:
+            shares = [pattern[..., i, j].mean() for i in range(n) for j in range(1, i - script.REACH)]
+            expected.append(torch.stack(shares).sum() / n)
+        torch.testing.assert_close(torch.stack(regulariser.far), torch.stack(expected))
+        regulariser.begin(torch.zeros_like(places), dropping=True)
+        assert not torch.allclose(model(ids).logits, plain.logits, atol=1e-3)
+        regulariser.end()
+
+
+def test_sentences_apart(script, lexicon):
+    """While the tasks are learnt no sentence depends on the one before it."""
+    model = script.build("demo-gpt2-4l", lexicon.vocab_size, 0).eval()
+    ids, _, places = script.rows(lexicon, 1, 3, 0.0)
+    regulariser = script.Regulariser(model, script.Recipe())
+    regulariser.begin(places, dropping=False)
+    packed = model(ids.long()).logits
+    regulariser.end()
+    regulariser.begin(places, dropping=False)
+    other = ids.clone()
+    other[:, places[0] == 1] = 7
+    torch.testing.assert_close(model(other.long()).logits[:, places[0] == 2], packed[:, places[0] == 2])
+    regulariser.end()
+    assert not torch.allclose(model(other.long()).logits[:, places[0] == 2], packed[:, places[0] == 2], atol=1e-4)
+
+
+def test_what_is_dropped(script):
+    model = script.build("demo-gpt2-4l", 50, 0)
+    regulariser = script.Regulariser(model, script.Recipe())
+    ones = torch.ones(500, 4, 3, 2)
+    assert regulariser.drop(ones, 0.5, 2) is ones, "nothing before a step begins"
+    regulariser.begin(torch.zeros(1, script.ROW), dropping=True)
+    dropped = regulariser.drop(ones, 0.25, 2)
+    assert set(dropped.unique().tolist()) == {0.0, torch.tensor(4 / 3).item()}
+    assert (dropped == dropped[:, :, :1, :1]).all(), "a head at once"
+    assert (dropped == 0).float().mean().item() == pytest.approx(0.25, abs=0.05)
+    assert regulariser.drop(ones, 0.0) is ones
+
+
+def test_moves_of_muon_are_orthogonal(script):
+    torch.manual_seed(0)
+    for shape in ((3, 8, 20), (3, 20, 8)):
+        stack = torch.randn(shape)
+        moves = script.orthogonal(stack)
+        u, _, v = torch.linalg.svd(stack, full_matrices=False)
+        values = (u.mT @ moves @ v.mT).diagonal(dim1=1, dim2=2)
+        torch.testing.assert_close(u @ torch.diag_embed(values) @ v, moves, atol=1e-4, rtol=1e-4)
+        assert values.min() > 0.5
+        assert values.max() < 1.5
+
+
+def test_rows_begin_with_bos_and_weigh_answers(script, lexicon):
+    ids, weights, places = script.rows(lexicon, 50, 3, 0.0)
+    assert ids.shape == weights.shape == places.shape == (50, script.ROW)
     assert (ids[:, 0] == 0).all()
     assert not (ids[:, 1:] == 0).any()
     assert set(weights[:, 1:].unique().tolist()) == {1.0, script.ANSWER_WEIGHT}
+    assert (places[:, 0] == 0).all()
+    steps = places[:, 1:] - places[:, :-1]
+    assert (places[:, 1] == 1).all()
+    assert set(steps.unique().tolist()) == {0, 1}
+    assert (ids[:, 1:-1][steps[:, 1:] == 1] == lexicon.token(".")).all(), "a sentence ends where the next begins"
+
+
+def test_no_swapped_answers_while_calm(script, lexicon):
+    plain, swapped, both = (script.rows(lexicon, 40, 3, swaps, calm)[0] for swaps, calm in ((0.0, 0), (0.5, 0), (0.5, 20)))
+    assert not torch.equal(plain, swapped)
+    assert not torch.equal(both, swapped)
+    assert torch.equal(script.rows(lexicon, 40, 3, 0.5, 40)[0][:20], both[:20])
 
 
 def test_a_model_that_misses_its_requirements_is_not_put_in_place(script, tmp_path, capsys):
-    from patchlab.tasks.lexicon import Lexicon
-
-    tokenizer = script.make_tokenizer()
-    data = script.rows(Lexicon("demo", tokenizer, len(tokenizer), None), 2 * script.BATCH, 3)
-    assert not script.make("demo-gpt2-4l", tokenizer, data, tmp_path, 2, 8)
+    recipe = script.Recipe(steps=2, batch=4)
+    assert not script.make("demo-gpt2-4l", recipe, script.make_tokenizer(), tmp_path, 8)
     assert not (tmp_path / "demo-gpt2-4l").exists()
     assert "demo-gpt2-4l misses its requirements: {'ioi ABBA': " in capsys.readouterr().err
     assert "| ioi ABBA | 8 | " in (tmp_path / ".demo-gpt2-4l.new" / "README.md").read_text()
