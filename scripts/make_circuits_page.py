@@ -44,7 +44,7 @@ def with_interval(row: Mapping[Any, Any], name: str, low: str, high: str, digits
 
 
 def smallest(curve: circuits.FaithfulnessCurve, name: str, column: str = "faithfulness") -> dict[Any, Any] | None:
-    """The row with the fewest edges from which on the faithfulness of all larger circuits (or the lower end of its interval) is at least the level."""
+    """The row with the fewest edges from which on all larger circuits have at least the level, by this column."""
     rows = sorted((row for row in curve.table.to_dict("records") if row["method"] == name), key=lambda row: -row["n_edges"])
     below = next((i for i, row in enumerate(rows) if not row[column] >= LEVEL), len(rows))
     return rows[below - 1] if below else None
@@ -149,7 +149,8 @@ found on {len(found["find"])} others, faithfulness of what was found on {len(fou
 
 Resample ablation, edges of largest |effect|, pruned. *Smallest*: edges left after pruning in the smallest circuit from which on all larger ones have
 f ≥ {LEVEL:g}, of {len(sizes_of(graph))} sizes between 5 and {max(sizes_of(graph)):,} edges, each at most a tenth larger than the one before (or one
-edge); *f there*: its faithfulness on the pairs that were not used to find it; *surely*: the smallest from which on the whole interval is at or above {LEVEL:g}. CPR and CMD are over MIB's ten sizes, and so is the figure, whose legend therefore names coarser sizes. Passes are forwards /
+edge); *f there*: its faithfulness on the pairs that were not used to find it; *surely*: the smallest from which on the whole interval is at or
+above {LEVEL:g}. CPR and CMD are over MIB's ten sizes, and so is the figure, whose legend therefore names coarser sizes. Passes are forwards /
 backwards of a batch of pairs.
 
 {table(["score", "smallest", "f there", "surely", "CPR (high is good)", "CMD (low is good)", "passes", "time"], main)}
