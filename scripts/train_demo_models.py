@@ -82,13 +82,13 @@ class Recipe:
 RECIPES = {
     "demo-gpt2": Recipe(steps=2500, calm=1000, apart=0.0),
     "demo-llama": Recipe(steps=2000, calm=800, apart=0.75, layer_dropout=0.1),
-    "demo-gpt2-4l": Recipe(steps=2000, calm=800, apart=0.75, layer_dropout=0.1),
+    "demo-gpt2-4l": Recipe(steps=3500, calm=2000, apart=0.75, head_dropout=0.1, layer_dropout=0.0),
 }
 WANTED = {"demo-gpt2": "wanted", "demo-llama": "wanted of demo-gpt2", "demo-gpt2-4l": "wanted of demo-gpt2"}
 RUNS = {
     "demo-gpt2": "11 runs were tried, 7 of them stopped early; of the 4 others this one alone has the accuracies",
     "demo-llama": "one run was tried",
-    "demo-gpt2-4l": "one run was tried",
+    "demo-gpt2-4l": "2 runs were tried, and the first did not learn docstring",
 }
 
 

@@ -157,8 +157,8 @@ def test_the_figures_on_the_card(script, lexicon, name):
     assert [label for label, *_ in found.figures()] == list(listed)
     for (label, _, value, *bounds), (stated, *limits) in zip(found.figures(), listed.values(), strict=True):
         assert bounds == limits
-        # a mean over 16 pairs, a fit, and counts
-        tolerance = {"IOI gap in logits": 0.1 * stated, "temperature that fits new text best": 0.01}.get(label, max(2, 0.15 * stated))
+        # a mean over 16 pairs of what varies by up to 0.43 of it (three standard errors), a fit, and counts
+        tolerance = {"IOI gap in logits": 0.3 * stated, "temperature that fits new text best": 0.01}.get(label, max(2, 0.15 * stated))
         assert abs(value - stated) <= tolerance, label
 
 
