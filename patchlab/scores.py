@@ -98,7 +98,7 @@ class ScoreMap:
         live: bool, the same variables without the example axis; False marks a structural zero, a cell that cannot matter for any example.
         provenance: what made it: method, task, model, direction, metric, versions, notes; JSON-able.
         cost: what it cost.
-        patterns: bool, the same variables with the axis ``pattern`` instead of ``example``, and ``pattern_of(example)``: which cells can
+        patterns: bool, the same variables with the axis ``mask`` instead of ``example``, and ``pattern_of(example)``: which cells can
             matter for which example (:meth:`live_per_example`); None in maps that do not know.
         no_path: bool, as ``live``; True where no causal path leads from the cell to what the metric reads. The other structural zeros are the same
             in both prompts (see :meth:`zeros`). None in files that do not say.
@@ -181,7 +181,7 @@ class ScoreMap:
         bare = {name: coord for name, coord in data.coords.items() if "example" not in coord.dims}
         patterns = patterns or Patterns(np.zeros(len(index), dtype=np.int64), {name: mask[None] for name, mask in live.items()})
         check_patterns(patterns, live, len(index))
-        rows = {name: (("pattern", *masks[name][0]), cells.astype(bool)) for name, cells in patterns.cells.items()}
+        rows = {name: (("mask", *masks[name][0]), cells.astype(bool)) for name, cells in patterns.cells.items()}
         of = xr.Dataset(rows, coords={"example": coords["example"], "pattern_of": ("example", patterns.of[order].astype(np.int64))})
         cut = None if no_path is None else frozen(xr.Dataset(paths, coords=bare))
         errors = [spread(data, found, order) for found in (noise, standard_error)]

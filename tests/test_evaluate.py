@@ -320,12 +320,12 @@ def test_circuits_of_another_model_empty_ones_and_none() -> None:
         measured(some(), task, minimality="head")
 
 
-def test_a_circuit_of_other_weights_is_noticed() -> None:
-    model, task = model_of("gpt2"), swap_task()
+def test_a_circuit_of_other_weights_is_noticed(demo_gpt2_4l: pl.Model) -> None:
+    model, task = demo_gpt2_4l, pl.load_task("ioi", demo_gpt2_4l, n=6)
     circuit = Circuit(model.arch.graph, model.arch.graph.allowed, None, {"model": "mine", "model_fingerprint": "0123"})
     result = evaluate(model, circuit, task, allow_overlap=True, progress=False)
     (note,) = result.provenance["notes"]
-    assert note == f"circuit 'circuit' was found on mine with other weights (0123); those of gpt2 here are {model.fingerprint}"
+    assert note == f"circuit 'circuit' was found on mine with other weights (0123); those of demo-gpt2-4l here are {model.fingerprint}"
     assert note in repr(result)
     own = Circuit(circuit.graph, circuit.edges, None, {"model_fingerprint": model.fingerprint})
     assert evaluate(model, own, task, allow_overlap=True, progress=False).provenance["notes"] == []

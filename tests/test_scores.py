@@ -415,7 +415,7 @@ def test_a_file_that_does_not_say_why_cells_cannot_matter(tmp_path):
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # h5netcdf's own, when it lets go of a damaged file
 def test_no_flipped_bit_goes_unnoticed(tmp_path):
-    scores = random_map("resid_pre", "z")
+    scores = random_map("resid_pre", "z", "pattern")
     scores.save(tmp_path / "a.nc")
     content = (tmp_path / "a.nc").read_bytes()
     rng, path, refused = np.random.default_rng(0), tmp_path / "b.nc", 0
