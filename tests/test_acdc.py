@@ -80,7 +80,7 @@ def test_effects_are_those_of_the_trials() -> None:
 
 def test_pruned_by_default_and_fit_for_evaluation(demo_gpt2_4l) -> None:
     task = pl.load_task("ioi", demo_gpt2_4l, n=6, seed=0)
-    loose, tight = acdc(demo_gpt2_4l, task, [1.0, 0.05], progress=False).values()
+    loose, tight = acdc(demo_gpt2_4l, task, [0.5, 0.05], progress=False).values()
     assert loose.equals(loose.pruned())
     assert 0 < loose.n_edges < tight.n_edges < 200
     held_out = pl.load_task("ioi", demo_gpt2_4l, n=6, seed=1)

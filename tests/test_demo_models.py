@@ -215,7 +215,7 @@ def test_answers_are_swapped_but_the_years(script, lexicon):
 
 def test_attention_while_training(script, lexicon):
     """The attention that training uses is the model's own where nothing is dropped and sentences see each other; far attention is as defined."""
-    recipe = script.Recipe(head_dropout=0.5, layer_dropout=0.2)
+    recipe = script.Recipe(steps=1, calm=0, apart=0.0, head_dropout=0.5, layer_dropout=0.2)
     ids, _, places = script.rows(lexicon, 2, 3, 0.1)
     ids = ids.long()
     for name in ("demo-gpt2-4l", "demo-llama"):
@@ -239,7 +239,7 @@ def test_sentences_apart(script, lexicon):
     """While the tasks are learnt no sentence depends on the one before it."""
     model = script.build("demo-gpt2-4l", lexicon.vocab_size, 0).eval()
     ids, _, places = script.rows(lexicon, 1, 3, 0.0)
-    regulariser = script.Regulariser(model, script.Recipe())
+    regulariser = script.Regulariser(model, script.Recipe(steps=1, calm=0, apart=0.0))
     regulariser.begin(places, dropping=False)
     packed = model(ids.long()).logits
     regulariser.end()
@@ -253,7 +253,7 @@ def test_sentences_apart(script, lexicon):
 
 def test_what_is_dropped(script):
     model = script.build("demo-gpt2-4l", 50, 0)
-    regulariser = script.Regulariser(model, script.Recipe())
+    regulariser = script.Regulariser(model, script.Recipe(steps=1, calm=0, apart=0.0))
     ones = torch.ones(500, 4, 3, 2)
     assert regulariser.drop(ones, 0.5, 2) is ones, "nothing before a step begins"
     regulariser.begin(torch.zeros(1, script.ROW), dropping=True)
@@ -297,7 +297,7 @@ def test_no_swapped_answers_while_calm(script, lexicon):
 
 
 def test_a_model_that_misses_its_requirements_is_not_put_in_place(script, tmp_path, capsys):
-    recipe = script.Recipe(steps=2, batch=4)
+    recipe = script.Recipe(steps=2, calm=1, apart=0.5, batch=4)
     assert not script.make("demo-gpt2-4l", recipe, script.make_tokenizer(), tmp_path, 8)
     assert not (tmp_path / "demo-gpt2-4l").exists()
     assert "demo-gpt2-4l misses its requirements: {'ioi ABBA': " in capsys.readouterr().err

@@ -193,7 +193,8 @@ def test_cost_is_one_gradient_per_layer_and_probe() -> None:
 
 def test_flagged_cells_are_the_worse_ones(demo_gpt2_4l: Any) -> None:
     """On a trained model the first-order scores of flagged cells are off by several times more than the others'."""
-    task, sites = pl.load_task("ioi", demo_gpt2_4l, n=8), ["z", "attn_out", "mlp_out", "v"]
+    task = pl.load_task("ioi", demo_gpt2_4l, n=8)
+    sites = ["z[layer,pos,head]", "attn_out", "mlp_out", "v[layer,pos,kv_head]", "resid_pre"]
     exact, atp, second = (
         scores_of(method, demo_gpt2_4l, task, sites) for method in (pl.ActivationPatching(), pl.AttributionPatching(), SecondOrder(probes=16))
     )
