@@ -26,7 +26,7 @@ ABSENT = {
     "qwen3.5": ATTENTION,
     **{name: ATTENTION | {"mlp_out", "mlp_post"} for name in ("mamba", "rwkv")},
 }
-NO_EDGES = ("opt-projected", "opt-postnorm", "openai-gpt", "deepseek-v3", "qwen3-next", "qwen3.5", "rwkv", "mamba", "jamba")
+NO_EDGES = ("olmo2", "opt-projected", "opt-postnorm", "openai-gpt", "deepseek-v3", "qwen3-next", "qwen3.5", "rwkv", "mamba", "jamba")
 CHEAP = ("gpt-j", "opt", "openai-gpt", "bloom", "mistral", "falcon", "cohere", "granite", "deepseek-v3", "xglm", "jamba", "mamba", "olmo2")
 
 

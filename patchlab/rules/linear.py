@@ -13,7 +13,7 @@ from patchlab.rules.rule import LinearRule
 def _share(part: Tensor, whole: Tensor, epsilon: float) -> Tensor:
     """``part / (whole + ε sign whole)``, in float32 at least: float16 rounds a usual ε to 0."""
     wide = whole.detach().to(torch.promote_types(whole.dtype, torch.float32))
-    return (part.detach() / (wide + torch.where(wide >= 0, epsilon, -epsilon))).to(part.dtype)
+    return (part.detach() / (wide + torch.where(wide >= 0, 1.0, -1.0).to(wide) * epsilon)).to(part.dtype)
 
 
 @dataclass(frozen=True)
