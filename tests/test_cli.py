@@ -593,3 +593,23 @@ def test_compare_of_edges(tmp_path):
     assert "Paired differences" not in result.stdout, "there is one method"
     assert not (tmp_path / "out" / "differences.csv").exists()
     assert {"heatmaps.html", "agreement.html", "scores.atp.nc"} <= {path.name for path in (tmp_path / "out").iterdir()}
+
+
+def readme_commands() -> list[list[str]]:
+    """The patchlab commands of the README's shell blocks, in order."""
+    text = (Path(__file__).resolve().parents[1] / "README.md").read_text()
+    shell = "\n".join(re.findall(r"```sh\n(.*?)```", text, re.S)).replace("\\\n", " ")
+    return [shlex.split(line, comments=True)[1:] for line in shell.splitlines() if line.startswith("patchlab ")]
+
+
+@pytest.mark.usefixtures("no_images")
+def test_the_commands_of_the_readme_work_in_order_in_one_folder(tmp_path, monkeypatch):
+    """With fewer pairs than the README has, and the smallest model."""
+    monkeypatch.chdir(tmp_path)
+    commands = readme_commands()
+    assert [command[0] for command in commands] == ["compare", "tasks", "circuit", "circuit", "circuit", "circuit"]
+    for command in commands:
+        fewer = ["--model", "demo-gpt2-4l", "--n", "8"] if "--model" in command else []
+        result = patchlab(*instead(command, fewer))
+        assert result.exit_code == 0, f"{command}: {result.output}"
+    assert {path.name for path in tmp_path.iterdir()} == {"results", "circuit.json", "circuit.html", "curve"}
