@@ -426,8 +426,9 @@ def test_verify_says_that_it_ran_the_sweep_and_ranks_every_cell():
     assert result.exit_code == 0, result.output
     assert result.stderr.startswith("Price: ")
     assert result.stderr.endswith("so the sweep is run.\n")
-    assert "20 cells were asked for; all 48 live cells were patched, so this is the whole ranking:" in result.stdout
-    assert sum(line.lstrip().startswith(("+", "-")) for line in result.stdout.splitlines()) == 48
+    # 16 heads; attention outputs from S2 on, 5 positions, in the last layer at END alone
+    assert "20 cells were asked for; all 32 live cells were patched, so this is the whole ranking:" in result.stdout
+    assert sum(line.lstrip().startswith(("+", "-")) for line in result.stdout.splitlines()) == 16 + 3 * 5 + 1
 
 
 def test_verify_reaches_a_recall_that_is_asked_for_and_speaks_of_other_prompts():
@@ -606,10 +607,10 @@ def readme_commands() -> list[list[str]]:
 def test_the_commands_of_the_readme_work_in_order_in_one_folder(tmp_path, monkeypatch):
     """With fewer pairs than the README has, and the smallest model."""
     monkeypatch.chdir(tmp_path)
-    commands = readme_commands()
-    assert [command[0] for command in commands] == ["compare", "tasks", "circuit", "circuit", "circuit", "circuit"]
-    for command in commands:
-        fewer = ["--model", "demo-gpt2-4l", "--n", "8"] if "--model" in command else []
-        result = patchlab(*instead(command, fewer))
-        assert result.exit_code == 0, f"{command}: {result.output}"
+    lines = readme_commands()
+    assert [words[0] for words in lines] == ["compare", "tasks", "circuit", "circuit", "circuit", "circuit"]
+    for words in lines:
+        fewer = ["--model", "demo-gpt2-4l", "--n", "8"] if "--model" in words else []
+        result = patchlab(*instead(words, fewer))
+        assert result.exit_code == 0, f"{words}: {result.output}"
     assert {path.name for path in tmp_path.iterdir()} == {"results", "circuit.json", "circuit.html", "curve"}
