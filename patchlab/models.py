@@ -259,9 +259,12 @@ def bridge_module(module: Any, name: str, tokenizer: Any = None) -> Any:
     Raises:
         ModelError: TransformerLens cannot bridge the model, or the bridge gives other logits.
     """
+    from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
     from transformer_lens.model_bridge.sources import build_bridge_from_module
 
     kind = type(module).__name__
+    if any(isinstance(part, GeneralizedComponent) for part in module.modules()):
+        raise ModelError(f"{name}: this {kind} has been bridged before, which changes it; load or build it again, or use the first Model.")
     length = min(6, int(getattr(module.config, "max_position_embeddings", None) or 6))
     tokens = torch.arange(length)[None] % int(module.get_input_embeddings().num_embeddings)
     tokens = tokens.to(next(module.parameters()).device)

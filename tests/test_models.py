@@ -101,6 +101,13 @@ def test_what_is_no_model_in_memory_is_refused(directories: dict[str, Path]) -> 
         pl.load_model(pl.load_model(directories["gpt2"], device="cpu").bridge)
 
 
+def test_a_model_that_a_bridge_has_changed_is_refused() -> None:
+    module = hf_module("llama")
+    pl.load_model(module)
+    with pytest.raises(ModelError, match="has been bridged before, which changes it; load or build it again"):
+        pl.load_model(module)
+
+
 def test_a_tokenizer_can_be_given_beside_a_directory(directories: dict[str, Path], llama_copy: Path) -> None:
     from transformers import PreTrainedTokenizerFast
 
@@ -606,9 +613,9 @@ def test_bos_where_there_is_none(llama_copy: Path) -> None:
 
 
 def test_the_fingerprint_sees_every_weight() -> None:
-    module = hf_module("llama")
-    first = bridged(module, "a").fingerprint
+    first = bridged(hf_module("llama"), "a").fingerprint
     assert bridged(hf_module("llama"), "b").fingerprint == first
+    module = hf_module("llama")
     with torch.no_grad():
         module.model.embed_tokens.weight[5, 7] *= 1.0001  # not among the sampled entries
     assert bridged(module, "c").fingerprint != first
