@@ -287,7 +287,8 @@ class ScoreMap:
         if errors is None:
             return xr.full_like(self.mean(name), np.nan)
         squares = (errors[name].astype(np.float64) ** 2).sum("example", skipna=False)
-        return (np.sqrt(squares) / self.data.sizes["example"]).broadcast_like(self.live[name]).transpose(*self.live[name].dims)
+        whole = squares.broadcast_like(self.live[name]).transpose(*self.live[name].dims)
+        return whole.copy(data=np.sqrt(whole.to_numpy()) / self.data.sizes["example"])
 
     def site_name(self, site: str | Site) -> str:
         """The name of a site in this map, however it was written.
