@@ -24,6 +24,7 @@ lint: .venv/.ok
 	$(BIN)/pyright
 
 notebook: .venv/.ok
+	$(BIN)/python -m pip install -qq -c constraints.txt -e '.[test,notebooks]'
 	PLOTLY_RENDERER=plotly_mimetype+png $(BIN)/jupytext --to ipynb --execute notebooks/quickstart.py
 
 .venv/.ok: pyproject.toml constraints.txt

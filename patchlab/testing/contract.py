@@ -56,10 +56,10 @@ def check_method(
     """
     parsed = parse_sites(sites if isinstance(sites, str) else list(sites))
     names = [str(site) for site in parsed]
-    # what a model is tested for at its first run with a method is not part of what a run costs
-    method.run(model, task.select([0]), names, direction=tuple(directions)[0], progress=False)
     before = _State.of(model, task)
     order = list(range(len(task)))
+    # what a model is tested for at its first run with a method is not part of what a run costs
+    method.run(model, task.select([0]), names, direction=tuple(directions)[0], progress=False)
     for direction in tuple(directions):
         watched = _Failing(task.metric, None)
         with _counting(model) as counter:
