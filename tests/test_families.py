@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import patchlab as pl
-from patchlab.adapters import points
+from patchlab.engine import points
 from patchlab.engine.precision import in_single_precision
 from patchlab.errors import ModelError, SiteError
 from patchlab.models import Model

@@ -59,8 +59,9 @@ def check_method(
     before = _State.of(model, task)
     order = list(range(len(task)))
     # what a model is tested for at its first run with a method is not part of what a run costs
-    method.run(model, task.select([0]), names, direction=next(iter(directions)), progress=False)
-    for direction in tuple(directions):
+    directions = tuple(directions)
+    method.run(model, task.select([0]), names, direction=directions[0], progress=False)
+    for direction in directions:
         watched = _Failing(task.metric, None)
         with _counting(model) as counter:
             whole = method.run(model, task.with_metric(replace(task.metric, function=watched)), names, direction=direction, progress=False)
