@@ -233,4 +233,5 @@ def test_notebook_is_executed_and_in_step_with_its_source():
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
     assert sum("image/png" in output.get("data", {}) for cell in cells for output in cell.outputs) == 3, "figures show without running it"
+    assert not [output for cell in cells for output in cell.outputs if output.get("name") == "stderr"], "warnings name the machine it was run on"
     assert (ROOT / "notebooks" / "quickstart.ipynb").stat().st_size < 2_000_000
