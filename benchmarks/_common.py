@@ -22,7 +22,7 @@ import torch
 
 from patchlab.metrics import METRICS
 from patchlab.models import Model, wrap_bridge
-from patchlab.tasks.base import Pair, Task
+from patchlab.tasks.task import Pair, Task
 
 WORKLOADS = {"S2": (10 / 15,), "ABC": (2 / 15, 4 / 15, 10 / 15)}
 """Which tokens of a pair differ, as shares of the length: the second subject of an IOI prompt, or all three names."""

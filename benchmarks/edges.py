@@ -26,14 +26,14 @@ import numpy as np
 import torch
 
 from patchlab.engine import Program, Work, empty_cache, run
-from patchlab.engine.blocks import baseline
-from patchlab.engine.edge_support import edge_mask, edge_support
+from patchlab.engine.contributions import Contributions, contributions
 from patchlab.engine.edge_sweep import Differences, edge_sweep
-from patchlab.engine.routing import run_circuits
-from patchlab.engine.wiring import Contributions, contributions
+from patchlab.engine.masked import run_circuits
+from patchlab.engine.replay import baseline
+from patchlab.engine.trust.edges import edge_mask, edge_support
 from patchlab.methods import ActivationPatching, AttributionPatching, RelevancePatching
 from patchlab.models import Model
-from patchlab.tasks.base import Task
+from patchlab.tasks.task import Task
 
 GOALS = {"exact": 40.0, "linearised / plain": 1.2, "extra peak memory, GB": 0.3}
 COMPARED = 8

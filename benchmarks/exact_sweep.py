@@ -18,14 +18,14 @@ import _common as common
 import numpy as np
 import torch
 
-from patchlab.engine import Program, Support, Work, run, support, sweep, waves
+from patchlab.engine import Program, Support, Work, node_sweep, run, support, sweep
 from patchlab.interventions import Edit
 from patchlab.methods import ActivationPatching
 from patchlab.metrics import Metric
 from patchlab.models import Model, load_model
 from patchlab.sites import Site
 from patchlab.tasks import load_task
-from patchlab.tasks.base import Task
+from patchlab.tasks.task import Task
 
 MAPS = {
     "head × position": ("z[layer,pos,head]", "z", "layer_pos_head_vector_patch_setter"),
@@ -196,11 +196,11 @@ def _without_narrowing(hooks: Any) -> Callable[..., Any]:
 
 IDEAS: dict[str, Callable[[Trial], Work]] = {
     "answer position and columns only": lambda t: t.sweep(program=replace(t.program, metric=Metric("everywhere", _everywhere, reads="all"))),
-    "resume at the patched layer": lambda t: _patched(t, waves, "_entry", _from_the_first_layer(waves._entry)),
+    "resume at the patched layer": lambda t: _patched(t, node_sweep, "_entry", _from_the_first_layer(node_sweep._entry)),
     "many cells per call": lambda t: t.sweep(max_tokens=1),
     "keys and values of the prefix": lambda t: t.sweep(prefix=False),
-    "enter at one position": lambda t: _patched(t, waves, "_LOCAL", ()),
-    "last layer: answer position only": lambda t: _patched(t, waves.Wave, "_hooks", _without_narrowing(waves.Wave._hooks)),
+    "enter at one position": lambda t: _patched(t, node_sweep, "_LOCAL", ()),
+    "last layer: answer position only": lambda t: _patched(t, node_sweep.Wave, "_hooks", _without_narrowing(node_sweep.Wave._hooks)),
     "skip structural zeros": lambda t: t.sweep(cells=t.every, start=0),
 }
 

@@ -13,7 +13,7 @@ import torch
 
 from patchlab.methods import AttributionPatching, RelevancePatching
 from patchlab.models import Model
-from patchlab.tasks.base import Task
+from patchlab.tasks.task import Task
 
 SITES = ("resid_pre", "attn_out", "mlp_out", "z[layer,pos,head]")
 GOALS = {"atp / plain": 0.8, "relp / atp": 1.15}

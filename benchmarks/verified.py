@@ -16,10 +16,10 @@ import numpy as np
 import torch
 
 import patchlab as pl
-from patchlab.agreement import cells_for_recall
 from patchlab.errors import TaskError
 from patchlab.methods import get_method
 from patchlab.scores import ScoreMap
+from patchlab.stats.agreement import cells_for_recall
 from patchlab.tasks import GENERATORS
 
 SITE = "z[layer,pos,head]"

@@ -4,8 +4,6 @@ The public names are loaded when they are first used, so that ``import patchlab`
 """
 
 import importlib
-import sys
-import types
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -16,8 +14,8 @@ if TYPE_CHECKING:
     from patchlab import plots as plots
     from patchlab import rules as rules
     from patchlab.circuits import Circuit as Circuit
-    from patchlab.compare import Comparison as Comparison
-    from patchlab.compare import compare as compare
+    from patchlab.comparison import Comparison as Comparison
+    from patchlab.comparison import compare as compare
     from patchlab.errors import PatchlabError as PatchlabError
     from patchlab.interventions import Edit as Edit
     from patchlab.interventions import blend as blend
@@ -46,8 +44,8 @@ _HOMES = {
     "plots": "",
     "rules": "",
     "Circuit": "circuits",
-    "Comparison": "compare",
-    "compare": "compare",
+    "Comparison": "comparison",
+    "compare": "comparison",
     "PatchlabError": "errors",
     "Edit": "interventions",
     "blend": "interventions",
@@ -88,15 +86,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
-
-
-class _Package(types.ModuleType):
-    """Keeps ``patchlab.compare`` the function: importing a submodule binds it over the name it has in its package."""
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if isinstance(value, types.ModuleType) and _HOMES.get(name):
-            return
-        super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

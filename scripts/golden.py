@@ -25,11 +25,26 @@ from patchlab.errors import PatchlabError
 from patchlab.testing.toys import toy_task
 from patchlab.testing.zoo import zoo_model
 
-METHODS = (
-    "exact atp ig:3 ig-left:2 ig-right:2 ig-trapezoid:2 ig-activations:2 clean-corrupted relp relp-ah attnlrp cp-lrp gim relp+ig:2 atp* "
-    "atp+qk relp+drop"
-).split()
-EDGE_METHODS = "exact exact-frozen atp eap-ig-inputs:2 eap-ig-activations:2 clean-corrupted relp relp-ah gim relp+ig:2".split()
+METHODS = [
+    "exact",
+    "atp",
+    "ig:3",
+    "ig-left:2",
+    "ig-right:2",
+    "ig-trapezoid:2",
+    "ig-activations:2",
+    "clean-corrupted",
+    "relp",
+    "relp-ah",
+    "attnlrp",
+    "cp-lrp",
+    "gim",
+    "relp+ig:2",
+    "atp*",
+    "atp+qk",
+    "relp+drop",
+]
+EDGE_METHODS = ["exact", "exact-frozen", "atp", "eap-ig-inputs:2", "eap-ig-activations:2", "clean-corrupted", "relp", "relp-ah", "gim", "relp+ig:2"]
 SITES = ["input", "resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "z", "q", "k", "v", "pattern", "mlp_post"]
 FINE = ["z[layer,pos,head]", "q[layer,pos,head]", "k[layer,pos,kv_head]", "v[layer,pos]", "mlp_post[layer]", "pattern[layer,head,dest]"]
 EDGES = ["edges", "edges[writer,reader,pos]", "edges[writer,reader,dest,src]"]

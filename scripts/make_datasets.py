@@ -41,7 +41,7 @@ One JSON object per line. `clean`, `corrupted`: text without `<bos>`. `clean_ids
 win over the text, and are checked against it. `correct`, `incorrect` and `correct_id`, `incorrect_id`: the answer tokens. `positions`: name ->
 index into `clean_ids`. `template`: pairs with the same one are aligned token by token. `metric`: one per file.
 
-The models were trained on sentences of these generators, so the pairs are no test of generalisation (`patchlab/demo_models/*/README.md`
+The models were trained on sentences of these generators, so the pairs are no test of generalisation (`patchlab/models/demo/*/README.md`
 has accuracies on held-out pairs of names).
 """
 

@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 
 import patchlab as pl
-from patchlab.compare import FORMS, Comparison
+from patchlab.comparison.compare import FORMS, Comparison
 from patchlab.methods import get_method
 
 ROOT = Path(__file__).resolve().parents[1]

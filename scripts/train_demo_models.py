@@ -28,12 +28,12 @@ from transformers import AttentionInterface, AutoModelForCausalLM, GPT2Config, G
 
 from patchlab.methods import ActivationPatching
 from patchlab.models import load_model
-from patchlab.tasks import agreement, docstring, facts, ioi, words
-from patchlab.tasks.base import Pair, Task
-from patchlab.tasks.lexicon import Lexicon
+from patchlab.tasks.generators import agreement, docstring, facts, ioi, words
+from patchlab.tasks.generators.lexicon import Lexicon
 from patchlab.tasks.registry import GENERATORS
+from patchlab.tasks.task import Pair, Task
 
-OUT = Path(__file__).resolve().parents[1] / "patchlab" / "demo_models"
+OUT = Path(__file__).resolve().parents[1] / "patchlab" / "models" / "demo"
 ROW, WARMUP, HOLD = 48, 50, 0.4
 ANSWER_WEIGHT = 10.0
 REACH = 3
@@ -102,7 +102,7 @@ def vocabulary() -> list[str]:
     lists = (words.NAMES, words.PLACES, words.OBJECTS, words.PREPOSITIONS, words.ADVERBS, words.EVENTS, words.CENTURIES, words.YEARS)
     lists += (words.FUNCTIONS, words.ARGUMENTS, words.COMMON, ADJECTIVES, ["he", "she", "it", "they"])
     templates = [*ioi.TEMPLATES.values(), *agreement.TEMPLATES.values(), docstring.TEMPLATE, *(text for text, _ in facts.RELATIONS.values())]
-    templates += [sys.modules[f"patchlab.tasks.{name}"].TEMPLATE for name in ("greater_than", "pronoun")]
+    templates += [sys.modules[f"patchlab.tasks.generators.{name}"].TEMPLATE for name in ("greater_than", "pronoun")]
     text = [" ".join(templates + list(FILLERS)).replace("{", " {").replace("}", "} ")]
     text += [" ".join([*couple, *couple.values()]) for couple in couples] + [" ".join(words_) for words_ in lists]
     slots = {slot for word in text[0].split() if word.startswith("{") for slot in [word.strip("{}")]}

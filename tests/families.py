@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
-from patchlab.methods.base import Method
+from patchlab.methods.method import Method
 from patchlab.metrics import METRICS, Metric
 from patchlab.models import Model, wrap_bridge
 from patchlab.scores import ScoreMap
-from patchlab.tasks.base import Pair, Task
+from patchlab.tasks.task import Pair, Task
 from patchlab.testing.zoo import D_MLP, HEADS, LAYERS, VOCAB, WIDTH, zoo_bridge, zoo_model, zoo_module
 
 FAMILIES = ("gpt2", "neox", "neox-sequential", "llama", "qwen2", "qwen3", "gemma2", "native")

@@ -1,6 +1,6 @@
 """Slow, literal patching of a plain Hugging Face model with torch hooks: what patchlab's methods are checked against.
 
-Nothing of patchlab's engine, lenses or interventions is used: one prompt, one patch and one pass at a time.
+Nothing of patchlab's engine, accessors or interventions is used: one prompt, one patch and one pass at a time.
 """
 
 from collections.abc import Callable

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from patchlab.score_arrays import Patterns
 from patchlab.scores import Cost, ScoreMap
+from patchlab.scores.arrays import Patterns
 from patchlab.sites import parse_site
 
 COST = Cost(2, 1, 60, 0.5)

@@ -7,10 +7,10 @@ from families import model_of, swap_task
 
 import patchlab as pl
 from patchlab.circuits import Circuit, acdc, evaluate
-from patchlab.circuits.ablations import ablation_for
-from patchlab.circuits.measure import full_divergence
+from patchlab.circuits.evaluation.ablations import ablation_for
+from patchlab.circuits.evaluation.runner import full_divergence
 from patchlab.errors import CircuitError
-from patchlab.tasks.base import Task
+from patchlab.tasks.task import Task
 
 
 def one_by_one(model: pl.Model, task: Task, tau: float, ablation: str = "resample") -> tuple[np.ndarray, int]:

@@ -18,16 +18,17 @@ from families import mixed_task, model_of, native_model, swap_task
 from torch import Tensor
 
 import patchlab as pl
-from patchlab.engine import support, waves
+from patchlab.engine import node_sweep, support
 from patchlab.errors import MethodError, OutputError
-from patchlab.methods import checkpoint, get_method
-from patchlab.methods.checkpoint import KEPT, Finished, Work, batch_rows, described
-from patchlab.methods.identity import digest
-from patchlab.methods.runs import Meter, Scored
+from patchlab.methods import get_method
+from patchlab.methods.setting import checkpoint
+from patchlab.methods.setting.checkpoint import KEPT, Finished, Work, batch_rows, described
+from patchlab.methods.setting.fingerprint import digest
+from patchlab.methods.setting.runs import Meter, Scored
 from patchlab.metrics import METRICS, Metric
 from patchlab.models import Model
 from patchlab.scores import ScoreMap
-from patchlab.tasks.base import Task
+from patchlab.tasks.task import Task
 
 SITES = ("resid_pre", "z[layer,pos,head]", "mlp_out")
 EXACT = pl.ActivationPatching()
@@ -36,7 +37,7 @@ EXACT = pl.ActivationPatching()
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     support(model_of("gpt2"))  # found out now, so that evaluations of the metric are those of the run
-    monkeypatch.setattr(waves, "CPU_TOKENS", 40)
+    monkeypatch.setattr(node_sweep, "CPU_TOKENS", 40)
     yield
     model_of("gpt2").unfinished.clear()
 
@@ -163,10 +164,10 @@ def test_nothing_is_kept_of_a_run_that_had_not_begun(monkeypatch: pytest.MonkeyP
 def test_the_default_batches_are_those_of_the_unfinished_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """They follow from the free memory, which changes."""
     for options in ({}, {"checkpoint": str(tmp_path / "run")}):
-        monkeypatch.setattr("patchlab.methods.base.free_bytes", lambda device: 0)
+        monkeypatch.setattr("patchlab.methods.method.free_bytes", lambda device: 0)
         whole, calls = evaluations(monkeypatch, scores)
         interrupted(monkeypatch, calls - 1, lambda options=options: scores(**options))
-        monkeypatch.setattr("patchlab.methods.base.free_bytes", lambda device: 10**12)
+        monkeypatch.setattr("patchlab.methods.method.free_bytes", lambda device: 10**12)
         rest = scores(**options)
         same(rest, whole)
         assert rest.cost.forwards == whole.cost.forwards + 2
@@ -178,9 +179,9 @@ def test_other_errors_keep_the_work_too(monkeypatch: pytest.MonkeyPatch) -> None
         raise RuntimeError("out of memory")
 
     whole = scores()
-    right = waves.unembed
+    right = node_sweep.unembed
     calls = iter(range(100))
-    monkeypatch.setattr(waves, "unembed", lambda *given: broken() if next(calls) == 3 else right(*given))
+    monkeypatch.setattr(node_sweep, "unembed", lambda *given: broken() if next(calls) == 3 else right(*given))
     with pytest.raises(RuntimeError, match="out of memory") as caught:
         scores()
     assert "kept on the model" in caught.value.__notes__[0]
@@ -422,9 +423,9 @@ from families import model_of, swap_task
 import patchlab as pl
 from patchlab.engine import waves
 from patchlab.methods import checkpoint
-waves.CPU_TOKENS = 40
+node_sweep.CPU_TOKENS = 40
 checkpoint.SECONDS = 0.0
-right, calls = waves.unembed, iter(range(10**6))
+right, calls = node_sweep.unembed, iter(range(10**6))
 def slow(*given):
     if next(calls) >= 4:
         print("under way", flush=True)
@@ -432,7 +433,7 @@ def slow(*given):
     return right(*given)
 model = model_of("gpt2")
 pl.engine.support(model)
-waves.unembed = slow
+node_sweep.unembed = slow
 pl.ActivationPatching().run(model, swap_task(), {sites!r}, progress=False, checkpoint={path!r})
 """
 
@@ -479,7 +480,7 @@ class Bar:
 @pytest.mark.parametrize("source", ["paired", "zero", "mean"])
 @pytest.mark.parametrize("engine", ["auto", "literal"])
 def test_the_bar_of_a_sweep_counts_cells(monkeypatch: pytest.MonkeyPatch, engine: str, source: str) -> None:
-    monkeypatch.setattr("patchlab.methods.base.tqdm", Bar)
+    monkeypatch.setattr("patchlab.methods.method.tqdm", Bar)
     Bar.made.clear()
     method, sites = pl.ActivationPatching(source=source, engine=engine), ("input", "resid_pre", "z")
     result = scores(task=mixed_task(), method=method, sites=sites)
@@ -491,7 +492,7 @@ def test_the_bar_of_a_sweep_counts_cells(monkeypatch: pytest.MonkeyPatch, engine
 
 @pytest.mark.parametrize("name", ["atp", "relp", "ig:3"])
 def test_the_bar_of_other_methods_counts_forward_passes(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    monkeypatch.setattr("patchlab.methods.base.tqdm", Bar)
+    monkeypatch.setattr("patchlab.methods.method.tqdm", Bar)
     Bar.made.clear()
     result = scores(task=mixed_task(), method=get_method(name), sites="resid_pre")
     (bar,) = Bar.made
@@ -503,7 +504,7 @@ def test_the_bar_goes_on_where_the_run_does(monkeypatch: pytest.MonkeyPatch) -> 
     interrupted(monkeypatch, 8, scores)
     (work,) = model_of("gpt2").unfinished.values()
     done = len(work.cells[1])
-    monkeypatch.setattr("patchlab.methods.base.tqdm", Bar)
+    monkeypatch.setattr("patchlab.methods.method.tqdm", Bar)
     Bar.made.clear()
     scores()
     (bar,) = Bar.made

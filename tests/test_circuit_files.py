@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from patchlab.circuits import MIB_FRACTIONS, Circuit, convert, read, read_submission, top_n, write, write_submission
-from patchlab.circuits.file_json import _order
+from patchlab.circuits.formats.json import _order
 from patchlab.errors import CircuitError, OutputError
 from patchlab.graph import Graph
 

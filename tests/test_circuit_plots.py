@@ -10,9 +10,9 @@ from score_maps import make_map
 
 from patchlab import plots
 from patchlab.circuits import Circuit, to_dot, top_n
-from patchlab.circuits.curves import FaithfulnessCurve
-from patchlab.circuits.submission import MIB_FRACTIONS
-from patchlab.compare import compare
+from patchlab.circuits.evaluation.curve import FaithfulnessCurve
+from patchlab.circuits.formats.mib import MIB_FRACTIONS
+from patchlab.comparison.compare import compare
 from patchlab.errors import CircuitError, ScoreError
 from patchlab.graph import Graph
 from patchlab.plots._agreement import _prepare_agreement

@@ -14,11 +14,12 @@ from command_lines import instead
 from typer.testing import CliRunner
 
 from patchlab import cli, plots, report
-from patchlab.cli_options import as_options, task_options
+from patchlab.cli.options import as_options, task_options
+from patchlab.comparison import job as jobs
+from patchlab.comparison.job import scores_file
 from patchlab.errors import MethodError, OutputError, PatchlabError, SiteError, TaskError
-from patchlab.methods.base import Method
+from patchlab.methods.method import Method
 from patchlab.report.files import command
-from patchlab.report.job import scores_file
 from patchlab.scores import ScoreMap
 
 ARGUMENTS = [
@@ -196,7 +197,7 @@ def test_repeating_the_recorded_command_is_the_same_job(done):
     words = shlex.split(printed["command"])
     assert words[:2] == ["patchlab", "compare"]
     assert words[words.index("--sites") + 1] == "resid_pre,attn_out[layer]"
-    job = report.Job("m", "t", ("exact", "atp"), ("z",), n=3, batch_size=2, options={"order": "BABA", "bos": True, "names": "a b"})
+    job = jobs.Job("m", "t", ("exact", "atp"), ("z",), n=3, batch_size=2, options={"order": "BABA", "bos": True, "names": "a b"})
     assert command(job).endswith("""--n 3 --seed 0 --batch-size 2 --option order=BABA --option bos=true --option 'names=a b'""")
     given = task_options(["order=BABA", "bos=true", "names=a b", "bos=true"])
     assert given == job.options
@@ -226,7 +227,7 @@ def captured(monkeypatch):
 def test_demo_is_ioi_on_the_packaged_model_with_four_methods(captured, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert error_of("demo") == "error: stop here", "a message of two lines becomes one"
-    assert captured == [report.Job("demo-gpt2", "ioi", ("exact", "atp", "ig:5", "relp"), ("resid_pre", "attn_out", "mlp_out", "z"), n=32)]
+    assert captured == [jobs.Job("demo-gpt2", "ioi", ("exact", "atp", "ig:5", "relp"), ("resid_pre", "attn_out", "mlp_out", "z"), n=32)]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -242,7 +243,7 @@ def test_every_option_reaches_the_job(captured, tmp_path):
         "only_correct=true",
     )
     given = {"order": "BABA", "only_correct": True}
-    wanted = report.Job("m", "t", ("exact", "relp"), ("attn_out[layer]", "q"), "noising", 5, 3, "cpu", batch_size=2, options=given)
+    wanted = jobs.Job("m", "t", ("exact", "relp"), ("attn_out[layer]", "q"), "noising", 5, 3, "cpu", batch_size=2, options=given)
     assert captured == [wanted]
 
 
@@ -256,10 +257,10 @@ def test_settings_of_the_task_and_the_model_have_options_of_their_own(captured, 
 
 
 def test_named_positions_are_scored_alone(demo_gpt2_4l):
-    task = report.named_task("ioi", demo_gpt2_4l, n=2, options={"positions": "S2, END"})
+    task = jobs.named_task("ioi", demo_gpt2_4l, n=2, options={"positions": "S2, END"})
     assert task.position_axis().names == ("S2", "END")
     with pytest.raises(TaskError, match="unknown position of all pairs 'S3'"):
-        report.named_task("ioi", demo_gpt2_4l, n=2, options={"positions": "S3"})
+        jobs.named_task("ioi", demo_gpt2_4l, n=2, options={"positions": "S3"})
 
 
 @pytest.mark.parametrize(
@@ -475,9 +476,9 @@ def test_version_and_help():
 
 def test_job_checks_its_names_when_it_is_made():
     with pytest.raises(MethodError, match="unknown method"):
-        report.Job("m", "t", ("exact", "x"), ("z",))
+        jobs.Job("m", "t", ("exact", "x"), ("z",))
     with pytest.raises(SiteError, match="no sites given"):
-        report.Job("m", "t", ("exact", "atp"), ())
+        jobs.Job("m", "t", ("exact", "atp"), ())
 
 
 @pytest.fixture(scope="module")
@@ -491,7 +492,7 @@ def results(tmp_path_factory):
     rows = [{"clean_ids": p.clean_ids, "corrupted_ids": p.corrupted_ids, "correct_id": p.correct, "incorrect_id": p.incorrect} for p in pairs]
     path = folder / "<b>bold & 'x'.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
-    return report.run(report.Job("demo-gpt2-4l", str(path), ("exact", "atp"), ("z",)))
+    return jobs.run(jobs.Job("demo-gpt2-4l", str(path), ("exact", "atp"), ("z",)))
 
 
 @pytest.fixture
@@ -542,7 +543,7 @@ def test_finished_methods_are_kept_and_the_same_command_goes_on(tmp_path, monkey
             raise KeyboardInterrupt
         return run(self, *args, **settings)
 
-    monkeypatch.setattr("patchlab.methods.base.Method.run", stopped)
+    monkeypatch.setattr("patchlab.methods.method.Method.run", stopped)
     result = patchlab(*arguments)
     assert result.exit_code != 0
     kept = tmp_path / "out" / ".patchlab-unfinished"

@@ -9,12 +9,12 @@ import pandas as pd
 import pytest
 from score_maps import altered, make_map, random_map
 
-from patchlab import agreement as stats
-from patchlab.alignment import check_names
-from patchlab.compare import FORMS, STATISTICS, Comparison, compare
+from patchlab.comparison.alignment import check_names
+from patchlab.comparison.compare import FORMS, STATISTICS, Comparison, compare
 from patchlab.errors import OutputError, ScoreError
-from patchlab.score_arrays import Patterns
 from patchlab.scores import Cost, ScoreMap
+from patchlab.scores.arrays import Patterns
+from patchlab.stats import agreement as stats
 
 SITES = ("resid_pre", "z")
 
@@ -472,7 +472,7 @@ def test_the_seed_decides_the_draws(exact):
 def test_large_maps_are_cut_into_chunks_without_changing_a_digit(exact, monkeypatch):
     other = noisy(exact)
     whole = compare(exact, {"x": other}, n_boot=40)
-    monkeypatch.setattr(sys.modules["patchlab.compare"], "_LIMIT", 60)
+    monkeypatch.setattr(sys.modules["patchlab.comparison.compare"], "_LIMIT", 60)
     chunked = compare(exact, {"x": other}, n_boot=40)
     pd.testing.assert_frame_equal(whole.table, chunked.table, rtol=1e-12)
     pd.testing.assert_frame_equal(whole.reliability, chunked.reliability, rtol=1e-12)

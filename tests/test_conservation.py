@@ -13,9 +13,9 @@ from torch import Tensor, nn
 import patchlab as pl
 from patchlab.adapters import AttentionPlace
 from patchlab.engine import Program, run
-from patchlab.engine.conservation import HOLDING
-from patchlab.engine.place_tests import checked_places
-from patchlab.engine.precision import widened
+from patchlab.engine.trust.conservation import HOLDING
+from patchlab.engine.trust.places import checked_places
+from patchlab.engine.trust.precision import widened
 from patchlab.errors import InterventionError, RuleError
 from patchlab.metrics import METRICS
 from patchlab.models import Model

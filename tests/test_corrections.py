@@ -17,7 +17,7 @@ from patchlab.errors import MethodError, ScoreError
 from patchlab.methods import LinearizedPatching, get_method
 from patchlab.models import Model
 from patchlab.sites import KINDS, parse_site
-from patchlab.tasks.base import Pair, Task
+from patchlab.tasks.task import Pair, Task
 from patchlab.testing import check_method, linear_toy, toy_task
 
 KV_HEADS = {"gpt2": 4, "llama": 2, "qwen2": 2, "qwen3": 2, "gemma2": 2}

@@ -13,7 +13,7 @@ import torch
 
 from patchlab.models import DEMO_MODELS
 from patchlab.tasks import load_task
-from patchlab.tasks.lexicon import Lexicon
+from patchlab.tasks.generators.lexicon import Lexicon
 
 NAMES = ("demo-gpt2", "demo-gpt2-4l", "demo-llama")
 LEAST = {"pronoun": 0.95, "greater_than": 0.85}

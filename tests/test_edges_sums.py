@@ -18,7 +18,7 @@ from patchlab.methods import get_method
 from patchlab.metrics import METRICS
 from patchlab.models import Model
 from patchlab.rules import PRESETS
-from patchlab.tasks.base import Pair, Task
+from patchlab.tasks.task import Pair, Task
 from patchlab.testing import TOY_CIRCUITS, linear_toy, toy_task
 
 METHODS = ("atp", *(name for name in PRESETS if name != "gradient"), "ig:3", "relp+ig:3")

@@ -24,16 +24,16 @@ from patchlab.circuits import (
     split,
     top_n,
 )
-from patchlab.circuits.ablations import ablation_for
-from patchlab.circuits.faithfulness import Scale
+from patchlab.circuits.evaluation.ablations import ablation_for
+from patchlab.circuits.evaluation.runner import masks_on, with_full_logits
+from patchlab.circuits.evaluation.scale import Scale
 from patchlab.circuits.heldout import check_disjoint
-from patchlab.circuits.measure import masks_on, with_full_logits
 from patchlab.engine import Program
-from patchlab.engine.routing import run_circuits
-from patchlab.engine.wiring import contributions
+from patchlab.engine.contributions import contributions
+from patchlab.engine.masked import run_circuits
 from patchlab.errors import CircuitError, ScoreError
 from patchlab.graph import Graph
-from patchlab.tasks.base import Task
+from patchlab.tasks.task import Task
 
 MODEL = ("gpt2", torch.float64)
 

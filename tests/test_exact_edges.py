@@ -15,16 +15,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import patchlab as pl
-from patchlab.engine import Program, Support, Work, run, waves
+from patchlab.engine import Program, Support, Work, node_sweep, run
 from patchlab.engine import edge_sweep as edge_sweep_module
-from patchlab.engine.edge_support import _found, edge_support
 from patchlab.engine.edge_sweep import Differences, edge_sweep
 from patchlab.engine.literal import hooked
+from patchlab.engine.trust.edges import _found, edge_support
 from patchlab.errors import InterventionError, MethodError, SiteError
-from patchlab.methods.path import kv_effects, patch_edges
+from patchlab.methods.path_patching import kv_effects, patch_edges
 from patchlab.metrics import Metric
 from patchlab.models import Model
-from patchlab.tasks.base import Task
+from patchlab.tasks.task import Task
 from patchlab.testing import TOY_CIRCUITS
 
 LITERAL = pl.ActivationPatching(engine="literal")
@@ -460,8 +460,8 @@ def test_results_do_not_depend_on_memory_or_batches() -> None:
 
 def test_a_model_on_which_the_ways_disagree_is_patched_by_whole_passes(monkeypatch) -> None:
     model = native_model("odd edges")
-    right = waves.unembed
-    monkeypatch.setattr(waves, "unembed", lambda *arguments: right(*arguments) * 1.5)
+    right = node_sweep.unembed
+    monkeypatch.setattr(node_sweep, "unembed", lambda *arguments: right(*arguments) * 1.5)
     assert edge_support(model).mode == "literal"
     assert "does not fill a key-value cache" in edge_support(model).reason
     assert "differs by" in edge_support(model).reason

@@ -9,7 +9,7 @@ from torch import Tensor
 
 import patchlab as pl
 from patchlab.engine import points
-from patchlab.engine.precision import in_single_precision
+from patchlab.engine.trust.precision import in_single_precision
 from patchlab.errors import ModelError, SiteError
 from patchlab.models import Model
 from patchlab.testing.family import measure_family

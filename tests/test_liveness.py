@@ -11,12 +11,12 @@ import patchlab as pl
 from patchlab.engine import Program, run
 from patchlab.interventions import Average, Edit, Kept
 from patchlab.methods.exact import addresses
-from patchlab.methods.liveness import cell_shape, live_cells, without_path
-from patchlab.methods.runs import Setting
+from patchlab.methods.setting.liveness import cell_shape, live_cells, without_path
+from patchlab.methods.setting.runs import Setting
 from patchlab.metrics import Metric
 from patchlab.models import Model
 from patchlab.sites import POSITION_AXES, parse_site
-from patchlab.tasks.base import Pair, Task
+from patchlab.tasks.task import Pair, Task
 
 SITES = (
     "input",

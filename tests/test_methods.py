@@ -22,7 +22,7 @@ from patchlab.metrics import METRICS, Answers, Metric
 from patchlab.models import Model
 from patchlab.rules import AHRule, Composite
 from patchlab.sites import KINDS, Site, parse_site
-from patchlab.tasks.base import Pair, Task
+from patchlab.tasks.task import Pair, Task
 
 LAYERS = 3
 ENGINES = ("auto", "literal")

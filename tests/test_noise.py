@@ -13,8 +13,8 @@ from score_maps import make_map
 import patchlab as pl
 from patchlab.errors import ScoreError
 from patchlab.methods import SecondOrder, get_method
-from patchlab.methods.noise import product_variance, rounding, spacing
 from patchlab.methods.second_order import STEPS
+from patchlab.methods.setting.rounding import product_variance, rounding, spacing
 from patchlab.metrics import METRICS, Answers, Metric
 from patchlab.models import Model
 from patchlab.scores import ScoreMap

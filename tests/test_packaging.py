@@ -21,22 +21,20 @@ HEAVY = ("torch", "pandas", "plotly", "transformers", "transformer_lens", "xarra
 # Imports point from right to left: a module may import those of its own rank and of the ranks before it.
 RANKS = (
     {"errors"},
-    {"sites", "graph", "metrics", "scores", "score_arrays"},
+    {"store"},
+    {"sites", "graph", "metrics", "stats"},
+    {"scores"},
     {"adapters"},
     {"interventions", "rules"},
     {"engine"},
-    {"tasks", "models", "hub"},
+    {"tasks", "models"},
     {"features"},
     {"methods"},
-    {"compare", "agreement", "alignment", "reliability", "circuits"},
+    {"comparison", "circuits"},
     {"plots", "sweeps"},
     {"report"},
-    {"cli_options"},
-    {"cli_circuit"},
     {"cli"},
 )
-# Helpers that belong to no noun: they may import nothing of patchlab but errors, and everything may import them.
-HELPERS = {"bootstrap", "output"}
 # testing is for tests: it may import anything and nothing imports it
 FREE = {"testing"}
 
@@ -77,7 +75,7 @@ def noun(module: str) -> str:
 
 def rank(name: str) -> int:
     found = [i for i, names in enumerate(RANKS) if name in names]
-    assert found, f"patchlab/{name} has no place in the import order; add it to RANKS or HELPERS"
+    assert found, f"patchlab/{name} has no place in the import order; add it to RANKS"
     return found[0]
 
 
@@ -88,9 +86,7 @@ def test_imports_point_one_way(path):
         return
     for target in sorted(noun(name) for name in imported(path)):
         assert target not in FREE, f"{own} imports patchlab.{target}, which is for tests"
-        if own in HELPERS:
-            assert target in {"errors", own}, f"the helper {own} imports {target}"
-        elif target not in HELPERS and target != "":
+        if target != "":
             assert rank(target) <= rank(own), f"{own} imports {target}, which comes later in the order"
 
 
@@ -120,7 +116,7 @@ def test_import_order_check_sees_every_form_of_import(tmp_path, monkeypatch):
 @pytest.mark.parametrize("path", modules(), ids=module_name)
 def test_only_the_command_line_prints(path):
     calls = [node for node in ast.walk(tree(path)) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"]
-    assert module_name(path) == "patchlab.cli" or not calls, f"print() in line {calls[0].lineno}"
+    assert noun(module_name(path)) == "cli" or not calls, f"print() in line {calls[0].lineno}"
 
 
 HOOKS = {"add_hook", "add_perma_hook", "hooks", "run_with_hooks", "register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"}
@@ -192,7 +188,7 @@ def test_names_for_type_checkers_are_the_lazy_names():
 def test_compare_is_the_function_also_after_its_module_was_imported():
     import patchlab as pl
 
-    module = importlib.import_module("patchlab.compare")
+    module = importlib.import_module("patchlab.comparison.compare")
     assert pl.compare is module.compare
     assert pl.Comparison is module.Comparison
 
@@ -200,7 +196,7 @@ def test_compare_is_the_function_also_after_its_module_was_imported():
 def test_packaged_models_and_typing_marker_are_in_the_package():
     assert (files("patchlab") / "py.typed").is_file()
     for name in ("demo-gpt2", "demo-llama", "demo-gpt2-4l"):
-        folder = files("patchlab") / "demo_models" / name
+        folder = files("patchlab") / "models" / "demo" / name
         for file in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md"):
             assert (folder / file).is_file(), f"{name}/{file}"
 

@@ -9,7 +9,7 @@ import pytest
 from score_maps import COST, Labels, altered, make_map, random_map
 
 from patchlab import plots
-from patchlab.compare import FORMS, STATISTICS, compare
+from patchlab.comparison.compare import FORMS, STATISTICS, compare
 from patchlab.errors import OutputError, ScoreError
 from patchlab.plots import _save
 from patchlab.plots._agreement import STRUCTURAL, _prepare_agreement

@@ -16,14 +16,14 @@ from torch import Tensor
 
 import patchlab as pl
 from patchlab.circuits import Circuit, acdc, evaluate, faithfulness_curve
-from patchlab.engine.edge_support import edge_support
+from patchlab.engine.trust.edges import edge_support
 from patchlab.errors import CircuitError, MethodError, ModelError, ScoreError
 from patchlab.graph import Graph
 from patchlab.methods import get_method
-from patchlab.methods.path import kv_effects, patch_edges
+from patchlab.methods.path_patching import kv_effects, patch_edges
 from patchlab.metrics import Metric
 from patchlab.models import Model
-from patchlab.tasks.base import Task
+from patchlab.tasks.task import Task
 
 NORMS = {
     "gemma2": ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"),

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from patchlab.errors import OutputError
-from patchlab.report.folder import result_folder
+from patchlab.store.folder import result_folder
 
 
 def write(folder: Path, **files: str) -> None:

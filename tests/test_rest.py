@@ -11,11 +11,11 @@ from families import SITES as NAMED_SITES
 
 import patchlab as pl
 from patchlab.engine import Program, continues, empty_cache, run, run_rest
-from patchlab.engine.rest import beginning
-from patchlab.methods.base import DIRECTIONS, Method
+from patchlab.engine.resume import beginning
 from patchlab.methods.linearized import LinearizedPatching
+from patchlab.methods.method import DIRECTIONS, Method
 from patchlab.metrics import METRICS, Metric
-from patchlab.tasks.base import Task
+from patchlab.tasks.task import Task
 
 SITES = (*NAMED_SITES, "pattern[layer,head,dest,src]")
 

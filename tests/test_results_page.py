@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from score_maps import altered, random_map
 
-from patchlab.compare import FORMS, compare
+from patchlab.comparison.compare import FORMS, compare
 from patchlab.scores import ScoreMap
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"

@@ -14,8 +14,8 @@ from torch import Tensor
 
 import patchlab as pl
 from patchlab.engine import Program, run
-from patchlab.engine.routing import run_circuits
-from patchlab.engine.wiring import Contributions, contributions
+from patchlab.engine.contributions import Contributions, contributions
+from patchlab.engine.masked import run_circuits
 from patchlab.errors import InterventionError, ModelError
 from patchlab.models import Model
 

@@ -10,11 +10,11 @@ import pytest
 import xarray as xr
 from score_maps import TOKENS, Labels, make_map, random_map
 
-from patchlab.bootstrap import interval, resampling_weights
 from patchlab.errors import OutputError, ScoreError
-from patchlab.score_arrays import Patterns
 from patchlab.scores import Cost, ScoreMap
+from patchlab.scores.arrays import Patterns
 from patchlab.sites import parse_site
+from patchlab.stats.bootstrap import interval, resampling_weights
 
 ALL_SITES = ("resid_pre", "z", "z[layer,pos,head]", "k[layer,pos,kv_head]", "pattern[layer,head,dest,src]", "mlp_post")
 
@@ -332,7 +332,7 @@ def test_patterns_that_do_not_fit_are_refused(of, cells, message):
 
 
 def test_a_map_of_a_newer_version_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("patchlab.scores.FORMAT", 3)
+    monkeypatch.setattr("patchlab.scores.score_map.FORMAT", 3)
     random_map("z").save(tmp_path / "a.nc")
     monkeypatch.undo()
     with pytest.raises(ScoreError, match="has the format 3 and this patchlab reads up to 2"):

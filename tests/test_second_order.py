@@ -11,12 +11,12 @@ from raw_model import Key, RawModel
 from torch import Tensor
 
 import patchlab as pl
+from patchlab.comparison.reliability import unreliable
 from patchlab.errors import MethodError, ScoreError
 from patchlab.methods import SecondOrder
 from patchlab.methods.second_order import _worth_more
-from patchlab.reliability import unreliable
 from patchlab.sites import KINDS, parse_site
-from patchlab.tasks.base import Task
+from patchlab.tasks.task import Task
 from patchlab.testing import check_method
 
 

@@ -11,7 +11,7 @@ from families import FAMILIES, VOCAB, hf_module, model_of
 from torch import Tensor, nn
 
 import patchlab as pl
-from patchlab.adapters import Lens, lenses
+from patchlab.adapters import Accessor, accessors
 from patchlab.errors import ModelError, RuleError, SiteError
 
 
@@ -124,28 +124,28 @@ def test_a_site_that_is_computed_twice() -> None:
 
 
 def test_the_hook_named_resid_mid_is_not_the_residual_stream(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(lenses.HOSTS, "resid_mid", "hook_resid_mid")
-    monkeypatch.setattr(Lens, "companion", lambda self, layer: None)
+    monkeypatch.setitem(accessors.HOSTS, "resid_mid", "hook_resid_mid")
+    monkeypatch.setattr(Accessor, "companion", lambda self, layer: None)
     absent = pl.wrap_bridge(_bridge(), "naive").arch.absent
     assert list(absent) == ["resid_mid"]
     assert "resid_mid leaves the logits wrong by 0." in absent["resid_mid"]
 
 
 def test_a_lens_on_the_wrong_hook(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(lenses.HOSTS, "q", "attn.hook_k")
+    monkeypatch.setitem(accessors.HOSTS, "q", "attn.hook_k")
     absent = pl.wrap_bridge(_bridge(), "naive").arch.absent
     assert list(absent) == ["q", "k"]
     assert absent["q"].startswith("with q and k given, pattern of layer 0 still depends on the prompt (by ")
 
 
 def test_a_hook_that_the_bridge_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(lenses.HOSTS, "mlp_post", "mlp.hook_neurons")
+    monkeypatch.setitem(accessors.HOSTS, "mlp_post", "mlp.hook_neurons")
     assert pl.wrap_bridge(_bridge(), "naive").arch.absent == {"mlp_post": "it lacks the hook blocks.0.mlp.hook_neurons"}
 
 
 def test_a_lens_that_does_not_give_the_bits_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    write = Lens.write
-    monkeypatch.setattr(Lens, "write", lambda self, host, companion, value: write(self, host, companion, value) + (1e-3 if self.kind == "v" else 0))
+    write = Accessor.write
+    monkeypatch.setattr(Accessor, "write", lambda self, host, beside, value: write(self, host, beside, value) + (1e-3 if self.kind == "v" else 0))
     absent = pl.wrap_bridge(_bridge(), "naive").arch.absent
     assert absent["v"].startswith("a run patched with its own v differs by ")
 

@@ -9,12 +9,12 @@ import torch
 from families import FAMILIES, LAYERS, mixed_task, model_of, native_model, pair, scores_of, swap_task
 
 import patchlab as pl
-from patchlab.engine import Program, Support, Work, run, support, sweep, waves
+from patchlab.engine import Program, Support, Work, node_sweep, run, support, sweep
 from patchlab.errors import InterventionError, MethodError
 from patchlab.interventions import Edit
-from patchlab.methods.base import DIRECTIONS
+from patchlab.methods.method import DIRECTIONS
 from patchlab.metrics import METRICS, Metric
-from patchlab.tasks.base import Task
+from patchlab.tasks.task import Task
 
 LITERAL = pl.ActivationPatching(engine="literal")
 SITES = ("resid_pre", "resid_post", "attn_out", "mlp_out", "z", "z[layer,pos,head]", "q", "k[layer,pos,kv_head]", "v", "pattern", "mlp_post", "input")
@@ -155,8 +155,8 @@ def test_the_cost_of_exact_patching_counts_the_work() -> None:
 
 def test_a_model_on_which_the_engines_disagree_falls_back_and_says_why(monkeypatch) -> None:
     model = native_model("odd")
-    right = waves.unembed
-    monkeypatch.setattr(waves, "unembed", lambda *arguments: right(*arguments) * 1.5)
+    right = node_sweep.unembed
+    monkeypatch.setattr(node_sweep, "unembed", lambda *arguments: right(*arguments) * 1.5)
     assert support(model).mode == "literal"
     assert "does not fill a key-value cache" in support(model).reason
     assert "differs by" in support(model).reason

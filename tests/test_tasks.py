@@ -281,7 +281,7 @@ def test_greater_than_answers(gpt2_bpe):
 
 @pytest.mark.parametrize("variant", ["simple", "within_rc", "across_rc", "across_pp"])
 def test_agreement_changes_only_the_subject(variant, gpt2_bpe):
-    from patchlab.tasks.words import PEOPLE, VERBS
+    from patchlab.tasks.generators.words import PEOPLE, VERBS
 
     made = load_task("agreement", gpt2_bpe, n=16, variant=variant)
     for i, one in enumerate(made.pairs):

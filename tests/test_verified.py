@@ -16,17 +16,17 @@ import pytest
 from families import mixed_task, model_of, swap_task
 
 import patchlab as pl
-from patchlab.bootstrap import interval, resampling_weights
 from patchlab.errors import MethodError, SiteError
 from patchlab.methods import get_method
-from patchlab.methods.bound import Bound, Price, Recall, half_widths, look_sizes, missable, most_exceeding
-from patchlab.methods.cells import Cells, Patcher
-from patchlab.methods.runs import Meter, Setting
-from patchlab.methods.subsets import largest_effect, memberships, most_exceeding_additive, t_quantile
-from patchlab.methods.verified import VerifiedPatching, _levels, _Search
-from patchlab.methods.verified_result import VerifiedResult
+from patchlab.methods.setting.runs import Meter, Setting
+from patchlab.methods.verified.bound import Bound, Price, Recall, half_widths, look_sizes, missable, most_exceeding
+from patchlab.methods.verified.patcher import Cells, Patcher
+from patchlab.methods.verified.result import VerifiedResult
+from patchlab.methods.verified.search import VerifiedPatching, _levels, _Search
+from patchlab.methods.verified.subsets import largest_effect, memberships, most_exceeding_additive, t_quantile
 from patchlab.scores import ScoreMap
 from patchlab.sites import Site, parse_site
+from patchlab.stats.bootstrap import interval, resampling_weights
 
 HEADS = "z[layer,pos,head]"
 
@@ -775,7 +775,7 @@ def test_results_do_not_depend_on_batches_or_memory(options: dict[str, int]) -> 
 
 
 def test_runs_that_do_not_fit_are_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("patchlab.methods.cells.free_bytes", lambda device: 0)
+    monkeypatch.setattr("patchlab.methods.verified.patcher.free_bytes", lambda device: 0)
     again = found()
     monkeypatch.undo()
     kept = found()

@@ -1,7 +1,7 @@
 """What differs between architectures: which hook carries a site, and which modules backward rules apply to."""
 
+from patchlab.adapters.accessors import Accessor
 from patchlab.adapters.architecture import Architecture, describe
-from patchlab.adapters.lenses import Lens
 from patchlab.adapters.places import (
     LOGITS,
     AttentionPlace,
@@ -18,12 +18,12 @@ from patchlab.adapters.places import (
 
 __all__ = [
     "LOGITS",
+    "Accessor",
     "Architecture",
     "AttentionPlace",
     "CapPlace",
     "ClipPlace",
     "GatePlace",
-    "Lens",
     "LinearPlace",
     "MLPPlace",
     "NormPlace",

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from patchlab.adapters.lenses import Lens, make_lenses
+from patchlab.adapters.accessors import Accessor, make_accessors
 from patchlab.adapters.places import Place, find_places
 from patchlab.errors import SiteError
 from patchlab.graph import Graph
@@ -13,7 +13,7 @@ from patchlab.sites import KINDS, Site
 
 @dataclass(frozen=True)
 class Architecture:
-    """Sizes, block form, lenses and places of one model.
+    """Sizes, block form, accessors and places of one model.
 
     ``absent`` maps a site kind that this model lacks to the reason. ``parallel`` is True where attention and MLP read the
     same residual stream (GPT-NeoX's default). ``d_input`` is the width of the token embedding, where it is not d_model.
@@ -29,7 +29,7 @@ class Architecture:
     vocab_size: int
     n_positions: int | None
     parallel: bool
-    lenses: dict[str, Lens] = field(repr=False)
+    accessors: dict[str, Accessor] = field(repr=False)
     places: tuple[Place, ...] = field(repr=False)
     absent: dict[str, str] = field(default_factory=dict)
     d_input: int | None = None
@@ -37,7 +37,7 @@ class Architecture:
     @property
     def sites(self) -> tuple[str, ...]:
         """The site kinds that this model has."""
-        return tuple(kind for kind in self.lenses if kind not in self.absent)
+        return tuple(kind for kind in self.accessors if kind not in self.absent)
 
     def size(self, axis: str) -> int:
         """Length of a model axis: layer, head, kv_head, neuron, writer or reader."""
@@ -87,12 +87,12 @@ def describe(bridge: Any, *, vocab_size: int) -> Architecture:
     n_layers = int(cfg.n_layers)
     n_heads = int(cfg.n_heads)
     n_kv_heads = int(getattr(cfg, "n_key_value_heads", None) or n_heads)
-    lenses = make_lenses(n_heads, n_kv_heads)
+    accessors = make_accessors(n_heads, n_kv_heads)
     parallel = bool(getattr(cfg, "parallel_attn_mlp", False))
     absent: dict[str, str] = {}
-    for kind, lens in lenses.items():
+    for kind, accessor in accessors.items():
         layers: list[int | None] = [None] if "layer" not in KINDS[kind].axes else list(range(n_layers))
-        missing = [layer for layer in layers if lens.host(layer) not in bridge.hook_dict]
+        missing = [layer for layer in layers if accessor.host(layer) not in bridge.hook_dict]
         if kind == "resid_mid" and parallel:
             absent[kind] = "attention and MLP run in parallel, so there is no stream between them"
         elif kind == "resid_mid" and "blocks.0.hook_mlp_out" not in bridge.hook_dict:
@@ -100,11 +100,11 @@ def describe(bridge: Any, *, vocab_size: int) -> Architecture:
         elif (
             kind == "mlp_post"
             and not missing
-            and any(bridge.hook_dict[lens.host(i)] is bridge.hook_dict.get(f"blocks.{i}.hook_mlp_out") for i in layers)
+            and any(bridge.hook_dict[accessor.host(i)] is bridge.hook_dict.get(f"blocks.{i}.hook_mlp_out") for i in layers)
         ):
             absent[kind] = "the hook that should show its neurons shows the MLP's output (a mixture of experts?)"
         elif missing:
-            hook = lens.host(missing[0])
+            hook = accessor.host(missing[0])
             absent[kind] = f"it lacks the hook {hook}" if missing == layers else _in_some_layers(hook, missing, len(layers))
     return Architecture(
         family=str(getattr(cfg, "architecture", None) or type(bridge).__name__),
@@ -117,7 +117,7 @@ def describe(bridge: Any, *, vocab_size: int) -> Architecture:
         vocab_size=vocab_size,
         n_positions=getattr(cfg, "n_ctx", None),
         parallel=parallel,
-        lenses=lenses,
+        accessors=accessors,
         places=find_places(bridge, n_layers),
         absent=absent,
     )

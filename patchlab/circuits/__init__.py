@@ -1,17 +1,17 @@
 """Circuits: parts of a model's graph, chosen from edge scores, exchanged as files, and evaluated."""
 
-from patchlab.circuits.ablations import ABLATIONS, OptimalFit
 from patchlab.circuits.acdc import acdc
 from patchlab.circuits.circuit import Circuit
-from patchlab.circuits.curves import FaithfulnessCurve, faithfulness_curve, random_circuit
-from patchlab.circuits.dot import to_dot
-from patchlab.circuits.evaluate import Evaluation, evaluate
-from patchlab.circuits.files import read, write
+from patchlab.circuits.evaluation.ablations import ABLATIONS, OptimalFit
+from patchlab.circuits.evaluation.curve import FaithfulnessCurve, faithfulness_curve, random_circuit
+from patchlab.circuits.evaluation.evaluate import Evaluation, evaluate
+from patchlab.circuits.formats.dot import to_dot
+from patchlab.circuits.formats.files import read, write
+from patchlab.circuits.formats.mib import MIB_FRACTIONS, convert, read_submission, write_submission
 from patchlab.circuits.heldout import split
 from patchlab.circuits.roc import ROC, agreement_with, roc
 from patchlab.circuits.select import greedy, threshold, top_n
 from patchlab.circuits.shape import kv_view
-from patchlab.circuits.submission import MIB_FRACTIONS, convert, read_submission, write_submission
 
 __all__ = [
     "ABLATIONS",

@@ -12,15 +12,15 @@ import torch
 from jaxtyping import Bool, Float
 from tqdm.auto import tqdm
 
-from patchlab.circuits.ablations import Ablation, ablation_for
 from patchlab.circuits.circuit import Circuit
-from patchlab.circuits.measure import described, full_divergence, rows_per_pass, with_full_logits
-from patchlab.engine.routing import run_circuits
+from patchlab.circuits.evaluation.ablations import Ablation, ablation_for
+from patchlab.circuits.evaluation.runner import described, full_divergence, rows_per_pass, with_full_logits
+from patchlab.engine.masked import run_circuits
 from patchlab.errors import CircuitError, unknown
 from patchlab.graph import Graph
 from patchlab.metrics import Metric
 from patchlab.models import Model
-from patchlab.tasks.base import Task
+from patchlab.tasks.task import Task
 
 MEASURES = ("kl", "metric")
 LONGEST = 64

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float
 from patchlab.circuits.shape import common_graph, kv_view, refuse_pair
 from patchlab.errors import CircuitError
 from patchlab.graph import READERS, Graph
-from patchlab.score_arrays import plain
+from patchlab.scores.arrays import plain
 
 
 @dataclass(frozen=True, eq=False)
@@ -230,14 +230,14 @@ class Circuit:
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
         """Write a file that EAP-IG and MIB read, JSON or ``.pt`` by the suffix. See :func:`patchlab.circuits.write`."""
-        from patchlab.circuits.files import write
+        from patchlab.circuits.formats.files import write
 
         write(self, path, overwrite=overwrite)
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> "Circuit":
         """Read a file of patchlab, EAP-IG or MIB, JSON or ``.pt``. See :func:`patchlab.circuits.read`."""
-        from patchlab.circuits.files import read
+        from patchlab.circuits.formats.files import read
 
         return read(path)
 

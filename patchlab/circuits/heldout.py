@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from patchlab.errors import CircuitError
-from patchlab.tasks.base import Task
+from patchlab.tasks.task import Task
 
 
 def split(task: Task, share: float | int = 0.5, *, seed: int = 0) -> tuple[Task, Task]:

@@ -1,11 +1,11 @@
 """One way to run a model: a :class:`Program` says what, :func:`run` does it, :func:`sweep` does many that share a baseline."""
 
-from patchlab.engine.blocks import Baseline, empty_cache
 from patchlab.engine.literal import run
+from patchlab.engine.node_sweep import Cell, Work, sweep
 from patchlab.engine.program import Program, Result, Target
-from patchlab.engine.rest import continues, run_rest
-from patchlab.engine.support import Support, support
-from patchlab.engine.waves import Cell, Work, sweep
+from patchlab.engine.replay import Baseline, empty_cache
+from patchlab.engine.resume import continues, run_rest
+from patchlab.engine.trust.nodes import Support, support
 
 __all__ = [
     "Baseline",

@@ -23,11 +23,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from patchlab.adapters import Architecture
-from patchlab.engine.blocks import Baseline, Template, baseline, empty_cache, template
+from patchlab.engine.contributions import Layer, layers_of
 from patchlab.engine.literal import hooked
+from patchlab.engine.node_sweep import ACCELERATOR_TOKENS, CPU_TOKENS, Wave, Work
 from patchlab.engine.program import Program, Target
-from patchlab.engine.waves import ACCELERATOR_TOKENS, CPU_TOKENS, Wave, Work
-from patchlab.engine.wiring import Layer, layers_of
+from patchlab.engine.replay import Baseline, Template, baseline, empty_cache, template
 from patchlab.errors import InterventionError
 from patchlab.interventions import Source, address
 
@@ -39,7 +39,7 @@ class Differences:
     Args:
         layers: the blocks of the model.
         changes: source − baseline at ``input`` and at ``z`` and ``mlp_out`` of every layer.
-        form: what a head adds where a norm follows the attention, one of :data:`patchlab.engine.wiring.POST_NORMS`. All else of that
+        form: what a head adds where a norm follows the attention, one of :data:`patchlab.engine.contributions.POST_NORMS`. All else of that
             attention is the baseline's: its norm is taken anew with the changed head, or its denominator is the baseline's.
         attention: the sum of the heads in the baseline run, per layer with a norm after it.
     """
@@ -68,7 +68,7 @@ class Differences:
         return part.after(own + change) - part.after(own)
 
     def contributed(self, writer: int) -> Float[Tensor, "row pos d_model"]:
-        """How the writer's :class:`patchlab.engine.wiring.Contributions` differ."""
+        """How the writer's :class:`patchlab.engine.contributions.Contributions` differ."""
         return self.written(writer, 0) if self.form == "frozen" else self._output(writer, 0)[1]
 
     def _output(self, writer: int, start: int) -> tuple[int | None, Float[Tensor, "row pos d_model"]]:
@@ -296,7 +296,7 @@ class _Run:
                 self.wave.block(layer, hidden, self.template, [])
         except _Seen:
             pass
-        return model.arch.lenses["z"].shape(seen[0]).unflatten(0, (-1, n))
+        return model.arch.accessors["z"].shape(seen[0]).unflatten(0, (-1, n))
 
     def _finished(
         self, layer: int, attention: Float[Tensor, "row pos d_model"], added: Float[Tensor, "some pos d_model"] | None

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from patchlab.adapters import LOGITS, Lens
+from patchlab.adapters import LOGITS, Accessor
 from patchlab.engine.program import Program, Result, Target
 from patchlab.errors import InterventionError, MetricError, ModelError
 from patchlab.interventions import Edit, address
@@ -101,17 +101,17 @@ class _Execution:
         for rule in hook.rules:
             value = rule(value, self.recorded)
         for edit in hook.edits:
-            lens, companion = self._lens(edit.address.kind, edit.address.layer)
-            own = lens.read(value, companion)
-            value = lens.write(value, companion, edit.apply(own, self.program.examples, self.program.positions))  # type: ignore[union-attr]
+            accessor, companion = self._lens(edit.address.kind, edit.address.layer)
+            own = accessor.read(value, companion)
+            value = accessor.write(value, companion, edit.apply(own, self.program.examples, self.program.positions))  # type: ignore[union-attr]
         if hook.gradients or hook.gradient_raw:
             # a tensor of its own: if the model drops what a hook returns, no gradient may reach it by another way
             value = value.view_as(value) if value.requires_grad else value.detach().requires_grad_()
             self.leaves.update(dict.fromkeys(hook.gradients, value))
             self.raw_leaves.update(dict.fromkeys(hook.gradient_raw, value))
         for target in hook.keep:
-            lens, companion = self._lens(*target)
-            self.activations[target] = lens.read(value, companion).detach().clone()
+            accessor, companion = self._lens(*target)
+            self.activations[target] = accessor.read(value, companion).detach().clone()
         self.hooks.update((wanted, value.detach().clone()) for wanted in hook.keep_raw)
         if hook.recorded:
             self.recorded[name] = value
@@ -119,10 +119,10 @@ class _Execution:
             value = rule(value, self.recorded)
         return value
 
-    def _lens(self, kind: str, layer: int | None) -> tuple[Lens, Tensor | None]:
-        lens = self.model.arch.lenses[kind]
-        name = lens.companion(layer)
-        return lens, None if name is None else self.recorded[canonical(self.model, name)]
+    def _lens(self, kind: str, layer: int | None) -> tuple[Accessor, Tensor | None]:
+        accessor = self.model.arch.accessors[kind]
+        name = accessor.companion(layer)
+        return accessor, None if name is None else self.recorded[canonical(self.model, name)]
 
 
 def canonical(model: Any, name: str) -> str:
@@ -136,11 +136,11 @@ def _hook(plan: dict[str, _Hook], model: Any, name: str) -> _Hook:
 
 
 def _host(plan: dict[str, _Hook], model: Any, kind: str, layer: int | None) -> _Hook:
-    lens = model.arch.lenses[kind]
-    companion = lens.companion(layer)
+    accessor = model.arch.accessors[kind]
+    companion = accessor.companion(layer)
     if companion is not None:
         _hook(plan, model, companion).recorded = True
-    return _hook(plan, model, lens.host(layer))
+    return _hook(plan, model, accessor.host(layer))
 
 
 def _plan(model: Any, program: Program, edits: tuple[Edit, ...]) -> dict[str, _Hook]:
@@ -262,7 +262,7 @@ def _gradients(
         InterventionError: no gradient reaches a site.
         ModelError: a gradient overflows in float16.
     """
-    lenses, leaves = model.arch.lenses, {**execution.leaves, **execution.raw_leaves}
+    accessors, leaves = model.arch.accessors, {**execution.leaves, **execution.raw_leaves}
     if not leaves or values is None:
         return {}, {}
     lift = None
@@ -288,7 +288,7 @@ def _gradients(
             where = f"the hook {key}" if isinstance(key, str) else f"{key[0]} of layer {key[1]}"
             raise InterventionError(f"no gradient reaches {where}; under these rules it cannot be scored.")
         gradients[key] = torch.zeros_like(leaf) if gradient is None else gradient
-    at_sites = {key: lenses[key[0]].shape(gradients[key]) for key in execution.leaves}
+    at_sites = {key: accessors[key[0]].shape(gradients[key]) for key in execution.leaves}
     if split:
         at_sites |= _split(model, program, execution, gradients)
     at_hooks = {name: gradients[name] for name in execution.raw_leaves}
@@ -317,7 +317,7 @@ def _split(model: Any, program: Program, execution: _Execution, gradients: dict[
     for layer in sorted({layer for kind, layer in program.gradients if kind in ("k", "v") and layer is not None}):
         kinds = [kind for kind in ("k", "v") if (kind, layer) in execution.leaves]
         z, inputs = execution.leaves["z", layer], [execution.leaves[kind, layer] for kind in kinds]
-        at_z = arch.lenses["z"].shape(gradients["z", layer])
+        at_z = arch.accessors["z"].shape(gradients["z", layer])
         copies = arch.n_heads // arch.n_kv_heads
         dests = list(range(at_z.shape[1])) if program.attention == "dest" else [None]
         parts: dict[str, list[Tensor]] = {kind: [] for kind in kinds}
@@ -329,7 +329,7 @@ def _split(model: Any, program: Program, execution: _Execution, gradients: dict[
                 mask[:, chosen, copy::copies] = at_z[:, chosen, copy::copies]
                 shares.append(torch.autograd.grad(z, inputs, mask.reshape(z.shape), retain_graph=True, allow_unused=True))
             for kind, leaf, *of_copies in zip(kinds, inputs, *shares, strict=True):
-                whole = [arch.lenses[kind].shape(torch.zeros_like(leaf) if share is None else share) for share in of_copies]
+                whole = [arch.accessors[kind].shape(torch.zeros_like(leaf) if share is None else share) for share in of_copies]
                 parts[kind].append(torch.stack(whole, 3).flatten(2, 3))  # query head = kv head * copies + copy
         for kind in kinds:
             found[kind, layer] = parts[kind][0] if dests == [None] else torch.stack(parts[kind], 1)

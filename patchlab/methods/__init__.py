@@ -1,13 +1,13 @@
 """Patching methods: each scores every cell of the sites it is given. Functions patch sets of edges, and shared keys and values."""
 
-from patchlab.methods.base import Method
 from patchlab.methods.exact import ActivationPatching
 from patchlab.methods.linearized import LinearizedPatching
+from patchlab.methods.method import Method
 from patchlab.methods.named import AttributionPatching, IntegratedGradients, RelevancePatching
-from patchlab.methods.path import kv_effects, patch_edges
+from patchlab.methods.path_patching import kv_effects, patch_edges
 from patchlab.methods.registry import METHODS, get_method
 from patchlab.methods.second_order import SecondOrder
-from patchlab.methods.verified import VerifiedPatching
+from patchlab.methods.verified.search import VerifiedPatching
 
 __all__ = [
     "METHODS",

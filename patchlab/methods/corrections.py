@@ -14,8 +14,8 @@ from torch import Tensor
 from patchlab.adapters import Place
 from patchlab.engine import Target
 from patchlab.interventions import Edit, address
-from patchlab.methods.noise import product_variance
-from patchlab.methods.runs import Meter, Runs, Setting, program, reduced
+from patchlab.methods.setting.rounding import product_variance
+from patchlab.methods.setting.runs import Meter, Runs, Setting, program, reduced
 from patchlab.rules import Composite, scale_gradient
 from patchlab.rules.composites import Attachment, Recorded
 from patchlab.sites import Site
@@ -45,7 +45,7 @@ def _stop(value: Tensor, recorded: Recorded) -> Tensor:
 def dropping(composite: Composite, setting: Setting, layer: int) -> Dropped:
     """The composite with the gradient through one layer's attention and MLP outputs stopped."""
     arch = setting.model.arch
-    stops = tuple(arch.lenses[kind].host(layer) for kind in ("attn_out", "mlp_out") if kind not in arch.absent)
+    stops = tuple(arch.accessors[kind].host(layer) for kind in ("attn_out", "mlp_out") if kind not in arch.absent)
     return Dropped(**{field.name: getattr(composite, field.name) for field in fields(Composite)}, stops=stops)
 
 

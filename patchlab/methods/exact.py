@@ -9,12 +9,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from patchlab.engine import Cell, Support, Work, continues, support, sweep
-from patchlab.engine.wiring import POST_NORMS
+from patchlab.engine.contributions import POST_NORMS
 from patchlab.errors import MethodError, unknown
 from patchlab.interventions import Edit, Kept
-from patchlab.methods.base import Method
-from patchlab.methods.exact_edges import check_edges, edge_bytes, edge_record, score_edges
-from patchlab.methods.runs import Meter, Runs, Scored, Setting, activation_bytes, first_difference, itemsize, program, required, token_bytes
+from patchlab.methods.cells.exact_edges import check_edges, edge_bytes, edge_record, score_edges
+from patchlab.methods.method import Method
+from patchlab.methods.setting.runs import Meter, Runs, Scored, Setting, activation_bytes, first_difference, itemsize, program, required, token_bytes
 from patchlab.sites import Position, Site
 
 

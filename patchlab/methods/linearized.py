@@ -18,12 +18,12 @@ from torch import Tensor
 from patchlab.engine import Result, Target, continues
 from patchlab.errors import MethodError
 from patchlab.interventions import Blend, Edit, Own, address
-from patchlab.methods.base import Method
+from patchlab.methods.cells.linear_edges import EdgeScores, check_sums, edge_bytes, edge_options
 from patchlab.methods.corrections import drop_term, dropping, every_layer, qk_forwards, qk_scores
-from patchlab.methods.edges import EdgeScores, check_sums, edge_bytes, edge_options
-from patchlab.methods.noise import product_variance
+from patchlab.methods.method import Method
 from patchlab.methods.quadrature import points_and_weights
-from patchlab.methods.runs import Meter, Runs, Scored, Setting, activation_bytes, itemsize, program, reduced
+from patchlab.methods.setting.rounding import product_variance
+from patchlab.methods.setting.runs import Meter, Runs, Scored, Setting, activation_bytes, itemsize, program, reduced
 from patchlab.rules import Composite, get_composite
 from patchlab.sites import KINDS, Site, parse_site
 

@@ -1,9 +1,9 @@
 """Methods by name, as the command line writes them."""
 
 from patchlab.errors import MethodError, unknown
-from patchlab.methods.base import Method
 from patchlab.methods.exact import ActivationPatching
 from patchlab.methods.linearized import LinearizedPatching
+from patchlab.methods.method import Method
 from patchlab.methods.named import AttributionPatching, RelevancePatching, parse_path_method
 from patchlab.rules import PRESETS
 

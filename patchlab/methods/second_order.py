@@ -13,10 +13,10 @@ from torch import Tensor
 from patchlab.engine import Target, support
 from patchlab.errors import MethodError
 from patchlab.interventions import Edit, Kept, Source, address
-from patchlab.methods.base import Method
 from patchlab.methods.exact import addresses, patched
-from patchlab.methods.noise import product_variance
-from patchlab.methods.runs import Meter, Runs, Scored, Setting, activation_bytes, first_difference, itemsize, of_rows, program, reduced
+from patchlab.methods.method import Method
+from patchlab.methods.setting.rounding import product_variance
+from patchlab.methods.setting.runs import Meter, Runs, Scored, Setting, activation_bytes, first_difference, itemsize, of_rows, program, reduced
 from patchlab.sites import KINDS, POSITION_AXES, Site
 
 STEPS = {torch.float32: 1e-2, torch.float64: 1e-4}
@@ -48,7 +48,7 @@ class SecondOrder(Method):
     exact patching, in forward passes over a whole prompt, where a probe counts 3.
 
     Source: arXiv 2606.09899 for the term, whose size over that of the first-order score ``|δᵀHδ| / (2 |∇m·δ|)`` tells how reliable the
-    latter is (:func:`patchlab.reliability.unreliable`). There every component has a Hessian-vector product of its own, along its own δ;
+    latter is (:func:`patchlab.comparison.reliability.unreliable`). There every component has a Hessian-vector product of its own, along its own δ;
     sharing one among the cells of a layer is ours (signs: Hutchinson 1989), as are the stopping rule and the difference in place of a second
     derivative.
 
@@ -59,7 +59,7 @@ class SecondOrder(Method):
         source: what is patched in; see :class:`patchlab.methods.Method`.
 
     Example:
-        >>> doubtful = patchlab.reliability.unreliable(atp, SecondOrder().run(model, task, "z"))  # doctest: +SKIP
+        >>> doubtful = patchlab.comparison.reliability.unreliable(atp, SecondOrder().run(model, task, "z"))  # doctest: +SKIP
     """
 
     tolerance: float = 0.1

@@ -10,12 +10,12 @@ import plotly.graph_objects as go
 from jaxtyping import Bool, Float, Int, Shaped
 from plotly.colors import sample_colorscale
 
-from patchlab.agreement import Moments, mean_of_defined, pearson, slope
-from patchlab.alignment import check_alike, check_names
+from patchlab.comparison.alignment import check_alike, check_names
 from patchlab.plots._facets import cell_texts
 from patchlab.plots._style import INK, MUTED, PALE, Box, Page, about, heading, words_width
 from patchlab.scores import ScoreMap
 from patchlab.sites import parse_site
+from patchlab.stats.agreement import Moments, mean_of_defined, pearson, slope
 
 PANEL, GAP_X, GAP_Y = 200, 58, 64
 _MANY = 4000
@@ -108,7 +108,7 @@ def _of_prompts(reference: ScoreMap, other: ScoreMap, site: str, there: Bool[np.
 
 
 def _common_edges(site: str, maps: Sequence[ScoreMap]) -> Bool[np.ndarray, " cell"]:
-    """Pairs that are edges and that every map scores, as :func:`patchlab.compare` counts them."""
+    """Pairs that are edges and that every map scores, as :func:`patchlab.comparison.compare` counts them."""
     live = maps[0].live[site]
     common = np.broadcast_to(maps[0].graph.allowed.reshape(*live.shape[:2], *[1] * (live.ndim - 2)), live.shape).copy()
     for scores in maps:
@@ -135,7 +135,7 @@ def agreement(reference: ScoreMap, methods: Mapping[str, ScoreMap]) -> go.Figure
     prompts' effects pooled. An unsigned method is drawn against |exact|. The panels of a row share their axes.
 
     Raises:
-        ScoreError: as :func:`patchlab.compare` does, for unlike maps or bad names.
+        ScoreError: as :func:`patchlab.comparison.compare` does, for unlike maps or bad names.
 
     Example:
         >>> pl.plots.agreement(exact, {"AtP": atp, "RelP": relp}).show()  # doctest: +SKIP

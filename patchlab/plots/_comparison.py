@@ -8,7 +8,7 @@ import numpy as np
 import plotly.graph_objects as go
 from jaxtyping import Float
 
-from patchlab.compare import CELLS, QUARTILES, STATISTICS, Comparison
+from patchlab.comparison.compare import CELLS, QUARTILES, STATISTICS, Comparison
 from patchlab.errors import ScoreError, unknown
 from patchlab.plots._style import INK, MUTED, Box, Page, method_colours, words_width
 
@@ -88,7 +88,7 @@ def comparison(comparison: Comparison, *, cells: str = "live") -> go.Figure:
     prompt are the lower and upper quartile over prompts.
 
     Args:
-        comparison: what :func:`patchlab.compare` returned.
+        comparison: what :func:`patchlab.comparison.compare` returned.
         cells: ``live`` or ``all``.
 
     Raises:

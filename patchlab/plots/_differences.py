@@ -8,7 +8,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from jaxtyping import Float
 
-from patchlab.compare import CELLS, FORMS, Comparison
+from patchlab.comparison.compare import CELLS, FORMS, Comparison
 from patchlab.errors import ScoreError, unknown
 from patchlab.plots._style import INK, MUTED, Box, Page, words_width
 
@@ -60,7 +60,7 @@ def differences(comparison: Comparison, *, cells: str = "live") -> go.Figure:
     Right of the line the first method of a pair agrees better. A filled dot has an interval that excludes 0; with many pairs, some do by chance.
 
     Args:
-        comparison: what :func:`patchlab.compare` returned.
+        comparison: what :func:`patchlab.comparison.compare` returned.
         cells: ``live`` or ``all``.
 
     Raises:

@@ -12,8 +12,8 @@ from jaxtyping import Bool, Float, Int, Shaped
 
 from patchlab.errors import ScoreError
 from patchlab.plots._style import Pixels, heading_height, shown, sparse_ticks
-from patchlab.score_arrays import label_of
 from patchlab.scores import NO_EDGE, NO_PATH, SAME, ScoreMap
+from patchlab.scores.arrays import label_of
 from patchlab.sites import KINDS, POSITION_AXES, parse_site
 
 TOP_NEURONS = 32

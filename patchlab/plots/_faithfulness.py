@@ -8,7 +8,7 @@ import numpy as np
 import plotly.graph_objects as go
 from jaxtyping import Float, Int, Shaped
 
-from patchlab.circuits.curves import RANDOM, FaithfulnessCurve
+from patchlab.circuits.evaluation.curve import RANDOM, FaithfulnessCurve
 from patchlab.errors import CircuitError
 from patchlab.plots._style import INK, MUTED, Box, Page, method_colours, words_width
 

@@ -9,7 +9,7 @@ import numpy as np
 import plotly.graph_objects as go
 from jaxtyping import Float
 
-from patchlab.alignment import check_alike
+from patchlab.comparison.alignment import check_alike
 from patchlab.errors import ScoreError
 from patchlab.plots._facets import MOST_CELLS, ZEROS, Facet, facets_of
 from patchlab.plots._style import GREY, INK, MUTED, PALE, Box, Page, Pixels, Signs, about, flow, heading, lines, signs, words_width

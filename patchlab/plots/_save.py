@@ -16,7 +16,7 @@ import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
 from patchlab.errors import OutputError
-from patchlab.output import writing
+from patchlab.store.files import writing
 
 HTML = (".html", ".htm")
 IMAGES = (".png", ".svg", ".pdf", ".jpg", ".jpeg", ".webp")

@@ -11,7 +11,7 @@ import pandas as pd
 from patchlab import __version__, plots
 from patchlab.circuits import FaithfulnessCurve
 from patchlab.errors import OutputError
-from patchlab.report.folder import INDEX, JOB
+from patchlab.store.folder import INDEX, JOB
 
 
 def records(table: pd.DataFrame) -> list[dict[str, Any]]:

@@ -11,10 +11,10 @@ from typing import Any
 import plotly.graph_objects as go
 
 from patchlab import __version__, plots
+from patchlab.comparison.job import REFERENCE, Job, Results, scores_file
 from patchlab.errors import OutputError
-from patchlab.report.folder import INDEX, JOB
-from patchlab.report.job import REFERENCE, Job, Results, scores_file
 from patchlab.report.page import render
+from patchlab.store.folder import INDEX, JOB
 
 
 def write(folder: Path, results: Results, *, say: Callable[[str], Any] = lambda _: None) -> dict[str, Any]:

@@ -9,9 +9,9 @@ from typing import Any
 
 import pandas as pd
 
-from patchlab.compare import CELLS, FORMS, QUARTILES, STATISTICS, Comparison
+from patchlab.comparison.compare import CELLS, FORMS, QUARTILES, STATISTICS, Comparison
+from patchlab.comparison.job import REFERENCE, Results
 from patchlab.plots import DARK
-from patchlab.report.job import REFERENCE, Results
 
 DIRECTIONS = {
     "denoising": "clean activations are moved into the corrupted run",

@@ -66,7 +66,7 @@ def coverage(model: Any, rules: str | Composite) -> Coverage:
     """Which rule of a composite sits on which module of a model; places left with the plain gradient say so.
 
     ``uncovered`` comes from the model, not from a list of known modules: beside places whose rules cannot be put there, what the conservation
-    test of each block, the embedding and the unembedding finds (:mod:`patchlab.engine.conservation`). Linear maps are listed only if the
+    test of each block, the embedding and the unembedding finds (:mod:`patchlab.engine.trust.conservation`). Linear maps are listed only if the
     composite has a rule for them. Never raises for modules that cannot be covered: it lists them.
     """
     composite = get_composite(rules)

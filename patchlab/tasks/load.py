@@ -12,10 +12,10 @@ from torch import Tensor
 
 from patchlab.errors import TaskError, unknown
 from patchlab.metrics import METRICS, Answers, Metric, get_metric
-from patchlab.tasks.base import Pair, Task, TaskModel
-from patchlab.tasks.files import SUFFIXES, TaskFile, load_file, read_pairs
-from patchlab.tasks.lexicon import Lexicon
+from patchlab.tasks.files.read import SUFFIXES, TaskFile, load_file, read_pairs
+from patchlab.tasks.generators.lexicon import Lexicon
 from patchlab.tasks.registry import GENERATORS, Generator
+from patchlab.tasks.task import Pair, Task, TaskModel
 
 DEFAULT_N = 64
 _CANDIDATES = 10  # with only_correct, a generator draws at most this many candidates per pair asked for

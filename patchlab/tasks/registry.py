@@ -9,8 +9,8 @@ from typing import Any
 
 from patchlab.errors import TaskError, unknown
 from patchlab.metrics import Metric, get_metric
-from patchlab.tasks.base import Pair
-from patchlab.tasks.lexicon import Lexicon
+from patchlab.tasks.generators.lexicon import Lexicon
+from patchlab.tasks.task import Pair
 
 PairStream = Callable[..., Iterator[Pair]]
 _PATIENCE = 500  # repeats in a row after which a generator counts as exhausted

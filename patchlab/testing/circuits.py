@@ -23,7 +23,7 @@ from patchlab.circuits import Circuit, roc
 from patchlab.methods import get_method
 from patchlab.metrics import METRICS
 from patchlab.models import Model
-from patchlab.tasks.base import Pair, Task
+from patchlab.tasks.task import Pair, Task
 from patchlab.testing.builder import GAIN, Builder
 
 

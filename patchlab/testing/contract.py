@@ -13,14 +13,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from patchlab.errors import PatchlabError
-from patchlab.methods.base import DIRECTIONS, Method
-from patchlab.methods.liveness import cell_shape
+from patchlab.methods.method import DIRECTIONS, Method
+from patchlab.methods.setting.liveness import cell_shape
 from patchlab.metrics import Answers, Metric
 from patchlab.models import Model
-from patchlab.score_arrays import unscored_readers
 from patchlab.scores import ScoreMap
+from patchlab.scores.arrays import unscored_readers
 from patchlab.sites import POSITION_AXES, Site, parse_sites
-from patchlab.tasks.base import Task
+from patchlab.tasks.task import Task
 
 
 def check_method(

@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from patchlab.engine.edge_support import edge_support, run_edge_sets
 from patchlab.engine.edge_sweep import Differences
 from patchlab.engine.literal import run
 from patchlab.engine.program import Program, Target, row_numbers
-from patchlab.engine.support import support
+from patchlab.engine.trust.edges import edge_support, run_edge_sets
+from patchlab.engine.trust.nodes import support
 from patchlab.errors import ModelError, PatchlabError, RuleError
 from patchlab.interventions import Edit, Kept
 from patchlab.methods.exact import ActivationPatching

@@ -6,7 +6,7 @@ import torch
 
 from patchlab.metrics import METRICS, Metric
 from patchlab.models import Model, wrap_bridge
-from patchlab.tasks.base import Pair, Task
+from patchlab.tasks.task import Pair, Task
 
 
 def linear_toy(n_layers: int = 3, seed: int = 0) -> Model:

@@ -1,0 +1,77 @@
+"""Lenses: how a site is read from, and written to, the hook that hosts it.
+
+Every site lives in the tensor of one hook of the Bridge. Most are that tensor; heads are a slice of its last axis; the
+residual stream between attention and MLP is reached through the attention output, because the hook named
+``hook_resid_mid`` feeds only the MLP and an edit there would miss the skip connection.
+"""
+
+from dataclasses import dataclass
+
+from jaxtyping import Float
+from torch import Tensor
+
+from patchlab.sites import KINDS
+
+HOSTS = {
+    "input": "hook_embed",
+    "resid_pre": "hook_resid_pre",
+    "resid_mid": "hook_attn_out",
+    "resid_post": "hook_resid_post",
+    "attn_out": "hook_attn_out",
+    "mlp_out": "hook_mlp_out",
+    "z": "attn.hook_z",
+    "q": "attn.hook_q",
+    "k": "attn.hook_k",
+    "v": "attn.hook_v",
+    "pattern": "attn.hook_pattern",
+    "mlp_post": "mlp.hook_post",
+}
+
+
+@dataclass(frozen=True)
+class Accessor:
+    """Reads a site kind from its host activation and writes it back.
+
+    ``companion`` names a second hook whose value the accessor needs (resid_pre, for resid_mid). ``heads`` is the number of
+    heads that share the last axis of the host.
+    """
+
+    kind: str
+    heads: int | None = None
+
+    @staticmethod
+    def _name(layer: int | None, hook: str) -> str:
+        return hook if layer is None else f"blocks.{layer}.{hook}"
+
+    def host(self, layer: int | None) -> str:
+        """Name of the hook that hosts the site."""
+        return self._name(layer, HOSTS[self.kind])
+
+    def companion(self, layer: int | None) -> str | None:
+        """Name of the second hook that is needed, if any."""
+        return self._name(layer, HOSTS["resid_pre"]) if self.kind == "resid_mid" else None
+
+    def shape(self, host: Float[Tensor, "row *rest"]) -> Float[Tensor, "row *site"]:
+        """A host-shaped tensor (an activation or a gradient) in the site's shape: heads get an axis of their own."""
+        if self.heads is None or host.ndim == 4:
+            return host
+        return host.unflatten(-1, (self.heads, -1))
+
+    def read(self, host: Float[Tensor, "row *rest"], companion: Float[Tensor, "row *rest"] | None = None) -> Float[Tensor, "row *site"]:
+        """The site's value: ``[row, pos, d_model]``, ``[row, pos, head, d_head]``, ``[row, pos, neuron]`` or ``[row, head, dest, src]``."""
+        return self.shape(host) if companion is None else companion + host
+
+    def write(
+        self, host: Float[Tensor, "row *rest"], companion: Float[Tensor, "row *rest"] | None, value: Float[Tensor, "row *site"]
+    ) -> Float[Tensor, "row *rest"]:
+        """The host with the site set to ``value``.
+
+        For resid_mid the host moves by the difference, which leaves the bits alone where nothing changes.
+        """
+        return value.reshape(host.shape) if companion is None else host + (value - (companion + host))
+
+
+def make_accessors(n_heads: int, n_kv_heads: int) -> dict[str, Accessor]:
+    """One accessor per site kind."""
+    heads = {"z": n_heads, "q": n_heads, "k": n_kv_heads, "v": n_kv_heads}
+    return {kind: Accessor(kind, heads.get(kind)) for kind in KINDS if kind in HOSTS}

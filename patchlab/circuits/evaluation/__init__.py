@@ -1,0 +1,1 @@
+"""Running circuits, and measuring what they explain."""

@@ -1,0 +1,324 @@
+"""Faithfulness against circuit size: which score finds the smaller faithful circuit."""
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+from tqdm.auto import tqdm
+
+from patchlab.circuits.circuit import Circuit
+from patchlab.circuits.evaluation.ablations import ABLATIONS, OptimalFit, ablation_for, still_falling
+from patchlab.circuits.evaluation.runner import checked, described, full_metric
+from patchlab.circuits.evaluation.scale import Scale
+from patchlab.circuits.formats.mib import MIB_FRACTIONS
+from patchlab.circuits.heldout import check_disjoint
+from patchlab.circuits.select import BY, greedy, top_n
+from patchlab.errors import CircuitError, unknown
+from patchlab.graph import Graph
+from patchlab.models import Model
+from patchlab.scores import ScoreMap
+from patchlab.scores.arrays import plain
+from patchlab.sites import parse_site
+from patchlab.stats.bootstrap import interval, resampling_weights
+from patchlab.store.files import writing
+from patchlab.tasks.task import Task
+
+HOW: dict[str, Callable[..., Circuit]] = {"top_n": top_n, "greedy": greedy}
+RANDOM = "random"
+_COLUMNS = {
+    "table": ("method", "n_requested", "fraction", "n_edges", "faithfulness", "lo", "hi", "metric"),
+    "areas": ("method", "cpr", "cpr_lo", "cpr_hi", "cmd", "cmd_lo", "cmd_hi"),
+}
+"""What a file of a curve must have."""
+
+
+@dataclass(frozen=True, eq=False)
+class FaithfulnessCurve:
+    """Faithfulness of circuits of growing size, per method.
+
+    Args:
+        table: a long table: ``method``, ``n_requested`` (edges before pruning), ``fraction`` (of all edges), ``n_edges`` (after pruning;
+            counted per position for circuits by position), ``faithfulness`` with its 95 % interval ``lo``, ``hi`` over examples (for
+            ``random`` also over draws), ``metric`` (mean, in its unit).
+        areas: per method ``cpr`` (area under f, high is good) and ``cmd`` (area between f and 1, low is good; of ``random``: of the mean
+            over draws) with intervals: trapezoids over the requested fractions, from the smallest to the largest, without a point at 0.
+            They are MIB's CPR and CMD only at MIB's ten sizes (:attr:`mib_sizes`).
+        circuits: the circuits of each method, in the order of its rows (not of ``random``).
+        provenance: model, task, ablation, selection; JSON-able.
+    """
+
+    table: pd.DataFrame
+    areas: pd.DataFrame
+    circuits: Mapping[str, tuple[Circuit, ...]] = field(repr=False)
+    provenance: dict[str, Any] = field(repr=False)
+
+    @property
+    def mib_sizes(self) -> bool:
+        """Whether the sizes are MIB's ten, which CPR and CMD are defined on."""
+        shares = sorted(set(self.table["fraction"]))
+        return len(shares) == len(MIB_FRACTIONS) and bool(np.allclose(shares, sorted(MIB_FRACTIONS)))
+
+    def smallest(self, method: str, level: float | int = 0.9) -> pd.Series | None:
+        """The row of the smallest measured circuit (after pruning) from which on all larger ones have at least this faithfulness; None if none.
+
+        Faithfulness is not monotone in size: a small circuit can reach the level by luck, and a larger one fall below it.
+
+        Raises:
+            CircuitError: no such method.
+        """
+        rows = self._rows(method).sort_values("n_edges", ascending=False, kind="stable")
+        below = np.flatnonzero(~(rows["faithfulness"].to_numpy() >= level))
+        kept = len(rows) if not len(below) else int(below[0])
+        return rows.iloc[kept - 1] if kept else None
+
+    def smallest_circuit(self, method: str, level: float | int = 0.9) -> Circuit | None:
+        """The circuit of :meth:`smallest`.
+
+        Raises:
+            CircuitError: no such method, or one without circuits (``random``, or a curve read from a file).
+        """
+        row = self.smallest(method, level)
+        if method not in self.circuits:
+            raise CircuitError(f"this curve has no circuits of {method!r}; it has those of: {', '.join(self.circuits) or '(none)'}.")
+        return None if row is None else self.circuits[method][int(np.flatnonzero(self._rows(method).index == row.name)[0])]
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """A copy of the table."""
+        return self.table.copy()
+
+    def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+        """Write tables and provenance as JSON; the circuits have files of their own (:meth:`Circuit.save`).
+
+        Raises:
+            OutputError: the file exists, or cannot be written.
+        """
+        record = {"table": self.table.to_dict("list"), "areas": self.areas.to_dict("list"), "provenance": self.provenance}
+        with writing(path, overwrite=overwrite) as temporary:
+            temporary.write_text(json.dumps(record, indent=1), encoding="utf-8")
+
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> "FaithfulnessCurve":
+        """Read what :meth:`save` wrote; without the circuits.
+
+        Raises:
+            CircuitError: no such file, or one that is no curve.
+        """
+        try:
+            with open(path, encoding="utf-8") as file:
+                record = json.load(file)
+            table, areas = (pd.DataFrame({key: record[name][key] for key in columns}) for name, columns in _COLUMNS.items())
+            if not len(table) or set(table["method"]) != set(areas["method"]):
+                raise ValueError("its areas are not those of the methods in its table")
+            return FaithfulnessCurve(table, areas, {}, dict(record["provenance"]))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CircuitError(f"cannot read the faithfulness curve {path}: {error}. Give a file that FaithfulnessCurve.save wrote.") from error
+
+    def _rows(self, method: str) -> pd.DataFrame:
+        if method not in set(self.table["method"]):
+            raise CircuitError(unknown("method of this curve", method, set(self.table["method"])))
+        return self.table.loc[self.table["method"] == method]
+
+    def __repr__(self) -> str:
+        about = self.provenance
+        head = f"FaithfulnessCurve({about.get('model')} × {about.get('task')}, {about.get('metric')}, {about.get('ablation')} ablation)"
+        lines = []
+        for row in self.areas.to_dict("records"):
+            best = self.smallest(row["method"])
+            reach = "f ≥ 0.9 from no size on" if best is None else f"f ≥ 0.9 from {best['n_edges']:,.0f} edges on"
+            areas = f"CPR {row['cpr']:.3f} [{row['cpr_lo']:.3f}, {row['cpr_hi']:.3f}], CMD {row['cmd']:.3f}; " if self.mib_sizes else ""
+            lines.append(f"  {row['method']}: {areas}{reach} (of the {len(self._rows(row['method']))} sizes tried)")
+        return "\n".join([head, *lines, *still_falling(about)])
+
+
+def random_circuit(graph: Graph, n: int, *, seed: int = 0, how: str = "top_n", prune: bool = True) -> Circuit:
+    """``n`` edges chosen at random, pruned like any other circuit; with one seed the smaller are part of the larger (before pruning).
+
+    Raises:
+        CircuitError: ``n`` below 1 or beyond the edges, or an unknown way to choose.
+    """
+    if how not in HOW:
+        raise CircuitError(unknown("way to choose edges", how, HOW))
+    drawn = HOW[how](np.random.default_rng(seed).random(graph.allowed.shape) + 1.0, n, prune=prune, graph=graph)
+    about = {"how": f"{n:,} random edges ({how}, seed {seed})", "n_requested": n, **({"pruned": True} if prune else {})}
+    return Circuit(graph, drawn.edges, None, about)
+
+
+def faithfulness_curve(
+    model: Model,
+    scores: ScoreMap | Mapping[str, ScoreMap],
+    task: Task,
+    *,
+    sizes: Sequence[int] | None = None,
+    how: str = "top_n",
+    by: str = "abs",
+    ablation: str = "resample",
+    train: Task | None = None,
+    fit: OptimalFit | None = None,
+    post_norm: str = "renormalised",
+    random: int = 5,
+    allow_overlap: bool = False,
+    n_boot: int = 1000,
+    seed: int = 0,
+    batch_size: int | None = None,
+    max_memory: int | float | None = None,
+    progress: bool = True,
+) -> FaithfulnessCurve:
+    """Choose circuits of several sizes by each score, and measure how faithful they are.
+
+    Source of sizes and areas: MIB (Mueller et al. 2025), ``evaluate_area_under_curve``.
+
+    Args:
+        model: the model.
+        scores: one map of edge scores, or several by name.
+        task: examples to evaluate on: others than those of the scores.
+        sizes: edges to choose, before pruning; default MIB's fractions of all edges, ``n = int(p · N)``. No edges at all give the empty
+            circuit and all edges the whole graph.
+        how: ``top_n`` or ``greedy``.
+        by: ``abs`` or ``signed`` importance.
+        ablation: what the other edges carry, one of :data:`patchlab.circuits.ABLATIONS`.
+        train: examples for means and fitted constants, as for :func:`patchlab.circuits.evaluation.evaluate`.
+        fit: the budget of optimal ablation.
+        post_norm: what a head's edges carry where a norm follows the attention; see :class:`patchlab.ActivationPatching`.
+        random: draws of random circuits of the same sizes, pruned in the same way; 0 for none.
+        allow_overlap: accept examples that the scores were computed on.
+        n_boot: resamples behind each interval.
+        seed: of resamples and random circuits.
+        batch_size: examples per batch; results do not depend on it.
+        max_memory: bytes for the activations of one forward pass.
+        progress: show a progress bar on stderr.
+
+    Raises:
+        CircuitError: scores of another model or of the same examples, sizes beyond the graph or the scored edges, no or repeated sizes.
+        ScoreError: the full model cannot be told from the fully ablated one.
+    """
+    maps = {str(scores.provenance.get("method", "scores")): scores} if isinstance(scores, ScoreMap) else dict(scores)
+    if how not in HOW:
+        raise CircuitError(unknown("way to choose edges", how, HOW))
+    if not maps or (random and RANDOM in maps) or random < 0:
+        raise CircuitError(f"give at least one map of scores, none of them named {RANDOM!r}, and random >= 0; got {list(maps)}, random={random}.")
+    sizing = {name: _sizes(name, one, sizes) for name, one in maps.items()}
+    circuits: dict[str, tuple[Circuit, ...]] = {}
+    selection = {}
+    for name, one in maps.items():
+        selection[name] = check_disjoint(one.provenance, task, f"the map {name!r}", allow_overlap=allow_overlap)
+        circuits[name] = tuple(checked(_chosen(one, n, total, how, by), model, task, f"{name!r}") for n, _, total in sizing[name])
+    graph = model.arch.graph
+    plan = [
+        (int(share * graph.n_edges) if sizes is None else round(share * graph.n_edges), share, graph.n_edges)
+        for _, share, _ in sizing[next(iter(maps))]
+    ]
+    draws = [[_random(graph, n, total, seed + draw, how) for n, _, total in plan] for draw in range(random)]
+    runs = [Circuit.empty(graph), *(c for some in circuits.values() for c in some), *(c for some in draws for c in some)]
+    way = ablation_for(model, task, ablation, train=train, fit=fit, post_norm=post_norm)
+    if ablation == "optimal" and train is not None:
+        check_disjoint({"task_pairs": train.pair_fingerprints}, task, "train=", allow_overlap=allow_overlap)
+    with tqdm(total=len(runs) * len(task), desc=f"circuits ({ablation})", unit="run", disable=not progress, leave=False) as bar:
+        found = way.measure(runs, task, batch_size=batch_size, max_bytes=max_memory, done=bar.update)
+    scale = Scale(full_metric(model, task, batch_size), found[0], n_boot, seed)
+    rows, areas, start = [], [], 1
+    for name, some in circuits.items():
+        part = found[None, start : start + len(some)]
+        start += len(some)
+        _add(rows, areas, name, sizing[name], np.array([[c.n_edges for c in some]]), part, scale)
+    if random:
+        part = found[start:].reshape(random, len(plan), -1)
+        _add(rows, areas, RANDOM, plan, np.array([[c.n_edges for c in some] for some in draws]), part, scale)
+    named = {f"{name} {size[0]}": c for name, some in circuits.items() for size, c in zip(sizing[name], some, strict=True)}
+    about = {**described(model, task), **way.provenance(), **way.losses_of({"no edges": runs[0], **named})}
+    choice = {"how": how, "by": by, "random_draws": random, "n_boot": n_boot, "seed": seed, "selection": selection}
+    return FaithfulnessCurve(pd.DataFrame(rows), pd.DataFrame(areas), circuits, plain({**about, **choice}))
+
+
+def check_plan(graph: Graph, methods: Mapping[str, Any], sizes: Sequence[int] | None, *, how: str, by: str, ablation: str) -> None:
+    """Check what a curve over several methods is asked for, before anything is scored.
+
+    ``methods`` are those that will score the edges, by name.
+
+    Raises:
+        CircuitError: an unknown way to choose, importance or ablation, sizes beyond the graph, or beyond the edges that a method scores.
+    """
+    for what, got, valid in (("way to choose edges", how, HOW), ("importance", by, BY), ("ablation", ablation, ABLATIONS)):
+        if got not in valid:
+            raise CircuitError(unknown(what, got, valid))
+    for name, method in methods.items():
+        wanted = [n for n, _, _ in _sizes_of(name, graph.n_edges, sizes)]
+        composite = getattr(method, "composite", None)
+        cut = {} if composite is None else composite.not_scored
+        scored = int(graph.allowed[:, ~np.isin(graph.reader_kind, list(cut))].sum())
+        if beyond := [n for n in wanted if scored < n < graph.n_edges]:
+            raise CircuitError(
+                f"{name} scores {scored:,} of the {graph.n_edges:,} edges (none into {' and '.join(cut)}), and circuits of {beyond[0]:,} edges were "
+                f"asked for. Give sizes up to {scored:,}, or leave {name} out."
+            )
+
+
+Size = tuple[int, float, int]
+"""Edges to choose, their share of all edges, all edges."""
+
+
+def _sizes(name: str, scores: ScoreMap, sizes: Sequence[int] | None) -> list[Size]:
+    by_position = any("pos" in parse_site(site).axes for site in scores.sites)
+    return _sizes_of(name, scores.graph.n_edges * (scores.data.sizes["pos"] if by_position else 1), sizes)
+
+
+def _sizes_of(name: str, total: int, sizes: Sequence[int] | None) -> list[Size]:
+    if sizes is None:
+        return [(int(share * total), share, total) for share in MIB_FRACTIONS]
+    chosen = [int(n) for n in sizes]
+    if chosen != list(sizes) or not chosen or sorted(set(chosen)) != chosen or not 0 <= chosen[0] <= chosen[-1] <= total:
+        raise CircuitError(
+            f"sizes are whole numbers of edges from 0 to {total:,} (all of {name!r}), each larger than the one before; got {list(sizes)}."
+        )
+    return [(n, n / total, total) for n in chosen]
+
+
+def _chosen(scores: ScoreMap, n: int, total: int, how: str, by: str) -> Circuit:
+    if n == 0:
+        return Circuit.empty(scores.graph)
+    if n == total and total == scores.graph.n_edges:
+        return Circuit.full(scores.graph)  # nothing is chosen, so edges without scores are no hindrance
+    return HOW[how](scores, n, by=by)
+
+
+def _random(graph: Graph, n: int, total: int, seed: int, how: str) -> Circuit:
+    if n in (0, total):
+        return Circuit.full(graph) if n else Circuit.empty(graph)
+    return random_circuit(graph, n, seed=seed, how=how)
+
+
+def _add(
+    rows: list[dict[str, Any]],
+    areas: list[dict[str, Any]],
+    method: str,
+    sizes: list[Size],
+    n_edges: np.ndarray,
+    metric: Float[np.ndarray, "draw size example"],
+    scale: Scale,
+) -> None:
+    """The rows and the areas of one method; several draws count as one method, resampled like the examples."""
+    shares = np.array([share for _, share, _ in sizes])
+    value = scale.value(metric).mean(0)
+    resampled = scale.resampled(metric)
+    if len(metric) > 1 and len(resampled):
+        resampled = np.einsum("bd,bds->bs", resampling_weights(len(metric), len(resampled), scale.seed + 1), resampled)
+    else:
+        resampled = resampled.mean(1)
+    low, high = interval(resampled)
+    for i, (n, share, _) in enumerate(sizes):
+        numbers = {"n_requested": n, "fraction": share, "n_edges": float(n_edges[:, i].mean())}
+        measured = {"faithfulness": float(value[i]), "lo": float(low[i]), "hi": float(high[i]), "metric": float(metric[:, i].mean())}
+        rows.append({"method": method, **numbers, **measured})
+    area: dict[str, Any] = {"method": method}
+    for name, of in (("cpr", lambda f: f), ("cmd", lambda f: np.abs(1 - f))):
+        area[name] = float(_trapezoid(of(value)[None], shares)[0])
+        area[f"{name}_lo"], area[f"{name}_hi"] = map(float, interval(_trapezoid(of(resampled), shares)))
+    areas.append(area)
+
+
+def _trapezoid(y: Float[np.ndarray, "draw size"], x: Float[np.ndarray, " size"]) -> Float[np.ndarray, " draw"]:
+    return ((y[..., 1:] + y[..., :-1]) / 2 * np.diff(x)).sum(-1)

@@ -1,0 +1,231 @@
+"""Whether circuits explain a behaviour: run the model with every other edge ablated, and measure."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+from tqdm.auto import tqdm
+
+from patchlab.circuits.circuit import Circuit
+from patchlab.circuits.evaluation.ablations import OptimalFit, ablation_for, still_falling
+from patchlab.circuits.evaluation.runner import checked, described, full_metric, of_other_weights
+from patchlab.circuits.evaluation.scale import Scale
+from patchlab.circuits.heldout import check_disjoint
+from patchlab.errors import CircuitError, unknown
+from patchlab.models import Model
+from patchlab.scores.arrays import plain
+from patchlab.stats.bootstrap import interval
+from patchlab.tasks.task import Task
+
+PARTS = ("edge", "node")
+"""What minimality can leave out one at a time."""
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """The metric of circuits per example, and what follows from it. Metrics are in the task metric's unit; faithfulness has none (1 = the whole).
+
+    Args:
+        metric: per circuit the metric of each example.
+        metric_full: of the full model.
+        metric_empty: with every edge ablated.
+        table: one row per circuit: ``circuit``, ``n_edges``, ``n_nodes``, ``metric`` (mean), ``faithfulness`` with its 95 % interval ``lo``, ``hi``
+            over examples, and ``completeness`` = faithfulness of the full graph without the circuit (low is good), with its interval.
+        minimality: one row per circuit and part left out: ``circuit``, ``part`` (name of the edge or node), ``minimality`` = faithfulness lost
+            without it, ``lo``, ``hi``; empty unless it was asked for.
+        provenance: model, task, ablation, examples, JSON-able.
+    """
+
+    metric: Mapping[str, Float[np.ndarray, " example"]] = field(repr=False)
+    metric_full: Float[np.ndarray, " example"] = field(repr=False)
+    metric_empty: Float[np.ndarray, " example"] = field(repr=False)
+    table: pd.DataFrame
+    minimality: pd.DataFrame
+    provenance: dict[str, Any]
+
+    def faithfulness(self, circuit: str | None = None) -> float:
+        """Of one circuit by name; of the only one without.
+
+        Raises:
+            CircuitError: no such circuit.
+        """
+        names = list(self.metric)
+        name = names[0] if circuit is None and len(names) == 1 else circuit
+        if name not in names:
+            raise CircuitError(unknown("circuit", name, names))
+        return float(self.table["faithfulness"].to_numpy()[names.index(str(name))])
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """A long table with one row per circuit and example: ``circuit``, ``example``, ``metric``, ``metric_full``, ``metric_empty``."""
+        frames = []
+        for name, values in self.metric.items():
+            columns = {"example": np.arange(len(values)), "metric": values, "metric_full": self.metric_full, "metric_empty": self.metric_empty}
+            frames.append(pd.DataFrame({"circuit": name, **columns}))
+        return pd.concat(frames, ignore_index=True)
+
+    def __repr__(self) -> str:
+        about = self.provenance
+        head = f"Evaluation({about['model']} × {about['task']}, {about['metric']}, {about['ablation']} ablation)"
+        rows = [
+            f"  {row['circuit']}: {row['n_edges']:,} edges, faithfulness {row['faithfulness']:.3f} [{row['lo']:.3f}, {row['hi']:.3f}]"
+            + (f", completeness {row['completeness']:.3f}" if np.isfinite(row["completeness"]) else "")
+            for row in self.table.to_dict("records")
+        ]
+        measured = np.isfinite(self.table["completeness"].to_numpy()).any()
+        low = ["  completeness: faithfulness of the model without the circuit's edges; low is good"] if measured else []
+        return "\n".join([head, *rows, *low, *still_falling(about), *(f"  note: {note}" for note in about.get("notes", ()))])
+
+
+def evaluate(
+    model: Model,
+    circuit: Circuit | Mapping[str, Circuit],
+    task: Task,
+    *,
+    ablation: str = "resample",
+    train: Task | None = None,
+    fit: OptimalFit | None = None,
+    post_norm: str = "renormalised",
+    completeness: bool = True,
+    minimality: str | None = None,
+    allow_overlap: bool = False,
+    n_boot: int = 1000,
+    seed: int = 0,
+    batch_size: int | None = None,
+    max_memory: int | float | None = None,
+    progress: bool = True,
+) -> Evaluation:
+    """Run the model on the clean prompts with all edges outside each circuit ablated.
+
+    ``faithfulness f(C) = (m(C) − m(∅)) / (m(M) − m(∅))`` of batch means, m(∅) measured with the same ablation; completeness ``f(M∖C)``;
+    minimality of a part v ``f(C) − f(C∖v)``. Source: Wang et al. 2023; Hanna et al. 2024; MIB (Mueller et al. 2025).
+
+    Args:
+        model: the model.
+        circuit: one circuit, or several by name.
+        task: examples to evaluate on: others than those that the circuit was chosen by.
+        ablation: what the other edges carry, one of :data:`patchlab.circuits.ABLATIONS`.
+        train: examples for means (default: those of ``task``) and for the constants of optimal ablation; resampling and zeroing need none.
+        fit: the budget of optimal ablation.
+        post_norm: what a head's edges carry where a norm follows the attention; see :class:`patchlab.ActivationPatching`.
+        completeness: also run the complement of each circuit.
+        minimality: leave out each ``edge`` or ``node`` of each circuit in turn: one run each.
+        allow_overlap: accept examples that the circuit was selected on.
+        n_boot: resamples of the examples behind each interval.
+        seed: of the resamples.
+        batch_size: examples per batch; results do not depend on it.
+        max_memory: bytes for the activations of one forward pass.
+        progress: show a progress bar on stderr.
+
+    Raises:
+        CircuitError: a circuit of another model or without edges, selection on the same examples, an ablation that does not fit.
+        ScoreError: the full model cannot be told from the fully ablated one.
+
+    Example:
+        >>> evaluate(model, top_n(scores, 100), held_out).faithfulness()  # doctest: +SKIP
+    """
+    if not isinstance(circuit, (Circuit, Mapping)):
+        raise CircuitError(f"give one circuit, or several by name as in {{'relp': circuit}}; got {type(circuit).__name__}.")
+    circuits = {"circuit": circuit} if isinstance(circuit, Circuit) else dict(circuit)
+    if not circuits:
+        raise CircuitError("no circuits to evaluate; give a circuit, or several by name.")
+    if minimality is not None and minimality not in PARTS:
+        raise CircuitError(unknown("part for minimality", minimality, PARTS))
+    for name in circuits:
+        circuits[name] = checked(circuits[name], model, task, f"circuit {name!r}")
+        if not circuits[name].n_edges:
+            raise CircuitError(
+                f"circuit {name!r} has no edges, so its faithfulness is 0 by definition. Choose more edges: pruning leaves none where "
+                f"the chosen ones do not connect the input with the logits."
+            )
+    notes = [note for name, c in circuits.items() if (note := of_other_weights(c, model, f"circuit {name!r}"))]
+    selection = {name: check_disjoint(c.provenance, task, f"circuit {name!r}", allow_overlap=allow_overlap) for name, c in circuits.items()}
+    way = ablation_for(model, task, ablation, train=train, fit=fit, post_norm=post_norm)
+    if ablation == "optimal" and train is not None:
+        check_disjoint({"task_pairs": train.pair_fingerprints}, task, "train=", allow_overlap=allow_overlap)
+    left_out = [(name, part, rest) for name, c in circuits.items() for part, rest in _without_parts(c, minimality)]
+    named = {"no edges": Circuit.empty(model.arch.graph), **circuits}
+    runs = [*named.values(), *(~c for c in circuits.values() if completeness), *(rest for *_, rest in left_out)]
+    with tqdm(total=len(runs) * len(task), desc=f"circuits ({ablation})", unit="run", disable=not progress, leave=False) as bar:
+        found = way.measure(runs, task, batch_size=batch_size, max_bytes=max_memory, done=bar.update)
+    scale = Scale(full_metric(model, task, batch_size), found[0], n_boot, seed)
+    n = len(circuits)
+    complements = found[1 + n : 1 + 2 * n] if completeness else None
+    rest = found[len(runs) - len(left_out) :]
+    parts = pd.DataFrame({"circuit": [name for name, *_ in left_out], "part": [part for _, part, _ in left_out]})
+    own = found[1 : 1 + n][[list(circuits).index(name) for name, *_ in left_out]]
+    parts[["minimality", "lo", "hi"]] = _lost(scale, own, rest)
+    return Evaluation(
+        {name: _frozen(values) for name, values in zip(circuits, found[1 : 1 + n], strict=True)},
+        _frozen(scale.full),
+        _frozen(scale.empty),
+        _table(circuits, scale, found[1 : 1 + n], complements),
+        parts,
+        plain(
+            {
+                **described(model, task),
+                **way.provenance(),
+                **way.losses_of(named),
+                "selection": selection,
+                "n_boot": n_boot,
+                "seed": seed,
+                "notes": notes,
+            }
+        ),
+    )
+
+
+def _without_parts(circuit: Circuit, kind: str | None) -> list[tuple[str, Circuit]]:
+    """The circuit without each of its edges or nodes (input and logits stay), by name."""
+    graph, found = circuit.graph, []
+    if kind == "edge":
+        for writer, reader in np.argwhere(circuit.collapsed().edges):
+            mask = circuit.edges.copy()
+            mask[writer, reader] = False
+            found.append((graph.name(int(writer), int(reader)), Circuit(graph, mask, None, circuit.provenance)))
+    if kind == "node":
+        for node in np.flatnonzero(circuit.node_mask):
+            if graph.nodes[node] in ("input", "logits"):
+                continue
+            mask = circuit.edges.copy()
+            mask[node] = False
+            mask[:, graph.reader_node == node] = False
+            found.append((graph.nodes[node], Circuit(graph, mask, None, circuit.provenance)))
+    return found
+
+
+def _lost(scale: Scale, own: Float[np.ndarray, "part example"], rest: Float[np.ndarray, "part example"]) -> Float[np.ndarray, "part three"]:
+    if not len(own):
+        return np.zeros((0, 3))
+    low, high = interval(scale.resampled(own) - scale.resampled(rest))
+    return np.stack([scale.value(own) - scale.value(rest), low, high], 1)
+
+
+def _table(
+    circuits: Mapping[str, Circuit],
+    scale: Scale,
+    metric: Float[np.ndarray, "circuit example"],
+    complements: Float[np.ndarray, "circuit example"] | None,
+) -> pd.DataFrame:
+    table = pd.DataFrame(
+        {
+            "circuit": list(circuits),
+            "n_edges": [circuit.n_edges for circuit in circuits.values()],
+            "n_nodes": [len(circuit.nodes) for circuit in circuits.values()],
+            "metric": metric.mean(1),
+        }
+    )
+    for name, values in (("", metric), ("completeness", complements)):
+        column = name or "faithfulness"
+        table[column] = np.nan if values is None else scale.value(values)
+        low, high = (np.nan, np.nan) if values is None else interval(scale.resampled(values))
+        table[f"{name}_lo".strip("_")], table[f"{name}_hi".strip("_")] = low, high
+    return table
+
+
+def _frozen(values: np.ndarray) -> np.ndarray:
+    values = np.array(values)
+    values.setflags(write=False)
+    return values

@@ -1,0 +1,298 @@
+"""``patchlab circuit``: find circuits from edge scores, evaluate, draw and convert them.
+
+``find`` works on the first half of the pairs and ``evaluate`` on the other (the same ``--task``, ``--n``, ``--seed`` and ``--option`` give the same
+halves), so that no circuit is judged by the pairs it was chosen on.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from patchlab.cli.options import (
+    SETTINGS,
+    BatchSize,
+    Chat,
+    Command,
+    Device,
+    DType,
+    Force,
+    Json,
+    MetricName,
+    ModelName,
+    OnlyCorrect,
+    OnMismatch,
+    Pairs,
+    TaskName,
+    TaskOptions,
+    task_settings,
+)
+
+METHODS = "atp,ig:5,relp"
+EDGES = 200
+
+circuit = typer.Typer(
+    context_settings=SETTINGS,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    help="Find, evaluate, draw and convert circuits: parts of a model's graph.",
+)
+Replace = Annotated[bool, typer.Option("--force", help="Replace an existing file.")]
+Seed = Annotated[int, typer.Option(help="Seed of the task's generator, of the halves and of the resamples.")]
+How = Annotated[str, typer.Option(help="top_n (the largest) or greedy (from the logits upwards).")]
+By = Annotated[str, typer.Option(help="Importance: abs, or signed (what supports the behaviour first).")]
+Whole = Annotated[bool, typer.Option("--all", help="Use all pairs, not one half of them.")]
+
+
+@circuit.command(cls=Command)
+def find(
+    model: ModelName,
+    task: TaskName,
+    out: Annotated[Path, typer.Option(help="File for the circuit, .json or .pt, as EAP-IG and MIB read it.")],
+    method: Annotated[str, typer.Option(help="The method that scores the edges (patchlab methods).")] = "relp",
+    edges: Annotated[int | None, typer.Option(help=f"How many edges to choose, before pruning [default: {EDGES}].", show_default=False)] = None,
+    threshold: Annotated[float | None, typer.Option(help="All edges at least this important, instead of a number.", show_default=False)] = None,
+    how: How = "top_n",
+    by: By = "abs",
+    direction: Annotated[str, typer.Option(help="denoising or noising.")] = "noising",
+    n: Pairs = None,
+    seed: Seed = 0,
+    whole: Whole = False,
+    metric: MetricName = None,
+    on_mismatch: OnMismatch = None,
+    only_correct: OnlyCorrect = False,
+    chat: Chat = False,
+    device: Device = None,
+    dtype: DType = None,
+    batch_size: BatchSize = None,
+    option: TaskOptions = None,
+    force: Replace = False,
+    json_: Json = False,
+) -> None:
+    """Score the edges, choose the important ones, write them as a circuit.
+
+    Works on the first half of the pairs; evaluate takes the other.
+    """
+    options = task_settings(option, metric=metric, on_mismatch=on_mismatch, only_correct=only_correct, chat=chat)
+    if edges is not None and threshold is not None:
+        raise typer.BadParameter("give a number of edges or a threshold, not both.", param_hint="--edges, --threshold")
+    from patchlab.circuits import threshold as above
+    from patchlab.circuits.evaluation.curve import HOW
+    from patchlab.circuits.formats.files import SUFFIXES
+    from patchlab.circuits.select import BY
+    from patchlab.errors import CircuitError, OutputError, unknown
+    from patchlab.methods import get_method
+
+    for what, got, valid in (("way to choose edges", how, HOW), ("importance", by, BY), ("kind of circuit file", out.suffix, SUFFIXES)):
+        if got not in valid:
+            raise CircuitError(unknown(what, got, valid))
+    if out.exists() and not force:
+        raise OutputError(f"{out} exists and is not overwritten; choose another name with --out, or replace it with --force.")
+    scorer = get_method(method.strip())
+    loaded, first, second = _load(model, task, n, seed, options, device, dtype, whole)
+    scores = scorer.run(loaded, first or second, "edges", direction=direction, batch_size=batch_size, progress=sys.stderr.isatty())
+    found = HOW[how](scores, EDGES if edges is None else edges, by=by) if threshold is None else above(scores, threshold, by=by)
+    if not found.n_edges:
+        raise CircuitError(
+            f"nothing is left of the circuit: of the edges that were chosen ({found.provenance.get('how', '')}) none is on a path from the input to "
+            f"the logits, so pruning took them all. Choose more with --edges."
+        )
+    found.save(out, overwrite=force)
+    if json_:
+        counts = {"n_edges": found.n_edges, "n_nodes": len(found.nodes), "graph_edges": found.graph.n_edges, "graph_nodes": len(found.graph.nodes)}
+        _say_json({"out": str(out), **counts, "edges": found.edge_names, "provenance": found.provenance})
+    else:
+        typer.echo(f"{scores}\n{found.summary()}\nwrote {out}")
+
+
+@circuit.command(cls=Command)
+def evaluate(
+    model: ModelName,
+    task: TaskName,
+    files: Annotated[list[Path] | None, typer.Argument(metavar="CIRCUIT.json", help="Circuit files.", show_default=False)] = None,
+    ablation: Annotated[str, typer.Option(help="What other edges carry: resample, zero, mean, mean_positional or optimal.")] = "resample",
+    minimality: Annotated[str | None, typer.Option(help="Leave out each edge or node in turn.", show_default=False)] = None,
+    curve: Annotated[Path | None, typer.Option(help="Compare methods over sizes instead; a folder for the results.", show_default=False)] = None,
+    methods: Annotated[str, typer.Option(help="With --curve: comma-separated (patchlab methods).")] = METHODS,
+    sizes: Annotated[
+        str | None, typer.Option(help="With --curve: numbers of edges, comma-separated [default: MIB's ten shares].", show_default=False)
+    ] = None,
+    how: How = "top_n",
+    by: By = "abs",
+    random: Annotated[int, typer.Option(help="With --curve: draws of random circuits of the same sizes.")] = 5,
+    n: Pairs = None,
+    seed: Seed = 0,
+    whole: Whole = False,
+    metric: MetricName = None,
+    on_mismatch: OnMismatch = None,
+    only_correct: OnlyCorrect = False,
+    chat: Chat = False,
+    device: Device = None,
+    dtype: DType = None,
+    batch_size: BatchSize = None,
+    option: TaskOptions = None,
+    force: Force = False,
+    json_: Json = False,
+) -> None:
+    """Run the model with all edges outside circuits ablated: how faithful are they?
+
+    Works on the second half of the pairs (the first fits means and constants). With --curve, every method scores the edges on the first half, and
+    circuits of MIB's ten sizes are evaluated on the second: which score finds the smaller faithful circuit.
+    """
+    options = task_settings(option, metric=metric, on_mismatch=on_mismatch, only_correct=only_correct, chat=chat)
+    if bool(files) == (curve is not None):
+        raise typer.BadParameter("give circuit files, or --curve and a folder.", param_hint="CIRCUIT.json, --curve")
+    if curve is not None:
+        if whole:
+            raise typer.BadParameter("a curve chooses on one half and evaluates on the other; leave --all out.", param_hint="--all")
+        settings = {
+            "sizes": None if sizes is None else _numbers(sizes),
+            "how": how,
+            "by": by,
+            "ablation": ablation,
+            "random": random,
+            "seed": seed,
+            "batch_size": batch_size,
+        }
+        _curve(curve, methods, (model, task, n, seed, options, device, dtype), settings, force=force, as_json=json_)
+        return
+    from patchlab import circuits
+    from patchlab.errors import CircuitError
+
+    paths = list(files or [])
+    named = {path.stem: circuits.read(path) for path in paths}
+    if len(named) < len(paths):
+        raise CircuitError(f"circuits are named after their files, and two of them have one name; got {', '.join(map(str, paths))}.")
+    loaded, first, second = _load(model, task, n, seed, options, device, dtype, whole)
+    train = None if ablation in ("resample", "zero") else first
+    result = circuits.evaluate(
+        loaded, named, second, ablation=ablation, train=train, minimality=minimality, seed=seed, batch_size=batch_size, progress=sys.stderr.isatty()
+    )
+    if json_:
+        from patchlab.report.curve import records
+
+        _say_json({"table": records(result.table), "minimality": records(result.minimality), "provenance": result.provenance})
+        return
+    typer.echo(repr(result))
+    if len(result.minimality):
+        typer.echo(result.minimality.sort_values("minimality", ascending=False).to_string(index=False, float_format="%.4f"))
+
+
+@circuit.command(cls=Command)
+def plot(
+    file: Annotated[Path, typer.Argument(metavar="CIRCUIT.json", help="A circuit file.")],
+    out: Annotated[Path, typer.Option(help="File for the figure: .html, .png, .svg, .pdf, ..., or .dot for Graphviz.")],
+    edges: Annotated[
+        int | None,
+        typer.Option(
+            help="Edges shown first, those of largest |score|; the slider shows more [default: all up to 150, else 60].", show_default=False
+        ),
+    ] = None,
+    matrix: Annotated[bool, typer.Option("--matrix", help="Draw a matrix of writers and readers instead of a graph.")] = False,
+    force: Replace = False,
+    json_: Json = False,
+) -> None:
+    """Draw a circuit."""
+    import warnings
+
+    from patchlab import circuits, plots
+    from patchlab.store.files import writing
+
+    drawn = circuits.read(file)
+    if out.suffix in (".dot", ".gv"):
+        with writing(out, overwrite=force) as temporary:
+            temporary.write_text(circuits.to_dot(drawn) + "\n", encoding="utf-8")
+        written = out
+    else:
+        figure = plots.edge_heatmap(drawn) if matrix else plots.circuit(drawn, edges)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            written = plots.save(figure, out, overwrite=force)
+        for warning in caught:
+            typer.echo(f"warning: {warning.message}", err=True)
+    if json_:
+        _say_json({"out": str(written), "n_edges": drawn.n_edges})
+    else:
+        typer.echo(f"wrote {written}")
+
+
+@circuit.command(cls=Command)
+def convert(
+    src: Annotated[Path, typer.Argument(metavar="SRC", help="A circuit file, or a folder with such files (an MIB submission).")],
+    dst: Annotated[Path, typer.Argument(metavar="DST", help="A .json or .pt file, or a new folder.")],
+    suffix: Annotated[str | None, typer.Option(help="Of a folder: .json or .pt for all files [default: the other].", show_default=False)] = None,
+    force: Replace = False,
+    json_: Json = False,
+) -> None:
+    """Convert circuits between JSON and .pt; every file is checked on the way."""
+    from patchlab import circuits
+
+    written = [str(path) for path in circuits.convert(src, dst, suffix=suffix, overwrite=force)]
+    if json_:
+        _say_json({"files": written})
+    else:
+        typer.echo("\n".join(f"wrote {path}" for path in written))
+
+
+def _load(
+    model: str, task: str, n: int | None, seed: int, options: dict[str, Any], device: str | None, dtype: str | None, whole: bool
+) -> tuple[Any, Any, Any]:
+    """The model, the half that circuits are chosen on (None with ``whole``), and the half that they are evaluated on (with ``whole`` all pairs)."""
+    from transformers.utils.logging import disable_progress_bar
+
+    from patchlab.circuits import split
+    from patchlab.comparison.job import named_task
+    from patchlab.models import load_model
+
+    disable_progress_bar()  # for files that load in a second
+    loaded = load_model(model, device=device, dtype=dtype)
+    pairs = named_task(task, loaded, n=n, seed=seed, options=options)
+    first, second = (None, pairs) if whole else split(pairs, seed=seed)
+    return loaded, first, second
+
+
+def _curve(out: Path, methods: str, where: tuple[Any, ...], settings: dict[str, Any], *, force: bool, as_json: bool) -> None:
+    from patchlab import __version__, report
+    from patchlab.circuits import faithfulness_curve
+    from patchlab.circuits.evaluation.curve import check_plan
+    from patchlab.comparison import job as jobs
+    from patchlab.methods import get_method
+    from patchlab.store import result_folder
+
+    names = tuple(get_method(name.strip()).name for name in methods.split(","))
+    progress = sys.stderr.isatty()
+
+    def say(line: str) -> None:
+        typer.echo(line, err=True)
+
+    # what the scores depend on: the sizes and the ablation of the curve may be others when it is drawn again
+    job = {"patchlab": __version__, "curve": list(names), "of": list(where), "batch_size": settings["batch_size"]}
+    with result_folder(out, force=force, job=job, say=say) as folder:
+        loaded, first, second = _load(*where, whole=False)
+        plan = {key: settings[key] for key in ("how", "by", "ablation")}
+        check_plan(loaded.arch.graph, {name: get_method(name) for name in names}, settings["sizes"], **plan)
+        run = {"direction": "noising", "batch_size": settings["batch_size"], "progress": progress}
+        maps = jobs.scored(names, loaded, first, ["edges"], folder=folder, say=say, **run)
+        train = None if settings["ablation"] in ("resample", "zero") else first
+        found = faithfulness_curve(loaded, maps, second, train=train, progress=progress, **settings)
+        record = report.write_curve(folder, found, say=say)
+    target = out.expanduser().resolve()
+    say(f"done: open {target / 'faithfulness.html'}")
+    if as_json:
+        _say_json({"out": str(target), **record})
+    else:
+        typer.echo(repr(found))
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(word) for word in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not a list of whole numbers such as 10,20,50.", param_hint="--sizes") from None
+
+
+def _say_json(record: dict[str, Any]) -> None:
+    typer.echo(json.dumps(record, allow_nan=False))

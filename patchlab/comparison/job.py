@@ -1,0 +1,179 @@
+"""A comparison from names: which model, task, methods and sites; and running it."""
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from patchlab.comparison.compare import Comparison, compare
+from patchlab.errors import MethodError, TaskError
+from patchlab.methods import get_method
+from patchlab.models import Model, load_model
+from patchlab.scores import ScoreMap
+from patchlab.sites import parse_sites
+from patchlab.tasks import GENERATORS, Task, load_task
+
+REFERENCE = "exact"
+DEFAULT_N = 32
+OWN_FIELDS = {"model", "n", "seed", "task"}
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to compare, in the words of the command line.
+
+    ``n`` None means 32 pairs of a generator, and all rows of a file; ``options`` go to the task.
+
+    Raises:
+        PatchlabError: an unknown method or site, a method named twice, no method beside ``exact`` to compare with it, or
+            an option that is a setting of its own.
+    """
+
+    model: str
+    task: str
+    methods: tuple[str, ...]
+    sites: tuple[str, ...]
+    direction: str = "denoising"
+    n: int | None = None
+    seed: int = 0
+    device: str | None = None
+    dtype: str | None = None
+    batch_size: int | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        names = tuple(get_method(name.strip()).name for name in self.methods)
+        if repeated := sorted({name for name in names if names.count(name) > 1}):
+            raise MethodError(f"the method {repeated[0]} is named twice; name it once.")
+        if REFERENCE not in names or len(names) < 2:
+            raise MethodError(
+                f"a comparison needs {REFERENCE} (the reference) and at least one other method; got {', '.join(names)}. "
+                f"For instance: {REFERENCE},atp,relp."
+            )
+        _check_options(self.options)
+        object.__setattr__(self, "methods", (REFERENCE, *(name for name in names if name != REFERENCE)))
+        object.__setattr__(self, "sites", tuple(map(str, parse_sites(self.sites))))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for a file."""
+        return {**asdict(self), "methods": list(self.methods), "sites": list(self.sites), "options": dict(self.options)}
+
+
+@dataclass(frozen=True)
+class Results:
+    """What a job gave: the score maps by method (the reference first), their comparison, and the seconds of each step."""
+
+    job: Job
+    model: Model
+    task: Task
+    accuracy: dict[str, float]
+    maps: dict[str, ScoreMap]
+    comparison: Comparison
+    seconds: dict[str, float]
+
+
+def named_task(name: str, model: Model, *, n: int | None = None, seed: int = 0, options: Mapping[str, Any] | None = None) -> Task:
+    """A task in the words of the command line; ``n`` None means 32 pairs of a generator, and all rows of a file.
+
+    ``options`` are those of :func:`patchlab.load_task`, and ``positions``: the named positions to score, comma-separated.
+
+    Raises:
+        TaskError: an unknown name or option, or an option that is a setting of its own.
+    """
+    _check_options(options or {})
+    count = DEFAULT_N if n is None and name in GENERATORS else n
+    given = dict(options or {})
+    positions = given.pop("positions", None)
+    task = load_task(name, model, seed=seed, **({} if count is None else {"n": count}), **given)
+    return task if positions is None else task.at_positions(*(word.strip() for word in str(positions).split(",")))
+
+
+def _check_options(options: Mapping[str, Any]) -> None:
+    if own := sorted(OWN_FIELDS & set(options)):
+        raise TaskError(f"{own[0]} is not an option of a task but a setting of its own (--{own[0]}).")
+
+
+def run(job: Job, *, folder: Path | None = None, say: Callable[[str], Any] = lambda _: None, progress: bool = False) -> Results:
+    """Load the model and the task, run every method, compare.
+
+    Args:
+        job: what to compare.
+        folder: each method's scores are written there as they finish, and the work on the next one as it goes; what an interrupted
+            run left there is not computed again.
+        say: told, in a line each, what is going on.
+        progress: show the methods' progress bars (on stderr).
+
+    Raises:
+        PatchlabError: whatever is wrong with the names, the pairs or the model.
+    """
+    seconds: dict[str, float] = {}
+    started = time.perf_counter()
+
+    def done(step: str) -> None:
+        nonlocal started
+        now = time.perf_counter()
+        seconds[step], started = round(now - started, 3), now
+
+    model = load_model(job.model, device=job.device, dtype=job.dtype)
+    done("load model")
+    task = named_task(job.task, model, n=job.n, seed=job.seed, options=job.options)
+    accuracy = task.accuracy(model)
+    done("load task")
+    say(f"{model.name}: {task}, accuracy {', '.join(f'{value:.2f} on {side}' for side, value in accuracy.items())}")
+    settings = {"direction": job.direction, "batch_size": job.batch_size, "progress": progress}
+    maps = scored(job.methods, model, task, list(job.sites), folder=folder, say=say, done=done, **settings)
+    for note in dict.fromkeys(note for scores in maps.values() for note in scores.provenance.get("notes", ())):
+        say(f"note: {note}")
+    comparison = compare(maps[REFERENCE], {name: maps[name] for name in job.methods if name != REFERENCE})
+    done("compare")
+    return Results(job, model, task, accuracy, maps, comparison, seconds)
+
+
+def scores_file(method: str) -> str:
+    """File name of a method's score map.
+
+    >>> scores_file("relp+ig:5")
+    'scores.relp-ig-5.nc'
+    """
+    return f"scores.{method.replace(':', '-').replace('+', '-')}.nc"
+
+
+def scored(
+    methods: Iterable[str],
+    model: Model,
+    task: Task,
+    sites: list[str],
+    *,
+    folder: Path | None = None,
+    say: Callable[[str], Any] = lambda _: None,
+    done: Callable[[str], Any] = lambda _: None,
+    **settings: Any,
+) -> dict[str, ScoreMap]:
+    """The score maps of several methods, each written to the folder (if there is one) when it is finished, or read from it.
+
+    ``settings`` go to :meth:`patchlab.methods.method.Method.run`.
+    """
+    maps: dict[str, ScoreMap] = {}
+    for name in methods:
+        file = None if folder is None else folder / scores_file(name)
+        if file is not None and (found := _earlier(file, model, task)) is not None:
+            maps[name] = found
+            say(f"{name}: finished before, {found.cost.seconds:.1f} s then")
+            continue
+        checkpoint = None if file is None else file.with_name(f".{file.stem}.checkpoint")
+        maps[name] = get_method(name).run(model, task, sites, checkpoint=checkpoint, **settings)
+        if file is not None:
+            maps[name].save(file, overwrite=True)
+        done(name)
+        say(f"{name}: {maps[name].cost.seconds:.1f} s")
+    return maps
+
+
+def _earlier(file: Path, model: Model, task: Task) -> ScoreMap | None:
+    """The scores that an interrupted run of the same job left, if they are of this model and these prompts."""
+    if not file.exists():
+        return None
+    found = ScoreMap.load(file)
+    same = (found.provenance["model_fingerprint"], found.provenance["task_fingerprint"]) == (model.fingerprint, task.fingerprint)
+    return found if same else None

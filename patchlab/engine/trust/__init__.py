@@ -1,0 +1,1 @@
+"""Trust: tests, on the very model at hand, of what everything else relies on."""

@@ -1,0 +1,135 @@
+"""Whether single edges can be patched fast on a model: compared with whole routed forward passes before the first use."""
+
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from patchlab.engine.contributions import Contributions, contributions
+from patchlab.engine.edge_sweep import Differences, edge_sweep
+from patchlab.engine.literal import run
+from patchlab.engine.masked import run_circuits
+from patchlab.engine.program import Program, Target, row_numbers
+from patchlab.engine.trust.nodes import Support, tolerance
+from patchlab.errors import PatchlabError
+from patchlab.interventions import Kept
+from patchlab.metrics import METRICS, Answers
+
+_found: WeakKeyDictionary[Any, Support] = WeakKeyDictionary()
+
+
+def edge_support(model: Any) -> Support:
+    """The fastest way to patch single edges that agrees with routed forward passes on this model; found out once per model.
+
+    ``prefix`` and ``replay`` as for sweeps of sites; ``literal`` is one whole routed forward pass per edge. Random prompts are patched
+    at edges into every kind of reader in the first, middle and last layer.
+    """
+    if model not in _found:
+        _found[model] = _find(model)
+    return _found[model]
+
+
+def edge_mask(model: Any, edge: Int[np.ndarray, "2"], *, grouped: bool = False) -> Bool[Tensor, "writer reader"]:
+    """The set of one edge, or (grouped) of its copies in all query heads that share the reader's key or value."""
+    graph = model.arch.graph
+    writer, reader = map(int, edge)
+    mask = torch.zeros(graph.allowed.shape, dtype=torch.bool, device=model.device)
+    if grouped and graph.reader_kind[reader] in ("k", "v"):
+        head = (reader - graph.reader_slice(reader // (3 * graph.n_heads + graph.mlps)).start) % graph.n_heads
+        first = reader - head % graph.copies
+        mask[writer, first : first + graph.copies] = True
+    else:
+        mask[writer, reader] = True
+    return mask
+
+
+def run_edge_sets(
+    model: Any,
+    program: Program,
+    sets: Iterable[Bool[Tensor, "writer reader *where"]],
+    differences: Differences,
+    *,
+    max_bytes: int | float | None = None,
+    done: Callable[[list[int], Tensor], Any] | None = None,
+) -> Float[Tensor, "set row"]:
+    """The metric of a run with a whole set of edges patched, for every set, by routed forward passes.
+
+    What is between two edges of a set changes, and is carried on as it is then along all edges that the set leaves alone.
+
+    Args:
+        model: the model.
+        program: as for :func:`patchlab.engine.edge_sweep.edge_sweep`.
+        sets: masks over the graph's edges, ``[writer, reader]`` or with ``[row, pos]`` behind.
+        differences: what the writers' outputs change by.
+        max_bytes: memory of one forward pass.
+        done: called with the numbers of the sets that are finished, and their metric.
+    """
+    graph, found = model.arch.graph, []
+    allowed = torch.as_tensor(graph.allowed.copy(), device=model.device)
+    with torch.no_grad():
+        current = contributions(model, program.tokens, differences.form).values
+        for writer in range(len(graph.writers)):
+            current[writer] += differences.contributed(writer)
+        changed = Contributions(current, differences.form)
+        for numbers, masks in _several(sets):
+            keep = allowed[(..., *[None] * (masks.ndim - 3))] & ~masks
+            found.append(run_circuits(model, program, changed, keep, max_bytes=max_bytes))
+            if done is not None:
+                done(numbers, found[-1])
+    return torch.cat(found) if found else current.new_zeros(0, len(program.tokens))
+
+
+def _several(sets: Iterable[Bool[Tensor, "writer reader *where"]]) -> Iterator[tuple[list[int], Bool[Tensor, "set writer reader *where"]]]:
+    """Up to 16 sets at a time, with their numbers."""
+    each = iter(sets)
+    first = 0
+    while masks := list(islice(each, 16)):
+        yield list(range(first, first + len(masks))), torch.stack(masks)
+        first += len(masks)
+
+
+def _find(model: Any) -> Support:
+    reasons = []
+    program, edges, differences = _trial(model)
+    expected = run_edge_sets(model, program, [edge_mask(model, edge) for edge in edges], differences)
+    # some norms compute in single precision whatever the model's dtype, and the two ways add up in different orders
+    allowed = max(tolerance(model.dtype), tolerance(torch.float32)) * float(expected.abs().max())
+    for mode in ("prefix", "replay"):
+        try:
+            got = edge_sweep(model, program, edges, differences, prefix=mode == "prefix", start=1)
+        except (PatchlabError, RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
+            reasons.append(f"{mode}: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}")
+            continue
+        worst = (got - expected).abs().amax(1)
+        if float(worst.max()) <= allowed:
+            return Support(mode, "; ".join(reasons))
+        reasons.append(
+            f"{mode}: {model.arch.graph.name(*edges[int(worst.argmax())].tolist())} differs by {float(worst.max()):.2g}, allowed is {allowed:.2g}"
+        )
+    return Support("literal", "; ".join(reasons))
+
+
+def _trial(model: Any) -> tuple[Program, Int[np.ndarray, "edge 2"], Differences]:
+    arch, graph = model.arch, model.arch.graph
+    generator = torch.Generator().manual_seed(1)
+    length = min(5, arch.n_positions or 5)
+    tokens = torch.randint(0, arch.vocab_size, (2, length), generator=generator).to(model.device)
+    donor = tokens.clone()
+    donor[:, length // 2 :] = (donor[:, length // 2 :] + 1) % arch.vocab_size
+    kinds = ("z", "mlp_out") if graph.mlps else ("z",)
+    keep: tuple[Target, ...] = (("input", None), *((kind, layer) for kind in kinds for layer in range(arch.n_layers)))
+    examples = row_numbers(tokens)
+    own, other = (run(model, Program(ids, examples, keep=keep)).activations for ids in (tokens, donor))
+    answers = Answers.of([[0], [1]], [[2 % arch.vocab_size], [3 % arch.vocab_size]], model.device)
+    readers = [len(graph.readers) - 1]
+    for layer in sorted({0, arch.n_layers // 2, arch.n_layers - 1}):
+        first = graph.reader_slice(layer).start
+        readers += [first + i * graph.n_heads + layer % graph.n_heads for i in range(3)] + [first + 3 * graph.n_heads] * graph.mlps
+    edges = np.array([(int(np.flatnonzero(graph.allowed[:, reader])[-1]), reader) for reader in readers])
+    program = Program(tokens, examples, metric=METRICS["logit_diff"], answers=answers)
+    return program, edges, Differences.of(model, own, Kept(other, examples), examples)

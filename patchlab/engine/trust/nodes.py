@@ -1,0 +1,121 @@
+"""Whether the fast engine can be trusted on a model: it is compared with the literal one before its first use."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from patchlab.engine.literal import run
+from patchlab.engine.node_sweep import Cell, sweep
+from patchlab.engine.program import Program, targets
+from patchlab.engine.trust.precision import in_single_precision
+from patchlab.errors import PatchlabError
+from patchlab.interventions import Edit
+from patchlab.metrics import METRICS, Answers
+from patchlab.sites import Site
+
+
+@dataclass(frozen=True)
+class Support:
+    """How cells can be run on a model.
+
+    ``mode`` is ``prefix`` (only what a patch can change is computed), ``replay`` (whole sequences from the patched layer on) or
+    ``literal`` (one whole forward pass per cell); ``reason`` says why it is not the first.
+    """
+
+    mode: str
+    reason: str = ""
+
+    def __str__(self) -> str:
+        return self.mode + (f" ({self.reason})" if self.reason else "")
+
+
+def support(model: Any) -> Support:
+    """The fastest way that agrees with the literal engine on this model; found out once per model.
+
+    Random prompts are patched at every site kind, in the first, middle and last layer, at one position and at all.
+    """
+    if model.support is None:
+        model.support = _find(model)
+    return model.support
+
+
+def _find(model: Any) -> Support:
+    ambient, model.ambient = model.ambient, ()
+    try:
+        reasons = []
+        for mode in ("prefix", "replay"):
+            if (problem := _problem(model, prefix=mode == "prefix")) is None:
+                return Support(mode, "; ".join(reasons))
+            reasons.append(f"{mode}: {problem}")
+        return Support("literal", "; ".join(reasons))
+    finally:
+        model.ambient = ambient
+
+
+def _problem(model: Any, *, prefix: bool) -> str | None:
+    """What goes wrong on random prompts, or None."""
+    try:
+        with in_single_precision(model):
+            program, cells = _trial(model)
+            expected = _literally(model, program, cells)
+            got = sweep(model, program, cells, prefix=prefix)  # a block may have no use for what it is given
+    except (
+        PatchlabError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        LookupError,
+    ) as error:
+        return f"{type(error).__name__}: {str(error).splitlines()[0][:120]}" if str(error) else type(error).__name__
+    # some norms and softmaxes compute in single precision whatever the model's dtype
+    allowed = 1e-6 if model.dtype == torch.float64 else tolerance(torch.float32)
+    worst = (got - expected).abs().amax(1)
+    index = int(worst.argmax())
+    scale = float(expected.abs().max())
+    return None if float(worst[index]) <= allowed * scale else f"{cells[index][0].address} differs by {float(worst[index]) / scale:.2g} of the scale"
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """Rounding, as a share of the scale: tight enough to notice a missing softcap."""
+    if dtype == torch.float64:
+        return 1e-9
+    if dtype == torch.float32:
+        return 1e-4 if torch.get_float32_matmul_precision() == "highest" else 2e-2
+    return 0.15
+
+
+def _trial(model: Any) -> tuple[Program, list[Cell]]:
+    arch = model.arch
+    generator = torch.Generator().manual_seed(1)
+    length = min(5, arch.n_positions or 5)
+    tokens = torch.randint(0, arch.vocab_size, (2, length), generator=generator).to(model.device)
+    donor = tokens.clone()
+    donor[:, length // 2] = (donor[:, length // 2] + 1) % arch.vocab_size
+    examples = torch.arange(2, device=model.device)
+    kinds = [kind for kind in arch.sites if kind != "input"]
+    keep = tuple(target for kind in kinds for target in targets(kind, arch.n_layers))
+    source = run(model, Program(donor, examples, keep=keep)).as_source()
+    layers = sorted({0, arch.n_layers // 2, arch.n_layers - 1})
+    where: list[tuple[int, ...] | None] = [(length // 2,), (length - 1,), None]
+    cells: list[Cell] = [(Edit(Site(kind, (), layer=layer, pos=pos), source),) for kind in kinds for layer in layers for pos in where]
+    answers = Answers.of([[0], [1]], [[2 % arch.vocab_size], [3 % arch.vocab_size]], model.device)
+    return Program(tokens, examples, metric=METRICS["logit_diff"], answers=answers), cells
+
+
+def _literally(model: Any, program: Program, cells: list[Cell]) -> Float[Tensor, "cell row"]:
+    """All cells as rows of one literal run."""
+    n, answers = program.tokens.shape[0], program.answers
+    if answers is None:
+        raise ValueError("the trial has answers")
+    index = torch.arange(n, device=program.tokens.device).repeat(len(cells))
+    owner = torch.arange(len(cells), device=program.tokens.device).repeat_interleave(n)
+    edits = tuple(Edit(edit.site, edit.source, edit.op, rows=owner == i) for i, cell in enumerate(cells) for edit in cell)
+    with torch.no_grad():
+        values = run(model, Program(program.tokens[index], index, edits=edits, metric=program.metric, answers=answers.rows(index))).values
+    if values is None:
+        raise ValueError("the trial has a metric")
+    return values.reshape(len(cells), n)

@@ -1,0 +1,310 @@
+"""The load-time self-test: does every site read and write what its name says, on this very model?
+
+Looked for are a hook that does not fire once; an activation whose shape, or whose positions, are not those of its site; an edit that is
+dropped on the way; a run patched with itself that changes; an edit that means something else than its address says
+(:mod:`patchlab.engine.trust.probes`); and an edit that bypasses part of the model, found by patching a site with another prompt's values.
+
+A model in half precision is tested in float32, one block at a time (:mod:`patchlab.engine.trust.precision`): no tolerance has to allow for its
+rounding.
+"""
+
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from patchlab.adapters import Architecture
+from patchlab.engine.literal import run
+from patchlab.engine.program import Program, Result, Target, row_numbers, targets
+from patchlab.engine.trust.places import checked_places
+from patchlab.engine.trust.precision import in_single_precision
+from patchlab.engine.trust.probes import probe
+from patchlab.errors import InterventionError, ModelError, PatchlabError
+from patchlab.interventions import Edit, Kept, address
+from patchlab.metrics import Answers, Metric
+from patchlab.sites import KINDS
+
+_EVERYTHING = Metric(
+    "sum of logits", lambda logits, answers: (logits * torch.linspace(-1, 1, logits.shape[-1]).to(logits)).flatten(1).sum(1), reads="all"
+)
+_TOLERANCE = 2e-3
+_CONTRIBUTIONS: tuple[str, ...] = ("input", "attn_out", "mlp_out")
+_SUM = ("resid_pre", "attn_out", "mlp_out", "resid_post")
+_RESIDUAL = ("resid_pre", "resid_mid", "resid_post")
+
+
+def self_test(model: Any) -> Architecture:
+    """The model's architecture with its sizes as measured, and with the sites and places that failed marked as such.
+
+    Raises:
+        ModelError: the model is not causal, the residual stream itself cannot be patched, or the test cannot be run.
+    """
+    with warnings.catch_warnings():
+        # the Bridge warns of edits that it drops; finding those is what this test is for
+        warnings.filterwarnings("ignore", message="A hook on", category=UserWarning)
+        try:
+            return _tested_architecture(model)
+        except PatchlabError:
+            raise
+        except (RuntimeError, TypeError, ValueError, AttributeError, LookupError, NotImplementedError) as error:
+            why = (str(error).splitlines() or [""])[0][:200]
+            raise ModelError(
+                f"{model.name} ({model.arch.family}, {model.dtype}) cannot be trusted: the self-test of its sites does not run, "
+                f"{type(error).__name__}: {why}. TransformerLens may not run this architecture, or not in this dtype."
+            ) from error
+
+
+def _tested_architecture(model: Any) -> Architecture:
+    arch = model.arch
+    length = _length(arch)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, arch.vocab_size, (2, length), generator=generator).to(model.device)
+    tokens[1] = (tokens[0] + 1 + torch.arange(length, device=model.device)) % arch.vocab_size
+    with in_single_precision(model):
+        arch = _measured(model, replace(arch, absent=arch.absent | _silent(model, tokens)), tokens[:1])
+        trial = _Trial(model, arch)
+        absent = arch.absent | _changed_by_itself(trial, tokens)
+    absent |= _dropped(_Trial(model, replace(arch, absent=absent)), tokens)
+    with in_single_precision(model):
+        absent |= probe(_Trial(model, replace(arch, absent=absent)), tokens)
+        trial = _Trial(model, replace(arch, absent=absent))
+        absent |= _bypassing(trial, tokens)
+        _check_stream(model, absent)
+    return replace(arch, absent=absent, places=checked_places(trial, tokens[:1]))
+
+
+def _length(arch: Architecture) -> int:
+    """A length that is no other size of the model, so that a shape tells which axis is the position."""
+    sizes = {arch.n_heads, arch.n_kv_heads, arch.d_head, arch.d_model, arch.d_mlp, 2}
+    longest = arch.n_positions or 12
+    return next((length for length in range(6, 12) if length not in sizes and length <= longest), min(6, longest))
+
+
+def _check_stream(model: Any, absent: dict[str, str]) -> None:
+    for kind in ("resid_pre", "resid_post"):
+        if kind in absent:
+            raise ModelError(f"{model.name} ({model.arch.family}) cannot be trusted: {kind} failed the self-test, {absent[kind]}.")
+
+
+class _Trial:
+    """A model with a provisional architecture."""
+
+    def __init__(self, model: Any, arch: Architecture) -> None:
+        self.bridge, self.hooks, self.name, self.dtype, self.device = model.bridge, model.hooks, model.name, model.dtype, model.device
+        self.keeps_logits, self.ambient, self.arch = False, (), arch
+
+
+def _program(tokens: Int[Tensor, "row pos"], **options: Any) -> Program:
+    return Program(tokens, row_numbers(tokens), **options)
+
+
+def _every(model: Any) -> tuple[Target, ...]:
+    return _all(model.arch.sites, model.arch)
+
+
+def _measured(model: Any, arch: Architecture, tokens: Int[Tensor, "one pos"]) -> Architecture:
+    """The architecture with sizes read off a run, and without sites whose activations have another shape or look ahead.
+
+    Structural zeros and prefixes rest on causality: no token may change anything before it.
+
+    Raises:
+        ModelError: not even the logits are causal.
+    """
+    other = tokens.clone()
+    other[:, -1] = (other[:, -1] + 1) % arch.vocab_size
+    trial, absent, n_rows, length = _Trial(model, arch), dict(arch.absent), 2, tokens.shape[1]
+    hosts = {target: arch.accessors[target[0]].host(target[1]) for target in _all(arch.sites, arch)}
+    result = run(trial, _program(torch.cat([tokens, other]), hooks=tuple(dict.fromkeys(hosts.values())), logits="all"))
+    _check_stream(model, absent)
+    one, two = (logits := _logits(result))[:, :-1]
+    if (worst := _difference(two, one)) > _TOLERANCE / 20:
+        raise ModelError(
+            f"{model.name} ({arch.family}) is not a causal language model: the last token changes the logits before it (by {worst:.2g} "
+            f"of their scale). patchlab needs a decoder-only model."
+        )
+    widths: dict[str, int] = {}
+    for kind in arch.sites:
+        shapes = {layer: tuple(result.hooks[hosts[kind, layer]].shape) for _, layer in targets(kind, arch.n_layers)}
+        problem, widths[kind] = _width(kind, shapes, arch, (n_rows, length))
+        if problem is not None:
+            absent[kind] = problem
+            continue
+        dim = KINDS[kind].axes.index("dest" if kind == "pattern" else "pos") + (KINDS[kind].axes[0] != "layer")
+        values = [arch.accessors[kind].shape(result.hooks[hosts[kind, layer]]).narrow(dim, 0, length - 1) for layer in shapes]
+        if (worst := max(_difference(value[1], value[0]) for value in values)) > _TOLERANCE / 20:
+            absent[kind] = (
+                f"the last token changes it at earlier positions (by {worst:.2g} of its scale), so its positions are not those of the prompt"
+            )
+    for one_kind, other_kind, what in (("q", "k", "a gate"), ("v", "z", "a norm or a gate")):
+        if not {one_kind, other_kind} & set(absent) and widths[one_kind] != widths[other_kind]:
+            absent[one_kind] = (
+                f"it is {widths[one_kind]} wide per head and {other_kind} {widths[other_kind]}, so it is something else as well ({what}?)"
+            )
+    sizes: dict[str, Any] = {"vocab_size": int(logits.shape[-1])}
+    sizes |= {} if "mlp_post" in absent else {"d_mlp": widths["mlp_post"]}
+    sizes |= {} if "z" in absent else {"d_head": max(widths[kind] for kind in ("q", "z") if kind not in absent)}
+    sizes |= {} if "input" in absent or widths["input"] == arch.d_model else {"d_input": widths["input"]}
+    return replace(arch, absent=absent, **sizes)
+
+
+def _width(kind: str, shapes: dict[int | None, tuple[int, ...]], arch: Architecture, rows_and_length: tuple[int, int]) -> tuple[str | None, int]:
+    """What is wrong with the shapes of a site's activation, and its size per position (and head)."""
+    rows, length = rows_and_length
+    heads = {"z": arch.n_heads, "q": arch.n_heads, "k": arch.n_kv_heads, "v": arch.n_kv_heads}.get(kind)
+    expected = f"[row {rows}, pos {length}, " + {"mlp_post": "neuron"}.get(
+        kind, f"d_model {arch.d_model}" if heads is None else f"{heads} heads * d]"
+    )
+    expected = f"[row {rows}, head {arch.n_heads}, dest {length}, src {length}]" if kind == "pattern" else expected.removesuffix("]") + "]"
+    first = next(iter(shapes.values()))
+    for layer, shape in shapes.items():
+        if kind == "pattern":
+            fits = shape == (rows, arch.n_heads, length, length)
+        elif heads is not None:
+            fits = shape[:2] == (rows, length) and (shape[2:3] == (heads,) if len(shape) == 4 else len(shape) == 3 and shape[2] % heads == 0)
+        else:
+            fits = len(shape) == 3 and shape[:2] == (rows, length) and (kind in ("input", "mlp_post") or shape[2] == arch.d_model)
+        where = "" if layer is None else f" in layer {layer}"
+        if not fits:
+            return f"its activation has the shape {list(shape)}{where} where {expected} is expected", 0
+        if shape != first:
+            return f"its activation has the shape {list(shape)}{where} and {list(first)} in layer 0, so layers differ in size", 0
+    return None, first[-1] if heads is None or len(first) == 4 else first[-1] // heads
+
+
+def _silent(model: Any, tokens: Int[Tensor, "row pos"]) -> dict[str, str]:
+    """Sites whose hook does not fire exactly once."""
+    try:
+        run(model, _program(tokens, keep=_every(model)))
+        return {}
+    except InterventionError:
+        pass  # some hook is silent: find out which
+    found = {}
+    for kind in model.arch.sites:
+        try:
+            run(model, _program(tokens, keep=targets(kind, model.arch.n_layers)))
+        except InterventionError as error:
+            found[kind] = str(error)
+    return found
+
+
+def _changed_by_itself(model: Any, tokens: Int[Tensor, "row pos"]) -> dict[str, str]:
+    """Sites where patching a run with its own values changes a bit of the logits."""
+    found = {}
+    plain = run(model, _program(tokens, keep=_every(model), logits="all"))
+    for kind in model.arch.sites:
+        patched = run(model, _program(tokens, edits=_edits(targets(kind, model.arch.n_layers), plain.as_source()), logits="all"))
+        if not torch.equal(_logits(plain), _logits(patched)):
+            found[kind] = f"a run patched with its own {kind} differs by {_difference(_logits(plain), _logits(patched)):.2g} in the logits"
+    return found
+
+
+def _dropped(model: Any, tokens: Int[Tensor, "row pos"]) -> dict[str, str]:
+    """Sites whose returned tensor is not what the rest of the model is computed from, or from which no gradient comes back.
+
+    A gradient of zero alone says nothing: a part may be dead, and then no edit of it changes anything.
+    """
+    answers = Answers.of([[0]] * 2, [[0]] * 2, model.device)
+    gradients: dict[Target, Tensor] = {}
+    found: dict[str, str] = {}
+
+    def collect(where: tuple[Target, ...]) -> None:
+        gradients.update(run(model, _program(tokens, gradients=where, metric=_EVERYTHING, answers=answers)).gradients)
+
+    try:
+        collect(_every(model))
+    except InterventionError:  # some site is cut off: find out which
+        for kind in model.arch.sites:
+            try:
+                collect(targets(kind, model.arch.n_layers))
+            except InterventionError:
+                found[kind] = "an edit is dropped: the logits are not computed from what its hook returns"
+    flat = [target for target, gradient in gradients.items() if not bool(gradient.any())]
+    if not flat:
+        return found
+    one_row_each = torch.eye(len(flat) + 1, dtype=torch.bool, device=model.device)
+    ids = tokens[:1].expand(len(flat) + 1, -1)
+    with in_single_precision(model):
+        own = run(model, _program(tokens[:1], keep=tuple(flat))).activations
+        generator = torch.Generator().manual_seed(3)
+        nudges = {
+            target: 0.03 * torch.randn(value.shape, generator=generator).to(value) * max(float(value.std()), 1e-3) for target, value in own.items()
+        }
+        edits = tuple(Edit(address(*target), nudges[target], "add", rows=one_row_each[i]) for i, target in enumerate(flat))
+        logits = _logits(run(model, _program(ids, edits=edits, logits="all")))
+    for i, (kind, layer) in enumerate(flat):
+        if _difference(logits[i], logits[-1]) > _TOLERANCE / 20:
+            found.setdefault(kind, f"an edit in layer {layer} changes the logits, but no gradient comes back")
+    return found
+
+
+def _bypassing(model: Any, tokens: Int[Tensor, "row pos"]) -> dict[str, str]:
+    """Sites where a patch does not carry over to the next quantity downstream."""
+    arch = model.arch
+    both = run(model, _program(tokens, keep=_every(model), logits="all"))
+    donor = Kept({key: value[:1] for key, value in both.activations.items()}, both.examples[:1])
+    receiver = tokens[1:]
+    found = {}
+
+    def patched(where: tuple[Target, ...], keep: tuple[Target, ...] = (), rows: int = 1, edits: tuple[Edit, ...] | None = None) -> Result:
+        return run(model, _program(receiver.expand(rows, -1), edits=_edits(where, donor) if edits is None else edits, keep=keep, logits="all"))
+
+    residual = [(kind, layer) for kind in _RESIDUAL if kind not in arch.absent for layer in range(arch.n_layers)]
+    one_row_each = torch.eye(len(residual), dtype=torch.bool, device=tokens.device)
+    edits = tuple(Edit(address(kind, layer), donor, rows=one_row_each[i]) for i, (kind, layer) in enumerate(residual))
+    logits = _logits(patched((), rows=len(residual), edits=edits))
+    for i, (kind, layer) in enumerate(residual):
+        worst = _difference(logits[i], _logits(both)[0])
+        if worst > _TOLERANCE:
+            found.setdefault(kind, f"patching all of L{layer}.{kind} leaves the logits wrong by {worst:.2g} of their scale")
+    if all(kind not in arch.absent for kind in _CONTRIBUTIONS):
+        found |= _not_arriving(model, both, donor, patched)
+    return found
+
+
+def _not_arriving(model: Any, both: Result, donor: Kept, patched: Callable[..., Result]) -> dict[str, str]:
+    """Contributions to the residual stream whose patch does not arrive there."""
+    arch = model.arch
+    found: dict[str, str] = {}
+    if _imbalance(both, arch) <= _TOLERANCE:  # the stream is a plain sum, so it must stay the sum of what is patched
+        for kind in _CONTRIBUTIONS:
+            got = patched(_all((kind,), arch), keep=_all(_SUM, arch))
+            worst = _difference(got["L0.resid_pre"], donor.activations["resid_pre", 0]) if kind == "input" else _imbalance(got, arch)
+            if worst > _TOLERANCE:
+                found[kind] = f"patching {kind} leaves the residual stream after it wrong by {worst:.2g} of its scale"
+    worst = _difference(_logits(patched(_all(_CONTRIBUTIONS, arch))), _logits(both)[:1])
+    if worst > _TOLERANCE and not found:
+        found = dict.fromkeys(
+            _CONTRIBUTIONS, f"patching the embedding and every attention and MLP output leaves the logits wrong by {worst:.2g} of their scale"
+        )
+    return found
+
+
+def _all(kinds: tuple[str, ...], arch: Architecture) -> tuple[Target, ...]:
+    return tuple(target for kind in kinds for target in targets(kind, arch.n_layers))
+
+
+def _imbalance(result: Result, arch: Architecture) -> float:
+    """How far the residual stream after any block is from the stream before it plus what attention and MLP add."""
+    values = result.activations
+    sums = [sum(values[kind, layer] for kind in _SUM[:3]) for layer in range(arch.n_layers)]
+    return max(_difference(torch.as_tensor(total), values["resid_post", layer]) for layer, total in enumerate(sums))
+
+
+def _edits(where: tuple[Target, ...], source: Kept) -> tuple[Edit, ...]:
+    return tuple(Edit(address(*target), source) for target in where)
+
+
+def _logits(result: Result) -> Tensor:
+    if result.logits is None:
+        raise ModelError("the run returned no logits.")
+    return result.logits
+
+
+def _difference(got: Tensor, expected: Tensor) -> float:
+    """Largest difference as a share of the expected tensor's largest entry."""
+    scale = float(expected.float().abs().max())
+    return float((got.float() - expected.float()).abs().max()) / max(scale, 1e-30)

@@ -1,0 +1,326 @@
+"""What every method shares: checks, batches, the metric of the two unpatched runs, provenance and cost.
+
+A method is a frozen dataclass of hyper-parameters with one verb, :meth:`Method.run`. A concrete method says only how the
+effects of one batch are found.
+"""
+
+import importlib.metadata
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from tqdm.auto import tqdm
+
+from patchlab.engine import Target
+from patchlab.errors import MethodError, unknown
+from patchlab.methods.setting.checkpoint import Finished, Work, batch_rows, described, joined, keeping
+from patchlab.methods.setting.fingerprint import identify
+from patchlab.methods.setting.liveness import cell_shape, live_cells, live_patterns, pattern_cells, without_path
+from patchlab.methods.setting.runs import DIRECTIONS, SOURCES, Meter, Runs, Scored, Setting, check_metric, mean_source, unpatched
+from patchlab.metrics import METRICS
+from patchlab.models import Model
+from patchlab.scores import Cost, ScoreMap
+from patchlab.scores.arrays import Patterns
+from patchlab.sites import POSITION_AXES, Site, parse_sites
+from patchlab.tasks.task import Batch, Task
+
+
+@dataclass(frozen=True)
+class Method(ABC):
+    """Base of all methods. Subclasses are frozen dataclasses; ``source`` says what is patched in.
+
+    ``source``: ``paired`` (the other prompt's activation), ``zero``, ``mean`` (over all examples and positions of the other
+    prompts) or ``mean_positional`` (over examples only).
+    """
+
+    source: str = "paired"
+    unit: ClassVar[str] = "forward"
+
+    def __post_init__(self) -> None:
+        if self.source not in SOURCES:
+            raise MethodError(unknown("source", self.source, SOURCES))
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """How results refer to the method."""
+
+    @abstractmethod
+    def forwards(self, setting: Setting) -> int:
+        """Steps of the progress bar per batch: forward passes, or whatever ``unit`` says."""
+
+    @abstractmethod
+    def predicted_bytes(self, setting: Setting, rows: int, length: int) -> int:
+        """Memory for the activations of one batch, in bytes."""
+
+    @abstractmethod
+    def score(self, setting: Setting, runs: Runs, meter: Meter, notes: dict[str, Any]) -> Scored:
+        """What is found on one batch. ``notes[name][group]`` is a list to add one value per example to."""
+
+    def not_scored(self, setting: Setting) -> dict[str, str]:
+        """Sites that this method cannot score, with the reason."""
+        return {}
+
+    def baseline_options(self, setting: Setting) -> dict[str, Any]:
+        """Extra fields of the program of the unpatched baseline run."""
+        return {}
+
+    def resumes(self, setting: Setting) -> bool:
+        """Whether the baseline may run from the first difference on, with the source run's keys and values before it."""
+        return False
+
+    def check(self, setting: Setting) -> None:
+        """Raise if this method makes no sense here."""
+        return
+
+    def run(
+        self,
+        model: Model,
+        task: Task,
+        sites: str | Site | Iterable[str | Site],
+        *,
+        direction: str = "denoising",
+        batch_size: int | None = None,
+        progress: bool = True,
+        max_memory: int | float | None = None,
+        checkpoint: str | Path | None = None,
+    ) -> ScoreMap:
+        """Score every cell of the sites: an estimate, per example, of the effect of patching it.
+
+        Args:
+            model: the model.
+            task: prompt pairs, answers and metric.
+            sites: such as ``"resid_pre"`` or ``["resid_pre", "z[layer,pos,head]"]``.
+            direction: ``denoising`` (clean activations into the corrupted run; effect over the corrupted metric) or
+                ``noising`` (corrupted into clean; effect over the clean metric).
+            batch_size: examples per batch; default as many of one length as fit in memory. Results do not depend on it.
+            progress: show a progress bar on stderr.
+            max_memory: most bytes to use for activations; default half of what is free. A run that is
+                predicted to need more than a given max_memory does not start.
+            checkpoint: a file that finished work is written to every few seconds and after an exception; it is removed when the run
+                ends normally. The same call again, also in a new process, goes on from there, with the very numbers of an
+                uninterrupted run and the cost of all parts. Without a path an interrupted run (Ctrl-C) leaves its finished work on the
+                model: the same call again goes on. Finished work is cells in exact patching, batches in other methods.
+
+        Returns:
+            Effects in the metric's unit.
+
+        Raises:
+            MethodError: unknown direction, batch_size < 1, too little memory, options that make no sense together, a checkpoint
+                that is damaged or of another run.
+            OutputError: a checkpoint that cannot be written.
+            SiteError: unknown or absent site.
+        """
+        options: dict[str, Any] = {"direction": direction, "max_memory": max_memory}
+        prepared = self.prepared(model, task, sites, batch_size=batch_size, **options)
+        identity = self._identity(*prepared[:2])
+        if batch_size is None and (rows := batch_rows(model.unfinished, identity, checkpoint)) is not None:
+            prepared = self.prepared(model, task, sites, batch_size=rows, **options)
+            identity = self._identity(*prepared[:2])
+        with keeping(model.unfinished, identity, checkpoint) as work:
+            return self._run(*prepared, progress, work)
+
+    def prepared(
+        self,
+        model: Model,
+        task: Task,
+        sites: str | Site | Iterable[str | Site],
+        *,
+        direction: str = "denoising",
+        batch_size: int | None = None,
+        max_memory: int | float | None = None,
+    ) -> tuple[Setting, list[Batch], int]:
+        """What :meth:`run` starts from: the checked setting, the batches, and the bytes predicted for the largest one.
+
+        Raises:
+            MethodError, SiteError: as :meth:`run`.
+        """
+        if direction not in DIRECTIONS:
+            raise MethodError(unknown("direction", direction, DIRECTIONS))
+        if batch_size is not None and batch_size < 1:
+            raise MethodError(f"batch_size is {batch_size}; it must be at least 1 (or None for all examples of one length at once).")
+        parsed = parse_sites(sites)
+        for site in parsed:
+            model.arch.check(site)
+        if any(site.kind == "edges" for site in parsed) and (len(parsed) > 1 or model.ambient):
+            got = "inside intervene" if len(parsed) == 1 else f"together with {len(parsed) - 1} other sites"
+            raise MethodError(f"edges are scored on the model as it is, in a run of their own; got them {got}. Run them alone.")
+        _check_tokens(model, task)
+        needs_axis = any(set(site.axes) & set(POSITION_AXES) for site in parsed)
+        axis = task.position_axis() if needs_axis else None
+        paired = self.source == "paired"
+        live = {
+            str(site): np.ones(cell_shape(model.arch, site, axis), dtype=bool)
+            if model.ambient
+            else live_cells(model.arch, site, task, axis, paired=paired)
+            for site in parsed
+        }
+        setting = Setting(model, task, parsed, "denoising" if direction == "denoising" else "noising", axis, live, max_memory=max_memory)
+        self.check(setting)
+        budget = free_bytes(model.device) // 2 if max_memory is None else max_memory
+        longest = max(len(pair) for pair in task.pairs)
+        rows = batch_size
+        if rows is None:
+            rows = max(1, min(len(task), int(budget // max(1, self.predicted_bytes(setting, 1, longest)))))
+        batches = task.batches(rows, model.device)
+        predicted = max(self.predicted_bytes(setting, *batch.clean.shape) for batch in batches)
+        if max_memory is not None and predicted > max_memory:
+            raise MethodError(
+                f"{self.name} is predicted to need {_megabytes(predicted)} for a batch of {max(map(len, batches))} examples, "
+                f"and max_memory is {_megabytes(max_memory)}. Lower batch_size, ask for fewer sites, or raise max_memory."
+            )
+        return setting, batches, predicted
+
+    def _identity(self, setting: Setting, batches: list[Batch]) -> dict[str, str | None]:
+        return identify(self._provenance(setting, {}), setting, described([len(batch) for batch in batches]))
+
+    def _run(self, setting: Setting, batches: list[Batch], predicted: int, progress: bool, work: Work) -> ScoreMap:
+        model, task = setting.model, setting.task
+        on_cuda = model.device.type == "cuda"
+        if on_cuda:
+            torch.cuda.reset_peak_memory_stats(model.device)
+        steps, means = self.forwards(setting), self.source.startswith("mean") and self.unit == "forward"
+        finished = len(work.batches) * steps + len(work.cells_of(len(work.batches)))
+        total = len(batches) * (steps + means)
+        with tqdm(total=total, initial=finished, desc=self.name, unit=self.unit, disable=not progress, leave=False) as bar:
+            meter = Meter(bar, self.unit)
+            work.begin(meter)
+            if self.source.startswith("mean"):
+                mean = mean_source(setting, batches, meter, at=self.source_targets(setting), positional=self.source == "mean_positional")
+                setting = replace(setting, mean=mean)
+            trusted = METRICS.get(task.metric.name) is task.metric or any(len(batch) > 1 for batch in batches[: len(work.batches)])
+            for number in range(len(work.batches), len(batches)):
+                batch, notes = batches[number], {}
+                meter.cells = work.cells_of(number)
+                at, baseline = self.source_targets(setting), self.baseline_options(setting)
+                runs = unpatched(setting, batch, meter, source=self.source, at=at, baseline=baseline, resume=self.resumes(setting))
+                if not trusted and len(batch) > 1:  # a batch of one shows nothing
+                    check_metric(setting, runs, meter)
+                    trusted = True
+                scored = _with_noise(setting, runs, self.score(setting, runs, meter, notes))
+                clean, corrupted = (value.double().cpu().numpy() for value in (runs.clean, runs.corrupted))
+                work.add(Finished(scored, clean, corrupted, notes))
+        skipped = self.not_scored(setting)
+        forwards, backwards, positions, seconds = work.spent()
+        parts = work.batches
+        effects, noise, errors = (
+            {site: np.concatenate([found[site] for found in of_batches]) for site in map(str, setting.sites) if site in of_batches[0]}
+            for of_batches in ([getattr(one.scored, part.name) for one in parts] for part in fields(Scored))
+        )
+        clean, corrupted = (np.concatenate([getattr(part, side) for part in parts]) for side in ("clean", "corrupted"))
+        examples = torch.cat([batch.examples for batch in batches]).cpu().numpy()
+        order = np.argsort(examples).tolist()  # as the map orders its rows
+        notes = {name: {group: [values[i] for i in order] for group, values in groups.items()} for name, groups in joined(parts).items()}
+        return ScoreMap.build(
+            effects,
+            setting.live,
+            patterns=self._patterns(setting, examples),
+            noise=noise,
+            standard_error=errors or None,
+            task_axis=setting.axis,
+            no_path=self._no_path(setting),
+            examples=examples,
+            metric_clean=clean,
+            metric_corrupted=corrupted,
+            provenance={**self._provenance(setting, skipped), "engine": meter.engine, **notes},
+            cost=Cost(
+                forwards,
+                backwards,
+                positions,
+                seconds,
+                predicted,
+                torch.cuda.max_memory_allocated(model.device) if on_cuda else None,
+            ),
+        )
+
+    def _patterns(self, setting: Setting, examples: Int[np.ndarray, " example"]) -> Patterns | None:
+        """Which cells can matter for which example; None where all can for all."""
+        if setting.model.ambient:
+            return None
+        task, axis, paired = setting.task, setting.axis, self.source == "paired"
+        number = live_patterns(task, axis, paired=paired)
+        first = np.unique(number, return_index=True)[1].tolist()
+        cells = {str(site): pattern_cells(setting.model.arch, site, task, axis, first, paired=paired) for site in setting.sites}
+        return Patterns(number[examples], cells)
+
+    def _no_path(self, setting: Setting) -> dict[str, np.ndarray]:
+        if setting.model.ambient:  # then no cell is taken as a structural zero
+            return {name: np.zeros_like(live) for name, live in setting.live.items()}
+        return {str(site): without_path(setting.model.arch, site, setting.task, setting.axis) for site in setting.sites}
+
+    def source_targets(self, setting: Setting) -> tuple[Target, ...]:
+        """Where the source's activations are needed."""
+        return setting.targets
+
+    def _provenance(self, setting: Setting, skipped: dict[str, str]) -> dict[str, Any]:
+        model, task = setting.model, setting.task
+        options = {field.name: _plain(getattr(self, field.name)) for field in fields(self)}
+        packages = {name: importlib.metadata.version(name) for name in ("torch", "transformer-lens", "transformers", "numpy")}
+        ambient = [f"{edit.op} {edit.address}" for edit in model.ambient]
+        notes = [f"{len(ambient)} surrounding edits; no cell is taken as a structural zero"] if ambient else []
+        notes += [setting.axis.note] if setting.axis is not None and setting.axis.note else []
+        return {
+            "method": self.name,
+            "method_options": options,
+            "task": f"{task.name}[{len(task)}]",
+            "task_fingerprint": task.fingerprint,
+            "task_pairs": list(task.pair_fingerprints),
+            "task_provenance": task.provenance,
+            "model": model.name,
+            "model_fingerprint": model.fingerprint,
+            "direction": setting.direction,
+            "metric": task.metric.name,
+            "metric_unit": task.metric.unit,
+            "versions": {"patchlab": _own_version(), **{name.replace("-", "_"): version for name, version in packages.items()}},
+            "device": str(model.device),
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "not_scored": skipped,
+            "ambient": ambient,
+            **({} if setting.edges is None else {"graph": model.arch.graph.as_dict()}),
+            "notes": notes,
+        }
+
+
+def _with_noise(setting: Setting, runs: Runs, scored: Scored) -> Scored:
+    """A difference of two metrics is as uncertain as both, where the method does not know better."""
+    two = np.sqrt(2) * runs.rounding.metric
+    return replace(scored, noise={str(site): scored.noise.get(str(site), two) for site in setting.sites})
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that is free on a device (4 GiB where the system does not tell)."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, AttributeError, OSError):  # not every system tells
+        return 4 * 2**30
+
+
+def _megabytes(count: int | float) -> str:
+    return f"{count / 1e6:,.1f} MB" if count >= 1e5 else f"{count:,.0f} bytes"
+
+
+def _check_tokens(model: Model, task: Task) -> None:
+    top = max(max(pair.clean_ids + pair.corrupted_ids + pair.correct + pair.incorrect) for pair in task.pairs)
+    if top >= model.vocab_size:
+        raise MethodError(f"task {task.name} has token id {top}, but {model.name} has {model.vocab_size} tokens. Load the task for this model.")
+    longest = max(len(pair) for pair in task.pairs)
+    if model.arch.n_positions is not None and longest > model.arch.n_positions:
+        raise MethodError(f"task {task.name} has prompts of {longest} tokens, but {model.name} reads {model.arch.n_positions} at most.")
+
+
+def _plain(value: Any) -> Any:
+    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
+
+
+def _own_version() -> str:
+    from patchlab import __version__
+
+    return __version__

@@ -1,0 +1,248 @@
+"""The finished work of a run, kept so that an interrupted run goes on where it stopped."""
+
+import json
+import time
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from patchlab.errors import MethodError, PatchlabError
+from patchlab.methods.setting.runs import Meter, Scored
+from patchlab.store.files import writing
+
+FORMAT = 2
+SECONDS = 5.0
+"""A checkpoint is written at most so often, and never for more than a twentieth of the time."""
+KEPT = 4
+"""Unfinished runs that a model remembers at most."""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What one batch gave: effects, noise and errors per site, the metric of its clean and corrupted runs, and the method's notes."""
+
+    scored: Scored
+    clean: Float[np.ndarray, " batch"]
+    corrupted: Float[np.ndarray, " batch"]
+    notes: dict[str, Any]
+
+
+@dataclass
+class Work:
+    """What a run has finished: whole batches, single cells of the batch under way, and what they cost.
+
+    ``identity`` says what the run is, part by part; None stands for a part that cannot be told from another. ``cells`` holds
+    the number of the batch under way and the effects per example of its finished cells; ``before`` the forwards,
+    backwards, positions and seconds of earlier parts of the run.
+    """
+
+    identity: dict[str, str | None]
+    path: Path | None = None
+    batches: list[Finished] = field(default_factory=list)
+    cells: tuple[int, dict[int, np.ndarray]] = field(default_factory=lambda: (0, {}))
+    before: tuple[int, int, int, float] = (0, 0, 0, 0.0)
+    engine: str | None = None
+    meter: Meter | None = None
+    started: float = field(default_factory=time.perf_counter)
+    due: float = 0.0
+
+    def begin(self, meter: Meter) -> None:
+        """Count with a meter from now on."""
+        self.meter, self.started, self.due = meter, time.perf_counter(), time.perf_counter() + SECONDS
+        meter.keep = self.save_if_due
+        meter.engine = self.engine or meter.engine
+
+    def cells_of(self, number: int) -> dict[int, np.ndarray]:
+        """The finished cells of a batch, to be added to."""
+        if self.cells[0] != number:
+            self.cells = (number, {})
+        return self.cells[1]
+
+    def add(self, finished: Finished) -> None:
+        """Note a finished batch."""
+        self.batches.append(finished)
+        self.save_if_due()
+
+    def spent(self) -> tuple[int, int, int, float]:
+        """Forwards, backwards, positions and seconds of all parts of the run."""
+        if self.meter is None:
+            return self.before
+        forwards, backwards, positions, seconds = self.before
+        now = time.perf_counter() - self.started
+        return forwards + self.meter.forwards, backwards + self.meter.backwards, positions + self.meter.positions, seconds + now
+
+    def __str__(self) -> str:
+        cells = self.cells[1] if self.cells[0] == len(self.batches) else {}
+        parts = [f"{len(self.batches)} of {self.identity['batches']}"] if self.batches else []
+        parts += [f"{len(cells)} cells of a batch"] if cells else []
+        return " and ".join(parts)
+
+    def save_if_due(self) -> None:
+        """Write the checkpoint, if there is one and the last writing is long enough ago."""
+        if self.path is not None and time.perf_counter() >= self.due:
+            self.save()
+
+    def save(self) -> None:
+        """Write the checkpoint: the old file is replaced in one step."""
+        if self.path is None:
+            return
+        began = time.perf_counter()
+        number, cells = self.cells
+        arrays = {
+            f"{i}/{part.name}/{name}": values
+            for i, one in enumerate(self.batches)
+            for part in fields(Scored)
+            for name, values in getattr(one.scored, part.name).items()
+        }
+        arrays |= {f"{i}/{side}": getattr(one, side) for i, one in enumerate(self.batches) for side in ("clean", "corrupted")}
+        arrays |= {"cells": np.array(list(cells), dtype=np.int64), "effects": np.array(list(cells.values()), dtype=np.float64)}
+        about = {
+            "patchlab_checkpoint": FORMAT,
+            "identity": self.identity,
+            "notes": [one.notes for one in self.batches],
+            "batch": number,
+            "spent": self.spent(),
+            "engine": self.engine if self.meter is None else self.meter.engine,
+        }
+        with writing(self.path, overwrite=True) as temporary, temporary.open("wb") as stream:
+            np.savez(stream, about=np.array(json.dumps(about)), **arrays)  # pyright: ignore[reportArgumentType]
+        now = time.perf_counter()
+        self.due = now + max(SECONDS, 20 * (now - began))
+
+
+def joined(parts: Sequence[Finished]) -> dict[str, dict[str, list[Any]]]:
+    """The notes of several batches, one after the other."""
+    notes: dict[str, dict[str, list[Any]]] = {}
+    for part in parts:
+        for name, groups in part.notes.items():
+            for group, values in groups.items():
+                notes.setdefault(name, {}).setdefault(group, []).extend(values)
+    return notes
+
+
+@contextmanager
+def keeping(unfinished: dict[str, Work], identity: Mapping[str, str | None], checkpoint: str | Path | None) -> Iterator[Work]:
+    """Give the work of a run: what an interrupted run of the same identity left, or none yet.
+
+    After an exception the work is kept, in the checkpoint or, without one, in ``unfinished``; a note on the exception
+    says how to go on. When the run ends normally, what was kept is removed. A new checkpoint begins with what is in ``unfinished``.
+
+    Raises:
+        MethodError: the checkpoint is of another run, damaged, or no checkpoint, or the run has a part that cannot be compared.
+        OutputError: the checkpoint cannot be written.
+    """
+    vague = [name for name, value in identity.items() if value is None]
+    if vague and checkpoint is not None:
+        raise MethodError(f"this run cannot have a checkpoint: its {vague[0]} cannot be compared with that of a later call. {_WHY[vague[0]]}")
+    key = json.dumps(identity, sort_keys=True)
+    path = None if checkpoint is None else Path(checkpoint)
+    if path is not None and path.is_file():
+        work = _opened(path, identity)
+    else:
+        work = Work(dict(identity)) if vague or key not in unfinished else unfinished[key]
+        work.path = path
+        work.save()  # whether it can be written shows now, not hours later
+    unfinished.pop(key, None)
+    try:
+        yield work
+    except BaseException as error:
+        _stopped(work, error, vague)
+        if work.path is None and not vague and str(work):
+            while len(unfinished) >= KEPT:
+                unfinished.pop(next(iter(unfinished)))
+            unfinished[key] = work
+        raise
+    if work.path is not None:
+        work.path.unlink(missing_ok=True)
+
+
+_WHY = {
+    "metric": "Use a named metric or a plain function of values that can be written down.",
+    "surroundings": "Surround it with edits whose sources are runs, tensors or numbers, or give no checkpoint.",
+}
+
+
+def batch_rows(unfinished: Mapping[str, Work], identity: Mapping[str, str | None], checkpoint: str | Path | None) -> int | None:
+    """Examples per batch of an unfinished run that differs in nothing but its batches: their default follows the free memory."""
+    known = [work.identity for work in unfinished.values()]
+    if checkpoint is not None and Path(checkpoint).is_file():
+        known = [_read(Path(checkpoint)).identity]
+    for other in known:
+        if other != dict(identity) and {**other, "batches": None} == {**identity, "batches": None}:
+            return int(str(other["batches"]).split()[-2])
+    return None
+
+
+def described(sizes: list[int]) -> str:
+    """The batches of a run in words."""
+    return f"{len(sizes)} batches of at most {max(sizes)} examples"
+
+
+def _stopped(work: Work, error: BaseException, vague: list[str]) -> None:
+    """Account for an exception: cost so far, a last writing, and a note."""
+    if work.meter is not None:
+        work.before, work.engine, work.meter = work.spent(), work.meter.engine, None
+    if not str(work):
+        if work.path is not None:
+            work.path.unlink(missing_ok=True)
+        return
+    if vague:
+        error.add_note(f"patchlab: the finished work ({work}) is not kept: the {vague[0]} cannot be compared with that of a later call.")
+        return
+    where = "on the model" if work.path is None else f"in {work.path}"
+    note = f"patchlab: the finished work ({work}) is kept {where}; the same call again goes on from there."
+    try:
+        work.save()
+    except PatchlabError as problem:
+        note = f"patchlab: the finished work ({work}) could not be kept: {problem}"
+    error.add_note(note)
+
+
+def _opened(path: Path, identity: Mapping[str, str | None]) -> Work:
+    """The work in a checkpoint, which must be of the same run."""
+    work = _read(path)
+    differing = [
+        f"{name} is {work.identity.get(name)!r} there and {identity.get(name)!r} here"
+        for name in dict.fromkeys((*identity, *work.identity))
+        if work.identity.get(name) != identity.get(name)
+    ]
+    if differing:
+        raise MethodError(
+            f"the checkpoint {path} is of another run: {'; '.join(differing)}. It is left as it is: repeat the call that made it, "
+            f"give another path, or remove the file."
+        )
+    return work
+
+
+def _read(path: Path) -> Work:
+    try:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as stored:
+            arrays = {name: stored[name] for name in stored.files}
+        about = json.loads(str(arrays["about"]))
+        if about["patchlab_checkpoint"] != FORMAT:
+            raise ValueError(f"format {about['patchlab_checkpoint']}")
+        batches = []
+        for i, notes in enumerate(about["notes"]):
+            found: dict[str, dict[str, np.ndarray]] = {part.name: {} for part in fields(Scored)}
+            for key, values in arrays.items():
+                number, _, rest = key.partition("/")
+                part, _, name = rest.partition("/")
+                if number == str(i) and part in found:
+                    found[part][name] = values
+            batches.append(Finished(Scored(**found), arrays[f"{i}/clean"], arrays[f"{i}/corrupted"], notes))
+        cells = dict(zip(arrays["cells"].tolist(), arrays["effects"], strict=True))
+        forwards, backwards, positions, seconds = about["spent"]
+        spent = (forwards, backwards, positions, float(seconds))
+        return Work(about["identity"], path, batches, (about["batch"], cells), spent, about["engine"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise MethodError(
+            f"{path} is no checkpoint of patchlab, or it is damaged ({str(error).splitlines()[0][:100] if str(error) else type(error).__name__}). "
+            f"It is left as it is: give another path, or remove the file."
+        ) from error

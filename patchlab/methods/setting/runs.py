@@ -1,0 +1,319 @@
+"""The unpatched runs that every method starts from, and where the patched-in values come from."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from patchlab.engine import Baseline, Program, Result, Target, empty_cache, run, run_rest
+from patchlab.engine.program import targets
+from patchlab.errors import MethodError
+from patchlab.interventions import Average, Kept, Source, Zero
+from patchlab.methods.setting.rounding import Rounding, rounding
+from patchlab.metrics import Answers
+from patchlab.models import Model
+from patchlab.sites import KINDS, POSITION_AXES, Site
+from patchlab.tasks.task import Batch, PositionAxis, Task
+
+Direction = Literal["denoising", "noising"]
+DIRECTIONS = ("denoising", "noising")
+SOURCES = ("paired", "zero", "mean", "mean_positional")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What one run of a method is about; ``axis`` is None where no site is scored by position."""
+
+    model: Model
+    task: Task
+    sites: tuple[Site, ...]
+    direction: Direction
+    axis: PositionAxis | None
+    live: dict[str, Bool[np.ndarray, "*cells"]]
+    mean: Average | None = None
+    max_memory: float | int | None = None
+
+    @property
+    def targets(self) -> tuple[Target, ...]:
+        """Every (kind, layer) that the sites need."""
+        arch = self.model.arch
+        if self.edges is not None:
+            kinds = [kind for kind in ("input", "z", "mlp_out") if kind not in arch.absent]
+            return tuple(target for kind in kinds for target in targets(kind, arch.n_layers))
+        return tuple(dict.fromkeys(t for site in self.sites for t in targets(site.kind, arch.n_layers)))
+
+    @property
+    def edges(self) -> Site | None:
+        """The granularity of the edges, where edges are scored; the targets are then the writers."""
+        return self.sites[0] if self.sites[0].kind == "edges" else None
+
+
+@dataclass(frozen=True)
+class Runs:
+    """The unpatched runs of one batch, with the source run's activations at the sites.
+
+    ``base`` is what a sweep resumes from, where the baseline run left it. ``rounding`` is what the dtype makes of the metric.
+    """
+
+    batch: Batch
+    answers: Answers
+    baseline_tokens: Int[Tensor, "batch pos"]
+    clean: Tensor
+    corrupted: Tensor
+    source: Source
+    positions: Mapping[str, Int[Tensor, " batch"]]
+    baseline: Result
+    rounding: Rounding
+    base: Baseline | None = None
+
+    @property
+    def baseline_values(self) -> Tensor:
+        """The metric before patching."""
+        return self.baseline.values if self.baseline.values is not None else self.clean
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What a method found on one batch, per site ``[batch, *axes]`` in metric units.
+
+    ``noise`` is the rounding error to be expected of each effect where the method knows more about it than the resolution of the metric
+    (see :mod:`patchlab.methods.setting.rounding`); ``standard_error`` that of effects estimated with random probes, NaN where it is unknown.
+    """
+
+    effects: dict[str, np.ndarray]
+    noise: dict[str, np.ndarray] = field(default_factory=dict)
+    standard_error: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+class Meter:
+    """Counts what was computed, and remembers which engine did it.
+
+    ``unit`` is what the progress bar counts: every ``forward``, or ``cell`` (then whoever runs cells moves the bar). ``cells`` are the
+    finished cells of the batch under way, with their effects per example; ``keep`` is called when there are more of them.
+    """
+
+    def __init__(self, bar: Any, unit: str = "forward") -> None:
+        self.engine = "literal"
+        self.forwards = self.backwards = self.positions = 0
+        self.bar, self.unit = bar, unit
+        self.cells: dict[int, np.ndarray] = {}
+        self.keep: Callable[[], None] = _nothing
+
+    def run(self, model: Model, program: Program, *, cache: Any = None) -> Result:
+        """Run a program and count its work."""
+        return self.count(run(model, program, cache=cache))
+
+    def count(self, result: Result) -> Result:
+        """Count the work of a run."""
+        forwards, backwards, positions = result.work
+        self.forwards, self.backwards, self.positions = self.forwards + forwards, self.backwards + backwards, self.positions + positions
+        if self.unit == "forward":
+            self.bar.update(forwards)
+        return result
+
+
+def _nothing() -> None:
+    """What is done with finished cells that nobody keeps."""
+
+
+def unpatched(
+    setting: Setting, batch: Batch, meter: Meter, *, source: str, at: tuple[Target, ...], baseline: Mapping[str, Any], resume: bool = False
+) -> Runs:
+    """Run the clean, then the corrupted prompts; one of them is the baseline, the other the source.
+
+    Args:
+        setting: what the method was asked.
+        batch: pairs of one length.
+        meter: counts the work.
+        source: ``paired``, or a source that does not come from this batch.
+        at: where a paired source's activations are kept.
+        baseline: extra fields of the program of the baseline run.
+        resume: run the baseline only from the first difference on where that gives the same. Its gradients before are then zero, as are
+            the differences that they are multiplied by.
+    """
+    start = first_difference(batch)
+    answer_only = setting.task.metric.reads == "answer" and not (setting.task.metric.needs_clean and setting.direction == "noising")
+    if resume and start and source == "paired" and answer_only and not setting.model.ambient:
+        return _resumed(setting, batch, meter, at=at, baseline=baseline, start=start)
+    denoising = setting.direction == "denoising"
+    kept = {"keep": at if source == "paired" else ()}
+    clean = _run_clean(setting, batch, meter, kept if denoising else baseline)
+    answers = batch.answers
+    if setting.task.metric.needs_clean:
+        # the clean run is its own reference
+        answers = replace(answers, clean_logits=clean.logits)
+        if clean.values is None:
+            clean = replace(clean, values=setting.task.metric(required(clean.logits), answers))
+    extra = baseline if denoising else kept
+    scored = {"metric": setting.task.metric, "answers": answers, "logits": setting.task.metric.reads}
+    corrupted = meter.run(setting.model, _program(setting, batch, batch.corrupted, extra, **scored))
+    base, other = (corrupted, clean) if denoising else (clean, corrupted)
+    patched_in: Source = Kept(other.activations, batch.examples)
+    if source != "paired":
+        patched_in = Zero() if source == "zero" else required(setting.mean)
+    tokens = batch.corrupted if denoising else batch.clean
+    off = _rounding(setting, answers, clean, corrupted)
+    base = replace(base, logits=None)
+    return Runs(batch, answers, tokens, required(clean.values), required(corrupted.values), patched_in, batch.positions, base, off)
+
+
+def _rounding(setting: Setting, answers: Answers, clean: Result, corrupted: Result) -> Rounding:
+    model, metric, denoising = setting.model, setting.task.metric, setting.direction == "denoising"
+    ends = required(clean.logits), required(corrupted.logits)
+    return rounding(metric, answers, *ends, dtype=model.dtype, n_layers=model.arch.n_layers, denoising=denoising)
+
+
+def of_rows(runs: Runs, rows: Int[np.ndarray, " row"]) -> Runs:
+    """The runs of some examples of a batch; of the baseline only the metric."""
+    index = torch.as_tensor(rows, device=runs.baseline_tokens.device)
+    batch, answers = runs.batch, runs.answers.rows(index)
+    positions = {name: at[index] for name, at in runs.positions.items()}
+    some = Batch(batch.examples[index], batch.clean[index], batch.corrupted[index], answers, positions)
+    baseline = Result(some.examples, values=runs.baseline_values[index])
+    return Runs(
+        some,
+        answers,
+        runs.baseline_tokens[index],
+        runs.clean[index],
+        runs.corrupted[index],
+        runs.source,
+        positions,
+        baseline,
+        runs.rounding.rows(rows),
+    )
+
+
+def first_difference(batch: Batch) -> int:
+    """First position at which any pair of a batch differs (0 if none does): with paired sources nothing before it can change."""
+    return int((batch.clean != batch.corrupted).any(0).int().argmax())
+
+
+def _resumed(setting: Setting, batch: Batch, meter: Meter, *, at: tuple[Target, ...], baseline: Mapping[str, Any], start: int) -> Runs:
+    """The source run in the whole, then the baseline run from the first difference on."""
+    denoising, metric, answers = setting.direction == "denoising", setting.task.metric, batch.answers
+    tokens, others = (batch.corrupted, batch.clean) if denoising else (batch.clean, batch.corrupted)
+    cache, keep = empty_cache(), {"keep": tuple(dict.fromkeys((*at, *baseline.get("keep", ()))))}
+    if metric.needs_clean:
+        source = meter.run(setting.model, _program(setting, batch, others, keep, logits="answer"), cache=cache)
+        answers = replace(answers, clean_logits=source.logits)
+        source = replace(source, values=metric(required(source.logits), answers))
+    else:
+        source = meter.run(setting.model, _program(setting, batch, others, keep, metric=metric, answers=answers, logits="answer"), cache=cache)
+    rest = _program(setting, batch, tokens, baseline, metric=metric, answers=answers, logits="answer")
+    base, resumed = run_rest(setting.model, rest, cache, start, source.activations)
+    clean, corrupted = (source, meter.count(base)) if denoising else (meter.count(base), source)
+    patched_in = Kept(source.activations, batch.examples)
+    off = _rounding(setting, answers, clean, corrupted)
+    base = replace(base, logits=None)
+    return Runs(batch, answers, tokens, required(clean.values), required(corrupted.values), patched_in, batch.positions, base, off, resumed)
+
+
+def _run_clean(setting: Setting, batch: Batch, meter: Meter, extra: Mapping[str, Any]) -> Result:
+    metric = setting.task.metric
+    if metric.needs_clean:
+        reads = metric.reads
+        if not extra.get("gradients"):
+            return meter.run(setting.model, _program(setting, batch, batch.clean, extra, logits=reads))
+        # a gradient at the clean run itself: the reference has to be there first
+        reference = meter.run(setting.model, _program(setting, batch, batch.clean, {}, logits=reads)).logits
+        answers = replace(batch.answers, clean_logits=reference)
+        return meter.run(setting.model, _program(setting, batch, batch.clean, extra, metric=metric, answers=answers, logits=reads))
+    return meter.run(setting.model, _program(setting, batch, batch.clean, extra, metric=metric, answers=batch.answers, logits=metric.reads))
+
+
+def _program(setting: Setting, batch: Batch, tokens: Int[Tensor, "batch pos"], extra: Mapping[str, Any], **options: Any) -> Program:
+    return Program(tokens, batch.examples, positions=batch.positions, **options, **extra)
+
+
+def program(setting: Setting, runs: Runs, **options: Any) -> Program:
+    """A program on the baseline prompts of a batch that evaluates the task's metric."""
+    return Program(runs.baseline_tokens, runs.batch.examples, positions=runs.positions, metric=setting.task.metric, answers=runs.answers, **options)
+
+
+def mean_source(setting: Setting, batches: list[Batch], meter: Meter, *, at: tuple[Target, ...], positional: bool) -> Average:
+    """Mean activations of the source prompts over the whole task, summed in float64; never over heads or neurons.
+
+    Raises:
+        MethodError: a pattern without ``positional``, or positional means of several lengths or templates.
+    """
+    if not positional and any(kind == "pattern" for kind, _ in at):
+        raise MethodError("the mean of a pattern over positions is not an attention pattern; use source='mean_positional' or leave pattern out.")
+    if positional and not setting.task.aligned:
+        raise MethodError("positional means need examples of one length and template; this task has several. Use source='mean'.")
+    sums: dict[Target, Tensor] = {}
+    count = 0
+    for batch in batches:
+        tokens = batch.clean if setting.direction == "denoising" else batch.corrupted
+        kept = meter.run(setting.model, _program(setting, batch, tokens, {}, keep=at)).activations
+        for key, value in kept.items():
+            total = value.double().sum(0) if positional else value.double().sum((0, 1))[None]
+            sums[key] = total if key not in sums else sums[key] + total
+        count += tokens.shape[0] if positional else tokens.numel()
+    return Average({key: total / count for key, total in sums.items()}, positional)
+
+
+def check_metric(setting: Setting, runs: Runs, meter: Meter) -> None:
+    """Check a user's metric for independence between examples, on the baseline run of one batch."""
+    logits = meter.run(setting.model, replace(program(setting, runs), metric=None, answers=None, logits=setting.task.metric.reads)).logits
+    setting.task.metric.check_independent(required(logits), runs.answers)
+
+
+def reduced(setting: Setting, runs: Runs, site: Site, values: Float[Tensor, "batch *site"]) -> Float[Tensor, "batch *cells"]:
+    """Values over all axes of one layer of a site, as cells: summed over the axes taken jointly, read at the named positions."""
+    names = [name for name in KINDS[site.kind].axes if name != "layer"]
+    for dim, name in reversed(list(enumerate(names, start=1))):
+        if name not in site.axes:
+            values = values.sum(dim)
+        elif name in POSITION_AXES:
+            values = at_positions(setting, runs, values, dim)
+    return values
+
+
+def at_positions(setting: Setting, runs: Runs, values: Float[Tensor, "batch *axes"], dim: int) -> Float[Tensor, "batch *cells"]:
+    """Values along a position axis, read at the named positions where the axis is made of those."""
+    if setting.axis is None or setting.axis.names is None:
+        return values
+    index = torch.as_tensor(setting.axis.index[runs.batch.examples.cpu().numpy()], device=values.device)
+    shape = [1] * values.ndim
+    shape[0], shape[dim] = index.shape
+    expanded = [*values.shape]
+    expanded[dim] = index.shape[1]
+    return values.gather(dim, index.reshape(shape).expand(expanded))
+
+
+def required(value: Any) -> Any:
+    """A part of a result that was asked for."""
+    if value is None:
+        raise MethodError("a run did not return what was asked of it.")
+    return value
+
+
+def activation_bytes(setting: Setting, rows: int, length: int) -> int:
+    """Bytes of the activations at every site of a setting, for a batch of rows."""
+    arch = setting.model.arch
+    widths = {"z": arch.n_heads, "q": arch.n_heads, "k": arch.n_kv_heads, "v": arch.n_kv_heads}
+    total = 0
+    for kind, _ in setting.targets:
+        if kind == "pattern":
+            width = arch.n_heads * length
+        elif kind == "mlp_post":
+            width = arch.d_mlp or 0
+        else:
+            width = widths[kind] * arch.d_head if kind in widths else arch.d_model
+        total += rows * length * width
+    return total * itemsize(setting)
+
+
+def itemsize(setting: Setting) -> int:
+    """Bytes of one number of the model's dtype."""
+    return torch.empty(0, dtype=setting.model.dtype).element_size()
+
+
+def token_bytes(setting: Setting, length: int) -> int:
+    """Bytes that one token of a prompt takes on its way through a block: stream, MLP, attention scores, keys and values."""
+    arch = setting.model.arch
+    return itemsize(setting) * (12 * arch.d_model + 4 * (arch.d_mlp or 0) + length * (3 * arch.n_heads + 2 * arch.n_kv_heads * arch.d_head))

@@ -1,0 +1,442 @@
+"""ScoreMap: what a patching method found, one effect per example and cell, with named axes, provenance and cost."""
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+from jaxtyping import Bool, Float
+
+from patchlab.errors import ScoreError, SiteError, unknown
+from patchlab.graph import Graph
+from patchlab.scores.arrays import (
+    Patterns,
+    PositionLabels,
+    axes_of,
+    check_finite,
+    check_no_path,
+    check_patterns,
+    check_rows,
+    check_shape,
+    checksum,
+    edge_coords,
+    frozen,
+    graph_of,
+    label_of,
+    plain,
+    position_coords,
+    spread,
+)
+from patchlab.sites import POSITION_AXES, Site, parse_site
+from patchlab.stats.bootstrap import interval, resampling_weights
+from patchlab.store.files import writing
+
+FORMAT = 2
+_ATTRIBUTE = "patchlab_scoremap"
+NO_PATH, SAME, NO_EDGE = "no path", "same in both prompts", "no edge"
+"""Why a cell cannot matter."""
+_BESIDE = ("patterns", "no_path", "noise", "standard_error")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a result cost to compute.
+
+    Args:
+        forwards: forward passes of a batch.
+        backwards: backward passes of a batch.
+        positions: rows × token positions that went through the model.
+        seconds: wall time.
+        predicted_bytes: the memory that was predicted before the run, where it was.
+        cuda_peak_bytes: the most memory allocated on the CUDA device, where there is one.
+    """
+
+    forwards: int
+    backwards: int
+    positions: int
+    seconds: float
+    predicted_bytes: int | None = None
+    cuda_peak_bytes: int | None = None
+
+    def __str__(self) -> str:
+        parts = [_counted(self.forwards, "forward"), _counted(self.backwards, "backward"), f"{self.seconds:.1f} s"]
+        return ", ".join(parts)
+
+
+@dataclass(frozen=True, eq=False)
+class Normalised:
+    """Mean effects as a share of the gap between clean and corrupted, each with a 95 % interval over examples.
+
+    ``value``, ``low`` and ``high`` are Datasets like the map's, without the example axis (no unit: 1 is the whole gap);
+    ``gap`` is mean m_clean − mean m_corrupted in metric units. With one example there are no intervals (NaN).
+    """
+
+    value: xr.Dataset
+    low: xr.Dataset
+    high: xr.Dataset
+    gap: float
+    gap_interval: tuple[float, float]
+
+
+@dataclass(frozen=True, eq=False)
+class ScoreMap:
+    """The effect of patching each cell of some sites, per example, in metric units.
+
+    A method makes it (through :meth:`build`); its arrays are read-only.
+
+    Args:
+        data: an xarray Dataset with one variable per site, named as the site is written (``"resid_pre"``,
+            ``"z[layer,pos,head]"``), dims ``("example", *axes)``. A site that is NaN throughout was not scored;
+            ``provenance["not_scored"]`` says why. Coordinates: ``example`` (index in the task), one integer index per
+            axis, ``metric_clean`` and ``metric_corrupted`` per example, and the clean tokens as ``token(example, pos)``
+            (``dest_token``, ``src_token``), and ``position(pos)`` where positions have names.
+        live: bool, the same variables without the example axis; False marks a structural zero, a cell that cannot matter for any example.
+        provenance: what made it: method, task, model, direction, metric, versions, notes; JSON-able.
+        cost: what it cost.
+        patterns: bool, the same variables with the axis ``mask`` instead of ``example``, and ``pattern_of(example)``: which cells can
+            matter for which example (:meth:`live_per_example`); None in maps that do not know.
+        no_path: bool, as ``live``; True where no causal path leads from the cell to what the metric reads. The other structural zeros are the same
+            in both prompts (see :meth:`zeros`). None in files that do not say.
+        noise: the rounding error to be expected of each effect in the model's dtype, in metric units, the same variables with the dims of
+            ``data``, or ``example`` alone where all cells share it (see :mod:`patchlab.methods.setting.rounding`). NaN where it is unknown.
+        standard_error: of effects that were estimated with random probes, in metric units, dims as ``data``; None for other methods.
+
+    Example:
+        >>> relp = pl.RelevancePatching().run(model, task, ["resid_pre", "z"])  # doctest: +SKIP
+        >>> relp.mean("z").argmax(["layer", "head"])  # doctest: +SKIP
+    """
+
+    data: xr.Dataset
+    live: xr.Dataset
+    provenance: dict[str, Any]
+    cost: Cost
+    patterns: xr.Dataset | None = None
+    no_path: xr.Dataset | None = None
+    noise: xr.Dataset | None = None
+    standard_error: xr.Dataset | None = None
+
+    @staticmethod
+    def build(
+        scores: Mapping[str, np.ndarray],
+        live: Mapping[str, np.ndarray],
+        *,
+        task_axis: PositionLabels | None,
+        examples: Sequence[int] | np.ndarray,
+        metric_clean: Float[np.ndarray, " example"],
+        metric_corrupted: Float[np.ndarray, " example"],
+        provenance: Mapping[str, Any],
+        cost: Cost,
+        patterns: Patterns | None = None,
+        no_path: Mapping[str, np.ndarray] | None = None,
+        noise: Mapping[str, np.ndarray] | None = None,
+        standard_error: Mapping[str, np.ndarray] | None = None,
+    ) -> "ScoreMap":
+        """Check the arrays of a method's result and name their axes.
+
+        Args:
+            scores: per site the effects ``[example, *axes]`` in metric units.
+            live: per site a bool array ``[*axes]``; False = structural zero.
+            task_axis: names and tokens of the positions (rows are looked up by example index); None leaves them bare.
+            examples: the task's index of each row; rows are put in that order.
+            metric_clean: metric of the unpatched clean run.
+            metric_corrupted: metric of the unpatched corrupted run.
+            provenance: see the class.
+            cost: see the class.
+            patterns: which cells can matter for which example, where that differs between examples.
+            no_path: per site a bool array ``[*axes]``; True = no causal path to what the metric reads, which no live cell is.
+            noise: per site ``[example, *axes]`` or ``[example]``; see the class.
+            standard_error: per site ``[example, *axes]``; see the class.
+
+        Raises:
+            ScoreError: shapes that do not fit together, values that are not finite in a scored site, a site that is NaN
+                without a reason in ``provenance["not_scored"]``, or provenance that is not JSON.
+        """
+        record = plain(provenance)
+        index = np.asarray(examples, dtype=np.int64)
+        order = np.argsort(index, kind="stable")
+        check_rows(scores, live, index, metric_clean, metric_corrupted)
+        sizes: dict[str, int] = {"example": len(index)}
+        variables, masks, paths = {}, {}, {}
+        if no_path is not None:
+            check_no_path(no_path, live)
+        for name, values in scores.items():
+            axes = axes_of(name)
+            check_shape(name, axes, values, live[name], sizes)
+            check_finite(name, axes, values, record)
+            variables[name] = (("example", *axes), values[order], {"units": str(record.get("metric_unit", ""))})
+            masks[name] = (axes, live[name].astype(bool))
+            if no_path is not None:
+                paths[name] = (axes, no_path[name].astype(bool))
+        coords: dict[str, Any] = {axis: np.arange(size) for axis, size in sizes.items()}
+        coords["example"] = index[order]
+        coords["metric_clean"] = ("example", metric_clean[order].astype(np.float64))
+        coords["metric_corrupted"] = ("example", metric_corrupted[order].astype(np.float64))
+        coords |= position_coords(task_axis, index[order], sizes) | edge_coords(record, sizes)
+        data = xr.Dataset(variables, coords=coords)
+        bare = {name: coord for name, coord in data.coords.items() if "example" not in coord.dims}
+        patterns = patterns or Patterns(np.zeros(len(index), dtype=np.int64), {name: mask[None] for name, mask in live.items()})
+        check_patterns(patterns, live, len(index))
+        rows = {name: (("mask", *masks[name][0]), cells.astype(bool)) for name, cells in patterns.cells.items()}
+        of = xr.Dataset(rows, coords={"example": coords["example"], "pattern_of": ("example", patterns.of[order].astype(np.int64))})
+        cut = None if no_path is None else frozen(xr.Dataset(paths, coords=bare))
+        errors = [spread(data, found, order) for found in (noise, standard_error)]
+        return ScoreMap(frozen(data), frozen(xr.Dataset(masks, coords=bare)), record, cost, frozen(of), cut, *errors)
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """Names of the sites, as they are written."""
+        return tuple(str(name) for name in self.data.data_vars)
+
+    @property
+    def not_scored(self) -> dict[str, str]:
+        """The sites that were not scored, with the reason."""
+        return {site: why for site, why in self.provenance.get("not_scored", {}).items() if site in self.data.data_vars}
+
+    def live_per_example(self, site: str | Site) -> Bool[np.ndarray, "example *axes"]:
+        """Which cells of a site can matter for each example; where the map does not know, those that can for any.
+
+        Raises:
+            ScoreError: the map has no such site.
+        """
+        name = self.site_name(site)
+        if self.patterns is None:
+            return np.broadcast_to(self.live[name].to_numpy(), self.data[name].shape)
+        return self.patterns[name].to_numpy()[self.patterns["pattern_of"].to_numpy()]
+
+    @property
+    def graph(self) -> Graph:
+        """The graph whose edges are scored.
+
+        Raises:
+            ScoreError: a map without edges.
+        """
+        return graph_of(self.provenance)
+
+    @property
+    def subject(self) -> str:
+        """Model and task with its number of examples: ``demo-gpt2 × ioi[32]``."""
+        task = str(self.provenance.get("task", "?"))
+        return f"{self.provenance.get('model', '?')} × {task}" + ("" if task.endswith("]") else f"[{self.data.sizes['example']}]")
+
+    @property
+    def gap(self) -> float:
+        """Mean m_clean − mean m_corrupted, in metric units."""
+        return float((self.data["metric_clean"] - self.data["metric_corrupted"]).mean())
+
+    def gap_interval(self, *, n_boot: int = 1000, seed: int = 0) -> tuple[float, float]:
+        """95 % bootstrap interval of the gap over examples (NaN with one example)."""
+        low, high = interval(self._draws(n_boot, seed) @ (self.data["metric_clean"] - self.data["metric_corrupted"]).to_numpy())
+        return float(low), float(high)
+
+    def mean(self, site: str | Site) -> xr.DataArray:
+        """Mean effect over examples, dims = the site's axes, in metric units (NaN where the site was not scored).
+
+        Raises:
+            ScoreError: the map has no such site.
+        """
+        return self.data[self.site_name(site)].astype(np.float64).mean("example", skipna=False, keep_attrs=True)
+
+    def zeros(self, site: str | Site) -> xr.DataArray:
+        """Why each cell of a site cannot matter, as text; "" where it can.
+
+        ``"no path"``: no causal path leads from the cell to what the metric reads. ``"same in both prompts"``: wherever a path leads to the metric,
+        what a patch would put there is what is there already, since nothing before it differs. ``"no edge"``: the writer is not computed before
+        the reader. ``"structural zero"``: the map is from a file that does not say which.
+
+        Raises:
+            ScoreError: the map has no such site.
+        """
+        name = self.site_name(site)
+        live = self.live[name]
+        words = np.full(live.shape, "structural zero" if self.no_path is None else SAME, dtype=f"<U{len(SAME)}")
+        if self.no_path is not None:
+            words[self.no_path[name].to_numpy()] = NO_PATH
+        if "graph" in self.provenance and live.dims[:2] == ("writer", "reader"):
+            words[~self.graph.allowed] = NO_EDGE
+        words[live.to_numpy()] = ""
+        return live.copy(data=words)
+
+    def noise_floor(self, site: str | Site) -> xr.DataArray:
+        """The rounding error to be expected of each mean effect, dims = the site's axes, in metric units; NaN where it is unknown.
+
+        Errors of examples are taken as independent: √Σ noise² / n.
+
+        Raises:
+            ScoreError: the map has no such site.
+        """
+        return self._of_mean(self.noise, site)
+
+    def error_of_mean(self, site: str | Site) -> xr.DataArray:
+        """The standard error of each mean effect over random probes (not over examples), as :meth:`noise_floor`.
+
+        NaN where it is unknown, also throughout for methods without probes.
+        """
+        return self._of_mean(self.standard_error, site)
+
+    def below_noise(self, site: str | Site) -> xr.DataArray:
+        """The live cells whose mean effect is smaller than its noise floor, bool, dims = the site's axes."""
+        return (abs(self.mean(site)) < self.noise_floor(site)) & self.live[self.site_name(site)]
+
+    def _of_mean(self, errors: xr.Dataset | None, site: str | Site) -> xr.DataArray:
+        name = self.site_name(site)
+        if errors is None:
+            return xr.full_like(self.mean(name), np.nan)
+        squares = (errors[name].astype(np.float64) ** 2).sum("example", skipna=False)
+        whole = squares.broadcast_like(self.live[name]).transpose(*self.live[name].dims)
+        return whole.copy(data=np.sqrt(whole.to_numpy()) / self.data.sizes["example"])
+
+    def site_name(self, site: str | Site) -> str:
+        """The name of a site in this map, however it was written.
+
+        Raises:
+            ScoreError: the map has no such site.
+        """
+        try:
+            name = str(parse_site(site))
+        except SiteError:
+            name = str(site)
+        if name not in self.data.data_vars:
+            raise ScoreError(unknown("site of this score map", name, self.sites))
+        return name
+
+    def normalised(self, *, n_boot: int = 1000, seed: int = 0) -> Normalised:
+        """Mean effect / (mean m_clean − mean m_corrupted): a ratio of batch means, bootstrapped jointly over examples.
+
+        Never a mean of per-example ratios, which single examples with a small gap would dominate.
+
+        Raises:
+            ScoreError: the 95 % interval of the gap contains 0.
+        """
+        gaps = (self.data["metric_clean"] - self.data["metric_corrupted"]).to_numpy()
+        low, high = self.gap_interval(n_boot=n_boot, seed=seed)
+        if low <= 0 <= high or self.gap == 0:
+            where = f"95 % CI [{low:.3g}, {high:.3g}]" if np.isfinite(low) else "one example, no CI"
+            raise ScoreError(
+                f"cannot normalise: the gap mean m_clean − mean m_corrupted is {self.gap:.3g} ({where}), not distinguishable from 0 "
+                f"over {len(gaps)} examples. Use the effects as they are, more examples, or only pairs that the model solves (only_correct=True)."
+            )
+        weights = self._draws(n_boot, seed)
+        bottom = (weights @ gaps)[:, None]
+        parts: dict[str, dict[str, Any]] = {"value": {}, "low": {}, "high": {}}
+        for site in self.sites:
+            mean = self.mean(site)
+            parts["value"][site] = mean / self.gap
+            flat = self.data[site].to_numpy().reshape(len(gaps), -1).astype(np.float64)
+            bounds = [interval(weights @ flat[:, part] / bottom) for part in _parts(flat.shape[1], len(weights))]
+            for which, pieces in zip(("low", "high"), zip(*bounds, strict=True), strict=True):
+                parts[which][site] = mean.copy(data=np.concatenate(pieces).reshape(mean.shape))
+        datasets = {name: frozen(xr.Dataset(variables).drop_attrs()) for name, variables in parts.items()}
+        return Normalised(**datasets, gap=self.gap, gap_interval=(low, high))
+
+    def _draws(self, n_boot: int, seed: int) -> Float[np.ndarray, "draw example"]:
+        n = self.data.sizes["example"]
+        return resampling_weights(n, n_boot if n > 1 else 0, seed)
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """A long table with one row per score.
+
+        Columns: ``site``, ``example``, the axes that occur (``<NA>`` where a site lacks one), ``token`` and ``position``
+        beside ``pos`` (``dest_token``, ... beside ``dest`` and ``src``), the name of the ``edge`` where edges are scored (pairs that
+        are no edge are left out), ``zero`` (why a cell cannot matter, see :meth:`zeros`; "" where it can), ``effect`` in metric units, ``live``.
+        """
+        frames = []
+        for site in self.sites:
+            array = self.data[site]
+            grid = dict(zip(array.dims, np.indices(array.shape), strict=True))
+            columns: dict[str, Any] = {"site": np.full(array.size, site)}
+            for dim, index in grid.items():
+                columns[str(dim)] = pd.array(array[dim].to_numpy()[index].ravel(), dtype="Int64")
+                for label in (label_of("token", str(dim)), label_of("position", str(dim))):
+                    if dim in POSITION_AXES and label in array.coords:
+                        coord = array[label]
+                        columns[label] = coord.to_numpy()[tuple(grid[d] for d in coord.dims)].ravel()
+            columns["zero"] = np.broadcast_to(self.zeros(site).to_numpy(), array.shape).ravel()
+            columns["effect"] = array.to_numpy().ravel()
+            columns["live"] = np.broadcast_to(self.live[site].to_numpy(), array.shape).ravel()
+            frame = pd.DataFrame(columns)
+            if "writer" in grid:
+                writers, readers = (np.array(names)[frame[axis]] for axis, names in (("writer", self.graph.writers), ("reader", self.graph.readers)))
+                frame["edge"] = np.char.add(np.char.add(writers, "->"), readers)
+                frame = frame[self.graph.allowed[frame["writer"], frame["reader"]]]
+            frames.append(frame)
+        table = pd.concat(frames, ignore_index=True)
+        return table.reindex(columns=[*table.columns.drop(["zero", "effect", "live"]), "zero", "effect", "live"])
+
+    def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+        """Write one netCDF file (the effects; ``live``, ``patterns`` and errors as groups; the rest as JSON), whole or not at all.
+
+        Raises:
+            OutputError: the file exists and ``overwrite`` is False, or it cannot be written there.
+        """
+        beside = {name: part for name in _BESIDE if (part := getattr(self, name)) is not None}
+        about = {"format": FORMAT, "provenance": self.provenance, "cost": asdict(self.cost), "beside": list(beside)}
+        record = json.dumps({**about, "sha256": checksum(about, self.data, self.live, *beside.values())})
+        with writing(path, overwrite=overwrite) as temporary:
+            encoding = {name: {"_FillValue": None} for name, part in self.data.variables.items() if part.dtype.kind == "f"}
+            self.data.assign_attrs({_ATTRIBUTE: record}).to_netcdf(temporary, engine="h5netcdf", encoding=encoding)
+            for name, part in {"live": self.live, **beside}.items():
+                fill = {variable: {"_FillValue": None} for variable, one in part.variables.items() if one.dtype.kind == "f"}
+                part.to_netcdf(temporary, engine="h5netcdf", group=name, mode="a", encoding=fill)
+
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> "ScoreMap":
+        """Read a map that :meth:`save` wrote; equal to it in every value.
+
+        Raises:
+            ScoreError: no such file, a damaged one, one that is no score map, or one of a newer patchlab.
+        """
+        if not Path(path).is_file():
+            raise ScoreError(f"there is no score map {path}. Give the path of a .nc file that ScoreMap.save wrote.")
+        try:
+            data, live = (xr.load_dataset(path, engine="h5netcdf", group=group) for group in (None, "live"))
+            record = json.loads(data.attrs.pop(_ATTRIBUTE))
+            groups = [name for name in record.get("beside", ()) if name in _BESIDE]
+            beside = {name: frozen(xr.load_dataset(path, engine="h5netcdf", group=name)) for name in groups}
+        except KeyError as error:
+            raise ScoreError(f"{path} is not a patchlab score map: {error} is missing. Give a .nc file that ScoreMap.save wrote.") from error
+        except Exception as error:  # a damaged file breaks its reader in many ways
+            raise ScoreError(f"cannot read the score map {path}: {error}. It is damaged or not a score map; compute it again.") from error
+        if record["format"] > FORMAT:
+            raise ScoreError(f"{path} has the format {record['format']} and this patchlab reads up to {FORMAT}. Update patchlab.")
+        written = record.pop("sha256", None)  # files of format 1 have none
+        if written != checksum(record, data, live, *beside.values()) and (written is not None or record["format"] > 1):
+            raise ScoreError(f"the score map {path} is damaged: its values do not have the checksum that was written with them. Compute it again.")
+        return ScoreMap(frozen(data), frozen(live), record["provenance"], Cost(**record["cost"]), **beside)
+
+    def __repr__(self) -> str:
+        about, skipped = self.provenance, self.not_scored
+        sites = []
+        for site in self.sites:
+            shape = ", ".join(f"{axis} {self.live.sizes[axis]}" for axis in self.live[site].dims)
+            sites.append(f"{parse_site(site).kind}[{shape}]" + (" (not scored)" if site in skipped else ""))
+        head = ", ".join(str(about.get(key, "?")) for key in ("method", "direction", "metric"))
+        check = about.get("self_check")
+        sums = f"; edges add up to node scores within {max(check['mismatch']) / max(*check['largest_node_score'], 1e-300):.0e}" if check else ""
+        notes = "".join(f"; note: {note}" for note in about.get("notes", ()))
+        return f"ScoreMap({head}, {self.subject}) {' '.join(sites)}{sums}{self._doubts()}; {self.cost}{notes}"
+
+    def _doubts(self) -> str:
+        """How many cells are below the noise floor, and how many of a second-order map were patched."""
+        known = {site: self.noise_floor(site).to_numpy() for site in self.sites if site not in self.not_scored}
+        below = sum(int(self.below_noise(site).sum()) for site in known)
+        cells = sum(int((self.live[site].to_numpy() & np.isfinite(floor)).sum()) for site, floor in known.items())
+        text = f"; {below} of {cells} cells below the noise floor of {self.provenance.get('dtype', '?')}" if below else ""
+        for site, counts in self.provenance.get("patched_exactly", {}).items():
+            live = int(self.live[site].sum()) * self.data.sizes["example"]
+            text += f"; {site}: {sum(counts)} of {live} terms patched exactly, where probes would cost more" if sum(counts) else ""
+        return text
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("" if number == 1 else "s")
+
+
+def _parts(cells: int, draws: int, limit: int = 4_000_000) -> Iterator[slice]:
+    """Cut the cells so that no [draw, cell] matrix has more than ``limit`` entries."""
+    step = max(1, limit // max(1, draws))
+    return (slice(start, start + step) for start in range(0, cells, step))

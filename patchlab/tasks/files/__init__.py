@@ -1,0 +1,1 @@
+"""Task files: rows as they stand there, and pairs read from them."""

@@ -1,0 +1,5 @@
+"""Generated tasks, one file each; importing them here registers them."""
+
+from patchlab.tasks.generators import agreement, docstring, facts, greater_than, induction, ioi, pronoun
+
+__all__ = ["agreement", "docstring", "facts", "greater_than", "induction", "ioi", "pronoun"]
