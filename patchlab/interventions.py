@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from patchlab.errors import InterventionError
-from patchlab.sites import Position, Site, parse_site
+from patchlab.sites import KINDS, Position, Site, parse_site
 
 Operation = Literal["replace", "add", "scale"]
 
@@ -188,7 +188,7 @@ def mean_of(run: Any, *, positional: bool = False) -> Average:
         raise InterventionError(f"mean_of takes a run with kept activations; got {type(run).__name__}. Use model.run(tokens, keep=[...]).")
     means: dict[tuple[str, int | None], Tensor] = {}
     for (kind, layer), value in kept.activations.items():
-        if kind == "pattern" and not positional:
+        if KINDS[kind].source is not None and not positional:
             raise InterventionError("the mean of a pattern over positions is not an attention pattern; use positional=True.")
         mean = value.double().mean(0)
         means[kind, layer] = mean if positional else mean.mean(0, keepdim=True)
@@ -232,13 +232,11 @@ def _fitted(values: Tensor, site: Site, own: Tensor, what: str | None = None) ->
 
 def _single_axes(site: Site) -> set[int]:
     """Dimensions of ``[row, ...]`` that the address fixes to one entry."""
-    single: set[int] = set()
-    if site.kind == "pattern":
-        fixed = [(site.head is not None, 1), (site.pos is not None and len(site.pos) == 1, 2), (site.src is not None and len(site.src) == 1, 3)]
-    else:
-        fixed = [(site.pos is not None and len(site.pos) == 1, 1), (site.head is not None or site.neuron is not None, 2)]
-    single |= {dim for yes, dim in fixed if yes}
-    return single
+    kind = KINDS[site.kind]
+    fixed = {kind.position: site.pos is not None and len(site.pos) == 1}
+    fixed |= {} if kind.unit is None else {kind.unit: site.index is not None}
+    fixed |= {} if kind.source is None else {kind.source: site.src is not None and len(site.src) == 1}
+    return {kind.dim(axis) for axis, single in fixed.items() if single}
 
 
 @dataclass(frozen=True)
@@ -266,8 +264,8 @@ class Edit:
     def address(self) -> Site:
         """The parsed address."""
         site = parse_site(self.site)
-        if site.kind == "input" and not site.narrowed:
-            site = address("input", None)
+        if not site.narrowed and not KINDS[site.kind].layered and KINDS[site.kind].granularities is None:
+            site = address(site.kind, None)
         if not site.narrowed:
             raise InterventionError(f"an edit needs an address with a layer, such as L3.{site.kind}@END; got {str(site)!r}.")
         return site
@@ -298,14 +296,14 @@ class Edit:
             if self.rows.shape != own.shape[:1]:
                 raise InterventionError(f"rows has {self.rows.shape[0]} entries and the run {own.shape[0]} rows; give one boolean per row.")
             mask &= _along(self.rows.to(own.device), 0, own.ndim)
-        pos_dim, head_dim, src_dim = (2, 1, 3) if site.kind == "pattern" else (1, 2, None)
+        kind = KINDS[site.kind]
         if site.pos is not None:
-            mask &= _positions_mask(site, site.pos, own, pos_dim, positions)
-        if site.src is not None and src_dim is not None:
-            mask &= _positions_mask(site, site.src, own, src_dim, positions)
-        index = site.head if site.head is not None else site.neuron
-        if index is not None:
-            mask &= _along(torch.arange(own.shape[head_dim], device=own.device) == index, head_dim, own.ndim)
+            mask &= _positions_mask(site, site.pos, own, kind.dim(kind.position), positions)
+        if site.src is not None and kind.source is not None:
+            mask &= _positions_mask(site, site.src, own, kind.dim(kind.source), positions)
+        if site.index is not None and kind.unit is not None:
+            dim = kind.dim(kind.unit)
+            mask &= _along(torch.arange(own.shape[dim], device=own.device) == site.index, dim, own.ndim)
         return mask
 
 

@@ -23,8 +23,9 @@ Edges between components (:class:`patchlab.graph.Graph`) are scored like sites, 
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from patchlab.errors import SiteError, unknown
 
@@ -33,10 +34,22 @@ Position = int | str
 
 @dataclass(frozen=True)
 class SiteKind:
-    """An activation that a transformer block offers.
+    """What can be scored, and what everything else has to know about it: an activation that a transformer block offers, or edges.
 
-    ``axes`` are its named axes in canonical order; ``default`` the axes scored when none are named;
-    ``width`` the name of the vector axis that a score sums over (None for scalar entries).
+    Args:
+        name: as sites are written.
+        axes: named axes in canonical order, which is that of the activation's own tensors (``[row, *axes without layer, *width]``).
+        default: the axes scored when none are named.
+        width: name of the vector axis that a score sums over; None for scalar entries.
+        what: a description.
+        unit: the axis that an address names an entry of (``H6``, ``N17``), if it has one.
+        letter: the letter of such an entry.
+        stream: it is the residual stream (or the input); what it holds has other ways to the output than what its own layer adds.
+        first: where, in layer 0, it depends on the token at its own position alone: ``always``, ``parallel`` (where attention and MLP read the same
+            stream), ``never``.
+        attended: later positions attend to it within its own layer.
+        granularities: the only combinations of axes that can be scored; None: any with the first axis.
+        cells: name of the kind of cells that its scores are (:mod:`patchlab.methods.cells`).
     """
 
     name: str
@@ -44,35 +57,87 @@ class SiteKind:
     default: tuple[str, ...]
     width: str | None
     what: str
+    unit: str | None = None
+    letter: str = ""
+    stream: bool = False
+    first: Literal["always", "parallel", "never"] = "never"
+    attended: bool = False
+    granularities: tuple[tuple[str, ...], ...] | None = None
+    cells: str = "nodes"
+
+    @property
+    def layered(self) -> bool:
+        """Whether every layer has one."""
+        return "layer" in self.axes
+
+    def dim(self, axis: str) -> int:
+        """Dimension of an axis in the activation's tensors, which have rows first and no layers.
+
+        >>> KINDS["z"].dim("pos"), KINDS["pattern"].dim("src")
+        (1, 3)
+        """
+        return 1 + [name for name in self.axes if name != "layer"].index(axis)
+
+    @property
+    def position(self) -> str:
+        """The axis along which a position is computed: what is known of it before that position."""
+        return next(axis for axis in self.axes if axis in POSITION_AXES)
+
+    @property
+    def source(self) -> str | None:
+        """The axis of the positions that are attended to, if it has one."""
+        return next((axis for axis in self.axes if axis in POSITION_AXES and axis != self.position), None) if self.granularities is None else None
 
 
-def _kinds() -> Iterator[SiteKind]:
-    yield SiteKind("input", ("pos",), ("pos",), "d_model", "token embedding, before positional embeddings")
-    for name, what in {
-        "resid_pre": "residual stream before the block",
-        "resid_mid": "residual stream between attention and MLP",
-        "resid_post": "residual stream after the block",
-        "attn_out": "what the attention adds to the residual stream",
-        "mlp_out": "what the MLP adds to the residual stream",
-    }.items():
-        yield SiteKind(name, ("layer", "pos"), ("layer", "pos"), "d_model", what)
-    yield SiteKind("z", ("layer", "pos", "head"), ("layer", "head"), "d_head", "head output before W_O")
-    yield SiteKind("q", ("layer", "pos", "head"), ("layer", "head"), "d_head", "query, before rotary embedding")
-    yield SiteKind("k", ("layer", "pos", "kv_head"), ("layer", "kv_head"), "d_head", "key, before rotary embedding")
-    yield SiteKind("v", ("layer", "pos", "kv_head"), ("layer", "kv_head"), "d_head", "value")
-    yield SiteKind("pattern", ("layer", "head", "dest", "src"), ("layer", "head"), None, "attention pattern")
-    yield SiteKind("mlp_post", ("layer", "pos", "neuron"), ("layer", "neuron"), None, "MLP neurons")
-    yield SiteKind("edges", ("writer", "reader", "pos", "dest", "src"), ("writer", "reader"), None, "edges between components")
-
-
-KINDS: dict[str, SiteKind] = {kind.name: kind for kind in _kinds()}
+KINDS: dict[str, SiteKind] = {}
+"""All kinds, by name."""
 POSITION_AXES = ("pos", "dest", "src")
-EDGE_AXES = (("writer", "reader"), ("writer", "reader", "pos"), ("writer", "reader", "dest", "src"))
+
+
+def add_kind(kind: SiteKind) -> SiteKind:
+    """Make a kind known to the grammar.
+
+    Raises:
+        SiteError: there is one of this name.
+    """
+    if kind.name in KINDS:
+        raise SiteError(f"there is a site kind {kind.name!r} already; give another name.")
+    KINDS[kind.name] = kind
+    return kind
+
+
+_BY_POS, _BY_HEAD, _BY_KV_HEAD = ("layer", "pos"), ("layer", "pos", "head"), ("layer", "pos", "kv_head")
+_HEADS: dict[str, Any] = {"unit": "head", "letter": "H"}
+_KV_HEADS: dict[str, Any] = {"unit": "kv_head", "letter": "H", "first": "always"}
+for _kind in (
+    SiteKind("input", ("pos",), ("pos",), "d_model", "token embedding, before positional embeddings", stream=True, first="always"),
+    SiteKind("resid_pre", _BY_POS, _BY_POS, "d_model", "residual stream before the block", stream=True, first="always", attended=True),
+    SiteKind("resid_mid", _BY_POS, _BY_POS, "d_model", "residual stream between attention and MLP", stream=True),
+    SiteKind("resid_post", _BY_POS, _BY_POS, "d_model", "residual stream after the block", stream=True),
+    SiteKind("attn_out", _BY_POS, _BY_POS, "d_model", "what the attention adds to the residual stream"),
+    SiteKind("mlp_out", _BY_POS, _BY_POS, "d_model", "what the MLP adds to the residual stream", first="parallel"),
+    SiteKind("z", _BY_HEAD, ("layer", "head"), "d_head", "head output before W_O", **_HEADS),
+    SiteKind("q", _BY_HEAD, ("layer", "head"), "d_head", "query, before rotary embedding", first="always", **_HEADS),
+    SiteKind("k", _BY_KV_HEAD, ("layer", "kv_head"), "d_head", "key, before rotary embedding", attended=True, **_KV_HEADS),
+    SiteKind("v", _BY_KV_HEAD, ("layer", "kv_head"), "d_head", "value", attended=True, **_KV_HEADS),
+    SiteKind("pattern", ("layer", "head", "dest", "src"), ("layer", "head"), None, "attention pattern", **_HEADS),
+    SiteKind("mlp_post", ("layer", "pos", "neuron"), ("layer", "neuron"), None, "MLP neurons", unit="neuron", letter="N", first="parallel"),
+    SiteKind(
+        "edges",
+        ("writer", "reader", "pos", "dest", "src"),
+        ("writer", "reader"),
+        None,
+        "edges between components",
+        granularities=(("writer", "reader"), ("writer", "reader", "pos"), ("writer", "reader", "dest", "src")),
+        cells="edges",
+    ),
+):
+    add_kind(_kind)
 
 _SCORED = re.compile(r"(?P<kind>[a-z_]+)(\[(?P<axes>[^\]]*)\])?")
 _POSITION = r"[A-Za-z0-9_\-]+"
-_NARROWED = re.compile(
-    r"(L(?P<layer>\d+)\.)?((?P<letter>[HN])(?P<index>\d+)\.)?(?P<kind>[a-z_]+)"
+_NARROWED = (
+    r"(L(?P<layer>\d+)\.)?((?P<letter>[{letters}])(?P<index>\d+)\.)?(?P<kind>[a-z_]+)"
     rf"(@(?P<pos>\*|{_POSITION}(,{_POSITION})*)(<(?P<src>\*|{_POSITION}(,{_POSITION})*))?)?"
 )
 
@@ -81,16 +146,14 @@ _NARROWED = re.compile(
 class Site:
     """An activation kind at a granularity, or narrowed to one part of one layer.
 
-    ``axes`` are the axes that get a score each; the other axes are taken jointly. ``layer``, ``head`` (the
-    KV head for ``k`` and ``v``), ``neuron``, ``pos`` (the destination for ``pattern``) and ``src`` narrow it; None
-    means all. Make one with :func:`parse_site`.
+    ``axes`` are the axes that get a score each; the other axes are taken jointly. ``layer``, ``index`` (of the head, the KV head for ``k`` and
+    ``v``, or the neuron), ``pos`` (the destination for ``pattern``) and ``src`` narrow it; None means all. Make one with :func:`parse_site`.
     """
 
     kind: str
     axes: tuple[str, ...]
     layer: int | None = None
-    head: int | None = None
-    neuron: int | None = None
+    index: int | None = None
     pos: tuple[Position, ...] | None = None
     src: tuple[Position, ...] | None = None
 
@@ -105,21 +168,19 @@ class Site:
             raise SiteError(f"the granularity of {self.kind} needs the axis {kind.axes[0]}; got {list(self.axes)}.")
         if list(self.axes) != [axis for axis in kind.axes if axis in self.axes]:
             raise SiteError(f"write the axes of {self.kind} in the order {list(kind.axes)}; got {list(self.axes)}.")
-        if self.kind == "edges" and self.axes not in EDGE_AXES:
-            valid = ", ".join(f"edges[{','.join(axes)}]" for axes in EDGE_AXES)
+        if kind.granularities is not None and self.axes not in kind.granularities:
+            valid = ", ".join(f"{self.kind}[{','.join(axes)}]" for axes in kind.granularities)
             got = f"the axes {list(self.axes)}" if self.axes else "an address"
-            raise SiteError(f"edges are scored as a whole, as one of {valid}; got {got}.")
-        if self.layer is not None and "layer" not in kind.axes:
+            raise SiteError(f"{self.kind} are scored as a whole, as one of {valid}; got {got}.")
+        if self.layer is not None and not kind.layered:
             raise SiteError(f"{self.kind} has no layers; drop L{self.layer}.")
-        if self.narrowed and self.layer is None and "layer" in kind.axes:
+        if self.narrowed and self.layer is None and kind.layered:
             raise SiteError(f"an address of {self.kind} needs its layer, as in L3.{self.kind}.")
         if self.axes and not (self.whole and self.layer is None):
             raise SiteError(f"{self.kind} has the axes {list(self.axes)} to score and is narrowed as well; give one or the other.")
-        if self.head is not None and not {"head", "kv_head"} & set(kind.axes):
-            raise SiteError(f"{self.kind} has no heads; drop H{self.head}. Sites with heads: z, q, k, v, pattern.")
-        if self.neuron is not None and "neuron" not in kind.axes:
-            raise SiteError(f"{self.kind} has no neurons; drop N{self.neuron}. The site with neurons is mlp_post.")
-        if self.src is not None and "src" not in kind.axes:
+        if self.index is not None and kind.unit is None:
+            raise SiteError(f"{self.kind} has no heads, neurons or the like to choose {self.index} of; leave it out.")
+        if self.src is not None and kind.source is None:
             raise SiteError(f"{self.kind} has no source positions; the '<' belongs to pattern, as in L5.H1.pattern@END<S1.")
 
     @property
@@ -128,27 +189,20 @@ class Site:
         return not self.axes
 
     @property
-    def head_axis(self) -> str | None:
-        """``head``, ``kv_head`` or None."""
-        return next((axis for axis in KINDS[self.kind].axes if axis in ("head", "kv_head")), None)
-
-    @property
     def whole(self) -> bool:
         """Whether nothing is narrowed but the layer: all positions, heads and neurons."""
-        return self.pos is None and self.src is None and self.head is None and self.neuron is None
+        return self.pos is None and self.src is None and self.index is None
 
-    def at(self, layer: int | None, *, head: int | None = None, neuron: int | None = None) -> "Site":
+    def at(self, layer: int | None, *, index: int | None = None) -> "Site":
         """This kind, narrowed to one layer (and head or neuron), all positions."""
-        return replace(self, axes=(), layer=layer, head=head, neuron=neuron)
+        return replace(self, axes=(), layer=layer, index=index)
 
     def __str__(self) -> str:
         if not self.narrowed:
             return self.kind if self.axes == KINDS[self.kind].default else f"{self.kind}[{','.join(self.axes)}]"
         text = "" if self.layer is None else f"L{self.layer}."
-        if self.head is not None:
-            text += f"H{self.head}."
-        if self.neuron is not None:
-            text += f"N{self.neuron}."
+        if self.index is not None:
+            text += f"{KINDS[self.kind].letter}{self.index}."
         text += self.kind
         if self.pos is not None:
             text += "@" + ",".join(map(str, self.pos))
@@ -178,7 +232,7 @@ def parse_site(text: "str | Site") -> Site:
 
     >>> parse_site("z").axes
     ('layer', 'head')
-    >>> parse_site("L9.H6.z@END").head
+    >>> parse_site("L9.H6.z@END").index
     6
     >>> str(parse_site("a9.h6"))
     'L9.H6.z'
@@ -197,22 +251,35 @@ def parse_site(text: "str | Site") -> Site:
             raise SiteError(unknown("site", kind, KINDS))
         axes = KINDS[kind].default if match["axes"] is None else tuple(match["axes"].split(","))
         return Site(kind, axes)
-    if match := _NARROWED.fullmatch(compact):
-        if match["layer"] is None and "layer" in KINDS.get(match["kind"], KINDS["input"]).axes:
+    if match := re.fullmatch(_NARROWED.replace("{letters}", "".join(sorted(_nouns()))), compact):
+        if match["layer"] is None and match["kind"] in KINDS and KINDS[match["kind"]].layered:
             raise SiteError(f"the address {text!r} lacks its layer; write L0.{compact} (or another layer).")
-        index = None if match["index"] is None else int(match["index"])
+        _check_letter(match["kind"], match["letter"], match["index"])
         return Site(
             match["kind"],
             (),
             layer=None if match["layer"] is None else int(match["layer"]),
-            head=index if match["letter"] == "H" else None,
-            neuron=index if match["letter"] == "N" else None,
+            index=None if match["index"] is None else int(match["index"]),
             pos=_positions(match["pos"]),
             src=_positions(match["src"]),
         )
     raise SiteError(
         f"cannot read the site {text!r}. Write a kind ({', '.join(KINDS)}), a kind with axes (z[layer,pos,head]) or an address (L9.H6.z@END)."
     )
+
+
+def _nouns() -> dict[str, str]:
+    """What the letters of addresses stand for: H for a head, N for a neuron."""
+    return {kind.letter: kind.unit.removeprefix("kv_") for kind in KINDS.values() if kind.unit is not None}
+
+
+def _check_letter(name: str, letter: str | None, index: str | None) -> None:
+    """Refuse a head of what has no heads."""
+    if letter is None or index is None or name not in KINDS or KINDS[name].letter == letter:
+        return
+    noun, owners = _nouns()[letter], [kind.name for kind in KINDS.values() if kind.letter == letter]
+    where = f"Sites with {noun}s: {', '.join(owners)}." if len(owners) > 1 else f"The site with {noun}s is {owners[0]}."
+    raise SiteError(f"{name} has no {noun}s; drop {letter}{int(index)}. {where}")
 
 
 def parse_sites(sites: "str | Site | Iterable[str | Site]") -> tuple[Site, ...]:

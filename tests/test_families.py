@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import patchlab as pl
-from patchlab.engine import points
+from patchlab.engine import hook_points as points
 from patchlab.engine.trust.precision import in_single_precision
 from patchlab.errors import ModelError, SiteError
 from patchlab.models import Model

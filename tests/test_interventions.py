@@ -230,11 +230,11 @@ def test_a_tensor_may_leave_out_the_axes_that_the_address_fixes(site: str, shape
         index[pos] = last.get(str(address.pos[0]), address.pos[0])
     if address.src is not None:
         index[3] = address.src[0]
-    if address.head is not None or address.neuron is not None:
-        index[head] = address.head if address.head is not None else address.neuron
+    if address.index is not None:
+        index[head] = address.index
     expected = before.clone()
     named = expected[tuple(index)]
-    fits = value if value.ndim < 4 or address.head is None else value[:, :, address.head]
+    fits = value if value.ndim < 4 or address.index is None else value[:, :, address.index]
     expected[tuple(index)] = fits.expand(named.shape)
     assert torch.equal(after, expected)
     assert not torch.equal(after, before)

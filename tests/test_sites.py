@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import patchlab as pl
 from patchlab.errors import SiteError
-from patchlab.sites import EDGE_AXES, KINDS, Site, SiteKind, parse_site, parse_sites
+from patchlab.sites import KINDS, Site, SiteKind, parse_site, parse_sites
 
 ACTIVATIONS = [kind for kind in KINDS.values() if kind.name != "edges"]
 LAYERED = [kind for kind in KINDS if "layer" in KINDS[kind].axes]
@@ -28,15 +28,14 @@ def test_a_printed_sweep_is_read_back(kind: SiteKind, kept: tuple[bool, ...]) ->
 
 
 @settings(deadline=None)
-@given(kind=st.sampled_from(ACTIVATIONS), layer=st.integers(0, 99), head=NUMBER, neuron=NUMBER, pos=POSITIONS, src=POSITIONS)
-def test_a_printed_address_is_read_back(kind: SiteKind, layer: int, head: int | None, neuron: int | None, pos: Any, src: Any) -> None:
+@given(kind=st.sampled_from(ACTIVATIONS), layer=st.integers(0, 99), index=NUMBER, pos=POSITIONS, src=POSITIONS)
+def test_a_printed_address_is_read_back(kind: SiteKind, layer: int, index: int | None, pos: Any, src: Any) -> None:
     axes = set(kind.axes)
     site = Site(
         kind.name,
         (),
         layer=layer if "layer" in axes else None,
-        head=head if axes & {"head", "kv_head"} else None,
-        neuron=neuron if "neuron" in axes else None,
+        index=index if axes & {"head", "kv_head", "neuron"} else None,
         pos=pos,
         src=src if "src" in axes else None,
     )
@@ -55,13 +54,13 @@ def test_a_printed_address_is_read_back(kind: SiteKind, layer: int, head: int | 
         (" z[layer, pos] ", Site("z", ("layer", "pos"))),
         ("pattern[layer,head,dest,src]", Site("pattern", ("layer", "head", "dest", "src"))),
         ("mlp_post[layer]", Site("mlp_post", ("layer",))),
-        ("L9.H6.z@END", Site("z", (), layer=9, head=6, pos=("END",))),
+        ("L9.H6.z@END", Site("z", (), layer=9, index=6, pos=("END",))),
         ("L3.resid_pre@4", Site("resid_pre", (), layer=3, pos=(4,))),
         ("L3.resid_pre@-1", Site("resid_pre", (), layer=3, pos=(-1,))),
         ("L3.resid_pre@S1,S2", Site("resid_pre", (), layer=3, pos=("S1", "S2"))),
-        ("L2.N17.mlp_post", Site("mlp_post", (), layer=2, neuron=17)),
-        ("L5.H1.pattern@END<S1", Site("pattern", (), layer=5, head=1, pos=("END",), src=("S1",))),
-        ("L5.H1.pattern@*<S1,2", Site("pattern", (), layer=5, head=1, src=("S1", 2))),
+        ("L2.N17.mlp_post", Site("mlp_post", (), layer=2, index=17)),
+        ("L5.H1.pattern@END<S1", Site("pattern", (), layer=5, index=1, pos=("END",), src=("S1",))),
+        ("L5.H1.pattern@*<S1,2", Site("pattern", (), layer=5, index=1, src=("S1", 2))),
         ("L5.pattern@END<*", Site("pattern", (), layer=5, pos=("END",))),
         ("input@0", Site("input", (), pos=(0,))),
     ],
@@ -107,7 +106,7 @@ def test_sites_built_by_hand_are_checked_too() -> None:
     with pytest.raises(SiteError, match=r"an address of z needs its layer, as in L3\.z"):
         Site("z", ())
     with pytest.raises(SiteError, match=r"z has the axes \['layer', 'head'\] to score and is narrowed as well"):
-        Site("z", ("layer", "head"), head=3)
+        Site("z", ("layer", "head"), index=3)
     with pytest.raises(SiteError, match="narrowed as well"):
         Site("z", ("layer", "head"), layer=3)
     with pytest.raises(SiteError, match="unknown site 'Z'"):
@@ -161,7 +160,7 @@ def test_absent_parts_of_a_model_are_refused(kind: str) -> None:
     arch.check(parse_site(f"L2.{kind}"))
 
 
-@pytest.mark.parametrize("axes", EDGE_AXES)
+@pytest.mark.parametrize("axes", KINDS["edges"].granularities or ())
 def test_edges_are_scored_at_three_granularities(axes: tuple[str, ...]) -> None:
     assert parse_site(str(Site("edges", axes))).axes == axes
 

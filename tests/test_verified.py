@@ -267,7 +267,7 @@ def _addresses(effects: np.ndarray) -> list[Site]:
 
 @cache
 def _grid(shape: tuple[int, ...]) -> list[Site]:
-    return [Site("z", (), layer=layer, pos=(pos,), head=head) for layer, pos, head in np.ndindex(*shape)]
+    return [Site("z", (), layer=layer, pos=(pos,), index=head) for layer, pos, head in np.ndindex(*shape)]
 
 
 def searched(
@@ -706,7 +706,7 @@ def test_joint_effects_are_those_of_one_run_with_all_edits(mixed: bool) -> None:
     exact = pl.ActivationPatching()
     setting, batches, predicted = exact.prepared(model, task, ["z", "mlp_out"])
     patcher = Patcher(exact, setting, batches, predicted, Meter(Bar()))
-    sets = [[Site("z", (), layer=0, head=1), Site("mlp_out", (), layer=2, pos=(2,))], [Site("z", (), layer=2, head=0)]]
+    sets = [[Site("z", (), layer=0, index=1), Site("mlp_out", (), layer=2, pos=(2,))], [Site("z", (), layer=2, index=0)]]
     got = patcher.joint(sets)
     literal = Patcher(pl.ActivationPatching(engine="literal"), setting, batches, predicted, Meter(Bar())).joint(sets)
     np.testing.assert_allclose(got, literal, rtol=0, atol=1e-5)

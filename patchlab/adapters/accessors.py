@@ -72,6 +72,6 @@ class Accessor:
 
 
 def make_accessors(n_heads: int, n_kv_heads: int) -> dict[str, Accessor]:
-    """One accessor per site kind."""
-    heads = {"z": n_heads, "q": n_heads, "k": n_kv_heads, "v": n_kv_heads}
-    return {kind: Accessor(kind, heads.get(kind)) for kind in KINDS if kind in HOSTS}
+    """One accessor per site kind that a hook of the Bridge hosts."""
+    sizes = {"head": n_heads, "kv_head": n_kv_heads}
+    return {name: Accessor(name, sizes.get(KINDS[name].unit or "") if KINDS[name].width else None) for name in KINDS if name in HOSTS}

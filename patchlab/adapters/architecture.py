@@ -1,5 +1,6 @@
 """The facts about an architecture that everything else asks for."""
 
+import math
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -46,6 +47,12 @@ class Architecture:
         sizes = {"layer": self.n_layers, "head": self.n_heads, "kv_head": self.n_kv_heads, "neuron": self.d_mlp or 0}
         return sizes[axis]
 
+    def numbers(self, kind: str, length: int) -> int:
+        """How many numbers a site's activation has per layer, row and position of a prompt of some length."""
+        about = KINDS[kind]
+        sizes = [length if axis == about.source else self.size(axis) for axis in (about.unit, about.source) if axis is not None]
+        return math.prod(sizes) * {"d_model": self.d_model, "d_head": self.d_head}.get(about.width or "", 1)
+
     @cached_property
     def graph(self) -> Graph:
         """Its components and the edges between them.
@@ -71,7 +78,8 @@ class Architecture:
             return
         if site.kind in self.absent:
             raise SiteError(f"{self.family} has no site {site.kind}: {self.absent[site.kind]}. Sites of this model: {', '.join(self.sites)}.")
-        for what, value, axis in (("layer", site.layer, "layer"), ("head", site.head, site.head_axis), ("neuron", site.neuron, "neuron")):
+        unit = KINDS[site.kind].unit
+        for what, value, axis in (("layer", site.layer, "layer"), ((unit or "").removeprefix("kv_"), site.index, unit)):
             if value is not None and axis is not None and not 0 <= value < self.size(axis):
                 raise SiteError(f"{site} names {what} {value}, but this model has {self.size(axis)} ({axis} 0 to {self.size(axis) - 1}).")
 
@@ -91,7 +99,7 @@ def describe(bridge: Any, *, vocab_size: int) -> Architecture:
     parallel = bool(getattr(cfg, "parallel_attn_mlp", False))
     absent: dict[str, str] = {}
     for kind, accessor in accessors.items():
-        layers: list[int | None] = [None] if "layer" not in KINDS[kind].axes else list(range(n_layers))
+        layers: list[int | None] = [None] if not KINDS[kind].layered else list(range(n_layers))
         missing = [layer for layer in layers if accessor.host(layer) not in bridge.hook_dict]
         if kind == "resid_mid" and parallel:
             absent[kind] = "attention and MLP run in parallel, so there is no stream between them"

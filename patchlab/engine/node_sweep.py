@@ -22,11 +22,11 @@ from patchlab.engine.replay import Baseline, Prefix, Template, baseline, empty_c
 from patchlab.errors import InterventionError, ModelError
 from patchlab.interventions import Edit
 from patchlab.metrics import Answers, Metric
+from patchlab.sites import KINDS
 
 Cell = tuple[Edit, ...]
 CPU_TOKENS, ACCELERATOR_TOKENS = 1024, 65536
 """Rows × positions of one block call: what a CPU's caches hold (measured best from d_model 64 to 768), enough work for a GPU."""
-_LOCAL = ("resid_mid", "resid_post", "attn_out", "mlp_out", "z", "q", "pattern", "mlp_post")
 
 
 @dataclass
@@ -132,7 +132,8 @@ def _is_local(edit: Edit, layer: int, start: int, length: int) -> bool:
     """Whether an edit changes its layer's output only at the start position: nothing that later positions attend to within it."""
     site = edit.address
     return (
-        site.kind in _LOCAL
+        KINDS[site.kind].layered
+        and not KINDS[site.kind].attended
         and site.layer == layer
         and site.pos is not None
         and all(p % length == start for p in site.pos if isinstance(p, int))
@@ -243,18 +244,19 @@ class Wave:
     def _edited(self, edit: Edit, accessor: Accessor, host: Tensor, companion: Tensor | None, copies: int) -> Tensor:
         """The host of some rows after an edit, which sees whole sequences: positions that are not computed are blank to it."""
         own = accessor.read(host, companion)
-        dim = 2 if edit.address.kind == "pattern" else 1
+        kind = KINDS[edit.address.kind]
+        dim = kind.dim(kind.position)
         length, computed = self.program.tokens.shape[1], own.shape[dim]
         first = self.start if self.entering else length - computed
         whole = own.new_zeros([length if d == dim else size for d, size in enumerate(own.shape)])
         whole.narrow(dim, first, computed).copy_(own)
-        if edit.address.kind == "pattern":
+        if kind.source is not None:
             # a row of the pattern that ends at the start position lacks the later sources
-            whole = torch.nn.functional.pad(whole, (0, length - whole.shape[3]))
+            whole = torch.nn.functional.pad(whole, (0, length - whole.shape[-1]))
         examples = self.program.examples.repeat(copies)
         positions = {name: index.repeat(copies) for name, index in self.program.positions.items()}
         edited = edit.apply(whole, examples, positions).narrow(dim, first, computed)
-        return accessor.write(host, companion, edited[..., : own.shape[3]] if edit.address.kind == "pattern" else edited)
+        return accessor.write(host, companion, edited if kind.source is None else edited[..., : own.shape[-1]])
 
     def metric(self, hidden: Float[Tensor, "row pos d_model"]) -> Float[Tensor, "cell example"]:
         """The metric of each cell, from the last block's output."""

@@ -94,9 +94,8 @@ class Result:
         if wanted.pos is not None or wanted.src is not None:
             raise InterventionError(f"select positions of a kept activation by indexing the tensor; got {wanted}. Drop everything from '@' on.")
         value = self.activations[key]
-        if wanted.head is not None:
-            return value[:, wanted.head] if wanted.kind == "pattern" else value[:, :, wanted.head]
-        return value if wanted.neuron is None else value[:, :, wanted.neuron]
+        kind = KINDS[wanted.kind]
+        return value if wanted.index is None or kind.unit is None else value.select(kind.dim(kind.unit), wanted.index)
 
     def __repr__(self) -> str:
         kept = ", ".join(str(address(*key)) for key in self.activations) or "nothing"
@@ -115,7 +114,7 @@ def targets(sites: str | Site | list[str | Site] | tuple[str | Site, ...], n_lay
     found: list[Target] = []
     for name in sites:
         site = parse_site(name)
-        if site.layer is not None or "layer" not in KINDS[site.kind].axes:
+        if site.layer is not None or not KINDS[site.kind].layered:
             found.append((site.kind, site.layer))
         else:
             found += [(site.kind, layer) for layer in range(n_layers)]

@@ -16,6 +16,7 @@ from patchlab.engine.program import Program, Result, Target
 from patchlab.engine.replay import Baseline, baseline, empty_cache
 from patchlab.errors import PatchlabError
 from patchlab.metrics import METRICS, Answers
+from patchlab.sites import KINDS
 
 
 def beginning(cache: Any, start: int) -> Any:
@@ -87,9 +88,9 @@ def _agrees(model: Any) -> bool:
 def _whole(result: Result, start: int, known: Mapping[Target, Tensor]) -> Result:
     activations, gradients = {}, {}
     for key, value in result.activations.items():
-        activations[key] = _after(start, known[key], value, 2 if key[0] == "pattern" else 1)
+        activations[key] = _after(start, known[key], value, KINDS[key[0]].dim(KINDS[key[0]].position))
     for key, value in result.gradients.items():
-        dim = 2 if key[0] == "pattern" else 1
+        dim = KINDS[key[0]].dim(KINDS[key[0]].position)
         gradients[key] = _after(start, torch.zeros_like(value.narrow(dim, 0, 1)), value, dim)
     return replace(result, activations=activations, gradients=gradients)
 

@@ -18,10 +18,7 @@ from patchlab.methods.setting.rounding import product_variance
 from patchlab.methods.setting.runs import Meter, Runs, Setting, program, reduced
 from patchlab.rules import Composite, scale_gradient
 from patchlab.rules.composites import Attachment, Recorded
-from patchlab.sites import Site
-
-INSIDE = ("z", "q", "k", "v", "pattern", "attn_out", "mlp_post", "mlp_out")
-"""Sites whose only way to the output is what their own layer adds to the residual stream."""
+from patchlab.sites import KINDS, Site
 
 
 @dataclass(frozen=True)
@@ -57,7 +54,7 @@ def drop_term(scores: Float[np.ndarray, "batch *cells"], kind: str, layer: int, 
     The residual stream and the input lie in no layer, and the paper has no such nodes; for them all n = L layers count here.
     """
     size = np.abs(scores)
-    if kind not in INSIDE:
+    if KINDS[kind].stream:
         return size / n_layers
     size[:, layer] = 0.0
     return size / (n_layers - 1)

@@ -15,7 +15,7 @@ from patchlab.interventions import Edit, Kept
 from patchlab.methods.cells.exact_edges import check_edges, edge_bytes, edge_record, score_edges
 from patchlab.methods.method import Method
 from patchlab.methods.setting.runs import Meter, Runs, Scored, Setting, activation_bytes, first_difference, itemsize, program, required, token_bytes
-from patchlab.sites import Position, Site
+from patchlab.sites import KINDS, Position, Site
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ def _max_tokens(setting: Setting, runs: Runs) -> int | None:
 
 def addresses(setting: Setting, site: Site, live: np.ndarray) -> Iterator[tuple[tuple[int, ...], Site]]:
     """Index and address of every cell that the mask has."""
-    names = None if setting.axis is None else setting.axis.names
+    kind, names = KINDS[site.kind], None if setting.axis is None else setting.axis.names
 
     def position(index: dict[str, int], axis: str) -> tuple[Position, ...] | None:
         if axis not in index:
@@ -164,9 +164,8 @@ def addresses(setting: Setting, site: Site, live: np.ndarray) -> Iterator[tuple[
                 site.kind,
                 (),
                 layer=index.get("layer"),
-                head=index.get("head", index.get("kv_head")),
-                neuron=index.get("neuron"),
-                pos=position(index, "dest" if site.kind == "pattern" else "pos"),
-                src=position(index, "src"),
+                index=None if kind.unit is None else index.get(kind.unit),
+                pos=position(index, kind.position),
+                src=None if kind.source is None else position(index, kind.source),
             ),
         )

@@ -133,7 +133,7 @@ def _measured(model: Any, arch: Architecture, tokens: Int[Tensor, "one pos"]) ->
         if problem is not None:
             absent[kind] = problem
             continue
-        dim = KINDS[kind].axes.index("dest" if kind == "pattern" else "pos") + (KINDS[kind].axes[0] != "layer")
+        dim = KINDS[kind].dim(KINDS[kind].position)
         values = [arch.accessors[kind].shape(result.hooks[hosts[kind, layer]]).narrow(dim, 0, length - 1) for layer in shapes]
         if (worst := max(_difference(value[1], value[0]) for value in values)) > _TOLERANCE / 20:
             absent[kind] = (
@@ -154,14 +154,15 @@ def _measured(model: Any, arch: Architecture, tokens: Int[Tensor, "one pos"]) ->
 def _width(kind: str, shapes: dict[int | None, tuple[int, ...]], arch: Architecture, rows_and_length: tuple[int, int]) -> tuple[str | None, int]:
     """What is wrong with the shapes of a site's activation, and its size per position (and head)."""
     rows, length = rows_and_length
-    heads = {"z": arch.n_heads, "q": arch.n_heads, "k": arch.n_kv_heads, "v": arch.n_kv_heads}.get(kind)
-    expected = f"[row {rows}, pos {length}, " + {"mlp_post": "neuron"}.get(
-        kind, f"d_model {arch.d_model}" if heads is None else f"{heads} heads * d]"
-    )
-    expected = f"[row {rows}, head {arch.n_heads}, dest {length}, src {length}]" if kind == "pattern" else expected.removesuffix("]") + "]"
+    about = KINDS[kind]
+    heads = None if about.unit is None or about.width is None else arch.size(about.unit)
+    last = f"{heads} heads * d" if heads is not None else f"d_model {arch.d_model}" if about.width is not None else str(about.unit)
+    expected = f"[row {rows}, pos {length}, {last}]"
+    if about.source is not None:
+        expected = f"[row {rows}, head {arch.n_heads}, dest {length}, src {length}]"
     first = next(iter(shapes.values()))
     for layer, shape in shapes.items():
-        if kind == "pattern":
+        if about.source is not None:
             fits = shape == (rows, arch.n_heads, length, length)
         elif heads is not None:
             fits = shape[:2] == (rows, length) and (shape[2:3] == (heads,) if len(shape) == 4 else len(shape) == 3 and shape[2] % heads == 0)

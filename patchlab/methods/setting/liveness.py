@@ -10,10 +10,6 @@ from patchlab.adapters import Architecture
 from patchlab.sites import KINDS, Site
 from patchlab.tasks.task import PositionAxis, Task
 
-_LOCAL_IN_FIRST_LAYER = ("input", "resid_pre", "q", "k", "v")
-_LOCAL_IF_PARALLEL = ("mlp_out", "mlp_post")
-_FEEDS_ATTENTION = ("resid_pre", "k", "v")
-
 
 def live_cells(arch: Architecture, site: Site, task: Task, axis: PositionAxis | None, *, paired: bool) -> Bool[np.ndarray, "*cells"]:
     """Which cells of a site can matter for at least one example; False marks a structural zero.
@@ -65,17 +61,17 @@ def _one_example(arch: Architecture, site: Site, changed: Bool[np.ndarray, " pos
     kind = KINDS[site.kind]
     length = len(changed)
     prefix = np.logical_or.accumulate(changed)
-    layers = arch.n_layers if "layer" in kind.axes else 1
+    layers = arch.n_layers if kind.layered else 1
     by_pos = np.tile(prefix, (layers, 1))  # layer, position
-    if site.kind in _LOCAL_IN_FIRST_LAYER or (arch.parallel and site.kind in _LOCAL_IF_PARALLEL):
+    if kind.first == "always" or (arch.parallel and kind.first == "parallel"):
         by_pos[0] = changed
-    if reads_answer and "layer" in kind.axes and site.kind not in _FEEDS_ATTENTION:
+    if reads_answer and kind.layered and not kind.attended:
         by_pos[-1, : length - 1] = False
     live = by_pos
-    names = ["layer", "pos"]
-    if site.kind == "pattern":
+    names = ["layer", kind.position]
+    if kind.source is not None:
         live = by_pos[:, :, None] & np.tri(length, dtype=bool)
-        names = ["layer", "dest", "src"]
+        names.append(kind.source)
     for dim, name in enumerate(names):
         if name in site.axes and name != "layer" and index is not None:
             live = live.take(index, axis=dim)

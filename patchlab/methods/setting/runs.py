@@ -240,7 +240,7 @@ def mean_source(setting: Setting, batches: list[Batch], meter: Meter, *, at: tup
     Raises:
         MethodError: a pattern without ``positional``, or positional means of several lengths or templates.
     """
-    if not positional and any(kind == "pattern" for kind, _ in at):
+    if not positional and any(KINDS[kind].source is not None for kind, _ in at):
         raise MethodError("the mean of a pattern over positions is not an attention pattern; use source='mean_positional' or leave pattern out.")
     if positional and not setting.task.aligned:
         raise MethodError("positional means need examples of one length and template; this task has several. Use source='mean'.")
@@ -294,18 +294,7 @@ def required(value: Any) -> Any:
 
 def activation_bytes(setting: Setting, rows: int, length: int) -> int:
     """Bytes of the activations at every site of a setting, for a batch of rows."""
-    arch = setting.model.arch
-    widths = {"z": arch.n_heads, "q": arch.n_heads, "k": arch.n_kv_heads, "v": arch.n_kv_heads}
-    total = 0
-    for kind, _ in setting.targets:
-        if kind == "pattern":
-            width = arch.n_heads * length
-        elif kind == "mlp_post":
-            width = arch.d_mlp or 0
-        else:
-            width = widths[kind] * arch.d_head if kind in widths else arch.d_model
-        total += rows * length * width
-    return total * itemsize(setting)
+    return itemsize(setting) * sum(rows * length * setting.model.arch.numbers(kind, length) for kind, _ in setting.targets)
 
 
 def itemsize(setting: Setting) -> int:
