@@ -88,6 +88,11 @@ class Graph:
         return tuple("logits" if name == "logits" else "mlp" if name[0] == "m" else name[-2] for name in self.readers)
 
     @cached_property
+    def reader_layer(self) -> Int[np.ndarray, " reader"]:
+        """The layer of each reader; of the logits one above the last."""
+        return np.arange(len(self.readers)) // (3 * self.n_heads + self.mlps)
+
+    @cached_property
     def reader_node(self) -> Int[np.ndarray, " reader"]:
         """Which node each reader belongs to (index into :attr:`nodes`)."""
         place = {name: i for i, name in enumerate(self.nodes)}

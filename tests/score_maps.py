@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from patchlab.graph import Graph
 from patchlab.scores import Cost, ScoreMap
-from patchlab.scores.arrays import Patterns
+from patchlab.scores.arrays import CellNames, Patterns
 from patchlab.sites import parse_site
 
 COST = Cost(2, 1, 60, 0.5)
@@ -26,6 +27,16 @@ def provenance(**changes: Any) -> dict[str, Any]:
     about = {"method": "exact", "task": "toy", "task_fingerprint": "t0", "model": "tiny", "model_fingerprint": "m0"}
     about |= {"direction": "denoising", "metric": "logit_diff", "metric_unit": "logits", "dtype": "float32"}
     return {**about, "method_options": {"source": "paired"}, "not_scored": {}, "notes": [], **changes}
+
+
+def edge_names(about: Mapping[str, Any]) -> CellNames:
+    """Names of the edges of the graph that provenance gives, scored but for the readers that it excepts."""
+    if "graph" not in about:
+        return CellNames()
+    graph = Graph(**about["graph"])
+    scored = np.broadcast_to(~np.isin(graph.reader_kind, list(about.get("readers_not_scored", {}))), graph.allowed.shape)
+    layers = np.broadcast_to(graph.reader_layer, graph.allowed.shape)
+    return CellNames({"writer": graph.writers, "reader": graph.readers}, "edge", "{writer}->{reader}", graph.allowed, layers, scored)
 
 
 def make_map(
@@ -58,6 +69,7 @@ def make_map(
         provenance=provenance(**changes),
         cost=cost,
         patterns=patterns,
+        names={site: edge_names(changes) for site in scores if parse_site(site).kind == "edges"},
         no_path={site: np.zeros_like(mask) for site, mask in live.items()} | dict(no_path or {}),
         noise=noise,
     )

@@ -24,7 +24,8 @@ from patchlab.methods import get_method
 from patchlab.methods.setting import checkpoint
 from patchlab.methods.setting.checkpoint import KEPT, Finished, Work, batch_rows, described
 from patchlab.methods.setting.fingerprint import digest
-from patchlab.methods.setting.runs import Meter, Scored
+from patchlab.methods.setting.meter import Meter
+from patchlab.methods.setting.unpatched import Scored
 from patchlab.metrics import METRICS, Metric
 from patchlab.models import Model
 from patchlab.scores import ScoreMap

@@ -17,7 +17,7 @@ from patchlab.adapters import NormPlace
 from patchlab.engine import Program, run
 from patchlab.errors import MethodError
 from patchlab.methods import IntegratedGradients, LinearizedPatching, get_method
-from patchlab.methods.cells import linear_edges as edges
+from patchlab.methods.cells import edges
 from patchlab.metrics import METRICS
 from patchlab.rules import Composite, EpsilonRule, LNRule
 from patchlab.rules.jacobian import norm_jvp, norm_vjp

@@ -10,9 +10,10 @@ from families import FAMILIES, LAYERS, mixed_task, model_of, native_model, pair,
 import patchlab as pl
 from patchlab.engine import Program, run
 from patchlab.interventions import Average, Edit, Kept
-from patchlab.methods.exact import addresses
-from patchlab.methods.setting.liveness import cell_shape, live_cells, without_path
-from patchlab.methods.setting.runs import Setting
+from patchlab.methods.cells import cells_of
+from patchlab.methods.cells.nodes import addresses
+from patchlab.methods.setting.liveness import live_cells, without_path
+from patchlab.methods.setting.setting import Setting
 from patchlab.metrics import Metric
 from patchlab.models import Model
 from patchlab.sites import POSITION_AXES, parse_site
@@ -160,8 +161,8 @@ def test_mask_of_the_input_and_of_attention_edges() -> None:
         assert by_edge[2, dest].tolist() == (expected if dest == 4 else NOWHERE)
     # jointly over positions a head is alive as soon as one of its positions is
     assert np.array(_mask(model, "z", task)).all()
-    assert cell_shape(model.arch, parse_site("k[layer,pos,kv_head]"), task.position_axis()) == (3, 5, 4)
-    assert cell_shape(model_of("llama").arch, parse_site("k"), None) == (3, 2)
+    assert cells_of(parse_site("k")).shape(model.arch, parse_site("k[layer,pos,kv_head]"), task.position_axis()) == (3, 5, 4)
+    assert cells_of(parse_site("k")).shape(model_of("llama").arch, parse_site("k"), None) == (3, 2)
 
 
 def test_prefix_counts_over_all_examples() -> None:

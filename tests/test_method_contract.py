@@ -10,7 +10,7 @@ from families import mixed_task, model_of, swap_task
 
 import patchlab as pl
 from patchlab.methods import LinearizedPatching, Method, get_method
-from patchlab.methods.setting.runs import Scored
+from patchlab.methods.setting.unpatched import Scored
 from patchlab.models import Model
 from patchlab.testing import check_method, linear_toy, toy_task
 

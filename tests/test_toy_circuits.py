@@ -14,7 +14,9 @@ from torch import Tensor
 from patchlab.circuits import evaluate
 from patchlab.graph import Graph
 from patchlab.methods import LinearizedPatching, get_method
-from patchlab.methods.setting.runs import Meter, Runs, Scored, Setting
+from patchlab.methods.setting.meter import Meter
+from patchlab.methods.setting.setting import Setting
+from patchlab.methods.setting.unpatched import Runs, Scored
 from patchlab.testing import TOY_CIRCUITS, ToyCircuit, auc_table, check_method, induction_toy, lookup_toy
 
 SATURATED = 24.0

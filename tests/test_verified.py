@@ -18,7 +18,9 @@ from families import mixed_task, model_of, swap_task
 import patchlab as pl
 from patchlab.errors import MethodError, SiteError
 from patchlab.methods import get_method
-from patchlab.methods.setting.runs import Meter, Setting
+from patchlab.methods.cells import cells_of
+from patchlab.methods.setting.meter import Meter
+from patchlab.methods.setting.setting import Setting
 from patchlab.methods.verified.bound import Bound, Price, Recall, half_widths, look_sizes, missable, most_exceeding
 from patchlab.methods.verified.patcher import Cells, Patcher
 from patchlab.methods.verified.result import VerifiedResult
@@ -257,8 +259,9 @@ class Given:
         self.together: Callable[[list[Any]], Any] = sum
 
     def joint(self, sets: Sequence[Sequence[Any]]) -> np.ndarray:
-        self.asked += ["+".join(map(str, cells)) for cells in sets]
-        return np.stack([np.atleast_1d(self.together([self.table[str(cell)] for cell in cells])) for cells in sets])
+        named = [[cells_of(site).label(self.setting, site, index) for site, index in cells] for cells in sets]
+        self.asked += ["+".join(names) for names in named]
+        return np.stack([np.atleast_1d(self.together([self.table[name] for name in names])) for names in named])
 
 
 def _addresses(effects: np.ndarray) -> list[Site]:
@@ -280,7 +283,8 @@ def searched(
 ) -> tuple[_Search, Given]:
     patcher = Given(effects, joint)
     patcher.together = together
-    cells = Cells(np.zeros(screen.size, dtype=np.int64), list(np.ndindex(*screen.shape)), _addresses(screen), screen.ravel().astype(float))
+    where = [(parse_site(HEADS), cell) for cell in np.ndindex(*screen.shape)]
+    cells = Cells(np.zeros(screen.size, dtype=np.int64), where, screen.ravel().astype(float), patcher.setting)
     search = _Search(VerifiedPatching(**options), patcher.setting, cells, patcher.joint)
     search.run(target)
     return search, patcher
@@ -706,11 +710,12 @@ def test_joint_effects_are_those_of_one_run_with_all_edits(mixed: bool) -> None:
     exact = pl.ActivationPatching()
     setting, batches, predicted = exact.prepared(model, task, ["z", "mlp_out"])
     patcher = Patcher(exact, setting, batches, predicted, Meter(Bar()))
-    sets = [[Site("z", (), layer=0, index=1), Site("mlp_out", (), layer=2, pos=(2,))], [Site("z", (), layer=2, index=0)]]
+    z, mlp_out = setting.sites
+    sets = [[(z, (0, 1)), (mlp_out, (2, 2))], [(z, (2, 0))]]
     got = patcher.joint(sets)
     literal = Patcher(pl.ActivationPatching(engine="literal"), setting, batches, predicted, Meter(Bar())).joint(sets)
     np.testing.assert_allclose(got, literal, rtol=0, atol=1e-5)
-    assert np.abs(got[0] - patcher.effects(sets[0])).max() > 1e-3
+    assert np.abs(got[0] - patcher.joint([[cell] for cell in sets[0]])).max() > 1e-3
     assert patcher.joint([]).shape == (0, len(task))
 
 

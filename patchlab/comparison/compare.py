@@ -15,8 +15,6 @@ from jaxtyping import Bool, Float
 from patchlab.comparison.alignment import check_alike, check_names
 from patchlab.errors import ScoreError, unknown
 from patchlab.scores import ScoreMap
-from patchlab.scores.arrays import unscored_readers
-from patchlab.sites import parse_site
 from patchlab.stats.agreement import (
     Moments,
     cells_for_recall,
@@ -290,17 +288,8 @@ def _effects(reference: ScoreMap, methods: Mapping[str, ScoreMap], site: str) ->
         return None
     live = reference.live_per_example(site) & reference.live[site].to_numpy()
     effects = _Effects(_cells(reference, site), maps, live.reshape(len(live), -1))
-    return effects.only(_common_edges(reference, methods, site)) if parse_site(site).kind == "edges" else effects
-
-
-def _common_edges(reference: ScoreMap, methods: Mapping[str, ScoreMap], site: str) -> Bool[np.ndarray, " cell"]:
-    """Cells that are edges, and that every map scores."""
-    values = reference.data[site]
-    common = np.broadcast_to(reference.graph.allowed.reshape(*reference.graph.allowed.shape, *[1] * (values.ndim - 3)), values.shape[1:]).copy()
-    for scores in (reference, *methods.values()):
-        if site not in scores.not_scored:
-            common[:, unscored_readers(scores.provenance)] = False
-    return common.ravel()
+    common = np.all([scores.scored(site).to_numpy() for scores in (reference, *methods.values()) if site not in scores.not_scored], axis=0)
+    return effects if common.all() else effects.only(common.ravel())
 
 
 def _cells(scores: ScoreMap, site: str) -> Float[np.ndarray, "example cell"]:

@@ -14,8 +14,10 @@ from torch import Tensor
 from patchlab.adapters import Place
 from patchlab.engine import Target
 from patchlab.interventions import Edit, address
+from patchlab.methods.setting.meter import Meter
 from patchlab.methods.setting.rounding import product_variance
-from patchlab.methods.setting.runs import Meter, Runs, Setting, program, reduced
+from patchlab.methods.setting.setting import Setting
+from patchlab.methods.setting.unpatched import Runs, program, reduced
 from patchlab.rules import Composite, scale_gradient
 from patchlab.rules.composites import Attachment, Recorded
 from patchlab.sites import KINDS, Site

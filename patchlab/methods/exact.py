@@ -1,21 +1,16 @@
 """Activation patching: the ground truth, one patched forward pass per cell."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import numpy as np
-from jaxtyping import Float
-from torch import Tensor
-
-from patchlab.engine import Cell, Support, Work, continues, support, sweep
+from patchlab.engine import continues, support
 from patchlab.engine.contributions import POST_NORMS
 from patchlab.errors import MethodError, unknown
-from patchlab.interventions import Edit, Kept
-from patchlab.methods.cells.exact_edges import check_edges, edge_bytes, edge_record, score_edges
+from patchlab.methods.cells.kind import Exactly, gathered, parts, shifted
 from patchlab.methods.method import Method
-from patchlab.methods.setting.runs import Meter, Runs, Scored, Setting, activation_bytes, first_difference, itemsize, program, required, token_bytes
-from patchlab.sites import KINDS, Position, Site
+from patchlab.methods.setting.meter import Meter
+from patchlab.methods.setting.setting import Setting
+from patchlab.methods.setting.unpatched import Runs, Scored
 
 
 @dataclass(frozen=True)
@@ -52,120 +47,40 @@ class ActivationPatching(Method):
     def name(self) -> str:
         return "exact" if self.post_norm == "renormalised" else f"exact-{self.post_norm}"
 
+    @property
+    def how(self) -> Exactly:
+        """How cells are patched."""
+        return Exactly(self.engine, self.post_norm)
+
     def forwards(self, setting: Setting) -> int:
-        return sum(int(live.sum()) for live in setting.live.values())
+        return sum(0 if live is None else int(live.sum()) for live in setting.live.values())
 
     def check(self, setting: Setting) -> None:
-        check_edges(setting, self.post_norm)
+        for kind, part in parts(setting):
+            kind.check_exact(part, self.how)
 
     def baseline_options(self, setting: Setting) -> dict[str, Any]:
-        return {} if setting.edges is None else {"keep": setting.targets}
+        keep = tuple(dict.fromkeys(target for kind, part in parts(setting) for target in kind.exact_keeps(part)))
+        return {"keep": keep} if keep else {}
 
     def resumes(self, setting: Setting) -> bool:
         return self.engine == "auto" and support(setting.model).mode == "prefix" and continues(setting.model)
 
     def predicted_bytes(self, setting: Setting, rows: int, length: int) -> int:
-        if setting.edges is not None:
-            return edge_bytes(setting, rows, length)
-        arch = setting.model.arch
-        kept = 3 * arch.n_layers * rows * length * arch.d_model
-        return (
-            activation_bytes(setting, rows, length)
-            + itemsize(setting) * (rows * arch.vocab_size + kept)
-            + rows * length * token_bytes(setting, length)
-        )
+        return sum(kind.exact_bytes(part, rows, length) for kind, part in parts(setting))
 
     def score(self, setting: Setting, runs: Runs, meter: Meter, notes: dict[str, Any]) -> Scored:
-        if setting.edges is not None:
-            return Scored({str(setting.edges): score_edges(setting, runs, meter, engine=self.engine, post_norm=self.post_norm)})
-        scores = {str(site): np.zeros((len(runs.batch), *setting.live[str(site)].shape)) for site in setting.sites}
-        cells = [(str(site), index, where) for site in setting.sites for index, where in addresses(setting, site, setting.live[str(site)])]
-        edits = [(Edit(where, runs.source),) for _, _, where in cells]
-        effects = patched(setting, runs, meter, edits, engine=self.engine, finished=meter.cells)
-        for (name, index, _), effect in zip(cells, effects, strict=True):
-            scores[name][(slice(None), *index)] = effect
-        return Scored(scores)
+        effects: dict[str, Any] = {}
+        before = 0
+        for kind, part in parts(setting):
+            cells = [(site, cell) for site in part.sites for cell in kind.cells(part, site, runs)]
+            found = kind.patch(part, runs, meter, [[one] for one in cells], self.how, shifted(meter.cells, before))
+            before += len(cells)
+            effects |= gathered(part, cells, found)
+        return Scored(effects)
 
     def _provenance(self, setting: Setting, skipped: dict[str, str]) -> dict[str, Any]:
-        return {**super()._provenance(setting, skipped), **edge_record(setting, self.post_norm)}
-
-
-def patched(
-    setting: Setting, runs: Runs, meter: Meter, cells: list[Cell], *, engine: str = "auto", finished: dict[int, np.ndarray] | None = None
-) -> Float[np.ndarray, "cell batch"]:
-    """Exact effects of cells (sets of edits) on one batch, in metric units.
-
-    ``finished`` holds those that were found before, by number, and gets the others as they are found.
-    """
-    way = support(setting.model) if engine == "auto" else Support("literal", "asked for")
-    finished = {} if finished is None else finished
-    base = runs.baseline_values.double()
-
-    def found(numbers: list[int], values: Tensor) -> None:
-        finished.update(zip(numbers, (values.double() - base).cpu().numpy(), strict=True))
-        meter.keep()
-
-    fast = [i for i, cell in enumerate(cells) if way.mode != "literal" and all(edit.address.layer is not None for edit in cell)]
-    meter.engine = str(way)
-    skip = {place for place, i in enumerate(fast) if i in finished}
-    if len(skip) < len(fast):
-        work = Work()
-
-        def done(places: list[int], values: Tensor) -> None:
-            meter.bar.update(len(places))
-            found([fast[place] for place in places], values)
-
-        try:
-            sweep(
-                setting.model,
-                program(setting, runs),
-                [cells[i] for i in fast],
-                prefix=way.mode == "prefix",
-                start=first_difference(runs.batch) if isinstance(runs.source, Kept) and not setting.model.ambient else 0,
-                base=runs.base if way.mode == "prefix" else None,
-                max_tokens=_max_tokens(setting, runs),
-                done=done,
-                skip=skip,
-                work=work,
-            )
-        finally:
-            meter.forwards += work.forwards + work.cells
-            meter.positions += round(work.block_positions / setting.model.arch.n_layers) + work.forwards * runs.baseline_tokens.numel()
-    for i in sorted(set(range(len(cells))) - set(fast) - finished.keys()):
-        result = meter.run(setting.model, program(setting, runs, edits=cells[i]))
-        meter.bar.update(meter.unit == "cell")
-        found([i], required(result.values)[None])
-    return np.stack([finished[i] for i in range(len(cells))]) if cells else np.zeros((0, len(runs.batch)))
-
-
-def _max_tokens(setting: Setting, runs: Runs) -> int | None:
-    """Rows × positions of a block call that fit into the budget; None for the engine's own choice."""
-    if setting.max_memory is None:
-        return None
-    rows, length = runs.baseline_tokens.shape
-    left = setting.max_memory - activation_bytes(setting, rows, length)
-    return max(1, int(left // token_bytes(setting, length)))
-
-
-def addresses(setting: Setting, site: Site, live: np.ndarray) -> Iterator[tuple[tuple[int, ...], Site]]:
-    """Index and address of every cell that the mask has."""
-    kind, names = KINDS[site.kind], None if setting.axis is None else setting.axis.names
-
-    def position(index: dict[str, int], axis: str) -> tuple[Position, ...] | None:
-        if axis not in index:
-            return None
-        return (index[axis] if names is None else names[index[axis]],)
-
-    for cell in map(tuple, np.argwhere(live).tolist()):
-        index = dict(zip(site.axes, cell, strict=True))
-        yield (
-            cell,
-            Site(
-                site.kind,
-                (),
-                layer=index.get("layer"),
-                index=None if kind.unit is None else index.get(kind.unit),
-                pos=position(index, kind.position),
-                src=None if kind.source is None else position(index, kind.source),
-            ),
-        )
+        record = super()._provenance(setting, skipped)
+        for kind, part in parts(setting):
+            record |= kind.exact_record(part, self.how)
+        return record

@@ -5,7 +5,6 @@ effects of one batch are found.
 """
 
 import importlib.metadata
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
@@ -14,19 +13,23 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from tqdm.auto import tqdm
 
 from patchlab.engine import Target
+from patchlab.engine.memory import free_bytes
 from patchlab.errors import MethodError, unknown
+from patchlab.methods.cells import CellKind, cells_of, parts
 from patchlab.methods.setting.checkpoint import Finished, Work, batch_rows, described, joined, keeping
 from patchlab.methods.setting.fingerprint import identify
-from patchlab.methods.setting.liveness import cell_shape, live_cells, live_patterns, pattern_cells, without_path
-from patchlab.methods.setting.runs import DIRECTIONS, SOURCES, Meter, Runs, Scored, Setting, check_metric, mean_source, unpatched
+from patchlab.methods.setting.liveness import live_cells, live_patterns, pattern_cells, without_path
+from patchlab.methods.setting.meter import Meter
+from patchlab.methods.setting.setting import DIRECTIONS, SOURCES, Setting
+from patchlab.methods.setting.unpatched import Runs, Scored, check_metric, mean_source, unpatched
 from patchlab.metrics import METRICS
 from patchlab.models import Model
 from patchlab.scores import Cost, ScoreMap
-from patchlab.scores.arrays import Patterns
+from patchlab.scores.arrays import Patterns, concatenated
 from patchlab.sites import POSITION_AXES, Site, parse_sites
 from patchlab.tasks.task import Batch, Task
 
@@ -66,6 +69,10 @@ class Method(ABC):
     def not_scored(self, setting: Setting) -> dict[str, str]:
         """Sites that this method cannot score, with the reason."""
         return {}
+
+    def scored(self, kind: CellKind, setting: Setting, site: Site) -> Bool[np.ndarray, "*first"] | None:
+        """The cells of a site that this method can score; None for all."""
+        return None
 
     def baseline_options(self, setting: Setting) -> dict[str, Any]:
         """Extra fields of the program of the unpatched baseline run."""
@@ -148,20 +155,19 @@ class Method(ABC):
         parsed = parse_sites(sites)
         for site in parsed:
             model.arch.check(site)
-        if any(site.kind == "edges" for site in parsed) and (len(parsed) > 1 or model.ambient):
-            got = "inside intervene" if len(parsed) == 1 else f"together with {len(parsed) - 1} other sites"
-            raise MethodError(f"edges are scored on the model as it is, in a run of their own; got them {got}. Run them alone.")
+        bare = Setting(model, task, parsed, "denoising" if direction == "denoising" else "noising", None, {}, max_memory=max_memory)
+        for kind, part in parts(bare):
+            kind.check(part, len(parsed) - len(part.sites))
         _check_tokens(model, task)
         needs_axis = any(set(site.axes) & set(POSITION_AXES) for site in parsed)
         axis = task.position_axis() if needs_axis else None
         paired = self.source == "paired"
-        live = {
-            str(site): np.ones(cell_shape(model.arch, site, axis), dtype=bool)
-            if model.ambient
-            else live_cells(model.arch, site, task, axis, paired=paired)
-            for site in parsed
-        }
-        setting = Setting(model, task, parsed, "denoising" if direction == "denoising" else "noising", axis, live, max_memory=max_memory)
+        live = {str(site): live_cells(model.arch, site, task, axis, paired=paired) for site in parsed}
+        if model.ambient:
+            shapes = {str(site): cells_of(site).shape(model.arch, site, axis) for site in parsed}
+            live = {name: None if mask is None else np.ones(shapes[name], dtype=bool) for name, mask in live.items()}
+        moving = tuple(dict.fromkeys(target for kind, part in parts(bare) for target in kind.targets(model.arch, part.sites)))
+        setting = replace(bare, axis=axis, live=live, targets=moving)
         self.check(setting)
         budget = free_bytes(model.device) // 2 if max_memory is None else max_memory
         longest = max(len(pair) for pair in task.pairs)
@@ -186,9 +192,9 @@ class Method(ABC):
         if on_cuda:
             torch.cuda.reset_peak_memory_stats(model.device)
         steps, means = self.forwards(setting), self.source.startswith("mean") and self.unit == "forward"
-        finished = len(work.batches) * steps + len(work.cells_of(len(work.batches)))
+        before = len(work.batches) * steps + len(work.cells_of(len(work.batches)))
         total = len(batches) * (steps + means)
-        with tqdm(total=total, initial=finished, desc=self.name, unit=self.unit, disable=not progress, leave=False) as bar:
+        with tqdm(total=total, initial=before, desc=self.name, unit=self.unit, disable=not progress, leave=False) as bar:
             meter = Meter(bar, self.unit)
             work.begin(meter)
             if self.source.startswith("mean"):
@@ -208,15 +214,15 @@ class Method(ABC):
                 work.add(Finished(scored, clean, corrupted, notes))
         skipped = self.not_scored(setting)
         forwards, backwards, positions, seconds = work.spent()
-        parts = work.batches
+        finished = work.batches
         effects, noise, errors = (
-            {site: np.concatenate([found[site] for found in of_batches]) for site in map(str, setting.sites) if site in of_batches[0]}
-            for of_batches in ([getattr(one.scored, part.name) for one in parts] for part in fields(Scored))
+            {site: concatenated([found[site] for found in of_batches]) for site in map(str, setting.sites) if site in of_batches[0]}
+            for of_batches in ([getattr(one.scored, part.name) for one in finished] for part in fields(Scored))
         )
-        clean, corrupted = (np.concatenate([getattr(part, side) for part in parts]) for side in ("clean", "corrupted"))
+        clean, corrupted = (np.concatenate([getattr(one, side) for one in finished]) for side in ("clean", "corrupted"))
         examples = torch.cat([batch.examples for batch in batches]).cpu().numpy()
         order = np.argsort(examples).tolist()  # as the map orders its rows
-        notes = {name: {group: [values[i] for i in order] for group, values in groups.items()} for name, groups in joined(parts).items()}
+        notes = {name: {group: [values[i] for i in order] for group, values in groups.items()} for name, groups in joined(finished).items()}
         return ScoreMap.build(
             effects,
             setting.live,
@@ -225,6 +231,11 @@ class Method(ABC):
             standard_error=errors or None,
             task_axis=setting.axis,
             no_path=self._no_path(setting),
+            names={
+                str(site): replace(kind.names(part, site), scored=self.scored(kind, part, site))
+                for kind, part in parts(setting)
+                for site in part.sites
+            },
             examples=examples,
             metric_clean=clean,
             metric_corrupted=corrupted,
@@ -246,13 +257,15 @@ class Method(ABC):
         task, axis, paired = setting.task, setting.axis, self.source == "paired"
         number = live_patterns(task, axis, paired=paired)
         first = np.unique(number, return_index=True)[1].tolist()
-        cells = {str(site): pattern_cells(setting.model.arch, site, task, axis, first, paired=paired) for site in setting.sites}
-        return Patterns(number[examples], cells)
+        found = {str(site): pattern_cells(setting.model.arch, site, task, axis, first, paired=paired) for site in setting.sites}
+        return Patterns(number[examples], {site: cells for site, cells in found.items() if cells is not None})
 
     def _no_path(self, setting: Setting) -> dict[str, np.ndarray]:
+        known = {site: live for site in setting.sites if (live := setting.live[str(site)]) is not None}
         if setting.model.ambient:  # then no cell is taken as a structural zero
-            return {name: np.zeros_like(live) for name, live in setting.live.items()}
-        return {str(site): without_path(setting.model.arch, site, setting.task, setting.axis) for site in setting.sites}
+            return {str(site): np.zeros_like(live) for site, live in known.items()}
+        found = {str(site): without_path(setting.model.arch, site, setting.task, setting.axis) for site in known}
+        return {site: cut for site, cut in found.items() if cut is not None}
 
     def source_targets(self, setting: Setting) -> tuple[Target, ...]:
         """Where the source's activations are needed."""
@@ -282,7 +295,7 @@ class Method(ABC):
             "dtype": str(model.dtype).removeprefix("torch."),
             "not_scored": skipped,
             "ambient": ambient,
-            **({} if setting.edges is None else {"graph": model.arch.graph.as_dict()}),
+            **{name: value for kind, part in parts(setting) for name, value in kind.record(part).items()},
             "notes": notes,
         }
 
@@ -291,16 +304,6 @@ def _with_noise(setting: Setting, runs: Runs, scored: Scored) -> Scored:
     """A difference of two metrics is as uncertain as both, where the method does not know better."""
     two = np.sqrt(2) * runs.rounding.metric
     return replace(scored, noise={str(site): scored.noise.get(str(site), two) for site in setting.sites})
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory that is free on a device (4 GiB where the system does not tell)."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, AttributeError, OSError):  # not every system tells
-        return 4 * 2**30
 
 
 def _megabytes(count: int | float) -> str:

@@ -12,9 +12,10 @@ from tqdm.auto import tqdm
 
 from patchlab.errors import MethodError
 from patchlab.graph import Graph
-from patchlab.methods.cells.exact_edges import edge_effects, set_effects
+from patchlab.methods.cells.edges import edge_effects, set_effects
 from patchlab.methods.exact import ActivationPatching
-from patchlab.methods.setting.runs import Meter, Runs
+from patchlab.methods.setting.meter import Meter
+from patchlab.methods.setting.unpatched import Runs, required
 from patchlab.methods.verified.patcher import Patcher
 from patchlab.models import Model
 from patchlab.tasks.task import Task
@@ -75,7 +76,7 @@ def patch_edges(
     exact = ActivationPatching(source=source, post_norm=post_norm)
     options = {"direction": direction, "batch_size": batch_size, "max_memory": max_memory}
     with _patching(exact, model, task, BY_POSITION if by_position == {3} else "edges", len(masks), progress, options) as patcher:
-        places = patcher.setting.live[str(patcher.setting.edges)].shape
+        places = required(patcher.setting.live[str(patcher.setting.sites[0])]).shape
         for name, mask in zip(named, masks, strict=True):
             if mask.shape != places:
                 raise MethodError(f"the set {name!r} has the shape {list(mask.shape)}; edges of {model.name} on {task.name} have {list(places)}.")
@@ -121,7 +122,7 @@ def kv_effects(
     with _patching(exact, model, task, "edges", 0, progress, options) as patcher:
         head, kinds = _heads(graph), np.array(graph.reader_kind)
         first = np.isin(kinds, ("k", "v")) & (head % graph.copies == 0)
-        cells = np.argwhere(patcher.setting.live["edges"] & first)
+        cells = np.argwhere(required(patcher.setting.live["edges"]) & first)
         names = []
         for writer, reader in cells.tolist():
             layer = graph.readers[reader].partition(".")[0]

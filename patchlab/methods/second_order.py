@@ -11,12 +11,16 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from patchlab.engine import Target, support
+from patchlab.engine.memory import activation_bytes, block_numbers, itemsize
 from patchlab.errors import MethodError
 from patchlab.interventions import Edit, Kept, Source, address
-from patchlab.methods.exact import addresses, patched
+from patchlab.methods.cells import parts
+from patchlab.methods.cells.nodes import addresses, patched
 from patchlab.methods.method import Method
+from patchlab.methods.setting.meter import Meter
 from patchlab.methods.setting.rounding import product_variance
-from patchlab.methods.setting.runs import Meter, Runs, Scored, Setting, activation_bytes, first_difference, itemsize, of_rows, program, reduced
+from patchlab.methods.setting.setting import Setting
+from patchlab.methods.setting.unpatched import Runs, Scored, first_difference, of_rows, program, reduced
 from patchlab.sites import KINDS, POSITION_AXES, Site
 
 STEPS = {torch.float32: 1e-2, torch.float64: 1e-4}
@@ -78,8 +82,9 @@ class SecondOrder(Method):
         return "second-order" if self.probes is None else f"second-order:{self.probes}"
 
     def check(self, setting: Setting) -> None:
-        if setting.edges is not None:
-            raise MethodError(f"second-order terms are of nodes, and {setting.edges} are edges; ask for z and mlp_out, whose outputs edges carry.")
+        for kind, part in parts(setting):
+            if (why := kind.second_order(part)) is not None:
+                raise MethodError(why)
         if setting.model.dtype not in STEPS:
             raise MethodError(
                 f"a second derivative needs a model in float32 or float64; {setting.model.name} is in "
@@ -90,10 +95,9 @@ class SecondOrder(Method):
         return 2 + (self.probes or PILOT) * sum(len(_layers(setting, site)) for site in setting.sites)
 
     def predicted_bytes(self, setting: Setting, rows: int, length: int) -> int:
-        arch = setting.model.arch
-        per_block = rows * length * (12 * arch.d_model + 4 * (arch.d_mlp or 0) + 3 * arch.n_heads * length)
-        return 4 * activation_bytes(setting, rows, length) + itemsize(setting) * (
-            arch.n_layers * per_block + 2 * rows * length * setting.model.vocab_size
+        per_block = rows * length * block_numbers(setting.model, length)
+        return 4 * activation_bytes(setting.model, setting.targets, rows, length) + itemsize(setting.model) * (
+            setting.model.arch.n_layers * per_block + 2 * rows * length * setting.model.vocab_size
         )
 
     def _provenance(self, setting: Setting, skipped: dict[str, str]) -> dict[str, Any]:

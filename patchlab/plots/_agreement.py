@@ -14,7 +14,6 @@ from patchlab.comparison.alignment import check_alike, check_names
 from patchlab.plots._facets import cell_texts
 from patchlab.plots._style import INK, MUTED, PALE, Box, Page, about, heading, words_width
 from patchlab.scores import ScoreMap
-from patchlab.sites import parse_site
 from patchlab.stats.agreement import Moments, mean_of_defined, pearson, slope
 
 PANEL, GAP_X, GAP_Y = 200, 58, 64
@@ -85,8 +84,9 @@ def _scatter(reference: ScoreMap, other: ScoreMap, method: str, site: str, all_m
     unsigned = bool(other.provenance.get("unsigned"))
     exact = np.abs(exact) if unsigned else exact
     chosen = reference.live[site].to_numpy().ravel()
-    layer, hover = _layers(reference, site), cell_texts(reference, site)
-    there = _common_edges(site, all_maps) if parse_site(site).kind == "edges" else np.ones_like(chosen)
+    layer, hover = reference.layers(site), cell_texts(reference, site)
+    there = np.all([scores.scored(site).to_numpy().ravel() for scores in all_maps if site not in scores.not_scored], axis=0)
+    there = np.broadcast_to(there, chosen.shape)  # no map scores it
     exact, approximation, chosen, layer, hover = (part[there] for part in (exact, approximation, chosen, layer, hover))
     pair = exact[None, chosen], approximation[None, chosen]
     skipped = reference.not_scored.get(site) or other.not_scored.get(site)
@@ -105,26 +105,6 @@ def _of_prompts(reference: ScoreMap, other: ScoreMap, site: str, there: Bool[np.
         parts.append(Moments.of((np.abs(exact) if unsigned else exact)[None], approximation[None], live[example].ravel()[there][None]))
     moments, even = Moments.joined(parts), np.full((1, n), 1 / n)
     return float(mean_of_defined(moments.per_prompt(), even)[0]), float(moments.pooled(even)[0])
-
-
-def _common_edges(site: str, maps: Sequence[ScoreMap]) -> Bool[np.ndarray, " cell"]:
-    """Pairs that are edges and that every map scores, as :func:`patchlab.comparison.compare` counts them."""
-    live = maps[0].live[site]
-    common = np.broadcast_to(maps[0].graph.allowed.reshape(*live.shape[:2], *[1] * (live.ndim - 2)), live.shape).copy()
-    for scores in maps:
-        if site not in scores.not_scored:
-            common &= np.isfinite(scores.mean(site).to_numpy())
-    return common.ravel()
-
-
-def _layers(scores: ScoreMap, site: str) -> Int[np.ndarray, " cell"]:
-    """The layer of every cell of a site (flattened); of an edge that of its reader, the logits one above the last."""
-    live = scores.live[site]
-    if parse_site(site).kind == "edges":
-        graph = scores.graph
-        layers = np.arange(len(graph.readers)) // (3 * graph.n_heads + graph.mlps)
-        return np.broadcast_to(layers.reshape(1, -1, *[1] * (live.ndim - 2)), live.shape).ravel()
-    return np.broadcast_to(live["layer"].to_numpy().reshape(-1, *[1] * (live.ndim - 1)), live.shape).ravel()
 
 
 def agreement(reference: ScoreMap, methods: Mapping[str, ScoreMap]) -> go.Figure:

@@ -1,14 +1,14 @@
-"""The arrays of a score map: their checks, their names, their position labels."""
+"""The arrays of a score map: dense or sparse, their checks, their names, their position labels."""
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import xarray as xr
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 
 from patchlab.errors import ScoreError
 from patchlab.graph import Graph
@@ -34,6 +34,64 @@ class Patterns:
 
     of: Int[np.ndarray, " example"]
     cells: Mapping[str, Bool[np.ndarray, "pattern *axes"]]
+
+
+@dataclass(frozen=True, eq=False)
+class Sparse:
+    """Effects of some cells of a site that are not known, or too many, beforehand: row ``i`` of ``index`` is the cell of column ``i``.
+
+    All other cells of the site have no effect: what a patch would put there is what is there.
+    """
+
+    index: Int[np.ndarray, "cell axis"]
+    effects: Float[np.ndarray, "example cell"]
+
+
+Effects = np.ndarray | Sparse
+"""Effects of the cells of a site per example: ``[example, *axes]``, or those of some cells."""
+
+
+@dataclass(frozen=True, eq=False)
+class CellNames:
+    """Names along the axes of a site, and which combinations are cells.
+
+    ``names`` maps an axis to its names; ``exists`` is False at combinations of the first axes that are no cell, which ``noun`` names ("no
+    edge"); ``joined`` puts the names of a cell together (``{writer}->{reader}``); ``layer`` is each cell's layer where no axis says it.
+    ``scored`` is False at cells that the method could not score. Masks are along the first axes.
+    """
+
+    names: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    noun: str = ""
+    joined: str = ""
+    exists: Bool[np.ndarray, "*first"] | None = None
+    layer: Int[np.ndarray, "*first"] | None = None
+    scored: Bool[np.ndarray, "*first"] | None = None
+
+
+def concatenated(parts: Sequence[Effects]) -> Effects:
+    """The effects of several batches, one after the other; of sparse ones the cells of all."""
+    dense = [part for part in parts if isinstance(part, np.ndarray)]
+    sparse = [part for part in parts if isinstance(part, Sparse)]
+    if not sparse:
+        return np.concatenate(dense)
+    if len(sparse) == 1:
+        return sparse[0]
+    index, where = np.unique(np.concatenate([part.index for part in sparse]), axis=0, return_inverse=True)
+    values, row, column = np.zeros((sum(len(part.effects) for part in sparse), len(index))), 0, 0
+    for part in sparse:
+        values[row : row + len(part.effects), where.reshape(-1)[column : column + len(part.index)]] = part.effects
+        row, column = row + len(part.effects), column + len(part.index)
+    return Sparse(index, values)
+
+
+def values_of(effects: Mapping[str, Effects]) -> dict[str, np.ndarray]:
+    """The numbers alone."""
+    return {name: found.effects if isinstance(found, Sparse) else found for name, found in effects.items()}
+
+
+def cell_dim(name: str) -> str:
+    """The dimension along which the cells of a sparse site lie."""
+    return f"{name} cell"
 
 
 def label_of(what: str, axis: str) -> str:
@@ -115,11 +173,11 @@ def check_no_path(no_path: Mapping[str, np.ndarray], live: Mapping[str, np.ndarr
             raise ScoreError(f"{name}: {(cut & live[name]).sum()} cells are live and have no path to the metric; a cell is one or the other.")
 
 
-def check_finite(name: str, axes: tuple[str, ...], values: np.ndarray, record: Mapping[str, Any]) -> None:
-    """A site is scored throughout, or not scored and listed with its reason."""
+def check_finite(name: str, axes: tuple[str, ...], values: np.ndarray, record: Mapping[str, Any], names: CellNames) -> None:
+    """A site is scored throughout but for the cells that its method could not score, or not scored and listed with its reason."""
     bad, skipped = ~np.isfinite(values), name in record.get("not_scored", {})
-    if not skipped and parse_site(name).kind == "edges":
-        bad[:, :, unscored_readers(record)] &= ~np.isnan(values[:, :, unscored_readers(record)])
+    if not skipped and names.scored is not None:
+        bad[:, ~names.scored] &= ~np.isnan(values[:, ~names.scored])
     if skipped and not np.isnan(values).all():
         raise ScoreError(f"{name} is in not_scored but has values; fill it with NaN or take it out of not_scored.")
     if bad.any() and not skipped:
@@ -128,11 +186,6 @@ def check_finite(name: str, axes: tuple[str, ...], values: np.ndarray, record: M
             f"{name}: {bad.sum()} of {bad.size} scores are not finite, the first at {where}. A site is scored throughout, "
             f"or NaN throughout with a reason in provenance['not_scored']."
         )
-
-
-def unscored_readers(record: Mapping[str, Any]) -> Bool[np.ndarray, " reader"]:
-    """Readers into which a method could not score edges (``provenance["readers_not_scored"]`` maps their kind to the reason)."""
-    return np.isin(graph_of(record).reader_kind, list(record.get("readers_not_scored", {})))
 
 
 def graph_of(record: Mapping[str, Any]) -> Graph:
@@ -146,14 +199,28 @@ def graph_of(record: Mapping[str, Any]) -> Graph:
     return Graph(**record["graph"])
 
 
-def edge_coords(record: Mapping[str, Any], sizes: Mapping[str, int]) -> dict[str, Any]:
-    """Names of the writers and readers, as coordinates that are never an index."""
-    if "writer" not in sizes:
-        return {}
-    graph = graph_of(record)
-    if (sizes["writer"], sizes["reader"]) != graph.allowed.shape:
-        raise ScoreError(f"the edges have {sizes['writer']} writers and {sizes['reader']} readers, but {graph} has {list(graph.allowed.shape)}.")
-    return {"writer_name": ("writer", np.array(graph.writers)), "reader_name": ("reader", np.array(graph.readers))}
+def name_coords(name: str, axes: tuple[str, ...], names: CellNames, sizes: Mapping[str, int]) -> dict[str, Any]:
+    """Names along the axes, and which combinations are cells, as coordinates that are never an index."""
+    coords: dict[str, Any] = {}
+    for axis, words in names.names.items():
+        if len(words) != sizes.get(axis):
+            raise ScoreError(f"{name} has {sizes.get(axis)} along {axis}, and {len(words)} names for them; give one each.")
+        coords[f"{axis}_name"] = (axis, np.array(words, dtype=str))
+    if names.exists is not None:
+        coords[f"is_{names.noun}"] = (axes[: names.exists.ndim], names.exists.astype(bool))
+    if names.layer is not None:
+        coords[f"layer_of_{names.noun}"] = (axes[: names.layer.ndim], names.layer)
+    return coords
+
+
+def upgraded(data: xr.Dataset, live: xr.Dataset, record: Mapping[str, Any]) -> tuple[xr.Dataset, xr.Dataset]:
+    """A map of format 2, whose edges said by their graph alone which there are."""
+    if record["format"] > 2 or "graph" not in record["provenance"]:
+        return data, live
+    graph, axes = graph_of(record["provenance"]), ("writer", "reader")
+    is_edge = {"is_edge": (axes, graph.allowed), "layer_of_edge": (axes, np.broadcast_to(graph.reader_layer, graph.allowed.shape))}
+    about = {"noun": "edge", "names": "{writer}->{reader}"}
+    return data.assign_coords(is_edge).map(lambda one: one.assign_attrs(about), keep_attrs=True), live.assign_coords(is_edge)
 
 
 def position_coords(labels: PositionLabels | None, examples: np.ndarray, sizes: Mapping[str, int]) -> dict[str, Any]:

@@ -10,33 +10,39 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import xarray as xr
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
 from patchlab.errors import ScoreError, SiteError, unknown
 from patchlab.graph import Graph
 from patchlab.scores.arrays import (
+    CellNames,
+    Effects,
     Patterns,
     PositionLabels,
+    Sparse,
     axes_of,
+    cell_dim,
     check_finite,
     check_no_path,
     check_patterns,
     check_rows,
     check_shape,
     checksum,
-    edge_coords,
     frozen,
     graph_of,
     label_of,
+    name_coords,
     plain,
     position_coords,
     spread,
+    upgraded,
+    values_of,
 )
 from patchlab.sites import POSITION_AXES, Site, parse_site
 from patchlab.stats.bootstrap import interval, resampling_weights
 from patchlab.store.files import writing
 
-FORMAT = 2
+FORMAT = 3
 _ATTRIBUTE = "patchlab_scoremap"
 NO_PATH, SAME, NO_EDGE = "no path", "same in both prompts", "no edge"
 """Why a cell cannot matter."""
@@ -122,8 +128,8 @@ class ScoreMap:
 
     @staticmethod
     def build(
-        scores: Mapping[str, np.ndarray],
-        live: Mapping[str, np.ndarray],
+        scores: Mapping[str, Effects],
+        live: Mapping[str, np.ndarray | None],
         *,
         task_axis: PositionLabels | None,
         examples: Sequence[int] | np.ndarray,
@@ -133,14 +139,15 @@ class ScoreMap:
         cost: Cost,
         patterns: Patterns | None = None,
         no_path: Mapping[str, np.ndarray] | None = None,
-        noise: Mapping[str, np.ndarray] | None = None,
-        standard_error: Mapping[str, np.ndarray] | None = None,
+        noise: Mapping[str, Effects] | None = None,
+        standard_error: Mapping[str, Effects] | None = None,
+        names: Mapping[str, CellNames] | None = None,
     ) -> "ScoreMap":
         """Check the arrays of a method's result and name their axes.
 
         Args:
-            scores: per site the effects ``[example, *axes]`` in metric units.
-            live: per site a bool array ``[*axes]``; False = structural zero.
+            scores: per site the effects ``[example, *axes]`` in metric units, or those of some cells (:class:`patchlab.scores.arrays.Sparse`).
+            live: per site a bool array ``[*axes]``; False = structural zero. None for sparse effects, whose cells all count as live.
             task_axis: names and tokens of the positions (rows are looked up by example index); None leaves them bare.
             examples: the task's index of each row; rows are put in that order.
             metric_clean: metric of the unpatched clean run.
@@ -151,24 +158,33 @@ class ScoreMap:
             no_path: per site a bool array ``[*axes]``; True = no causal path to what the metric reads, which no live cell is.
             noise: per site ``[example, *axes]`` or ``[example]``; see the class.
             standard_error: per site ``[example, *axes]``; see the class.
+            names: per site the names of its cells, where they have any.
 
         Raises:
             ScoreError: shapes that do not fit together, values that are not finite in a scored site, a site that is NaN
                 without a reason in ``provenance["not_scored"]``, or provenance that is not JSON.
         """
-        record = plain(provenance)
+        record, names = plain(provenance), names or {}
+        sparse = {name: values for name, values in scores.items() if isinstance(values, Sparse)}
+        live = {name: np.ones(len(sparse[name].index), dtype=bool) if name in sparse else mask for name, mask in live.items()}
+        no_path = None if no_path is None else {**no_path, **{name: ~live[name] for name in sparse}}
         index = np.asarray(examples, dtype=np.int64)
         order = np.argsort(index, kind="stable")
         check_rows(scores, live, index, metric_clean, metric_corrupted)
         sizes: dict[str, int] = {"example": len(index)}
-        variables, masks, paths = {}, {}, {}
+        variables, masks, paths, named = {}, {}, {}, {}
         if no_path is not None:
             check_no_path(no_path, live)
         for name, values in scores.items():
-            axes = axes_of(name)
+            axes, own = axes_of(name), names.get(name, CellNames())
+            about = {"units": str(record.get("metric_unit", "")), "noun": own.noun, "names": own.joined}
+            if isinstance(values, Sparse):
+                named |= {f"{name} {axis}": (cell_dim(name), values.index[:, i].astype(np.int64)) for i, axis in enumerate(axes)}
+                axes, values = (cell_dim(name),), values.effects
             check_shape(name, axes, values, live[name], sizes)
-            check_finite(name, axes, values, record)
-            variables[name] = (("example", *axes), values[order], {"units": str(record.get("metric_unit", ""))})
+            check_finite(name, axes, values, record, own)
+            named |= name_coords(name, axes, own, sizes)
+            variables[name] = (("example", *axes), values[order], about)
             masks[name] = (axes, live[name].astype(bool))
             if no_path is not None:
                 paths[name] = (axes, no_path[name].astype(bool))
@@ -176,15 +192,17 @@ class ScoreMap:
         coords["example"] = index[order]
         coords["metric_clean"] = ("example", metric_clean[order].astype(np.float64))
         coords["metric_corrupted"] = ("example", metric_corrupted[order].astype(np.float64))
-        coords |= position_coords(task_axis, index[order], sizes) | edge_coords(record, sizes)
+        coords |= position_coords(task_axis, index[order], sizes) | named
         data = xr.Dataset(variables, coords=coords)
         bare = {name: coord for name, coord in data.coords.items() if "example" not in coord.dims}
         patterns = patterns or Patterns(np.zeros(len(index), dtype=np.int64), {name: mask[None] for name, mask in live.items()})
+        of_all = {name: np.ones((patterns.of.max() + 1, len(values.index)), dtype=bool) for name, values in sparse.items()}
+        patterns = Patterns(patterns.of, {**patterns.cells, **of_all})
         check_patterns(patterns, live, len(index))
         rows = {name: (("mask", *masks[name][0]), cells.astype(bool)) for name, cells in patterns.cells.items()}
         of = xr.Dataset(rows, coords={"example": coords["example"], "pattern_of": ("example", patterns.of[order].astype(np.int64))})
         cut = None if no_path is None else frozen(xr.Dataset(paths, coords=bare))
-        errors = [spread(data, found, order) for found in (noise, standard_error)]
+        errors = [None if found is None else spread(data, values_of(found), order) for found in (noise, standard_error)]
         return ScoreMap(frozen(data), frozen(xr.Dataset(masks, coords=bare)), record, cost, frozen(of), cut, *errors)
 
     @property
@@ -256,10 +274,48 @@ class ScoreMap:
         words = np.full(live.shape, "structural zero" if self.no_path is None else SAME, dtype=f"<U{len(SAME)}")
         if self.no_path is not None:
             words[self.no_path[name].to_numpy()] = NO_PATH
-        if "graph" in self.provenance and live.dims[:2] == ("writer", "reader"):
-            words[~self.graph.allowed] = NO_EDGE
+        words[~self.exists(name).to_numpy()] = f"no {self.data[name].attrs['noun']}"
         words[live.to_numpy()] = ""
         return live.copy(data=words)
+
+    def axes(self, site: str | Site) -> tuple[str, ...]:
+        """The axes of a site's cells.
+
+        Raises:
+            ScoreError: the map has no such site.
+        """
+        return axes_of(self.site_name(site))
+
+    def is_sparse(self, site: str | Site) -> bool:
+        """Whether the map holds some cells of a site (in one row) rather than all."""
+        return self.live[self.site_name(site)].dims == (cell_dim(self.site_name(site)),)
+
+    def cells(self, site: str | Site) -> Int[np.ndarray, "cell axis"]:
+        """The cells of a site, in the order of its flattened effects: their numbers along its axes."""
+        name = self.site_name(site)
+        if self.is_sparse(name):
+            return np.stack([self.data[f"{name} {axis}"].to_numpy() for axis in self.axes(name)], 1)
+        return np.stack([part.ravel() for part in np.indices(self.live[name].shape)], 1)
+
+    def layers(self, site: str | Site) -> Int[np.ndarray, " cell"]:
+        """The layer of every cell of a site, flattened; 0 for sites without layers."""
+        name = self.site_name(site)
+        live, mask = self.live[name], f"layer_of_{self.data[name].attrs.get('noun', '')}"
+        if mask in live.coords:
+            return np.broadcast_to(live[mask].to_numpy().reshape(*live[mask].shape, *[1] * (live.ndim - live[mask].ndim)), live.shape).ravel()
+        return self.cells(name)[:, self.axes(name).index("layer")] if "layer" in self.axes(name) else np.zeros(live.size, dtype=np.int64)
+
+    def exists(self, site: str | Site) -> xr.DataArray:
+        """Which combinations of a site's axes are cells, dims = its axes."""
+        live = self.live[self.site_name(site)]
+        mask = f"is_{self.data[self.site_name(site)].attrs.get('noun', '')}"
+        whole = live | ~live
+        return whole & live.coords[mask].drop_vars(list(live.coords[mask].coords)) if mask in live.coords else whole
+
+    def scored(self, site: str | Site) -> xr.DataArray:
+        """The cells of a site that have a score, bool, dims = its axes."""
+        name = self.site_name(site)
+        return np.isfinite(self.data[name]).all("example") & self.exists(name)
 
     def noise_floor(self, site: str | Site) -> xr.DataArray:
         """The rounding error to be expected of each mean effect, dims = the site's axes, in metric units; NaN where it is unknown.
@@ -350,6 +406,10 @@ class ScoreMap:
             grid = dict(zip(array.dims, np.indices(array.shape), strict=True))
             columns: dict[str, Any] = {"site": np.full(array.size, site)}
             for dim, index in grid.items():
+                if dim == cell_dim(site):
+                    own = self.cells(site)[index.ravel()]
+                    columns |= {axis: pd.array(own[:, i], dtype="Int64") for i, axis in enumerate(self.axes(site))}
+                    continue
                 columns[str(dim)] = pd.array(array[dim].to_numpy()[index].ravel(), dtype="Int64")
                 for label in (label_of("token", str(dim)), label_of("position", str(dim))):
                     if dim in POSITION_AXES and label in array.coords:
@@ -359,10 +419,10 @@ class ScoreMap:
             columns["effect"] = array.to_numpy().ravel()
             columns["live"] = np.broadcast_to(self.live[site].to_numpy(), array.shape).ravel()
             frame = pd.DataFrame(columns)
-            if "writer" in grid:
-                writers, readers = (np.array(names)[frame[axis]] for axis, names in (("writer", self.graph.writers), ("reader", self.graph.readers)))
-                frame["edge"] = np.char.add(np.char.add(writers, "->"), readers)
-                frame = frame[self.graph.allowed[frame["writer"], frame["reader"]]]
+            if noun := array.attrs.get("noun"):
+                words = {axis: array[f"{axis}_name"].to_numpy()[frame[axis]] for axis in self.axes(site) if f"{axis}_name" in array.coords}
+                frame[noun] = [array.attrs["names"].format(**dict(zip(words, one, strict=True))) for one in zip(*words.values(), strict=True)]
+                frame = frame[np.broadcast_to(self.exists(site).to_numpy(), array.shape).ravel()]
             frames.append(frame)
         table = pd.concat(frames, ignore_index=True)
         return table.reindex(columns=[*table.columns.drop(["zero", "effect", "live"]), "zero", "effect", "live"])
@@ -406,6 +466,7 @@ class ScoreMap:
         written = record.pop("sha256", None)  # files of format 1 have none
         if written != checksum(record, data, live, *beside.values()) and (written is not None or record["format"] > 1):
             raise ScoreError(f"the score map {path} is damaged: its values do not have the checksum that was written with them. Compute it again.")
+        data, live = upgraded(data, live, record)
         return ScoreMap(frozen(data), frozen(live), record["provenance"], Cost(**record["cost"]), **beside)
 
     def __repr__(self) -> str:
@@ -413,6 +474,7 @@ class ScoreMap:
         sites = []
         for site in self.sites:
             shape = ", ".join(f"{axis} {self.live.sizes[axis]}" for axis in self.live[site].dims)
+            shape = f"{self.live[site].size} cells of {', '.join(self.axes(site))}" if self.is_sparse(site) else shape
             sites.append(f"{parse_site(site).kind}[{shape}]" + (" (not scored)" if site in skipped else ""))
         head = ", ".join(str(about.get(key, "?")) for key in ("method", "direction", "metric"))
         check = about.get("self_check")

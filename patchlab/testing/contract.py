@@ -13,12 +13,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from patchlab.errors import PatchlabError
-from patchlab.methods.method import DIRECTIONS, Method
-from patchlab.methods.setting.liveness import cell_shape
+from patchlab.methods.cells import cells_of
+from patchlab.methods.method import Method
+from patchlab.methods.setting.setting import DIRECTIONS
 from patchlab.metrics import Answers, Metric
 from patchlab.models import Model
 from patchlab.scores import ScoreMap
-from patchlab.scores.arrays import unscored_readers
 from patchlab.sites import POSITION_AXES, Site, parse_sites
 from patchlab.tasks.task import Task
 
@@ -172,16 +172,14 @@ def _check_map(method: Method, model: Model, task: Task, sites: tuple[Site, ...]
         array, live = scores.data[name], scores.live[name].to_numpy()
         _require(array.dims == ("example", *site.axes), f"{name} has the dims {array.dims}")
         values = array.to_numpy()
-        _require(values.shape == (len(task), *cell_shape(model.arch, site, axis)), f"{name} has the shape {values.shape}")
+        _require(values.shape == (len(task), *cells_of(site).shape(model.arch, site, axis)), f"{name} has the shape {values.shape}")
         _require(not values.flags.writeable, f"the scores of {name} can be written to")
         if name in scores.provenance["not_scored"]:
             _require(bool(np.isnan(values).all()), f"{name} is not scored but has values")
             _require(len(scores.provenance["not_scored"][name]) > 10, f"{name} is not scored and nothing says why")
             continue
-        if site.kind == "edges":
-            cut = unscored_readers(scores.provenance)
-            _require(bool(np.isnan(values[:, :, cut]).all()), f"{name} has values for readers that are not scored")
-            values, live = values[:, :, ~cut], live[:, ~cut]
+        there = scores.scored(name).to_numpy()
+        values, live = values[:, there], live[there]
         _require(bool(np.isfinite(values).all()), f"{name} has scores that are not finite")
         noise = None if scores.noise is None else scores.noise[name].to_numpy()
         _require(noise is not None and bool((noise > 0).any()), f"{name} has no noise floor")

@@ -14,7 +14,9 @@ import numpy as np
 from jaxtyping import Float
 
 from patchlab.errors import MethodError, PatchlabError
-from patchlab.methods.setting.runs import Meter, Scored
+from patchlab.methods.setting.meter import Meter
+from patchlab.methods.setting.unpatched import Scored
+from patchlab.scores.arrays import Effects, Sparse, values_of
 from patchlab.store.files import writing
 
 FORMAT = 2
@@ -99,7 +101,7 @@ class Work:
             f"{i}/{part.name}/{name}": values
             for i, one in enumerate(self.batches)
             for part in fields(Scored)
-            for name, values in getattr(one.scored, part.name).items()
+            for name, values in _plain(getattr(one.scored, part.name)).items()
         }
         arrays |= {f"{i}/{side}": getattr(one, side) for i, one in enumerate(self.batches) for side in ("clean", "corrupted")}
         arrays |= {"cells": np.array(list(cells), dtype=np.int64), "effects": np.array(list(cells.values()), dtype=np.float64)}
@@ -221,6 +223,24 @@ def _opened(path: Path, identity: Mapping[str, str | None]) -> Work:
     return work
 
 
+_INDEX = "/cells of "
+"""Before the name of a site whose effects are sparse: the array of their cells."""
+
+
+def _plain(effects: Mapping[str, Effects]) -> dict[str, np.ndarray]:
+    """Effects as arrays by name."""
+    return values_of(effects) | {f"{_INDEX}{name}": one.index for name, one in effects.items() if isinstance(one, Sparse)}
+
+
+def _effects(arrays: Mapping[str, np.ndarray]) -> dict[str, Effects]:
+    """Effects from their arrays."""
+    return {
+        name: Sparse(arrays[f"{_INDEX}{name}"], values) if f"{_INDEX}{name}" in arrays else values
+        for name, values in arrays.items()
+        if not name.startswith(_INDEX)
+    }
+
+
 def _read(path: Path) -> Work:
     try:
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as stored:
@@ -236,7 +256,9 @@ def _read(path: Path) -> Work:
                 part, _, name = rest.partition("/")
                 if number == str(i) and part in found:
                     found[part][name] = values
-            batches.append(Finished(Scored(**found), arrays[f"{i}/clean"], arrays[f"{i}/corrupted"], notes))
+            batches.append(
+                Finished(Scored(**{name: _effects(values) for name, values in found.items()}), arrays[f"{i}/clean"], arrays[f"{i}/corrupted"], notes)
+            )
         cells = dict(zip(arrays["cells"].tolist(), arrays["effects"], strict=True))
         forwards, backwards, positions, seconds = about["spent"]
         spent = (forwards, backwards, positions, float(seconds))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from patchlab.methods.setting.runs import Setting
+from patchlab.methods.setting.setting import Setting
 
 
 class _Unknown(Exception):

@@ -6,15 +6,20 @@ from dataclasses import dataclass, replace
 import numpy as np
 from jaxtyping import Float, Int
 
+from patchlab.engine.memory import free_bytes
 from patchlab.errors import MethodError
-from patchlab.interventions import Edit
-from patchlab.methods.cells.exact_edges import EdgeCell, edge_cells, edge_effects, set_effects
-from patchlab.methods.exact import ActivationPatching, addresses, patched
-from patchlab.methods.method import free_bytes
-from patchlab.methods.setting.runs import Meter, Runs, Setting, mean_source, unpatched
+from patchlab.methods.cells import cells_of, parts
+from patchlab.methods.cells.kind import Index, listed
+from patchlab.methods.exact import ActivationPatching
+from patchlab.methods.setting.meter import Meter
+from patchlab.methods.setting.setting import Setting
+from patchlab.methods.setting.unpatched import Runs, mean_source, unpatched
 from patchlab.scores import ScoreMap
-from patchlab.sites import Site
+from patchlab.sites import KINDS, Site
 from patchlab.tasks.task import Batch
+
+Cell = tuple[Site, Index]
+"""A cell of a site; of a coarser one where cells are patched in groups."""
 
 
 @dataclass(frozen=True)
@@ -22,9 +27,9 @@ class Cells:
     """All live cells of all sites, one after the other."""
 
     site: Int[np.ndarray, " cell"]
-    index: list[tuple[int, ...]]
-    where: list[Site | EdgeCell]
+    where: list[Cell]
     screen: Float[np.ndarray, " cell"]
+    setting: Setting
 
     @staticmethod
     def of(setting: Setting, screen: ScoreMap) -> "Cells":
@@ -36,16 +41,18 @@ class Cells:
             raise MethodError(
                 f"the screen {screen.provenance['method']} does not score edges into {kind} ({reason}); take another screen, such as 'relp'."
             )
-        site, index, where, scores = [], [], [], []
+        site, where, scores = [], [], []
         for number, one in enumerate(setting.sites):
-            mean = screen.mean(one).to_numpy()
-            found = edge_cells(setting) if one.kind == "edges" else addresses(setting, one, setting.live[str(one)])
-            for cell, address in found:
-                site.append(number)
-                index.append(cell)
-                where.append(address)
-                scores.append(mean[cell])
-        return Cells(np.array(site), index, where, np.array(scores, dtype=np.float64))
+            mean, live = screen.mean(one).to_numpy(), setting.live[str(one)]
+            found = listed(live) if live is not None else [tuple(cell) for cell in screen.cells(one).tolist()]
+            site += [number] * len(found)
+            where += [(one, cell) for cell in found]
+            scores += mean.tolist() if live is None else mean[live].tolist()
+        return Cells(np.array(site), where, np.array(scores, dtype=np.float64), setting)
+
+    def label(self, cell: Cell) -> str:
+        """A cell by name."""
+        return cells_of(cell[0]).label(self.setting, *cell)
 
 
 class Patcher:
@@ -62,11 +69,7 @@ class Patcher:
         examples = np.concatenate([batch.examples.cpu().numpy() for batch in batches])
         self.order = np.argsort(examples)
 
-    def effects(self, cells: Sequence[Site | EdgeCell]) -> Float[np.ndarray, "cell example"]:
-        """Exact effects, in metric units."""
-        return self.joint([[cell] for cell in cells])
-
-    def joint(self, sets: Sequence[Sequence[Site | EdgeCell]]) -> Float[np.ndarray, "set example"]:
+    def joint(self, sets: Sequence[Sequence[Cell]]) -> Float[np.ndarray, "set example"]:
         """Exact effects of sets of cells, each set patched at once, in metric units."""
         if not sets:
             return np.zeros((0, len(self.order)))
@@ -76,18 +79,16 @@ class Patcher:
         """The unpatched runs of every batch."""
         return map(self._runs, range(len(self.batches)))
 
-    def _patched(self, runs: Runs, sets: Sequence[Sequence[Site | EdgeCell]]) -> Float[np.ndarray, "set batch"]:
-        edges = [[cell.index for cell in cells if isinstance(cell, EdgeCell)] for cells in sets]
-        if self.setting.edges is None:
-            edits = [tuple(Edit(cell, runs.source) for cell in cells if isinstance(cell, Site)) for cells in sets]
-            return patched(self.setting, runs, self.meter, edits, engine=self.exact.engine)
-        if all(len(indices) == 1 for indices in edges):
-            single = np.array([indices[0] for indices in edges])
-            return edge_effects(self.setting, runs, self.meter, single, engine=self.exact.engine, post_norm=self.exact.post_norm)
-        masks = np.zeros((len(edges), *self.setting.live[str(self.setting.edges)].shape), dtype=bool)
-        for mask, indices in zip(masks, edges, strict=True):
-            mask[tuple(np.array(indices).T)] = True
-        return set_effects(self.setting, runs, self.meter, masks, post_norm=self.exact.post_norm)
+    def _patched(self, runs: Runs, sets: Sequence[Sequence[Cell]]) -> Float[np.ndarray, "set batch"]:
+        found = np.zeros((len(sets), len(runs.batch)))
+        kinds = [{KINDS[site.kind].cells for site, _ in cells} for cells in sets]
+        if any(len(names) > 1 for names in kinds):
+            raise MethodError("cells of several kinds cannot be patched at once; find them in runs of their own.")
+        for kind, part in parts(self.setting):
+            mine = [i for i, names in enumerate(kinds) if names == {kind.name}]
+            if mine:
+                found[mine] = kind.patch(part, runs, self.meter, [sets[i] for i in mine], self.exact.how)
+        return found
 
     def _runs(self, number: int) -> Runs:
         if number in self.kept:

@@ -17,13 +17,14 @@ from jaxtyping import Bool, Float, Int
 from tqdm.auto import tqdm
 
 from patchlab.errors import MethodError
-from patchlab.methods.cells.exact_edges import EdgeCell
-from patchlab.methods.exact import ActivationPatching, addresses
+from patchlab.methods.cells.kind import listed
+from patchlab.methods.exact import ActivationPatching
 from patchlab.methods.method import Method
 from patchlab.methods.named import RelevancePatching
-from patchlab.methods.setting.runs import Meter, Setting
+from patchlab.methods.setting.meter import Meter
+from patchlab.methods.setting.setting import Setting
 from patchlab.methods.verified.bound import Bound, Price, Recall, half_widths, look_sizes, missable
-from patchlab.methods.verified.patcher import Cells, Patcher
+from patchlab.methods.verified.patcher import Cell, Cells, Patcher
 from patchlab.methods.verified.result import VerifiedResult, cell_columns, ordered
 from patchlab.methods.verified.subsets import FEWEST, SubsetBound, largest_effect, memberships, most_exceeding_additive
 from patchlab.models import Model
@@ -163,8 +164,10 @@ class VerifiedPatching:
         """
         return self._price(self._exact.prepared(model, task, sites, direction=direction)[0])
 
-    def _price(self, setting: Setting) -> Price:
-        n_live = self._exact.forwards(setting)
+    def _price(self, setting: Setting, screen: ScoreMap | None = None) -> Price:
+        if screen is None and any(live is None for live in setting.live.values()):
+            raise MethodError(f"which cells {', '.join(map(str, setting.sites))} have is only known after a run, and so is the price; run it.")
+        n_live = self._exact.forwards(setting) if screen is None else sum(int(screen.live[str(site)].sum()) for site in setting.sites)
         if not n_live:
             raise MethodError(f"none of the cells of {', '.join(map(str, setting.sites))} can matter: all are structural zeros. Name other sites.")
         if self.population and len(setting.task) < 2:
@@ -181,10 +184,11 @@ class VerifiedPatching:
             sample = min(next(look_sizes(unverified, lambda found: missed, self._level)), most)
         else:
             sample = 0  # how many exceed the target, and so how many may be missed, is not known yet
-        groups = sum(setting.live[str(site)].shape[0] for site in setting.sites if _levels(site)) if self.hierarchical else 0
-        screen = 3 * self.screen.forwards(setting) - 2  # all but the first run may have a backward pass, which counts as two
+        grouped = [live for site in setting.sites if (live := setting.live[str(site)]) is not None and _levels(site)]
+        groups = sum(live.shape[0] for live in grouped) if self.hierarchical else 0
+        screening = 3 * self.screen.forwards(setting) - 2  # all but the first run may have a backward pass, which counts as two
         wanted = self.k if self.target is None else None
-        return Price(n_live, wanted, self._level, float(screen), verified, sample, groups + self.subsets, self.recall)
+        return Price(n_live, wanted, self._level, float(screening), verified, sample, groups + self.subsets, self.recall)
 
     def run(
         self,
@@ -209,7 +213,9 @@ class VerifiedPatching:
         started = time.perf_counter()
         options: dict[str, Any] = {"direction": direction, "batch_size": batch_size, "max_memory": max_memory}
         setting, batches, predicted = self._exact.prepared(model, task, sites, **options)
-        price = self._price(setting)
+        known = all(live is not None for live in setting.live.values())
+        screen = None if known else self.screen.run(model, task, setting.sites, progress=progress, **options)
+        price = self._price(setting, screen)
         if say is not None:
             say(str(price))
         elif progress:
@@ -217,10 +223,11 @@ class VerifiedPatching:
         if price.dearer:
             scores = self._exact.run(model, task, setting.sites, progress=progress, **options)
             cells = Cells.of(setting, scores)
-            search = _Search(self, setting, cells, _read(scores, setting, cells))
+            search = _Search(self, setting, cells, _read(scores, cells))
             search.take_all(_target(self.target, scores))
             return search.result(scores, price, scores.cost, scores.cost.forwards / len(batches), scores.provenance.get("engine", ""))
-        screen = self.screen.run(model, task, setting.sites, progress=progress, **options)
+        if screen is None:
+            screen = self.screen.run(model, task, setting.sites, progress=progress, **options)
         with tqdm(desc=self.name, unit="forward", disable=not progress, leave=False) as bar:
             meter = Meter(bar)
             patcher = Patcher(self._exact, setting, batches, predicted, meter)
@@ -237,12 +244,14 @@ class VerifiedPatching:
         return search.result(screen, price, cost, meter.forwards / len(batches), meter.engine)
 
 
-def _read(scores: ScoreMap, setting: Setting, cells: Cells) -> Callable[[Sequence[Sequence[Site | EdgeCell]]], Float[np.ndarray, "set example"]]:
+def _read(scores: ScoreMap, cells: Cells) -> Callable[[Sequence[Sequence[Cell]]], Float[np.ndarray, "set example"]]:
     """Effects of single cells, read from a sweep."""
-    values = [scores.data[str(site)].transpose("example", ...).to_numpy() for site in setting.sites]
-    found = zip(cells.where, cells.site, cells.index, strict=True)
-    effects = {str(where): values[site][(slice(None), *index)] for where, site, index in found}
-    return lambda sets: np.stack([effects[str(where)] for (where,) in sets]).astype(np.float64)
+    effects: dict[Cell, np.ndarray] = {}
+    for site in cells.setting.sites:
+        values = scores.data[str(site)].transpose("example", ...).to_numpy()
+        rows = values.reshape(len(values), -1).T
+        effects |= {(site, tuple(cell)): row for cell, row in zip(scores.cells(site).tolist(), rows, strict=True)}
+    return lambda sets: np.stack([effects[cell] for (cell,) in sets]).astype(np.float64)
 
 
 def _target(target: float | int | None, screen: ScoreMap) -> float | None:
@@ -266,7 +275,7 @@ class _Search:
         method: VerifiedPatching,
         setting: Setting,
         cells: Cells,
-        joint: Callable[[Sequence[Sequence[Site | EdgeCell]]], Float[np.ndarray, "set example"]],
+        joint: Callable[[Sequence[Sequence[Cell]]], Float[np.ndarray, "set example"]],
     ) -> None:
         self.method, self.setting, self.cells, self.joint = method, setting, cells, joint
         self.n = len(cells.where)
@@ -371,18 +380,22 @@ class _Search:
         for number, site in enumerate(self.setting.sites):
             mine = np.flatnonzero(self.cells.site == number)
             for axes in _levels(site):
-                keys = {int(i): tuple(self.cells.index[i][site.axes.index(axis)] for axis in axes) for i in mine if self.candidates[i]}
+                live = self.setting.live[str(site)]
+                if live is None:
+                    break
+                keys = {int(i): tuple(self.cells.where[i][1][site.axes.index(axis)] for axis in axes) for i in mine if self.candidates[i]}
                 wanted = sorted(set(keys.values()))
                 coarse = Site(site.kind, axes)
-                shape = tuple(size for axis, size in zip(site.axes, self.setting.live[str(site)].shape, strict=True) if axis in axes)
+                shape = tuple(size for axis, size in zip(site.axes, live.shape, strict=True) if axis in axes)
                 mask: Bool[np.ndarray, "*cells"] = np.zeros(shape, dtype=bool)
                 for key in wanted:
                     mask[key] = True
-                found = list(addresses(self.setting, coarse, mask))
-                joint = self.joint([[where] for _, where in found]).mean(1)
-                kept = {key for (key, _), effect in zip(found, joint, strict=True) if abs(effect) >= floor}
+                found = listed(mask)
+                joint = self.joint([[(coarse, key)] for key in found]).mean(1)
+                kept = {key for key, effect in zip(found, joint, strict=True) if abs(effect) >= floor}
                 self.groups += [
-                    {"address": str(where), "effect": float(effect), "kept": key in kept} for (key, where), effect in zip(found, joint, strict=True)
+                    {"address": self.cells.label((coarse, key)), "effect": float(effect), "kept": key in kept}
+                    for key, effect in zip(found, joint, strict=True)
                 ]
                 for cell, key in keys.items():
                     self.candidates[cell] = key in kept
@@ -498,7 +511,7 @@ class _Search:
         drawn, n_cells = set(self.drawn), len(numbers)
         mean, wide = effects.mean(1), np.array([self.wide[i] for i in numbers])
         columns = {
-            "address": [str(self.cells.where[i]) for i in numbers],
+            "address": [self.cells.label(self.cells.where[i]) for i in numbers],
             "effect": mean,
             **({"low": mean - wide, "high": mean + wide} if self.method.population else {}),
             "screen": np.full(n_cells, np.nan) if self.swept else self.cells.screen[numbers],
@@ -510,7 +523,7 @@ class _Search:
         for number, site in enumerate(self.setting.sites):
             rows = [row for row, i in enumerate(numbers) if self.cells.site[i] == number]
             if rows:
-                index = np.array([self.cells.index[numbers[row]] for row in rows], dtype=np.float64)
+                index = np.array([self.cells.where[numbers[row]][1] for row in rows], dtype=np.float64)
                 parts.append(pd.DataFrame({"site": str(site), **cell_columns(screen, str(site), index)}, index=rows))
         where = pd.concat(parts).sort_index()
         table = pd.concat([where, values], axis=1)

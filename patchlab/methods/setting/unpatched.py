@@ -1,55 +1,24 @@
 """The unpatched runs that every method starts from, and where the patched-in values come from."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from patchlab.engine import Baseline, Program, Result, Target, empty_cache, run, run_rest
-from patchlab.engine.program import targets
+from patchlab.engine import Baseline, Program, Result, Target, empty_cache, run_rest
 from patchlab.errors import MethodError
 from patchlab.interventions import Average, Kept, Source, Zero
+from patchlab.methods.setting.meter import Meter
 from patchlab.methods.setting.rounding import Rounding, rounding
+from patchlab.methods.setting.setting import Setting
 from patchlab.metrics import Answers
-from patchlab.models import Model
+from patchlab.scores.arrays import Effects
 from patchlab.sites import KINDS, POSITION_AXES, Site
-from patchlab.tasks.task import Batch, PositionAxis, Task
-
-Direction = Literal["denoising", "noising"]
-DIRECTIONS = ("denoising", "noising")
-SOURCES = ("paired", "zero", "mean", "mean_positional")
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What one run of a method is about; ``axis`` is None where no site is scored by position."""
-
-    model: Model
-    task: Task
-    sites: tuple[Site, ...]
-    direction: Direction
-    axis: PositionAxis | None
-    live: dict[str, Bool[np.ndarray, "*cells"]]
-    mean: Average | None = None
-    max_memory: float | int | None = None
-
-    @property
-    def targets(self) -> tuple[Target, ...]:
-        """Every (kind, layer) that the sites need."""
-        arch = self.model.arch
-        if self.edges is not None:
-            kinds = [kind for kind in ("input", "z", "mlp_out") if kind not in arch.absent]
-            return tuple(target for kind in kinds for target in targets(kind, arch.n_layers))
-        return tuple(dict.fromkeys(t for site in self.sites for t in targets(site.kind, arch.n_layers)))
-
-    @property
-    def edges(self) -> Site | None:
-        """The granularity of the edges, where edges are scored; the targets are then the writers."""
-        return self.sites[0] if self.sites[0].kind == "edges" else None
+from patchlab.tasks.task import Batch
 
 
 @dataclass(frozen=True)
@@ -84,40 +53,9 @@ class Scored:
     (see :mod:`patchlab.methods.setting.rounding`); ``standard_error`` that of effects estimated with random probes, NaN where it is unknown.
     """
 
-    effects: dict[str, np.ndarray]
-    noise: dict[str, np.ndarray] = field(default_factory=dict)
-    standard_error: dict[str, np.ndarray] = field(default_factory=dict)
-
-
-class Meter:
-    """Counts what was computed, and remembers which engine did it.
-
-    ``unit`` is what the progress bar counts: every ``forward``, or ``cell`` (then whoever runs cells moves the bar). ``cells`` are the
-    finished cells of the batch under way, with their effects per example; ``keep`` is called when there are more of them.
-    """
-
-    def __init__(self, bar: Any, unit: str = "forward") -> None:
-        self.engine = "literal"
-        self.forwards = self.backwards = self.positions = 0
-        self.bar, self.unit = bar, unit
-        self.cells: dict[int, np.ndarray] = {}
-        self.keep: Callable[[], None] = _nothing
-
-    def run(self, model: Model, program: Program, *, cache: Any = None) -> Result:
-        """Run a program and count its work."""
-        return self.count(run(model, program, cache=cache))
-
-    def count(self, result: Result) -> Result:
-        """Count the work of a run."""
-        forwards, backwards, positions = result.work
-        self.forwards, self.backwards, self.positions = self.forwards + forwards, self.backwards + backwards, self.positions + positions
-        if self.unit == "forward":
-            self.bar.update(forwards)
-        return result
-
-
-def _nothing() -> None:
-    """What is done with finished cells that nobody keeps."""
+    effects: Mapping[str, Effects]
+    noise: Mapping[str, Effects] = field(default_factory=dict)
+    standard_error: Mapping[str, Effects] = field(default_factory=dict)
 
 
 def unpatched(
@@ -290,19 +228,3 @@ def required(value: Any) -> Any:
     if value is None:
         raise MethodError("a run did not return what was asked of it.")
     return value
-
-
-def activation_bytes(setting: Setting, rows: int, length: int) -> int:
-    """Bytes of the activations at every site of a setting, for a batch of rows."""
-    return itemsize(setting) * sum(rows * length * setting.model.arch.numbers(kind, length) for kind, _ in setting.targets)
-
-
-def itemsize(setting: Setting) -> int:
-    """Bytes of one number of the model's dtype."""
-    return torch.empty(0, dtype=setting.model.dtype).element_size()
-
-
-def token_bytes(setting: Setting, length: int) -> int:
-    """Bytes that one token of a prompt takes on its way through a block: stream, MLP, attention scores, keys and values."""
-    arch = setting.model.arch
-    return itemsize(setting) * (12 * arch.d_model + 4 * (arch.d_mlp or 0) + length * (3 * arch.n_heads + 2 * arch.n_kv_heads * arch.d_head))

@@ -1,0 +1,36 @@
+"""What one run of a method is about."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Bool
+
+from patchlab.engine import Target
+from patchlab.interventions import Average
+from patchlab.models import Model
+from patchlab.sites import Site
+from patchlab.tasks.task import PositionAxis, Task
+
+Direction = Literal["denoising", "noising"]
+DIRECTIONS = ("denoising", "noising")
+SOURCES = ("paired", "zero", "mean", "mean_positional")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What one run of a method is about.
+
+    ``targets`` are the activations, every (kind, layer), whose values in both runs the scores of the sites need. ``axis`` is None where no
+    site is scored by position. ``live`` says which cells can matter, per site; None for sites whose cells only the runs show.
+    """
+
+    model: Model
+    task: Task
+    sites: tuple[Site, ...]
+    direction: Direction
+    axis: PositionAxis | None
+    live: dict[str, Bool[np.ndarray, "*cells"] | None]
+    targets: tuple[Target, ...] = ()
+    mean: Average | None = None
+    max_memory: float | int | None = None
