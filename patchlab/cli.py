@@ -153,7 +153,7 @@ def verify(
     loaded = load_model(model, device=device, dtype=dtype)
     pairs = named_task(task, loaded, n=n, seed=seed, options=options)
     say = partial(typer.echo, err=True)
-    result = method.run(loaded, pairs, wanted, direction=direction, batch_size=batch_size, progress=sys.stderr.isatty(), say=say)
+    result = method.run(loaded, pairs, wanted, direction=direction, batch_size=batch_size, say=say)
     typer.echo(json.dumps(result.to_dict(), allow_nan=False) if json_ else result.summary())
 
 
@@ -170,7 +170,7 @@ def _compare(
     say = Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print
     job = report.Job(model, task, tuple(methods.split(",")), tuple(map(str, parse_sites(sites))), n=n, **settings)
     with report.result_folder(out, force=force, job={"patchlab": __version__, **job.as_dict()}, say=say) as folder:
-        results = report.run(job, folder=folder, say=say, progress=sys.stderr.isatty())
+        results = report.run(job, folder=folder, say=say, progress=True)
         say("writing tables and plots")
         run = report.write(folder, results, say=say)
     target = out.expanduser().resolve()

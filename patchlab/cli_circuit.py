@@ -5,7 +5,6 @@ halves), so that no circuit is judged by the pairs it was chosen on.
 """
 
 import json
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -93,7 +92,7 @@ def find(
         raise OutputError(f"{out} exists and is not overwritten; choose another name with --out, or replace it with --force.")
     scorer = get_method(method.strip())
     loaded, first, second = _load(model, task, n, seed, options, device, dtype, whole)
-    scores = scorer.run(loaded, first or second, "edges", direction=direction, batch_size=batch_size, progress=sys.stderr.isatty())
+    scores = scorer.run(loaded, first or second, "edges", direction=direction, batch_size=batch_size)
     found = HOW[how](scores, EDGES if edges is None else edges, by=by) if threshold is None else above(scores, threshold, by=by)
     if not found.n_edges:
         raise CircuitError(
@@ -168,9 +167,7 @@ def evaluate(
         raise CircuitError(f"circuits are named after their files, and two of them have one name; got {', '.join(map(str, paths))}.")
     loaded, first, second = _load(model, task, n, seed, options, device, dtype, whole)
     train = None if ablation in ("resample", "zero") else first
-    result = circuits.evaluate(
-        loaded, named, second, ablation=ablation, train=train, minimality=minimality, seed=seed, batch_size=batch_size, progress=sys.stderr.isatty()
-    )
+    result = circuits.evaluate(loaded, named, second, ablation=ablation, train=train, minimality=minimality, seed=seed, batch_size=batch_size)
     if json_:
         from patchlab.report.curve import records
 
@@ -261,7 +258,6 @@ def _curve(out: Path, methods: str, where: tuple[Any, ...], settings: dict[str, 
     from patchlab.methods import get_method
 
     names = tuple(get_method(name.strip()).name for name in methods.split(","))
-    progress = sys.stderr.isatty()
 
     def say(line: str) -> None:
         typer.echo(line, err=True)
@@ -272,10 +268,10 @@ def _curve(out: Path, methods: str, where: tuple[Any, ...], settings: dict[str, 
         loaded, first, second = _load(*where, whole=False)
         plan = {key: settings[key] for key in ("how", "by", "ablation")}
         check_plan(loaded.arch.graph, {name: get_method(name) for name in names}, settings["sizes"], **plan)
-        run = {"direction": "noising", "batch_size": settings["batch_size"], "progress": progress}
+        run = {"direction": "noising", "batch_size": settings["batch_size"]}
         maps = report.scored(names, loaded, first, ["edges"], folder=folder, say=say, **run)
         train = None if settings["ablation"] in ("resample", "zero") else first
-        found = faithfulness_curve(loaded, maps, second, train=train, progress=progress, **settings)
+        found = faithfulness_curve(loaded, maps, second, train=train, **settings)
         record = report.write_curve(folder, found, say=say)
     target = out.expanduser().resolve()
     say(f"done: open {target / 'faithfulness.html'}")

@@ -15,7 +15,6 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from jaxtyping import Int
-from tqdm.auto import tqdm
 
 from patchlab.engine import Target
 from patchlab.errors import MethodError, unknown
@@ -25,6 +24,7 @@ from patchlab.methods.liveness import cell_shape, live_cells, live_patterns, pat
 from patchlab.methods.runs import DIRECTIONS, SOURCES, Meter, Runs, Scored, Setting, check_metric, mean_source, unpatched
 from patchlab.metrics import METRICS
 from patchlab.models import Model
+from patchlab.progress import progress_bar
 from patchlab.score_arrays import Patterns
 from patchlab.scores import Cost, ScoreMap
 from patchlab.sites import POSITION_AXES, Site, parse_sites
@@ -100,7 +100,7 @@ class Method(ABC):
             direction: ``denoising`` (clean activations into the corrupted run; effect over the corrupted metric) or
                 ``noising`` (corrupted into clean; effect over the clean metric).
             batch_size: examples per batch; default as many of one length as fit in memory. Results do not depend on it.
-            progress: show a progress bar on stderr.
+            progress: show a progress bar on stderr; without a terminal, a line every ten seconds.
             max_memory: most bytes to use for activations; default half of what is free. A run that is
                 predicted to need more than a given max_memory does not start.
             checkpoint: a file that finished work is written to every few seconds and after an exception; it is removed when the run
@@ -188,7 +188,7 @@ class Method(ABC):
         steps, means = self.forwards(setting), self.source.startswith("mean") and self.unit == "forward"
         finished = len(work.batches) * steps + len(work.cells_of(len(work.batches)))
         total = len(batches) * (steps + means)
-        with tqdm(total=total, initial=finished, desc=self.name, unit=self.unit, disable=not progress, leave=False) as bar:
+        with progress_bar(self.name, self.unit, total, done=finished, show=progress) as bar:
             meter = Meter(bar, self.unit)
             work.begin(meter)
             if self.source.startswith("mean"):

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float, Int
-from tqdm.auto import tqdm
 
 from patchlab.errors import MethodError
 from patchlab.methods.base import Method
@@ -27,6 +26,7 @@ from patchlab.methods.runs import Meter, Setting
 from patchlab.methods.subsets import FEWEST, SubsetBound, largest_effect, memberships, most_exceeding_additive
 from patchlab.methods.verified_result import VerifiedResult, cell_columns, ordered
 from patchlab.models import Model
+from patchlab.progress import progress_bar
 from patchlab.scores import Cost, ScoreMap
 from patchlab.sites import KINDS, POSITION_AXES, Site
 from patchlab.tasks.base import Task
@@ -213,7 +213,7 @@ class VerifiedPatching:
         if say is not None:
             say(str(price))
         elif progress:
-            tqdm.write(str(price), file=sys.stderr)
+            sys.stderr.write(f"{price}\n")
         if price.dearer:
             scores = self._exact.run(model, task, setting.sites, progress=progress, **options)
             cells = Cells.of(setting, scores)
@@ -221,7 +221,7 @@ class VerifiedPatching:
             search.take_all(_target(self.target, scores))
             return search.result(scores, price, scores.cost, scores.cost.forwards / len(batches), scores.provenance.get("engine", ""))
         screen = self.screen.run(model, task, setting.sites, progress=progress, **options)
-        with tqdm(desc=self.name, unit="forward", disable=not progress, leave=False) as bar:
+        with progress_bar(self.name, "forward", show=progress) as bar:
             meter = Meter(bar)
             patcher = Patcher(self._exact, setting, batches, predicted, meter)
             search = _Search(self, setting, Cells.of(setting, screen), patcher.joint)

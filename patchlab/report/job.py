@@ -102,7 +102,7 @@ def run(job: Job, *, folder: Path | None = None, say: Callable[[str], Any] = lam
         folder: each method's scores are written there as they finish, and the work on the next one as it goes; what an interrupted
             run left there is not computed again.
         say: told, in a line each, what is going on.
-        progress: show the methods' progress bars (on stderr).
+        progress: show the methods' progress on stderr.
 
     Raises:
         PatchlabError: whatever is wrong with the names, the pairs or the model.
