@@ -141,7 +141,7 @@ def verify(
 
     from patchlab.methods import VerifiedPatching, get_method
     from patchlab.models import load_model
-    from patchlab.report import named_task
+    from patchlab.report import announced, named_task
     from patchlab.sites import parse_sites
 
     disable_progress_bar()  # for files that load in a second
@@ -153,6 +153,10 @@ def verify(
     loaded = load_model(model, device=device, dtype=dtype)
     pairs = named_task(task, loaded, n=n, seed=seed, options=options)
     say = partial(typer.echo, err=True)
+    rows = method.price(loaded, pairs, wanted, direction=direction).rows
+    lower = "Less is computed with fewer pairs (--n), a smaller --k or --sample, another --screen, or fewer --sites."
+    if (line := announced({method.name: rows}, loaded, pairs, lower=lower, passes=f"{rows:,.0f} forward passes of every prompt")) is not None:
+        say(line)
     result = method.run(loaded, pairs, wanted, direction=direction, batch_size=batch_size, say=say)
     typer.echo(json.dumps(result.to_dict(), allow_nan=False) if json_ else result.summary())
 

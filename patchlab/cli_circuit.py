@@ -31,6 +31,7 @@ from patchlab.cli_options import (
 
 METHODS = "atp,ig:5,relp"
 EDGES = 200
+FEWER = "fewer pairs (--n), another --method"
 
 circuit = typer.Typer(
     context_settings=SETTINGS,
@@ -84,6 +85,7 @@ def find(
     from patchlab.circuits.select import BY
     from patchlab.errors import CircuitError, OutputError, unknown
     from patchlab.methods import get_method
+    from patchlab.report import cost_line
 
     for what, got, valid in (("way to choose edges", how, HOW), ("importance", by, BY), ("kind of circuit file", out.suffix, SUFFIXES)):
         if got not in valid:
@@ -92,6 +94,8 @@ def find(
         raise OutputError(f"{out} exists and is not overwritten; choose another name with --out, or replace it with --force.")
     scorer = get_method(method.strip())
     loaded, first, second = _load(model, task, n, seed, options, device, dtype, whole)
+    if (line := cost_line([scorer.name], loaded, first or second, ["edges"], direction=direction, batch_size=batch_size, lower=FEWER)) is not None:
+        typer.echo(line, err=True)
     scores = scorer.run(loaded, first or second, "edges", direction=direction, batch_size=batch_size)
     found = HOW[how](scores, EDGES if edges is None else edges, by=by) if threshold is None else above(scores, threshold, by=by)
     if not found.n_edges:

@@ -21,6 +21,7 @@ from patchlab.errors import MethodError, unknown
 from patchlab.methods.checkpoint import Finished, Work, batch_rows, described, joined, keeping
 from patchlab.methods.identity import identify
 from patchlab.methods.liveness import cell_shape, live_cells, live_patterns, pattern_cells, without_path
+from patchlab.methods.plan import Plan
 from patchlab.methods.runs import DIRECTIONS, SOURCES, Meter, Runs, Scored, Setting, check_metric, mean_source, unpatched
 from patchlab.metrics import METRICS
 from patchlab.models import Model
@@ -54,6 +55,14 @@ class Method(ABC):
     @abstractmethod
     def forwards(self, setting: Setting) -> int:
         """Steps of the progress bar per batch: forward passes, or whatever ``unit`` says."""
+
+    def backwards(self, setting: Setting) -> int:
+        """Backward passes per batch."""
+        return 0
+
+    def work(self, setting: Setting) -> float:
+        """What is computed per batch, in forward passes of it: a backward pass counts as two."""
+        return self.forwards(setting) + 2.0 * self.backwards(setting)
 
     @abstractmethod
     def predicted_bytes(self, setting: Setting, rows: int, length: int) -> int:
@@ -176,6 +185,26 @@ class Method(ABC):
                 f"and max_memory is {_megabytes(max_memory)}. Lower batch_size, ask for fewer sites, or raise max_memory."
             )
         return setting, batches, predicted
+
+    def plan(
+        self,
+        model: Model,
+        task: Task,
+        sites: str | Site | Iterable[str | Site],
+        *,
+        direction: str = "denoising",
+        batch_size: int | None = None,
+        max_memory: int | float | None = None,
+    ) -> Plan:
+        """How many passes :meth:`run` will take, known beforehand; :func:`patchlab.methods.plan.forward_seconds` says how long one takes.
+
+        Raises:
+            MethodError, SiteError: as :meth:`run`.
+        """
+        setting, batches, _ = self.prepared(model, task, sites, direction=direction, batch_size=batch_size, max_memory=max_memory)
+        means = self.source.startswith("mean")
+        forwards = (self.forwards(setting) + (2 if self.unit == "cell" else 0) + means) * len(batches)
+        return Plan(forwards, self.backwards(setting) * len(batches), self.work(setting) + means)
 
     def _identity(self, setting: Setting, batches: list[Batch]) -> dict[str, str | None]:
         return identify(self._provenance(setting, {}), setting, described([len(batch) for batch in batches]))

@@ -9,13 +9,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from patchlab.engine import Cell, Support, Work, continues, support, sweep
+from patchlab.engine.edge_support import edge_support
 from patchlab.engine.wiring import POST_NORMS
 from patchlab.errors import MethodError, unknown
 from patchlab.interventions import Edit, Kept
 from patchlab.methods.base import Method
 from patchlab.methods.exact_edges import check_edges, edge_bytes, edge_record, score_edges
 from patchlab.methods.runs import Meter, Runs, Scored, Setting, activation_bytes, first_difference, itemsize, program, required, token_bytes
-from patchlab.sites import Position, Site
+from patchlab.sites import Position, Site, parse_site
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,30 @@ class ActivationPatching(Method):
 
     def forwards(self, setting: Setting) -> int:
         return sum(int(live.sum()) for live in setting.live.values())
+
+    def work(self, setting: Setting) -> float:
+        """The unpatched runs, and for each cell the share of the model that comes after it."""
+        return 2 + sum(float(self._share(setting, name).sum()) for name in setting.live)
+
+    def _share(self, setting: Setting, name: str) -> Float[np.ndarray, " cell"]:
+        """Of each live cell of a site, the layers and positions from it on, where no more than these are computed."""
+        site, cells, n_layers = parse_site(name), np.argwhere(setting.live[name]), setting.model.arch.n_layers
+        tested = edge_support if site.kind == "edges" else support
+        way = tested(setting.model).mode if self.engine == "auto" else "literal"
+        share = np.ones(len(cells))
+        if way != "literal" and site.kind == "edges":
+            starts = [setting.model.arch.graph.reader_slice(layer).start for layer in (*range(n_layers), None)]
+            share -= (np.searchsorted(starts, cells[:, 1], side="right") - 1) / n_layers
+        elif way != "literal" and "layer" in site.axes:
+            share -= cells[:, site.axes.index("layer")] / n_layers
+        if way == "prefix":
+            length = max(len(pair) for pair in setting.task.pairs)
+            start = 0 if self.source != "paired" else min(first_difference(batch) for batch in setting.task.batches(len(setting.task), "cpu"))
+            axis = next((axis for axis in ("pos", "dest") if axis in site.axes), None)
+            named = setting.axis is None or setting.axis.names is not None
+            where = np.full(len(cells), start) if axis is None or named else np.maximum(start, cells[:, site.axes.index(axis)])
+            share *= 1 - where / length
+        return share
 
     def check(self, setting: Setting) -> None:
         check_edges(setting, self.post_norm)

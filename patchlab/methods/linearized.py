@@ -22,7 +22,7 @@ from patchlab.methods.base import Method
 from patchlab.methods.corrections import drop_term, dropping, every_layer, qk_forwards, qk_scores
 from patchlab.methods.edges import EdgeScores, check_sums, edge_bytes, edge_options
 from patchlab.methods.noise import product_variance
-from patchlab.methods.quadrature import points_and_weights
+from patchlab.methods.quadrature import n_points, points_and_weights
 from patchlab.methods.runs import Meter, Runs, Scored, Setting, activation_bytes, itemsize, program, reduced
 from patchlab.rules import Composite, get_composite
 from patchlab.sites import KINDS, Site, parse_site
@@ -68,7 +68,7 @@ class LinearizedPatching(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         _ = self.composite
-        points_and_weights(self.quadrature, 1 if self.n_steps is None else self.n_steps)
+        n_points(self.quadrature, 1 if self.n_steps is None else self.n_steps)
         if self.over not in ("inputs", "activations", "groups"):
             raise MethodError(f"over is {self.over!r}; valid: 'inputs', 'activations', 'groups'.")
         if self.qk_fix and self.n_steps is not None and self.over != "inputs":
@@ -137,6 +137,12 @@ class LinearizedPatching(Method):
             return extra + self._n_points * drops + (self.source != "paired" and not self.grad_drop)
         ends = not self.grad_drop and setting.edges is None
         return extra + (self._n_points * drops + ends) * len(self._linear(setting))
+
+    def backwards(self, setting: Setting) -> int:
+        drops = setting.model.arch.n_layers if self.grad_drop else 1
+        if self.n_steps is None:
+            return drops
+        return self._n_points * drops * (1 if self.over == "inputs" else len(self._linear(setting)))
 
     def predicted_bytes(self, setting: Setting, rows: int, length: int) -> int:
         # both runs' activations and the gradients, and what the backward pass of each block holds on to
@@ -223,7 +229,7 @@ class LinearizedPatching(Method):
 
     @property
     def _n_points(self) -> int:
-        return 0 if self.n_steps is None else len(points_and_weights(self.quadrature, self.n_steps))
+        return 0 if self.n_steps is None else n_points(self.quadrature, self.n_steps)
 
     def _coefficients(self, setting: Setting, runs: Runs, meter: Meter, drop: int | None) -> dict[Target, Tensor]:
         """What differences are multiplied by, with the backward contribution of layer ``drop`` dropped."""

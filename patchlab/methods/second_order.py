@@ -89,6 +89,9 @@ class SecondOrder(Method):
     def forwards(self, setting: Setting) -> int:
         return 2 + (self.probes or PILOT) * sum(len(_layers(setting, site)) for site in setting.sites)
 
+    def backwards(self, setting: Setting) -> int:
+        return self.forwards(setting) - 1
+
     def predicted_bytes(self, setting: Setting, rows: int, length: int) -> int:
         arch = setting.model.arch
         per_block = rows * length * (12 * arch.d_model + 4 * (arch.d_mlp or 0) + 3 * arch.n_heads * length)

@@ -3,6 +3,6 @@
 from patchlab.report.curve import write_curve
 from patchlab.report.files import write
 from patchlab.report.folder import result_folder
-from patchlab.report.job import Job, Results, named_task, run, scored
+from patchlab.report.job import Job, Results, announced, cost_line, named_task, run, scored
 
-__all__ = ["Job", "Results", "named_task", "result_folder", "run", "scored", "write", "write_curve"]
+__all__ = ["Job", "Results", "announced", "cost_line", "named_task", "result_folder", "run", "scored", "write", "write_curve"]
