@@ -4,7 +4,6 @@ import json
 import signal
 import sys
 from collections.abc import Iterable
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,6 +30,8 @@ from patchlab.cli_options import (
     Positions,
     TaskName,
     TaskOptions,
+    as_options,
+    say,
     task_settings,
 )
 
@@ -152,26 +153,25 @@ def verify(
     wanted = parse_sites(sites)
     loaded = load_model(model, device=device, dtype=dtype)
     pairs = named_task(task, loaded, n=n, seed=seed, options=options)
-    say = partial(typer.echo, err=True)
     rows = method.price(loaded, pairs, wanted, direction=direction).rows
     lower = "Less is computed with fewer pairs (--n), a smaller --k or --sample, another --screen, or fewer --sites."
     if (line := announced({method.name: rows}, loaded, pairs, lower=lower, passes=f"{rows:,.0f} forward passes of every prompt")) is not None:
         say(line)
     result = method.run(loaded, pairs, wanted, direction=direction, batch_size=batch_size, say=say)
+    if (warning := result.screen.reversed_gap()) is not None:
+        say(f"warning: {warning}")
     typer.echo(json.dumps(result.to_dict(), allow_nan=False) if json_ else result.summary())
 
 
 def _compare(
     model: str, task: str, methods: str, sites: str, *, out: Path, force: bool, as_json: bool, n: int | None = None, **settings: Any
 ) -> None:
-    from rich.console import Console
     from transformers.utils.logging import disable_progress_bar
 
     from patchlab import report
     from patchlab.sites import parse_sites
 
     disable_progress_bar()  # for files that load in a second
-    say = Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print
     job = report.Job(model, task, tuple(methods.split(",")), tuple(map(str, parse_sites(sites))), n=n, **settings)
     with report.result_folder(out, force=force, job={"patchlab": __version__, **job.as_dict()}, say=say) as folder:
         results = report.run(job, folder=folder, say=say, progress=True)
@@ -182,7 +182,7 @@ def _compare(
     if as_json:
         typer.echo(json.dumps({"out": str(target), **run}, allow_nan=False))
     else:
-        typer.echo(results.comparison.summary())
+        typer.echo(as_options(results.comparison.summary()))
 
 
 @app.command(cls=Command)

@@ -26,6 +26,7 @@ from patchlab.cli_options import (
     Pairs,
     TaskName,
     TaskOptions,
+    say,
     task_settings,
 )
 
@@ -95,8 +96,10 @@ def find(
     scorer = get_method(method.strip())
     loaded, first, second = _load(model, task, n, seed, options, device, dtype, whole)
     if (line := cost_line([scorer.name], loaded, first or second, ["edges"], direction=direction, batch_size=batch_size, lower=FEWER)) is not None:
-        typer.echo(line, err=True)
+        say(line)
     scores = scorer.run(loaded, first or second, "edges", direction=direction, batch_size=batch_size)
+    if (warning := scores.reversed_gap()) is not None:
+        say(f"warning: {warning}")
     found = HOW[how](scores, EDGES if edges is None else edges, by=by) if threshold is None else above(scores, threshold, by=by)
     if not found.n_edges:
         raise CircuitError(
@@ -262,9 +265,6 @@ def _curve(out: Path, methods: str, where: tuple[Any, ...], settings: dict[str, 
     from patchlab.methods import get_method
 
     names = tuple(get_method(name.strip()).name for name in methods.split(","))
-
-    def say(line: str) -> None:
-        typer.echo(line, err=True)
 
     # what the scores depend on: the sizes and the ablation of the curve may be others when it is drawn again
     job = {"patchlab": __version__, "curve": list(names), "of": list(where), "batch_size": settings["batch_size"]}

@@ -432,6 +432,8 @@ def _notes(reference: ScoreMap, name_of_reference: str, methods: Mapping[str, Sc
         notes.append("The reference does not say which cells can matter for which prompt: those that can for any count for all.")
     if n == 1:
         notes.append("One example: there are no intervals and no reliability.")
+    if (reversed_gap := reference.reversed_gap()) is not None:
+        notes.append(f"{reversed_gap[0].upper()}{reversed_gap[1:]}")
     if not certain:
         notes.append("The gap between clean and corrupted is not distinguishable from 0, so sign agreement is left undefined.")
     return notes

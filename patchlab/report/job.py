@@ -219,6 +219,8 @@ def scored(
         maps[name] = get_method(name).run(model, task, sites, checkpoint=checkpoint, **settings)
         if file is not None:
             maps[name].save(file, overwrite=True)
+        if len(maps) == 1 and (warning := maps[name].reversed_gap()) is not None:
+            say(f"warning: {warning}")
         done(name)
         say(f"{name}: {maps[name].cost.seconds:.1f} s")
     return maps
