@@ -35,6 +35,7 @@ from patchlab.cli_options import (
     task_settings,
 )
 
+DEMO = (("ioi", {}), ("agreement", {"variant": "across_rc"}))
 METHODS = "exact,atp,ig:5,relp"
 SITES = "resid_pre,attn_out,mlp_out,z"
 
@@ -66,11 +67,12 @@ def demo(
     force: Force = False,
     json_: Json = False,
 ) -> None:
-    """Compare four methods on a packaged model.
+    """Compare four methods on two packaged models and two tasks.
 
-    The model has 12 layers and does indirect object identification.
+    Both models have been trained to do indirect object identification and subject-verb agreement. The methods' agreement with exact patching is said
+    in words, then tabulated; each comparison has a folder with a page of its own.
     """
-    _compare("demo-gpt2", "ioi", METHODS, SITES, out=out, n=n, force=force, as_json=json_)
+    _demo(out, n, force=force, as_json=json_)
 
 
 @app.command(cls=Command)
@@ -163,6 +165,49 @@ def verify(
     typer.echo(json.dumps(result.to_dict(), allow_nan=False) if json_ else result.summary())
 
 
+def _demo(out: Path, n: int, *, force: bool, as_json: bool) -> None:
+    from contextlib import ExitStack
+
+    from transformers.utils.logging import disable_progress_bar
+
+    from patchlab import report
+    from patchlab.tables import prose, table, terminal_width
+
+    disable_progress_bar()  # for files that load in a second
+    target, sites = out.expanduser().resolve(), tuple(SITES.split(","))
+    jobs = {
+        f"{model}-{task}": report.Job(model, task, tuple(METHODS.split(",")), sites, n=n, options=options)
+        for model in ("demo-gpt2", "demo-llama")
+        for task, options in DEMO
+    }
+    report.check_overview(target, force=force)
+    done: dict[str, report.Results] = {}
+    records: dict[str, Any] = {}
+    models: dict[str, Any] = {}
+    with ExitStack() as stack:
+        made = {"patchlab": __version__}
+        kept = {
+            name: stack.enter_context(report.result_folder(target / name, force=force, job={**made, **job.as_dict()}, say=say))
+            for name, job in jobs.items()
+        }
+        for name, job in jobs.items():
+            done[name] = report.run(job, model=models.get(job.model), folder=kept[name], say=say, progress=True)
+            models[job.model] = done[name].model
+            records[name] = report.write(kept[name], done[name], images=False, say=say)
+    report.write_overview(target, done)
+    say(f"done: open {target / 'index.html'}")
+    found = {name: report.findings(one.comparison, one.maps["exact"]) for name, one in done.items()}
+    if as_json:
+        comparisons = {name: {**record, "findings": found[name]} for name, record in records.items()}
+        typer.echo(json.dumps({"out": str(target), "comparisons": comparisons}, allow_nan=False))
+        return
+    width = terminal_width()
+    for name, one in done.items():
+        typer.echo("\n".join([report.headline(one), *(f"  {prose(line, width and width - 2, indent='    ')}" for line in found[name]), ""]))
+    typer.echo("Pearson correlation with exact patching over live cells, with 95 % intervals:\n")
+    typer.echo(table(report.agreement_table(done), width, keys=3))
+
+
 def _compare(
     model: str, task: str, methods: str, sites: str, *, out: Path, force: bool, as_json: bool, n: int | None = None, **settings: Any
 ) -> None:
@@ -170,6 +215,7 @@ def _compare(
 
     from patchlab import report
     from patchlab.sites import parse_sites
+    from patchlab.tables import terminal_width
 
     disable_progress_bar()  # for files that load in a second
     job = report.Job(model, task, tuple(methods.split(",")), tuple(map(str, parse_sites(sites))), n=n, **settings)
@@ -182,7 +228,7 @@ def _compare(
     if as_json:
         typer.echo(json.dumps({"out": str(target), **run}, allow_nan=False))
     else:
-        typer.echo(as_options(results.comparison.summary()))
+        typer.echo(as_options(results.comparison.summary(width=terminal_width())))
 
 
 @app.command(cls=Command)

@@ -31,6 +31,7 @@ from patchlab.output import writing
 from patchlab.score_arrays import unscored_readers
 from patchlab.scores import ScoreMap
 from patchlab.sites import parse_site
+from patchlab.tables import prose, table
 
 FORMS = {"pearson": "Pearson of means", "pearson_per_prompt": "Pearson per prompt", "pearson_pooled": "Pearson pooled"}
 """Agreement in three forms: of example-mean maps, of each prompt's effects (mean over prompts), of all prompts' effects concatenated."""
@@ -90,19 +91,21 @@ class Comparison:
     verified_recall: pd.DataFrame = field(default_factory=pd.DataFrame)
     differences: pd.DataFrame = field(default_factory=pd.DataFrame)
 
-    def summary(self, cells: str = "live") -> str:
+    def summary(self, cells: str = "live", *, width: int | None = None) -> str:
         """The comparison as text, one line per method and site; ``cells`` is ``live`` or ``all``.
+
+        In a ``width`` of so many columns, columns that do not fit continue below the others; nothing is cut.
 
         Raises:
             ScoreError: another set of cells.
         """
-        parts = [self._heading()]
+        parts = [prose(self._heading(), width)]
         for title, frame in self._readable(_known(cells)).items():
-            parts += [f"{title}:", _text(frame)]
-            parts += [self._reliability_line(cells)] if title.startswith("Agreement") else []
-        parts += ["Cost of verified recall:", _text(self._readable_recall())] if len(self.verified_recall) else []
-        parts += ["Cost:", _text(self._readable_costs()), *(f"Note: {note}" for note in self.notes)]
-        return "\n\n".join(parts)
+            parts += [f"{title}:", table(frame, width)]
+            parts += [prose(self._reliability_line(cells), width)] if title.startswith("Agreement") else []
+        parts += ["Cost of verified recall:", table(self._readable_recall(), width)] if len(self.verified_recall) else []
+        notes = (prose(f"Note: {note}", width) for note in self.notes)
+        return "\n\n".join([*parts, "Cost:", table(self._readable_costs(), width, keys=1), *notes])
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain JSON values; NaN becomes None."""
@@ -476,16 +479,6 @@ def _number(value: float, signed: bool = False) -> str:
 
 def _bracket(low: float, high: float, signed: bool = False) -> str:
     return "" if math.isnan(low) else f"[{_number(low, signed)}, {_number(high, signed)}]"
-
-
-def _text(frame: pd.DataFrame) -> str:
-    """The frame in columns: names to the left, numbers to the right."""
-    texts = frame.astype(object).where(frame.notna(), "-").astype(str)
-    widths = {name: max(len(name), int(texts[name].str.len().max())) for name in texts}
-    numeric = {name: all(part.isdigit() for part in texts[name]) for name in texts}
-    rows = [dict(zip(texts, texts, strict=True)), *texts.to_dict("records")]
-    lines = ("  ".join(row[name].rjust(widths[name]) if numeric[name] else row[name].ljust(widths[name]) for name in texts) for row in rows)
-    return "\n".join(line.rstrip() for line in lines)
 
 
 def _escaped(text: str) -> str:

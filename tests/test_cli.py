@@ -223,7 +223,7 @@ def captured(monkeypatch):
     return jobs
 
 
-def test_demo_is_ioi_on_the_packaged_model_with_four_methods(captured, tmp_path, monkeypatch):
+def test_demo_begins_with_ioi_on_the_first_packaged_model(captured, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert error_of("demo") == "error: stop here", "a message of two lines becomes one"
     assert captured == [report.Job("demo-gpt2", "ioi", ("exact", "atp", "ig:5", "relp"), ("resid_pre", "attn_out", "mlp_out", "z"), n=32)]

@@ -36,7 +36,7 @@ RANKS = (
     {"cli"},
 )
 # Helpers that belong to no noun: they may import nothing of patchlab but errors, and everything may import them.
-HELPERS = {"bootstrap", "output", "progress"}
+HELPERS = {"bootstrap", "output", "progress", "tables"}
 # testing is for tests: it may import anything and nothing imports it
 FREE = {"testing"}
 

@@ -98,11 +98,19 @@ def _check_options(options: Mapping[str, Any]) -> None:
         raise TaskError(f"{own[0]} is not an option of a task but a setting of its own (--{own[0]}).")
 
 
-def run(job: Job, *, folder: Path | None = None, say: Callable[[str], Any] = lambda _: None, progress: bool = False) -> Results:
+def run(
+    job: Job,
+    *,
+    model: Model | None = None,
+    folder: Path | None = None,
+    say: Callable[[str], Any] = lambda _: None,
+    progress: bool = False,
+) -> Results:
     """Load the model and the task, run every method, compare.
 
     Args:
         job: what to compare.
+        model: the job's model, if it is loaded already.
         folder: each method's scores are written there as they finish, and the work on the next one as it goes; what an interrupted
             run left there is not computed again.
         say: told, in a line each, what is going on.
@@ -119,7 +127,7 @@ def run(job: Job, *, folder: Path | None = None, say: Callable[[str], Any] = lam
         now = time.perf_counter()
         seconds[step], started = round(now - started, 3), now
 
-    model = load_model(job.model, device=job.device, dtype=job.dtype)
+    model = model or load_model(job.model, device=job.device, dtype=job.dtype)
     done("load model")
     task = named_task(job.task, model, n=job.n, seed=job.seed, options=job.options)
     accuracy = task.accuracy(model)
