@@ -40,7 +40,7 @@ def table(frame: pd.DataFrame, width: int | None = None, *, keys: int = 2) -> st
             blocks[-1].append(name)
         else:
             blocks.append([*first, name])
-    return "\n\n".join(_block(texts[names], widths) for names in blocks or [first])
+    return "\n\n".join(_block(pd.DataFrame(texts[names]), widths) for names in blocks or [first])
 
 
 def _block(texts: pd.DataFrame, widths: dict[str, int]) -> str:

@@ -85,9 +85,12 @@ def folder(tmp_path_factory):
     job = report.Job
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(report, "Job", lambda model, *rest, **options: job("demo-gpt2-4l", *rest, **options))
+        patch.setattr(cli, "SITES", "z,mlp_out")
+        patch.setattr(cli, "METHODS", "exact,atp,relp")
         result = demo("--out", out)
         assert result.exit_code == 0, result.output
         refused = demo("--out", out)
+        patch.setattr(cli, "DEMO", cli.DEMO[:1])
         again = demo("--out", out, "--force", "--json")
     return out, result, refused, again
 
