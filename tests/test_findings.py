@@ -89,14 +89,15 @@ def folder(tmp_path_factory):
         patch.setattr(cli, "METHODS", "exact,atp,relp")
         result = demo("--out", out)
         assert result.exit_code == 0, result.output
+        page = (out / "index.html").read_text(encoding="utf-8")
         refused = demo("--out", out)
         patch.setattr(cli, "DEMO", cli.DEMO[:1])
         again = demo("--out", out, "--force", "--json")
-    return out, result, refused, again
+    return out, page, result, refused, again
 
 
 def test_the_demo_says_what_was_found_first_and_then_the_table(folder):
-    out, result, refused, again = folder
+    out, page, result, refused, again = folder
     lines = result.stdout.splitlines()
     assert lines[0].startswith("demo-gpt2-4l, ioi: 4 pairs, logit_diff, gap ")
     headlines = [i for i, line in enumerate(lines) if line.startswith("demo-gpt2-4l, ")]
@@ -105,7 +106,6 @@ def test_the_demo_says_what_was_found_first_and_then_the_table(folder):
     table = next(i for i, line in enumerate(lines) if line.startswith("Pearson correlation"))
     assert headlines[-1] < table
     assert sum("Strongest components" in line for line in lines[:table]) == 4
-    page = (out / "index.html").read_text(encoding="utf-8")
     assert page.index("Strongest components") < page.index("<table")
     for name in ("demo-gpt2-ioi", "demo-gpt2-agreement", "demo-llama-ioi", "demo-llama-agreement"):
         assert f'href="{name}/index.html"' in page
