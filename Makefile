@@ -1,4 +1,4 @@
-# make demo    the demo: four patching methods on a packaged model, results in patchlab-demo/index.html
+# make demo    the demo: four patching methods on two packaged models, results in patchlab-demo/index.html
 # make test    the tests
 # make check   ruff, pyright and the tests
 # make notebook   execute notebooks/quickstart.py into the .ipynb (needs Chromium or Chrome for the pictures)

@@ -464,8 +464,8 @@ class Bar:
 
     made: list["Bar"] = []  # noqa: RUF012
 
-    def __init__(self, **options: Any) -> None:
-        self.options, self.n = options, options.get("initial", 0)
+    def __init__(self, what: str, unit: str, total: int, *, done: int = 0, show: bool = True) -> None:
+        self.unit, self.total, self.initial, self.n = unit, total, done, done
         Bar.made.append(self)
 
     def __enter__(self) -> "Bar":
@@ -481,36 +481,36 @@ class Bar:
 @pytest.mark.parametrize("source", ["paired", "zero", "mean"])
 @pytest.mark.parametrize("engine", ["auto", "literal"])
 def test_the_bar_of_a_sweep_counts_cells(monkeypatch: pytest.MonkeyPatch, engine: str, source: str) -> None:
-    monkeypatch.setattr("patchlab.methods.method.tqdm", Bar)
+    monkeypatch.setattr("patchlab.methods.method.progress_bar", Bar)
     Bar.made.clear()
     method, sites = pl.ActivationPatching(source=source, engine=engine), ("input", "resid_pre", "z")
     result = scores(task=mixed_task(), method=method, sites=sites)
     live = sum(int(result.live[site].sum()) for site in result.sites)
     (bar,) = Bar.made
-    assert bar.options["unit"] == "cell"
-    assert bar.n == bar.options["total"] == 2 * live  # two batches
+    assert bar.unit == "cell"
+    assert bar.n == bar.total == 2 * live  # two batches
 
 
 @pytest.mark.parametrize("name", ["atp", "relp", "ig:3"])
 def test_the_bar_of_other_methods_counts_forward_passes(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    monkeypatch.setattr("patchlab.methods.method.tqdm", Bar)
+    monkeypatch.setattr("patchlab.methods.method.progress_bar", Bar)
     Bar.made.clear()
     result = scores(task=mixed_task(), method=get_method(name), sites="resid_pre")
     (bar,) = Bar.made
-    assert bar.options["unit"] == "forward"
-    assert bar.n == bar.options["total"] == result.cost.forwards
+    assert bar.unit == "forward"
+    assert bar.n == bar.total == result.cost.forwards
 
 
 def test_the_bar_goes_on_where_the_run_does(monkeypatch: pytest.MonkeyPatch) -> None:
     interrupted(monkeypatch, 8, scores)
     (work,) = model_of("gpt2").unfinished.values()
     done = len(work.cells[1])
-    monkeypatch.setattr("patchlab.methods.method.tqdm", Bar)
+    monkeypatch.setattr("patchlab.methods.method.progress_bar", Bar)
     Bar.made.clear()
     scores()
     (bar,) = Bar.made
-    assert bar.options["initial"] == done
-    assert bar.n == bar.options["total"]
+    assert bar.initial == done
+    assert bar.n == bar.total
 
 
 def test_work_says_what_it_holds() -> None:

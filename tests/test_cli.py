@@ -224,7 +224,7 @@ def captured(monkeypatch):
     return jobs
 
 
-def test_demo_is_ioi_on_the_packaged_model_with_four_methods(captured, tmp_path, monkeypatch):
+def test_demo_begins_with_ioi_on_the_first_packaged_model(captured, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert error_of("demo") == "error: stop here", "a message of two lines becomes one"
     assert captured == [jobs.Job("demo-gpt2", "ioi", ("exact", "atp", "ig:5", "relp"), ("resid_pre", "attn_out", "mlp_out", "z"), n=32)]
@@ -615,3 +615,23 @@ def test_the_commands_of_the_readme_work_in_order_in_one_folder(tmp_path, monkey
         result = patchlab(*instead(words, fewer))
         assert result.exit_code == 0, f"{words}: {result.output}"
     assert {path.name for path in tmp_path.iterdir()} == {"results", "circuit.json", "circuit.html", "curve"}
+
+
+SWAPPED = {"clean": "John gave a drink to", "corrupted": "Mary gave a drink to", "correct": " John", "incorrect": " Mary"}
+
+
+@pytest.mark.usefixtures("no_images")
+@pytest.mark.parametrize(
+    "command",
+    [["compare", "--methods", "exact,atp", "--sites", "z", "--out", "o"], ["verify", "--k", "2"], ["circuit", "find", "--all", "--out", "o.json"]],
+)
+def test_swapped_answers_warn(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    story = "When Mary and John went to the store, "
+    rows = [{**SWAPPED, "clean": story + SWAPPED["clean"], "corrupted": story + SWAPPED["corrupted"]}] * 2
+    (tmp_path / "swapped.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = patchlab(*command, "--model", "demo-gpt2-4l", "--task", "swapped.jsonl")
+    assert result.exit_code == 0, result.output
+    assert re.search(
+        r"^warning: the gap is negative: logit_diff is -\S+ on the clean and \S+ on the corrupted prompts.*--direction", result.stderr, re.M
+    )

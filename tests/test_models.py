@@ -227,6 +227,22 @@ def test_weights_that_would_be_random_are_refused(replacement: torch.Tensor | No
         pl.load_model(llama_copy, device="cpu")
 
 
+def test_weights_that_are_no_numbers_are_named(llama_copy: Path) -> None:
+    weights = load_file(llama_copy / "model.safetensors")
+    weights[UP].view(-1)[:3] = float("nan")
+    weights[UP].view(-1)[5] = float("-inf")
+    save_file(weights, llama_copy / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        ModelError, match=rf"damaged: 1 of \d+ parameters hold weights that are no numbers: {UP} \(3 NaN and 1 infinite of [\d,]+ values\)\. "
+    ):
+        pl.load_model(llama_copy, device="cpu")
+    for one in weights.values():
+        one.view(-1)[0] = float("inf")
+    save_file(weights, llama_copy / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match=r"hold weights that are no numbers: .*\(1 infinite of [\d,]+ values\), and \d+ more"):
+        pl.load_model(llama_copy, device="cpu")
+
+
 def test_a_tokenizer_that_cannot_be_read(llama_copy: Path) -> None:
     (llama_copy / "tokenizer.json").write_text("{")
     with pytest.raises(ModelError, match=r"damaged: the tokenizer in \S+ cannot be used: .+ Check tokenizer.json"):

@@ -10,6 +10,7 @@ import pytest
 import xarray as xr
 from score_maps import TOKENS, Labels, make_map, random_map
 
+from patchlab.comparison.compare import compare
 from patchlab.errors import OutputError, ScoreError
 from patchlab.scores import Cost, ScoreMap
 from patchlab.scores.arrays import Patterns
@@ -419,7 +420,7 @@ def test_no_flipped_bit_goes_unnoticed(tmp_path):
     scores.save(tmp_path / "a.nc")
     content = (tmp_path / "a.nc").read_bytes()
     rng, path, refused = np.random.default_rng(0), tmp_path / "b.nc", 0
-    for bit in rng.integers(0, 8 * len(content), 60):
+    for bit in rng.integers(0, 8 * len(content), 200):
         changed = bytearray(content)
         changed[bit // 8] ^= 1 << (bit % 8)
         path.write_bytes(changed)
@@ -432,3 +433,19 @@ def test_no_flipped_bit_goes_unnoticed(tmp_path):
             assert getattr(again, name).identical(getattr(scores, name))
         assert (again.provenance, again.cost) == (scores.provenance, scores.cost)
     assert refused
+
+
+def test_a_negative_gap_warns_with_numbers_and_what_to_check():
+    scores = make_map({"resid_pre": np.ones((4, 2, 3))}, clean=np.full(4, -1.0), corrupted=np.full(4, 2.0))
+    warning = scores.reversed_gap()
+    assert "logit_diff is -1 on the clean and 2 on the corrupted prompts (gap -3 logits, 95 % CI [-3, -3])" in warning
+    assert "Are correct and incorrect answers swapped" in warning
+    assert warning.endswith("use direction='noising'.")
+    assert make_map({"resid_pre": np.ones((4, 2, 3))}).reversed_gap() is None
+    assert "95 %" not in make_map({"resid_pre": np.ones((1, 2, 3))}, clean=np.zeros(1), corrupted=np.ones(1)).reversed_gap()
+
+
+def test_a_comparison_with_a_negative_gap_says_so():
+    both = [random_map("resid_pre", seed=seed, clean=np.full(8, -1.0), corrupted=np.full(8, 2.0)) for seed in (0, 1)]
+    (note,) = (note for note in compare(both[0], {"other": both[1]}).notes if "gap" in note)
+    assert note.startswith("The gap is negative: logit_diff is -1")

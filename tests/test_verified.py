@@ -14,6 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 from families import mixed_task, model_of, swap_task
+from patchlab.methods.verified.search.bound import Bound, Price, Recall, half_widths, look_sizes, missable, most_exceeding
+from patchlab.methods.verified.search.patcher import Cells, Patcher
+from patchlab.methods.verified.search.result import VerifiedResult
+from patchlab.methods.verified.search.search import VerifiedPatching, _levels, _Search
+from patchlab.methods.verified.search.subsets import largest_effect, memberships, most_exceeding_additive, t_quantile
 
 import patchlab as pl
 from patchlab.errors import MethodError, SiteError
@@ -21,11 +26,6 @@ from patchlab.methods import get_method
 from patchlab.methods.cells import cells_of
 from patchlab.methods.setting.meter import Meter
 from patchlab.methods.setting.setting import Setting
-from patchlab.methods.verified.bound import Bound, Price, Recall, half_widths, look_sizes, missable, most_exceeding
-from patchlab.methods.verified.patcher import Cells, Patcher
-from patchlab.methods.verified.result import VerifiedResult
-from patchlab.methods.verified.search import VerifiedPatching, _levels, _Search
-from patchlab.methods.verified.subsets import largest_effect, memberships, most_exceeding_additive, t_quantile
 from patchlab.scores import ScoreMap
 from patchlab.sites import Site, parse_site
 from patchlab.stats.bootstrap import interval, resampling_weights
@@ -780,7 +780,7 @@ def test_results_do_not_depend_on_batches_or_memory(options: dict[str, int]) -> 
 
 
 def test_runs_that_do_not_fit_are_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("patchlab.methods.verified.patcher.free_bytes", lambda device: 0)
+    monkeypatch.setattr("patchlab.methods.verified.search.patcher.free_bytes", lambda device: 0)
     again = found()
     monkeypatch.undo()
     kept = found()

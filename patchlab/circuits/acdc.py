@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
-from tqdm.auto import tqdm
 
 from patchlab.circuits.circuit import Circuit
 from patchlab.circuits.evaluation.ablations import Ablation, ablation_for
@@ -20,6 +19,7 @@ from patchlab.errors import CircuitError, unknown
 from patchlab.graph import Graph
 from patchlab.metrics import Metric
 from patchlab.models import Model
+from patchlab.progress import progress_bar
 from patchlab.tasks.task import Task
 
 MEASURES = ("kl", "metric")
@@ -55,7 +55,7 @@ def acdc(
         post_norm: what a head's edges carry where a norm follows the attention; see :class:`patchlab.ActivationPatching`.
         prune: drop what dangles afterwards.
         max_memory: bytes for the activations of one forward pass.
-        progress: show a progress bar on stderr.
+        progress: show a progress bar on stderr; without a terminal, a line every ten seconds.
 
     Returns:
         A circuit by threshold. Its ``scores`` are the effects of the edges on the measure when they were tried (negative is worse);
@@ -77,7 +77,7 @@ def acdc(
     way = ablation_for(model, task, ablation, train=train, post_norm=post_norm)
     graph = model.arch.graph
     found: dict[float, Circuit] = {}
-    with tqdm(total=len(chosen) * graph.n_edges, desc="acdc", unit="edge", disable=not progress, leave=False) as bar:
+    with progress_bar("acdc", "edge", len(chosen) * graph.n_edges, show=progress) as bar:
         for tau in chosen:
             search = _Search(_Measure(model, task, way, measure, max_memory), graph, tau, bar)
             circuit = Circuit(graph, search.run(), search.effects, _provenance(model, task, way, measure, search))

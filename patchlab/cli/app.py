@@ -4,7 +4,6 @@ import json
 import signal
 import sys
 from collections.abc import Iterable
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,9 +30,12 @@ from patchlab.cli.options import (
     Positions,
     TaskName,
     TaskOptions,
+    as_options,
+    say,
     task_settings,
 )
 
+DEMO = (("ioi", {}), ("agreement", {"variant": "across_rc"}))
 METHODS = "exact,atp,ig:5,relp"
 SITES = "resid_pre,attn_out,mlp_out,z"
 
@@ -65,11 +67,12 @@ def demo(
     force: Force = False,
     json_: Json = False,
 ) -> None:
-    """Compare four methods on a packaged model.
+    """Compare four methods on two packaged models and two tasks.
 
-    The model has 12 layers and does indirect object identification.
+    Both models have been trained to do indirect object identification and subject-verb agreement. The methods' agreement with exact patching is said
+    in words, then tabulated; each comparison has a folder with a page of its own.
     """
-    _compare("demo-gpt2", "ioi", METHODS, SITES, out=out, n=n, force=force, as_json=json_)
+    _demo(out, n, force=force, as_json=json_)
 
 
 @app.command(cls=Command)
@@ -139,7 +142,7 @@ def verify(
     options = task_settings(option, metric=metric, positions=positions, on_mismatch=on_mismatch, only_correct=only_correct, chat=chat)
     from transformers.utils.logging import disable_progress_bar
 
-    from patchlab.comparison.job import named_task
+    from patchlab.comparison.job import announced, named_task
     from patchlab.methods import VerifiedPatching, get_method
     from patchlab.models import load_model
     from patchlab.sites import parse_sites
@@ -152,27 +155,76 @@ def verify(
     wanted = parse_sites(sites)
     loaded = load_model(model, device=device, dtype=dtype)
     pairs = named_task(task, loaded, n=n, seed=seed, options=options)
-    say = partial(typer.echo, err=True)
-    result = method.run(loaded, pairs, wanted, direction=direction, batch_size=batch_size, progress=sys.stderr.isatty(), say=say)
+    rows = method.price(loaded, pairs, wanted, direction=direction).rows
+    lower = "Less is computed with fewer pairs (--n), a smaller --k or --sample, another --screen, or fewer --sites."
+    if (line := announced({method.name: rows}, loaded, pairs, lower=lower, passes=f"{rows:,.0f} forward passes of every prompt")) is not None:
+        say(line)
+    result = method.run(loaded, pairs, wanted, direction=direction, batch_size=batch_size, say=say)
+    if (warning := result.screen.reversed_gap()) is not None:
+        say(f"warning: {warning}")
     typer.echo(json.dumps(result.to_dict(), allow_nan=False) if json_ else result.summary())
+
+
+def _demo(out: Path, n: int, *, force: bool, as_json: bool) -> None:
+    from contextlib import ExitStack
+
+    from transformers.utils.logging import disable_progress_bar
+
+    from patchlab import report
+    from patchlab.comparison import job as jobs
+    from patchlab.store import result_folder
+    from patchlab.tables import prose, table, terminal_width
+
+    disable_progress_bar()  # for files that load in a second
+    target, sites = out.expanduser().resolve(), tuple(SITES.split(","))
+    wanted = {
+        f"{model}-{task}": jobs.Job(model, task, tuple(METHODS.split(",")), sites, n=n, options=options)
+        for model in ("demo-gpt2", "demo-llama")
+        for task, options in DEMO
+    }
+    report.check_overview(target, force=force)
+    done: dict[str, jobs.Results] = {}
+    records: dict[str, Any] = {}
+    models: dict[str, Any] = {}
+    with ExitStack() as stack:
+        made = {"patchlab": __version__}
+        kept = {
+            name: stack.enter_context(result_folder(target / name, force=force, job={**made, **job.as_dict()}, say=say))
+            for name, job in wanted.items()
+        }
+        for name, job in wanted.items():
+            done[name] = jobs.run(job, model=models.get(job.model), folder=kept[name], say=say, progress=True)
+            models[job.model] = done[name].model
+            records[name] = report.write(kept[name], done[name], images=False, say=say)
+    report.write_overview(target, done)
+    say(f"done: open {target / 'index.html'}")
+    found = {name: report.findings(one.comparison, one.maps["exact"]) for name, one in done.items()}
+    if as_json:
+        comparisons = {name: {**record, "findings": found[name]} for name, record in records.items()}
+        typer.echo(json.dumps({"out": str(target), "comparisons": comparisons}, allow_nan=False))
+        return
+    width = terminal_width()
+    for name, one in done.items():
+        typer.echo("\n".join([report.headline(one), *(f"  {prose(line, width and width - 2, indent='    ')}" for line in found[name]), ""]))
+    typer.echo("Pearson correlation with exact patching over live cells, with 95 % intervals:\n")
+    typer.echo(table(report.agreement_table(done), width, keys=3))
 
 
 def _compare(
     model: str, task: str, methods: str, sites: str, *, out: Path, force: bool, as_json: bool, n: int | None = None, **settings: Any
 ) -> None:
-    from rich.console import Console
     from transformers.utils.logging import disable_progress_bar
 
     from patchlab import report
     from patchlab.comparison import job as jobs
     from patchlab.sites import parse_sites
     from patchlab.store import result_folder
+    from patchlab.tables import terminal_width
 
     disable_progress_bar()  # for files that load in a second
-    say = Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print
     job = jobs.Job(model, task, tuple(methods.split(",")), tuple(map(str, parse_sites(sites))), n=n, **settings)
     with result_folder(out, force=force, job={"patchlab": __version__, **job.as_dict()}, say=say) as folder:
-        results = jobs.run(job, folder=folder, say=say, progress=sys.stderr.isatty())
+        results = jobs.run(job, folder=folder, say=say, progress=True)
         say("writing tables and plots")
         run = report.write(folder, results, say=say)
     target = out.expanduser().resolve()
@@ -180,7 +232,7 @@ def _compare(
     if as_json:
         typer.echo(json.dumps({"out": str(target), **run}, allow_nan=False))
     else:
-        typer.echo(results.comparison.summary())
+        typer.echo(as_options(results.comparison.summary(width=terminal_width())))
 
 
 @app.command(cls=Command)

@@ -5,7 +5,6 @@ halves), so that no circuit is judged by the pairs it was chosen on.
 """
 
 import json
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,11 +26,13 @@ from patchlab.cli.options import (
     Pairs,
     TaskName,
     TaskOptions,
+    say,
     task_settings,
 )
 
 METHODS = "atp,ig:5,relp"
 EDGES = 200
+FEWER = "fewer pairs (--n), another --method"
 
 circuit = typer.Typer(
     context_settings=SETTINGS,
@@ -85,6 +86,7 @@ def find(
     from patchlab.circuits.select import BY
     from patchlab.errors import CircuitError, OutputError, unknown
     from patchlab.methods import get_method
+    from patchlab.report import cost_line
 
     for what, got, valid in (("way to choose edges", how, HOW), ("importance", by, BY), ("kind of circuit file", out.suffix, SUFFIXES)):
         if got not in valid:
@@ -93,7 +95,11 @@ def find(
         raise OutputError(f"{out} exists and is not overwritten; choose another name with --out, or replace it with --force.")
     scorer = get_method(method.strip())
     loaded, first, second = _load(model, task, n, seed, options, device, dtype, whole)
-    scores = scorer.run(loaded, first or second, "edges", direction=direction, batch_size=batch_size, progress=sys.stderr.isatty())
+    if (line := cost_line([scorer.name], loaded, first or second, ["edges"], direction=direction, batch_size=batch_size, lower=FEWER)) is not None:
+        say(line)
+    scores = scorer.run(loaded, first or second, "edges", direction=direction, batch_size=batch_size)
+    if (warning := scores.reversed_gap()) is not None:
+        say(f"warning: {warning}")
     found = HOW[how](scores, EDGES if edges is None else edges, by=by) if threshold is None else above(scores, threshold, by=by)
     if not found.n_edges:
         raise CircuitError(
@@ -168,9 +174,7 @@ def evaluate(
         raise CircuitError(f"circuits are named after their files, and two of them have one name; got {', '.join(map(str, paths))}.")
     loaded, first, second = _load(model, task, n, seed, options, device, dtype, whole)
     train = None if ablation in ("resample", "zero") else first
-    result = circuits.evaluate(
-        loaded, named, second, ablation=ablation, train=train, minimality=minimality, seed=seed, batch_size=batch_size, progress=sys.stderr.isatty()
-    )
+    result = circuits.evaluate(loaded, named, second, ablation=ablation, train=train, minimality=minimality, seed=seed, batch_size=batch_size)
     if json_:
         from patchlab.report.curve import records
 
@@ -263,10 +267,6 @@ def _curve(out: Path, methods: str, where: tuple[Any, ...], settings: dict[str, 
     from patchlab.store import result_folder
 
     names = tuple(get_method(name.strip()).name for name in methods.split(","))
-    progress = sys.stderr.isatty()
-
-    def say(line: str) -> None:
-        typer.echo(line, err=True)
 
     # what the scores depend on: the sizes and the ablation of the curve may be others when it is drawn again
     job = {"patchlab": __version__, "curve": list(names), "of": list(where), "batch_size": settings["batch_size"]}
@@ -274,10 +274,10 @@ def _curve(out: Path, methods: str, where: tuple[Any, ...], settings: dict[str, 
         loaded, first, second = _load(*where, whole=False)
         plan = {key: settings[key] for key in ("how", "by", "ablation")}
         check_plan(loaded.arch.graph, {name: get_method(name) for name in names}, settings["sizes"], **plan)
-        run = {"direction": "noising", "batch_size": settings["batch_size"], "progress": progress}
+        run = {"direction": "noising", "batch_size": settings["batch_size"]}
         maps = jobs.scored(names, loaded, first, ["edges"], folder=folder, say=say, **run)
         train = None if settings["ablation"] in ("resample", "zero") else first
-        found = faithfulness_curve(loaded, maps, second, train=train, progress=progress, **settings)
+        found = faithfulness_curve(loaded, maps, second, train=train, **settings)
         record = report.write_curve(folder, found, say=say)
     target = out.expanduser().resolve()
     say(f"done: open {target / 'faithfulness.html'}")

@@ -92,6 +92,11 @@ def as_options(message: str) -> str:
     return _ARGUMENT.sub(written, message)
 
 
+def say(line: str) -> None:
+    """A line on stderr, in which arguments of functions are options."""
+    typer.echo(as_options(line), err=True)
+
+
 def task_options(texts: list[str] | None) -> dict[str, Any]:
     """Options of a task, ``key=value`` each, where the value is JSON (true, 3, "x") or else a plain string."""
     found: dict[str, Any] = {}

@@ -29,6 +29,7 @@ from patchlab.stats.agreement import (
 )
 from patchlab.stats.bootstrap import interval, resampling_weights
 from patchlab.store.files import writing
+from patchlab.tables import prose, table
 
 FORMS = {"pearson": "Pearson of means", "pearson_per_prompt": "Pearson per prompt", "pearson_pooled": "Pearson pooled"}
 """Agreement in three forms: of example-mean maps, of each prompt's effects (mean over prompts), of all prompts' effects concatenated."""
@@ -88,19 +89,21 @@ class Comparison:
     verified_recall: pd.DataFrame = field(default_factory=pd.DataFrame)
     differences: pd.DataFrame = field(default_factory=pd.DataFrame)
 
-    def summary(self, cells: str = "live") -> str:
+    def summary(self, cells: str = "live", *, width: int | None = None) -> str:
         """The comparison as text, one line per method and site; ``cells`` is ``live`` or ``all``.
+
+        In a ``width`` of so many columns, columns that do not fit continue below the others; nothing is cut.
 
         Raises:
             ScoreError: another set of cells.
         """
-        parts = [self._heading()]
+        parts = [prose(self._heading(), width)]
         for title, frame in self._readable(_known(cells)).items():
-            parts += [f"{title}:", _text(frame)]
-            parts += [self._reliability_line(cells)] if title.startswith("Agreement") else []
-        parts += ["Cost of verified recall:", _text(self._readable_recall())] if len(self.verified_recall) else []
-        parts += ["Cost:", _text(self._readable_costs()), *(f"Note: {note}" for note in self.notes)]
-        return "\n\n".join(parts)
+            parts += [f"{title}:", table(frame, width)]
+            parts += [prose(self._reliability_line(cells), width)] if title.startswith("Agreement") else []
+        parts += ["Cost of verified recall:", table(self._readable_recall(), width)] if len(self.verified_recall) else []
+        notes = (prose(f"Note: {note}", width) for note in self.notes)
+        return "\n\n".join([*parts, "Cost:", table(self._readable_costs(), width, keys=1), *notes])
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain JSON values; NaN becomes None."""
@@ -421,6 +424,8 @@ def _notes(reference: ScoreMap, name_of_reference: str, methods: Mapping[str, Sc
         notes.append("The reference does not say which cells can matter for which prompt: those that can for any count for all.")
     if n == 1:
         notes.append("One example: there are no intervals and no reliability.")
+    if (reversed_gap := reference.reversed_gap()) is not None:
+        notes.append(f"{reversed_gap[0].upper()}{reversed_gap[1:]}")
     if not certain:
         notes.append("The gap between clean and corrupted is not distinguishable from 0, so sign agreement is left undefined.")
     return notes
@@ -463,16 +468,6 @@ def _number(value: float, signed: bool = False) -> str:
 
 def _bracket(low: float, high: float, signed: bool = False) -> str:
     return "" if math.isnan(low) else f"[{_number(low, signed)}, {_number(high, signed)}]"
-
-
-def _text(frame: pd.DataFrame) -> str:
-    """The frame in columns: names to the left, numbers to the right."""
-    texts = frame.astype(object).where(frame.notna(), "-").astype(str)
-    widths = {name: max(len(name), int(texts[name].str.len().max())) for name in texts}
-    numeric = {name: all(part.isdigit() for part in texts[name]) for name in texts}
-    rows = [dict(zip(texts, texts, strict=True)), *texts.to_dict("records")]
-    lines = ("  ".join(row[name].rjust(widths[name]) if numeric[name] else row[name].ljust(widths[name]) for name in texts) for row in rows)
-    return "\n".join(line.rstrip() for line in lines)
 
 
 def _escaped(text: str) -> str:

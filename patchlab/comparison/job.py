@@ -1,5 +1,6 @@
 """A comparison from names: which model, task, methods and sites; and running it."""
 
+import re
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -9,13 +10,16 @@ from typing import Any
 from patchlab.comparison.compare import Comparison, compare
 from patchlab.errors import MethodError, TaskError
 from patchlab.methods import get_method
+from patchlab.methods.plan import LONG, Plan, forward_seconds
 from patchlab.models import Model, load_model
+from patchlab.progress import duration
 from patchlab.scores import ScoreMap
 from patchlab.sites import parse_sites
 from patchlab.tasks import GENERATORS, Task, load_task
 
 REFERENCE = "exact"
 DEFAULT_N = 32
+FEW_POINTS = 5
 OWN_FIELDS = {"model", "n", "seed", "task"}
 
 
@@ -94,15 +98,23 @@ def _check_options(options: Mapping[str, Any]) -> None:
         raise TaskError(f"{own[0]} is not an option of a task but a setting of its own (--{own[0]}).")
 
 
-def run(job: Job, *, folder: Path | None = None, say: Callable[[str], Any] = lambda _: None, progress: bool = False) -> Results:
+def run(
+    job: Job,
+    *,
+    model: Model | None = None,
+    folder: Path | None = None,
+    say: Callable[[str], Any] = lambda _: None,
+    progress: bool = False,
+) -> Results:
     """Load the model and the task, run every method, compare.
 
     Args:
         job: what to compare.
+        model: the job's model, if it is loaded already.
         folder: each method's scores are written there as they finish, and the work on the next one as it goes; what an interrupted
             run left there is not computed again.
         say: told, in a line each, what is going on.
-        progress: show the methods' progress bars (on stderr).
+        progress: show the methods' progress on stderr.
 
     Raises:
         PatchlabError: whatever is wrong with the names, the pairs or the model.
@@ -115,7 +127,7 @@ def run(job: Job, *, folder: Path | None = None, say: Callable[[str], Any] = lam
         now = time.perf_counter()
         seconds[step], started = round(now - started, 3), now
 
-    model = load_model(job.model, device=job.device, dtype=job.dtype)
+    model = model or load_model(job.model, device=job.device, dtype=job.dtype)
     done("load model")
     task = named_task(job.task, model, n=job.n, seed=job.seed, options=job.options)
     accuracy = task.accuracy(model)
@@ -128,6 +140,51 @@ def run(job: Job, *, folder: Path | None = None, say: Callable[[str], Any] = lam
     comparison = compare(maps[REFERENCE], {name: maps[name] for name in job.methods if name != REFERENCE})
     done("compare")
     return Results(job, model, task, accuracy, maps, comparison, seconds)
+
+
+def announced(work: Mapping[str, float], model: Model, task: Task, *, lower: str, passes: str) -> str | None:
+    """A line on how long work will take, from one timed forward pass; None where that is below a minute.
+
+    Args:
+        work: by name, in forward passes of every prompt of one side.
+        model: the model.
+        task: the prompts.
+        lower: what takes less.
+        passes: what is computed, in words.
+    """
+    once = forward_seconds(model, task)
+    seconds = {name: count * once for name, count in work.items()}
+    if (total := sum(seconds.values())) < LONG:
+        return None
+    parts = sorted(seconds.items(), key=lambda part: -part[1])
+    listed = f" ({', '.join(f'{name} {duration(value)}' for name, value in parts)})" if len(parts) > 1 else ""
+    return f"about {duration(total)}: {passes}{listed}. {lower}"
+
+
+def cost_line(
+    methods: Iterable[str],
+    model: Model,
+    task: Task,
+    sites: Iterable[str],
+    *,
+    direction: str = "denoising",
+    batch_size: int | None = None,
+    lower: str = "fewer pairs (--n), fewer --sites",
+) -> str | None:
+    """A line on how long methods will take together, and what takes less; None below a minute. Nothing is scored.
+
+    Raises:
+        MethodError, SiteError: what the methods refuse.
+    """
+    names = list(methods)
+    plans = {name: get_method(name).plan(model, task, sites, direction=direction, batch_size=batch_size) for name in names}
+    if not plans:
+        return None
+    whole = Plan(*(sum(getattr(plan, part) for plan in plans.values()) for part in ("forwards", "backwards", "work")))
+    many = [name for name in names if (getattr(get_method(name), "n_steps", None) or 0) > FEW_POINTS]
+    points = f", or fewer points ({re.sub(r'[0-9]+', str(FEW_POINTS), many[0])} instead of {many[0]})" if many else ""
+    work = {name: plan.work for name, plan in plans.items()}
+    return announced(work, model, task, lower=f"Less is computed with {lower}{points}.", passes=str(whole))
 
 
 def scores_file(method: str) -> str:
@@ -155,7 +212,12 @@ def scored(
     ``settings`` go to :meth:`patchlab.methods.method.Method.run`.
     """
     maps: dict[str, ScoreMap] = {}
-    for name in methods:
+    names = list(methods)
+    left = [name for name in names if folder is None or not (folder / scores_file(name)).exists()]
+    planned = {key: settings[key] for key in ("direction", "batch_size") if key in settings}
+    if (line := cost_line(left, model, task, sites, **planned)) is not None:
+        say(line)
+    for name in names:
         file = None if folder is None else folder / scores_file(name)
         if file is not None and (found := _earlier(file, model, task)) is not None:
             maps[name] = found
@@ -165,6 +227,8 @@ def scored(
         maps[name] = get_method(name).run(model, task, sites, checkpoint=checkpoint, **settings)
         if file is not None:
             maps[name].save(file, overwrite=True)
+        if len(maps) == 1 and (warning := maps[name].reversed_gap()) is not None:
+            say(f"warning: {warning}")
         done(name)
         say(f"{name}: {maps[name].cost.seconds:.1f} s")
     return maps

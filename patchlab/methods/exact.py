@@ -50,10 +50,14 @@ class ActivationPatching(Method):
     @property
     def how(self) -> Exactly:
         """How cells are patched."""
-        return Exactly(self.engine, self.post_norm)
+        return Exactly(self.engine, self.post_norm, self.source == "paired")
 
     def forwards(self, setting: Setting) -> int:
         return sum(0 if live is None else int(live.sum()) for live in setting.live.values())
+
+    def work(self, setting: Setting) -> float:
+        """The unpatched runs, and for each cell the share of the model that comes after it."""
+        return 2 + sum(float(kind.exact_work(part, self.how).sum()) for kind, part in parts(setting))
 
     def check(self, setting: Setting) -> None:
         for kind, part in parts(setting):

@@ -21,7 +21,7 @@ from patchlab.methods.cells.kind import CellKind, Linearly, Path, parts
 from patchlab.methods.cells.nodes import INPUT
 from patchlab.methods.corrections import dropping
 from patchlab.methods.method import Method
-from patchlab.methods.quadrature import points_and_weights
+from patchlab.methods.quadrature import n_points, points_and_weights
 from patchlab.methods.setting.meter import Meter
 from patchlab.methods.setting.setting import Setting
 from patchlab.methods.setting.unpatched import Runs, Scored, program
@@ -67,7 +67,7 @@ class LinearizedPatching(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         _ = self.composite
-        points_and_weights(self.quadrature, 1 if self.n_steps is None else self.n_steps)
+        n_points(self.quadrature, 1 if self.n_steps is None else self.n_steps)
         if self.over not in ("inputs", "activations", "groups"):
             raise MethodError(f"over is {self.over!r}; valid: 'inputs', 'activations', 'groups'.")
         if self.qk_fix and self.n_steps is not None and self.over != "inputs":
@@ -133,7 +133,15 @@ class LinearizedPatching(Method):
         extra = 2 + sum(kind.passes(part, self.how) for kind, part in parts(setting))
         if self.n_steps is None:
             return extra + (drops if self.grad_drop else 0)
-        return extra + len(points_and_weights(self.quadrature, self.n_steps)) * drops * (1 if self.over == "inputs" else len(self._moves(setting)))
+        return extra + self._paths(setting)
+
+    def backwards(self, setting: Setting) -> int:
+        return len(self._drops(setting)) if self.n_steps is None else self._paths(setting)
+
+    def _paths(self, setting: Setting) -> int:
+        """The points of all paths."""
+        points = 0 if self.n_steps is None else n_points(self.quadrature, self.n_steps)
+        return points * len(self._drops(setting)) * (1 if self.over == "inputs" else len(self._moves(setting)))
 
     def predicted_bytes(self, setting: Setting, rows: int, length: int) -> int:
         # both runs' activations and the gradients, and what the backward pass of each block holds on to

@@ -14,12 +14,12 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from jaxtyping import Bool, Int
-from tqdm.auto import tqdm
 
 from patchlab.engine import Target
 from patchlab.engine.memory import free_bytes
 from patchlab.errors import MethodError, unknown
 from patchlab.methods.cells import CellKind, cells_of, parts
+from patchlab.methods.plan import Plan
 from patchlab.methods.setting.checkpoint import Finished, Work, batch_rows, described, joined, keeping
 from patchlab.methods.setting.fingerprint import identify
 from patchlab.methods.setting.liveness import live_cells, live_patterns, pattern_cells, without_path
@@ -28,6 +28,7 @@ from patchlab.methods.setting.setting import DIRECTIONS, SOURCES, Setting
 from patchlab.methods.setting.unpatched import Runs, Scored, check_metric, mean_source, unpatched
 from patchlab.metrics import METRICS
 from patchlab.models import Model
+from patchlab.progress import progress_bar
 from patchlab.scores import Cost, ScoreMap
 from patchlab.scores.arrays import Patterns, concatenated
 from patchlab.sites import POSITION_AXES, Site, parse_sites
@@ -57,6 +58,14 @@ class Method(ABC):
     @abstractmethod
     def forwards(self, setting: Setting) -> int:
         """Steps of the progress bar per batch: forward passes, or whatever ``unit`` says."""
+
+    def backwards(self, setting: Setting) -> int:
+        """Backward passes per batch."""
+        return 0
+
+    def work(self, setting: Setting) -> float:
+        """What is computed per batch, in forward passes of it: a backward pass counts as two."""
+        return self.forwards(setting) + 2.0 * self.backwards(setting)
 
     @abstractmethod
     def predicted_bytes(self, setting: Setting, rows: int, length: int) -> int:
@@ -107,7 +116,7 @@ class Method(ABC):
             direction: ``denoising`` (clean activations into the corrupted run; effect over the corrupted metric) or
                 ``noising`` (corrupted into clean; effect over the clean metric).
             batch_size: examples per batch; default as many of one length as fit in memory. Results do not depend on it.
-            progress: show a progress bar on stderr.
+            progress: show a progress bar on stderr; without a terminal, a line every ten seconds.
             max_memory: most bytes to use for activations; default half of what is free. A run that is
                 predicted to need more than a given max_memory does not start.
             checkpoint: a file that finished work is written to every few seconds and after an exception; it is removed when the run
@@ -183,6 +192,26 @@ class Method(ABC):
             )
         return setting, batches, predicted
 
+    def plan(
+        self,
+        model: Model,
+        task: Task,
+        sites: str | Site | Iterable[str | Site],
+        *,
+        direction: str = "denoising",
+        batch_size: int | None = None,
+        max_memory: int | float | None = None,
+    ) -> Plan:
+        """How many passes :meth:`run` will take, known beforehand; :func:`patchlab.methods.plan.forward_seconds` says how long one takes.
+
+        Raises:
+            MethodError, SiteError: as :meth:`run`.
+        """
+        setting, batches, _ = self.prepared(model, task, sites, direction=direction, batch_size=batch_size, max_memory=max_memory)
+        means = self.source.startswith("mean")
+        forwards = (self.forwards(setting) + (2 if self.unit == "cell" else 0) + means) * len(batches)
+        return Plan(forwards, self.backwards(setting) * len(batches), self.work(setting) + means)
+
     def _identity(self, setting: Setting, batches: list[Batch]) -> dict[str, str | None]:
         return identify(self._provenance(setting, {}), setting, described([len(batch) for batch in batches]))
 
@@ -194,7 +223,7 @@ class Method(ABC):
         steps, means = self.forwards(setting), self.source.startswith("mean") and self.unit == "forward"
         before = len(work.batches) * steps + len(work.cells_of(len(work.batches)))
         total = len(batches) * (steps + means)
-        with tqdm(total=total, initial=before, desc=self.name, unit=self.unit, disable=not progress, leave=False) as bar:
+        with progress_bar(self.name, self.unit, total, done=before, show=progress) as bar:
             meter = Meter(bar, self.unit)
             work.begin(meter)
             if self.source.startswith("mean"):

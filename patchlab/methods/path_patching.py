@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import xarray as xr
 from jaxtyping import Bool, Float, Int
-from tqdm.auto import tqdm
 
 from patchlab.errors import MethodError
 from patchlab.graph import Graph
@@ -18,6 +17,7 @@ from patchlab.methods.setting.meter import Meter
 from patchlab.methods.setting.unpatched import Runs, required
 from patchlab.methods.verified.patcher import Patcher
 from patchlab.models import Model
+from patchlab.progress import progress_bar
 from patchlab.tasks.task import Task
 
 BY_POSITION = "edges[writer,reader,pos]"
@@ -51,7 +51,7 @@ def patch_edges(
         source: as for methods: ``paired``, ``zero``, ``mean``, ``mean_positional``.
         post_norm: see :class:`patchlab.ActivationPatching`; all edges out of a head are the head where it is ``renormalised``.
         batch_size: examples per batch.
-        progress: show a progress bar on stderr.
+        progress: show a progress bar on stderr; without a terminal, a line every ten seconds.
         max_memory: most bytes to use for activations.
 
     Returns:
@@ -108,7 +108,7 @@ def kv_effects(
         engine: see :class:`patchlab.ActivationPatching`.
         post_norm: see there.
         batch_size: examples per batch.
-        progress: show a progress bar on stderr.
+        progress: show a progress bar on stderr; without a terminal, a line every ten seconds.
         max_memory: most bytes to use for activations.
 
     Returns:
@@ -161,7 +161,7 @@ def _patching(
     exact: ActivationPatching, model: Model, task: Task, site: str, total: int, progress: bool, options: Mapping[str, Any]
 ) -> Iterator[Patcher]:
     setting, batches, predicted = exact.prepared(model, task, site, **options)
-    with tqdm(total=total * len(batches) or None, desc="patch edges", unit="set" if total else "edge", disable=not progress, leave=False) as bar:
+    with progress_bar("patch edges", "set" if total else "edge", total * len(batches) or None, show=progress) as bar:
         yield Patcher(exact, setting, batches, predicted, Meter(bar, "cell"))
 
 

@@ -94,6 +94,9 @@ class SecondOrder(Method):
     def forwards(self, setting: Setting) -> int:
         return 2 + (self.probes or PILOT) * sum(len(_layers(setting, site)) for site in setting.sites)
 
+    def backwards(self, setting: Setting) -> int:
+        return self.forwards(setting) - 1
+
     def predicted_bytes(self, setting: Setting, rows: int, length: int) -> int:
         per_block = rows * length * block_numbers(setting.model, length)
         return 4 * activation_bytes(setting.model, setting.targets, rows, length) + itemsize(setting.model) * (

@@ -93,6 +93,7 @@ def bridge_module(module: Any, name: str, tokenizer: Any = None) -> Any:
     kind = type(module).__name__
     if any(isinstance(part, GeneralizedComponent) for part in module.modules()):
         raise ModelError(f"{name}: this {kind} has been bridged before, which changes it; load or build it again, or use the first Model.")
+    _check_weights(module, name)
     length = min(6, int(getattr(module.config, "max_position_embeddings", None) or 6))
     tokens = torch.arange(length)[None] % int(module.get_input_embeddings().num_embeddings)
     tokens = tokens.to(next(module.parameters()).device)
@@ -115,6 +116,27 @@ def bridge_module(module: Any, name: str, tokenizer: Any = None) -> Any:
             f"it would be about the model. Its configuration may have an option that the Bridge does not know."
         )
     return bridge
+
+
+def _check_weights(module: nn.Module, name: str) -> None:
+    """Check that every weight is a number.
+
+    Raises:
+        ModelError: NaN or infinite weights, with what was found where.
+    """
+    found, count = [], 0
+    for part, weight in module.named_parameters():
+        count += 1
+        if weight.is_floating_point() and not bool(torch.isfinite(weight).all()):
+            kinds = ((int(torch.isnan(weight).sum()), "NaN"), (int(torch.isinf(weight).sum()), "infinite"))
+            found.append(f"{part} ({' and '.join(f'{n:,} {what}' for n, what in kinds if n)} of {weight.numel():,} values)")
+    if found:
+        more = f", and {len(found) - 3} more" if len(found) > 3 else ""
+        raise ModelError(
+            f"{name}: {len(found)} of {count} parameters hold weights that are no numbers: {', '.join(found[:3])}{more}. Every score would be "
+            f"NaN. The file is damaged, training diverged, or {str(next(module.parameters()).dtype).removeprefix('torch.')} is too small for the "
+            f"weights: load another checkpoint, or with dtype='float32'."
+        )
 
 
 def _with_bridge(module: Any, name: str, tokenizer: Any) -> Model:

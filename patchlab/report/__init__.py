@@ -2,5 +2,7 @@
 
 from patchlab.report.curve import write_curve
 from patchlab.report.files import write
+from patchlab.report.findings import findings
+from patchlab.report.overview import agreement_table, check_overview, headline, write_overview
 
-__all__ = ["write", "write_curve"]
+__all__ = ["agreement_table", "check_overview", "findings", "headline", "write", "write_curve", "write_overview"]

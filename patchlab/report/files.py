@@ -17,7 +17,7 @@ from patchlab.report.page import render
 from patchlab.store.folder import INDEX, JOB
 
 
-def write(folder: Path, results: Results, *, say: Callable[[str], Any] = lambda _: None) -> dict[str, Any]:
+def write(folder: Path, results: Results, *, images: bool = True, say: Callable[[str], Any] = lambda _: None) -> dict[str, Any]:
     """Write everything into a folder that may hold the scores already; returns what ``run.json`` holds, with the comparison.
 
     Pictures come last, each with a time limit: what keeps a browser from drawing keeps nobody from the results.
@@ -25,6 +25,7 @@ def write(folder: Path, results: Results, *, say: Callable[[str], Any] = lambda 
     Args:
         folder: see :func:`patchlab.report.result_folder`.
         results: of :func:`patchlab.report.run`.
+        images: make PNG files too, which takes seconds each.
         say: told, in a line, when no PNG files could be made.
 
     Raises:
@@ -47,7 +48,7 @@ def write(folder: Path, results: Results, *, say: Callable[[str], Any] = lambda 
         figures["differences"] = plots.differences(results.comparison)
     for name, figure in figures.items():
         plots.save(figure, folder / f"{name}.html", include_plotlyjs="directory", overwrite=True)
-    if reason := _images(figures, folder):
+    if images and (reason := _images(figures, folder)):
         say(f"no PNG files: {reason}")
     run = _record(results, [*(path.name for path in folder.iterdir() if path.name != JOB), "index.html", INDEX])
     inline = {name: _inline(name, figure) for name, figure in figures.items()}

@@ -12,6 +12,7 @@ import pandas as pd
 from patchlab.comparison.compare import CELLS, FORMS, QUARTILES, STATISTICS, Comparison
 from patchlab.comparison.job import REFERENCE, Results
 from patchlab.plots import DARK
+from patchlab.report.findings import findings
 
 DIRECTIONS = {
     "denoising": "clean activations are moved into the corrupted run",
@@ -59,6 +60,7 @@ def render(results: Results, figures: Mapping[str, str], written: Iterable[str],
             '<script src="plotly.min.js"></script></head>',
             f"<body><main><h1>{escape(title)}</h1>",
             _introduction(results),
+            *(_paragraph(line) for line in findings(results.comparison, results.maps[REFERENCE])),
             "<nav>" + "".join(f'<a href="#{anchor}">{name}</a>' for name, anchor in anchors.items()) + "</nav>",
             *(f'<section id="{anchors[name]}"><h2>{name}</h2>{body}</section>' for name, body in sections.items()),
             "</main></body></html>\n",

@@ -251,6 +251,21 @@ class ScoreMap:
         low, high = interval(self._draws(n_boot, seed) @ (self.data["metric_clean"] - self.data["metric_corrupted"]).to_numpy())
         return float(low), float(high)
 
+    def reversed_gap(self) -> str | None:
+        """A warning where the gap is negative, so that the model does the opposite of what the task asks; else None."""
+        if not self.gap < 0:
+            return None
+        clean, corrupted = (float(self.data[f"metric_{side}"].mean()) for side in ("clean", "corrupted"))
+        low, high = self.gap_interval()
+        ci = f", 95 % CI [{low:.3g}, {high:.3g}]" if np.isfinite(low) else ""
+        unit = str(self.provenance.get("metric_unit", ""))
+        return (
+            f"the gap is negative: {self.provenance.get('metric', 'the metric')} is {clean:.3g} on the clean and {corrupted:.3g} on the corrupted "
+            f"prompts (gap {f'{self.gap:.3g} {unit}'.rstrip()}{ci}), so the model does the opposite of what the task asks, and effects that restore "
+            f"it are negative. Are correct and incorrect answers swapped, or clean and corrupted prompts? To patch the other way round, use "
+            f"direction={'noising' if self.provenance.get('direction') == 'denoising' else 'denoising'!r}."
+        )
+
     def mean(self, site: str | Site) -> xr.DataArray:
         """Mean effect over examples, dims = the site's axes, in metric units (NaN where the site was not scored).
 

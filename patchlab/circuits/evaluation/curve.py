@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from jaxtyping import Float
-from tqdm.auto import tqdm
 
 from patchlab.circuits.circuit import Circuit
 from patchlab.circuits.evaluation.ablations import ABLATIONS, OptimalFit, ablation_for, still_falling
@@ -21,6 +20,7 @@ from patchlab.circuits.select import BY, greedy, top_n
 from patchlab.errors import CircuitError, unknown
 from patchlab.graph import Graph
 from patchlab.models import Model
+from patchlab.progress import progress_bar
 from patchlab.scores import ScoreMap
 from patchlab.scores.arrays import plain
 from patchlab.sites import parse_site
@@ -190,7 +190,7 @@ def faithfulness_curve(
         seed: of resamples and random circuits.
         batch_size: examples per batch; results do not depend on it.
         max_memory: bytes for the activations of one forward pass.
-        progress: show a progress bar on stderr.
+        progress: show a progress bar on stderr; without a terminal, a line every ten seconds.
 
     Raises:
         CircuitError: scores of another model or of the same examples, sizes beyond the graph or the scored edges, no or repeated sizes.
@@ -217,7 +217,7 @@ def faithfulness_curve(
     way = ablation_for(model, task, ablation, train=train, fit=fit, post_norm=post_norm)
     if ablation == "optimal" and train is not None:
         check_disjoint({"task_pairs": train.pair_fingerprints}, task, "train=", allow_overlap=allow_overlap)
-    with tqdm(total=len(runs) * len(task), desc=f"circuits ({ablation})", unit="run", disable=not progress, leave=False) as bar:
+    with progress_bar(f"circuits ({ablation})", "run", len(runs) * len(task), show=progress) as bar:
         found = way.measure(runs, task, batch_size=batch_size, max_bytes=max_memory, done=bar.update)
     scale = Scale(full_metric(model, task, batch_size), found[0], n_boot, seed)
     rows, areas, start = [], [], 1

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from jaxtyping import Float
-from tqdm.auto import tqdm
 
 from patchlab.circuits.circuit import Circuit
 from patchlab.circuits.evaluation.ablations import OptimalFit, ablation_for, still_falling
@@ -16,6 +15,7 @@ from patchlab.circuits.evaluation.scale import Scale
 from patchlab.circuits.heldout import check_disjoint
 from patchlab.errors import CircuitError, unknown
 from patchlab.models import Model
+from patchlab.progress import progress_bar
 from patchlab.scores.arrays import plain
 from patchlab.stats.bootstrap import interval
 from patchlab.tasks.task import Task
@@ -117,7 +117,7 @@ def evaluate(
         seed: of the resamples.
         batch_size: examples per batch; results do not depend on it.
         max_memory: bytes for the activations of one forward pass.
-        progress: show a progress bar on stderr.
+        progress: show a progress bar on stderr; without a terminal, a line every ten seconds.
 
     Raises:
         CircuitError: a circuit of another model or without edges, selection on the same examples, an ablation that does not fit.
@@ -148,7 +148,7 @@ def evaluate(
     left_out = [(name, part, rest) for name, c in circuits.items() for part, rest in _without_parts(c, minimality)]
     named = {"no edges": Circuit.empty(model.arch.graph), **circuits}
     runs = [*named.values(), *(~c for c in circuits.values() if completeness), *(rest for *_, rest in left_out)]
-    with tqdm(total=len(runs) * len(task), desc=f"circuits ({ablation})", unit="run", disable=not progress, leave=False) as bar:
+    with progress_bar(f"circuits ({ablation})", "run", len(runs) * len(task), show=progress) as bar:
         found = way.measure(runs, task, batch_size=batch_size, max_bytes=max_memory, done=bar.update)
     scale = Scale(full_metric(model, task, batch_size), found[0], n_boot, seed)
     n = len(circuits)

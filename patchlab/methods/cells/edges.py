@@ -26,7 +26,7 @@ from patchlab.engine.trust.edges import edge_mask, edge_support, run_edge_sets
 from patchlab.errors import MethodError
 from patchlab.interventions import Kept
 from patchlab.methods.cells.kind import Exactly, Index, Linear, Linearly, add_cells, listed, stacked
-from patchlab.methods.cells.nodes import change_of
+from patchlab.methods.cells.nodes import change_of, shares
 from patchlab.methods.setting.meter import Meter
 from patchlab.methods.setting.setting import Setting
 from patchlab.methods.setting.unpatched import Runs, Scored, at_positions, first_difference, program, required
@@ -107,6 +107,12 @@ class Edges:
 
     def exact_bytes(self, setting: Setting, rows: int, length: int) -> int:
         return exact_bytes(setting, rows, length)
+
+    def exact_work(self, setting: Setting, how: Exactly) -> Float[np.ndarray, " cell"]:
+        mode = edge_support(setting.model).mode if how.engine == "auto" else "literal"
+        cells = np.argwhere(required(setting.live[str(setting.sites[0])]))
+        layers = setting.model.arch.graph.reader_layer[cells[:, 1]]
+        return shares(setting, mode, layers, cells[:, 2] if cells.shape[1] > 2 else None, paired=how.paired)
 
     def exact_record(self, setting: Setting, how: Exactly) -> dict[str, Any]:
         return post_norm_record(setting.model, how.post_norm)

@@ -30,10 +30,11 @@ Path = Literal["inputs", "activations", "groups"]
 
 @dataclass(frozen=True)
 class Exactly:
-    """How cells are patched exactly; see :class:`patchlab.ActivationPatching`."""
+    """How cells are patched exactly; see :class:`patchlab.ActivationPatching`. ``paired``: the source is the other prompt's run."""
 
     engine: str = "auto"
     post_norm: str = "renormalised"
+    paired: bool = True
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,9 @@ class CellKind(Protocol):
 
     def exact_bytes(self, setting: Setting, rows: int, length: int) -> int:
         """Memory that exact patching takes for a batch."""
+
+    def exact_work(self, setting: Setting, how: Exactly) -> Float[np.ndarray, " cell"]:
+        """What patching each live cell computes, in forward passes; nothing for cells that only the runs show."""
 
     def exact_record(self, setting: Setting, how: Exactly) -> dict[str, Any]:
         """What provenance says about exact patches."""

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from patchlab.adapters import Architecture
@@ -92,6 +92,17 @@ class Nodes:
             + itemsize(setting.model) * (rows * arch.vocab_size + kept)
             + rows * length * token_bytes(setting.model, length)
         )
+
+    def exact_work(self, setting: Setting, how: Exactly) -> Float[np.ndarray, " cell"]:
+        mode = support(setting.model).mode if how.engine == "auto" else "literal"
+        found = [np.zeros(0)]
+        for site in setting.sites:
+            if (live := setting.live[str(site)]) is not None:
+                cells, kind = np.argwhere(live), KINDS[site.kind]
+                layers = cells[:, site.axes.index("layer")] if "layer" in site.axes else np.zeros(len(cells))
+                places = cells[:, site.axes.index(kind.position)] if kind.position in site.axes else None
+                found.append(shares(setting, mode, layers, places, paired=how.paired))
+        return np.concatenate(found)
 
     def exact_record(self, setting: Setting, how: Exactly) -> dict[str, Any]:
         return {}
@@ -280,6 +291,20 @@ def cell_address(setting: Setting, site: Site, cell: Index) -> Site:
         pos=position(kind.position),
         src=position(kind.source),
     )
+
+
+def shares(setting: Setting, mode: str, layers: Shaped[np.ndarray, " cell"], places: Int[np.ndarray, " cell"] | None) -> Float[np.ndarray, " cell"]:
+    """Of each cell the share of layers and positions from it on, where an engine computes no more than these."""
+    share = np.ones(len(layers))
+    if mode == "literal":
+        return share
+    share -= layers / setting.model.arch.n_layers
+    if mode == "prefix":
+        length = max(len(pair) for pair in setting.task.pairs)
+        start = min(first_difference(batch) for batch in setting.task.batches(len(setting.task), "cpu")) if paired else 0
+        named = setting.axis is None or setting.axis.names is not None
+        share *= 1 - (np.full(len(share), start) if places is None or named else np.maximum(start, places)) / length
+    return share
 
 
 def addresses(setting: Setting, site: Site, live: Bool[np.ndarray, "*cells"]) -> Iterator[tuple[Index, Site]]:

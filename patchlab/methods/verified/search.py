@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float, Int
-from tqdm.auto import tqdm
 
 from patchlab.errors import MethodError
 from patchlab.methods.cells.kind import listed
@@ -28,6 +27,7 @@ from patchlab.methods.verified.patcher import Cell, Cells, Patcher
 from patchlab.methods.verified.result import VerifiedResult, cell_columns, ordered
 from patchlab.methods.verified.subsets import FEWEST, SubsetBound, largest_effect, memberships, most_exceeding_additive
 from patchlab.models import Model
+from patchlab.progress import progress_bar
 from patchlab.scores import Cost, ScoreMap
 from patchlab.sites import KINDS, POSITION_AXES, Site
 from patchlab.tasks.task import Task
@@ -219,7 +219,7 @@ class VerifiedPatching:
         if say is not None:
             say(str(price))
         elif progress:
-            tqdm.write(str(price), file=sys.stderr)
+            sys.stderr.write(f"{price}\n")
         if price.dearer:
             scores = self._exact.run(model, task, setting.sites, progress=progress, **options)
             cells = Cells.of(setting, scores)
@@ -228,7 +228,7 @@ class VerifiedPatching:
             return search.result(scores, price, scores.cost, scores.cost.forwards / len(batches), scores.provenance.get("engine", ""))
         if screen is None:
             screen = self.screen.run(model, task, setting.sites, progress=progress, **options)
-        with tqdm(desc=self.name, unit="forward", disable=not progress, leave=False) as bar:
+        with progress_bar(self.name, "forward", show=progress) as bar:
             meter = Meter(bar)
             patcher = Patcher(self._exact, setting, batches, predicted, meter)
             search = _Search(self, setting, Cells.of(setting, screen), patcher.joint)
