@@ -373,9 +373,9 @@ def test_a_line_per_method_with_its_areas_and_smallest_faithful_circuit():
     np.testing.assert_allclose(relp.value, [0.5, 0.95, 1.0])
     np.testing.assert_allclose(relp.low, relp.value - 0.05)
     assert relp.smallest == 100
-    assert relp.legend == "f ≥ 0.9 from 90 edges"  # areas over other sizes than MIB's are not CPR and CMD
+    assert relp.legend == "f ≥ 0.9 from 90 edges on (of 4 sizes)"  # areas over other sizes than MIB's are not CPR and CMD
     (line,) = _prepare_faithfulness(curve({"EAP": [0.1] * 8 + [0.95, 1.0]}, MIB_SIZES)).lines
-    assert line.legend == "CPR 0.800 [0.700, 0.850] · CMD 0.200 [0.150, 0.300] · f ≥ 0.9 from 450 edges"
+    assert line.legend == "CPR 0.800 [0.700, 0.850] · CMD 0.200 [0.150, 0.300] · f ≥ 0.9 from 450 edges on (of 10 sizes)"
     assert "100 edges (10.00%) asked for, 90 after pruning<br>faithfulness 0.950 [0.900, 0.990]" in relp.hover[1]
     assert random.colour == "#8b949e"
     assert len({line.colour for line in data.lines}) == 3
@@ -386,7 +386,7 @@ def test_a_line_per_method_with_its_areas_and_smallest_faithful_circuit():
 def test_another_level_and_a_method_that_never_reaches_it():
     data = _prepare_faithfulness(curve({"EAP": [0.0, 0.3, 0.8, 0.97]}), level=0.99)
     assert data.lines[0].smallest is None
-    assert data.lines[0].legend.endswith("f ≥ 0.99 at no size")
+    assert data.lines[0].legend.endswith("f ≥ 0.99 from none of these sizes on")
 
 
 def test_axis_shows_all_values_but_no_wild_interval():
