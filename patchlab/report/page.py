@@ -20,10 +20,10 @@ DIRECTIONS = {
 COSTS = {
     "forwards": "forward passes",
     "backwards": "backward passes",
-    "positions": "rows × positions",
+    "positions": "positions (rows × tokens)",
     "seconds": "seconds",
-    "predicted_bytes": "predicted MB",
-    "cuda_peak_bytes": "CUDA peak MB",
+    "predicted_bytes": "memory predicted, MB",
+    "cuda_peak_bytes": "most GPU memory used, MB",
 }
 
 
@@ -142,12 +142,12 @@ def _differences(comparison: Comparison, figure: str) -> str:
 def _costs(results: Results) -> str:
     costs = results.comparison.costs.dropna(axis="columns", how="all")
     shown = [name for name in COSTS if name in costs.columns]
-    reference = float(costs["positions"].iloc[0])
     rows = []
     for row in costs.to_dict("records"):
         values = [_number(row[name], 2) if name == "seconds" else _count(row[name], name) for name in shown]
-        rows.append([escape(str(row["method"])), *values, _number(reference / row["positions"] if row["positions"] else math.nan, 1)])
-    return _table(["method", *(COSTS[name] for name in shown), "exact does × as many positions"], rows) + _verified_recall(results)
+        rows.append([escape(str(row["method"])), *values])
+    sentences = "".join(f"<li>{escape(sentence)}</li>" for sentence in results.comparison.cost_sentences())
+    return f"<ul>{sentences}</ul>" + _table(["method", *(COSTS[name] for name in shown)], rows) + _verified_recall(results)
 
 
 def _verified_recall(results: Results) -> str:
