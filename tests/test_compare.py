@@ -573,7 +573,7 @@ def test_summary_reads_well(comparison):
     assert "all cells, structural zeros included" in comparison.summary("all")
     assert repr(comparison) == text
     html = comparison._repr_html_()
-    assert html.count("<table") == 8  # three for each set of cells, verified recall, cost
+    assert html.count("<table") == 7  # three for each set of cells, verified recall; costs are sentences
     with pytest.raises(ScoreError, match="unknown set of cells 'dead'; Valid: all, live"):
         comparison.summary("dead")
 

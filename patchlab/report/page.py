@@ -26,6 +26,22 @@ COSTS = {
     "cuda_peak_bytes": "most GPU memory used, MB",
 }
 
+FIT = """
+function fit() {
+  for (const figure of document.querySelectorAll("figure .plotly-graph-div")) {
+    const { width, height } = figure.layout, box = figure.parentElement;
+    if (!width) continue;
+    const room = figure.closest("figure").clientWidth - 16, scale = Math.max(0.65, Math.min(1, room / width));
+    const transform = scale < 1 ? `scale(${scale})` : "";
+    Object.assign(figure.style, { width: `${width}px`, height: `${height}px`, transformOrigin: "0 0", transform });
+    Object.assign(box.style, { width: `${width * scale}px`, height: `${height * scale}px`, overflow: "hidden" });
+  }
+}
+addEventListener("load", fit);
+addEventListener("resize", fit);
+"""
+"""Figures have a width in pixels: on a narrower page they shrink, to no less than 65 % (below that they scroll)."""
+
 
 def render(results: Results, figures: Mapping[str, str], written: Iterable[str], run: Mapping[str, Any]) -> str:
     """The whole page.
@@ -61,7 +77,7 @@ def render(results: Results, figures: Mapping[str, str], written: Iterable[str],
             _introduction(results),
             "<nav>" + "".join(f'<a href="#{anchor}">{name}</a>' for name, anchor in anchors.items()) + "</nav>",
             *(f'<section id="{anchors[name]}"><h2>{name}</h2>{body}</section>' for name, body in sections.items()),
-            "</main></body></html>\n",
+            f"</main><script>{FIT}</script></body></html>\n",
         ]
     )
 
