@@ -27,11 +27,6 @@ CHOICES = (("top_n", "abs"), ("top_n", "signed"), ("greedy", "abs"), ("greedy", 
 LEVEL = 0.9
 
 
-def sizes_of(graph: Any, n: int = 80) -> list[int]:
-    """Sizes for the search for the smallest faithful circuit: finer than MIB's, evenly spaced in the logarithm, from 5 edges to a quarter of them."""
-    return sorted({round(size) for size in np.geomspace(5, graph.n_edges / 4, n)})
-
-
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table."""
     return "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows])
@@ -43,49 +38,39 @@ def with_interval(row: Mapping[Any, Any], name: str, low: str, high: str, digits
     return f"{value} [{a}, {b}]"
 
 
-def smallest(curve: circuits.FaithfulnessCurve, name: str, column: str = "faithfulness") -> dict[Any, Any] | None:
-    """The row with the fewest edges from which on all larger circuits have at least the level, by this column."""
-    rows = sorted((row for row in curve.table.to_dict("records") if row["method"] == name), key=lambda row: -row["n_edges"])
-    below = next((i for i, row in enumerate(rows) if not row[column] >= LEVEL), len(rows))
-    return rows[below - 1] if below else None
-
-
-def edges_text(row: Mapping[Any, Any] | None) -> str:
-    """Edges after pruning."""
-    return "none of these sizes" if row is None else f"{row['n_edges']:,.0f}"
+def edges_text(found: circuits.SmallestFaithful, label: str) -> str:
+    """Edges of the smallest faithful circuit after pruning, with their interval."""
+    row = found.table.set_index("method").loc[label].to_dict()
+    return f"{row['n_edges']:,.0f} [{row['n_edges_lo']:,.0f}, {row['n_edges_hi']:,.0f}]" if np.isfinite(row["n_edges"]) else "none"
 
 
 def measure(name: str, n: int, seed: int) -> dict[str, Any]:
     """All that the page says of one model."""
     model = pl.load_model(name)
     task = pl.load_task("ioi", model, n=n, seed=seed, only_correct=True)
-    first, second = circuits.split(task, seed=seed)
-    find, report = circuits.split(second, seed=seed)
+    sets, second = circuits.three_sets(task, seed=seed), circuits.split(task, seed=seed)[1]
+    first = sets.choosing
     maps = {label: get_method(method).run(model, first, "edges", direction="noising", progress=False) for label, method in METHODS.items()}
     options: dict[str, Any] = {"seed": seed, "progress": False}
     areas = {
         kind: circuits.faithfulness_curve(model, maps, second, ablation=kind, train=None if kind in ("resample", "zero") else first, **options)
         for kind in ABLATIONS
     }
-    sizes = sizes_of(model.arch.graph)
     fine = {
-        choice: circuits.faithfulness_curve(model, maps, find, sizes=sizes, how=choice[0], by=choice[1], random=0, **options) for choice in CHOICES
+        (how, by): circuits.smallest_faithful(model, maps, sets.finding, sets.reporting, level=LEVEL, how=how, by=by, **options)
+        for how, by in CHOICES
     }
-    chosen = {label: circuits.top_n(maps[label], int(row["n_requested"])) for label in METHODS if (row := smallest(fine["top_n", "abs"], label))}
-    reported = circuits.evaluate(model, chosen, report, seed=seed, progress=False).table.to_dict("records") if chosen else []
     exact = maps["exact"]
     comparison = pl.compare(exact, {label: scores for label, scores in maps.items() if label != "exact"}, seed=seed)
-    found = {"model": model, "first": first, "second": second, "find": find, "report": report, "maps": maps, "areas": areas, "fine": fine}
-    return found | {"comparison": comparison, "reported": {row["circuit"]: row for row in reported}}
+    return {"model": model, "sets": sets, "second": second, "maps": maps, "areas": areas, "fine": fine, "comparison": comparison}
 
 
 def draw(name: str, found: Mapping[str, Any], folder: Path) -> dict[str, str]:
     """The figures of a model as SVG; returns their paths relative to the page."""
-    curve = found["fine"]["top_n", "abs"]
-    chosen = circuits.top_n(found["maps"]["edge-RelP"], int((smallest(curve, "edge-RelP") or curve.table.iloc[-1])["n_requested"]))
+    fine = found["fine"]["top_n", "abs"]
     figures = {
-        "faithfulness": plots.faithfulness(found["areas"]["resample"], level=LEVEL),
-        "circuit": plots.circuit(chosen),
+        "faithfulness": plots.faithfulness(found["areas"]["resample"], fine),
+        "circuit": plots.circuit(fine.circuits["edge-RelP"]),
         "edges": plots.edge_heatmap(found["maps"]["edge-RelP"]),
     }
     paths = {}
@@ -99,29 +84,26 @@ def draw(name: str, found: Mapping[str, Any], folder: Path) -> dict[str, str]:
     return paths
 
 
-def ranking(curve: circuits.FaithfulnessCurve) -> str:
+def ranking(found: circuits.SmallestFaithful) -> str:
     """The methods by the size of their smallest faithful circuit, in words."""
-    reached = {label: row["n_edges"] for label in METHODS if (row := smallest(curve, label)) is not None}
-    order = sorted(reached, key=lambda label: reached[label])
-    words = ", ".join(f"{label} {reached[label]:,.0f}" for label in order)
+    reached = {row["method"]: row["n_edges"] for row in found.table.to_dict("records") if np.isfinite(row["n_edges"])}
+    words = ", ".join(f"{label} {reached[label]:,.0f}" for label in sorted(reached, key=lambda label: reached[label]))
     missing = [label for label in METHODS if label not in reached]
     return f"From the smallest: {words}" + (f"; not reached by {', '.join(missing)}" if missing else "") + "."
 
 
 def section(name: str, found: Mapping[str, Any], figures: Mapping[str, str]) -> str:
     """What the page says of one model."""
-    graph, first, second = found["model"].arch.graph, found["first"], found["second"]
-    fine = found["fine"]["top_n", "abs"]
-    main = []
+    graph, sets, second = found["model"].arch.graph, found["sets"], found["second"]
+    fine, main = found["fine"]["top_n", "abs"], []
+    there = {row["method"]: row for row in fine.table.to_dict("records")}
     for label in METHODS:
         area = {row["method"]: row for row in found["areas"]["resample"].areas.to_dict("records")}[label]
-        best, sure = smallest(fine, label), smallest(fine, label, "lo")
         cost = found["maps"][label].cost
         main.append([
             label,
-            edges_text(best),
-            "–" if best is None else with_interval(found["reported"][label], "faithfulness", "lo", "hi"),
-            edges_text(sure),
+            edges_text(fine, label),
+            with_interval(there[label], "faithfulness", "lo", "hi") if label in fine.circuits else "–",
             with_interval(area, "cpr", "cpr_lo", "cpr_hi", 3),
             with_interval(area, "cmd", "cmd_lo", "cmd_hi", 3),
             f"{cost.forwards:,} / {cost.backwards}",
@@ -129,9 +111,9 @@ def section(name: str, found: Mapping[str, Any], figures: Mapping[str, str]) -> 
         ])  # fmt: skip
     baseline = {row["method"]: row for row in found["areas"]["resample"].areas.to_dict("records")}[circuits.curves.RANDOM]
     random_areas = [with_interval(baseline, key, f"{key}_lo", f"{key}_hi", 3) for key in ("cpr", "cmd")]
-    main.append(["random", "", "", "", *random_areas, "", ""])
+    main.append(["random", "", "", *random_areas, "", ""])
     ways = [f"{'largest' if how == 'top_n' else 'greedy'}, {by}" for how, by in CHOICES]
-    choice = [[label, *(edges_text(smallest(found["fine"][way], label)) for way in CHOICES)] for label in METHODS]
+    choice = [[label, *(edges_text(found["fine"][way], label) for way in CHOICES)] for label in METHODS]
     kinds = []
     for label in METHODS:
         rows = [{row["method"]: row for row in found["areas"][kind].areas.to_dict("records")}[label] for kind in ABLATIONS]
@@ -139,21 +121,21 @@ def section(name: str, found: Mapping[str, Any], figures: Mapping[str, str]) -> 
     statistics = ("pearson", "spearman", "slope", "sign_agreement", "topk_recall")
     live = [row for row in found["comparison"].table.to_dict("records") if row["cells"] == "live"]
     agree = [[row["method"], *(with_interval(row, key, f"{key}_lo", f"{key}_hi") for key in statistics)] for row in live]
-    chosen = int((smallest(fine, "edge-RelP") or fine.table.iloc[-1])["n_requested"])
+    chosen = fine.circuits["edge-RelP"].provenance["n_requested"]
     return f"""## {name}, IOI
 
-{graph.n_edges:,} edges ({graph}); metric {second.metric.name}; scores from {len(first)} pairs that the model solves, sizes
-found on {len(found["find"])} others, faithfulness of what was found on {len(found["report"])} more; areas on the last two together.
+{graph.n_edges:,} edges ({graph}); metric {second.metric.name}; scores from {len(sets.choosing)} pairs that the model solves, sizes
+found on {len(sets.finding)} others, faithfulness of what was found on {len(sets.reporting)} more; areas on the last two together.
 
 ![Faithfulness against the number of edges]({figures["faithfulness"]})
 
 Resample ablation, edges of largest |effect|, pruned. *Smallest*: edges left after pruning in the smallest circuit from which on all larger ones have
-f ≥ {LEVEL:g}, of {len(sizes_of(graph))} sizes between 5 and {max(sizes_of(graph)):,} edges, each at most a tenth larger than the one before (or one
-edge); *f there*: its faithfulness on the pairs that were not used to find it; *surely*: the smallest from which on the whole interval is at or
-above {LEVEL:g}. CPR and CMD are over MIB's ten sizes, and so is the figure, whose legend therefore names coarser sizes. Passes are forwards /
-backwards of a batch of pairs.
+f ≥ {LEVEL:g}, of {there["exact"]["n_sizes"]} sizes from one edge to all, each at most a tenth larger than the one before (or one edge);
+brackets hold the 95 % interval of that size over resamples of the pairs it was found on, the same for all scores; *f there*: its faithfulness
+on the pairs that were not used to find it. CPR and CMD are over MIB's ten sizes, and so are the lines of the figure; its rings are the smallest
+circuits, at *f there*. Passes are forwards / backwards of a batch of pairs.
 
-{table(["score", "smallest", "f there", "surely", "CPR (high is good)", "CMD (low is good)", "passes", "time"], main)}
+{table(["score", "smallest", "f there", "CPR (high is good)", "CMD (low is good)", "passes", "time"], main)}
 
 {ranking(fine)}
 

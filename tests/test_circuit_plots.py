@@ -1,6 +1,7 @@
 """What the figures of circuits, edges and faithfulness curves show: the prepared data, and that drawing keeps it apart."""
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -12,6 +13,7 @@ from patchlab import plots
 from patchlab.circuits import Circuit, to_dot, top_n
 from patchlab.circuits.evaluation.curve import FaithfulnessCurve
 from patchlab.circuits.formats.mib import MIB_FRACTIONS
+from patchlab.circuits.smallest import SmallestFaithful
 from patchlab.comparison.compare import compare
 from patchlab.errors import CircuitError, ScoreError
 from patchlab.graph import Graph
@@ -373,9 +375,9 @@ def test_a_line_per_method_with_its_areas_and_smallest_faithful_circuit():
     np.testing.assert_allclose(relp.value, [0.5, 0.95, 1.0])
     np.testing.assert_allclose(relp.low, relp.value - 0.05)
     assert relp.smallest == 100
-    assert relp.legend == "f ≥ 0.9 from 90 edges"  # areas over other sizes than MIB's are not CPR and CMD
+    assert relp.legend == "f ≥ 0.9 from 90 edges on (of 4 sizes)"  # areas over other sizes than MIB's are not CPR and CMD
     (line,) = _prepare_faithfulness(curve({"EAP": [0.1] * 8 + [0.95, 1.0]}, MIB_SIZES)).lines
-    assert line.legend == "CPR 0.800 [0.700, 0.850] · CMD 0.200 [0.150, 0.300] · f ≥ 0.9 from 450 edges"
+    assert line.legend == "CPR 0.800 [0.700, 0.850] · CMD 0.200 [0.150, 0.300] · f ≥ 0.9 from 450 edges on (of 10 sizes)"
     assert "100 edges (10.00%) asked for, 90 after pruning<br>faithfulness 0.950 [0.900, 0.990]" in relp.hover[1]
     assert random.colour == "#8b949e"
     assert len({line.colour for line in data.lines}) == 3
@@ -386,7 +388,28 @@ def test_a_line_per_method_with_its_areas_and_smallest_faithful_circuit():
 def test_another_level_and_a_method_that_never_reaches_it():
     data = _prepare_faithfulness(curve({"EAP": [0.0, 0.3, 0.8, 0.97]}), level=0.99)
     assert data.lines[0].smallest is None
-    assert data.lines[0].legend.endswith("f ≥ 0.99 at no size")
+    assert data.lines[0].legend.endswith("f ≥ 0.99 from none of these sizes on")
+
+
+def test_rings_are_the_circuits_that_were_found_on_a_finer_grid():
+    row = {"level": 0.8, "n_requested": 63, "fraction": 0.063, "n_edges": 57.0, "n_edges_lo": 40.0, "n_edges_hi": 80.0, "found_faithfulness": 0.81}
+    row |= {"faithfulness": 1.3, "lo": 1.2, "hi": 1.4, "metric": 2.0, "n_sizes": 50, "choosing_pairs": 4, "finding_pairs": 3, "reporting_pairs": 2}
+    none = dict.fromkeys(("n_requested", "fraction", "n_edges", "found_faithfulness", "faithfulness", "lo", "hi"), np.nan)
+    table = pd.DataFrame([{"method": "EAP", **row}, {"method": "edge-RelP", **row, **none}])
+    coarse = curve(VALUES)
+    found = SmallestFaithful(table, replace(coarse, provenance={**coarse.provenance, "level": 0.8}), {}, {})
+    data = _prepare_faithfulness(coarse, found)
+    eap, relp, random = data.lines
+    assert (eap.smallest, eap.at, eap.legend) == (63, 1.3, "f ≥ 0.8 from 57 [40, 80] edges on")
+    assert (relp.smallest, relp.legend) == (None, "f ≥ 0.8 from no size on")
+    assert (random.smallest, random.legend) == (None, "")
+    assert data.subtitle.endswith("rings: sizes found on 3 pairs, f there on 2 others")
+    assert data.span[1] > 1.3
+    figure = plots.faithfulness(coarse, found)
+    (ring,) = [trace for trace in figure.data if trace.mode == "markers"]
+    assert (ring.x[0], ring.y[0]) == (63, 1.3)
+    assert "f = 1.300 [1.200, 1.400] there on the reporting pairs" in ring.text[0]
+    assert {shape.y0 for shape in figure.layout.shapes} == {1.0, 0.8}
 
 
 def test_axis_shows_all_values_but_no_wild_interval():

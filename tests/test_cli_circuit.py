@@ -228,14 +228,35 @@ def test_curve_writes_tables_figure_and_the_smallest_circuits(curve):
     assert list(dict.fromkeys(table["method"])) == ["atp", "relp", "random"]
     assert [row["faithfulness"] for row in record["table"]] == pytest.approx(table["faithfulness"].tolist())
     assert set(table["n_requested"]) == {5, 40, 479}
-    loaded = FaithfulnessCurve.load(out / "curve.json")
+    loaded = FaithfulnessCurve.load(out / "sizes.json")
+    assert loaded.to_dataframe()["n_requested"].tolist() == pd.read_csv(out / "sizes.csv")["n_requested"].tolist()
+    smallest = pd.read_csv(out / "smallest.csv").set_index("method")
     for name in ("atp", "relp"):
         best = record["smallest"][name]
-        assert best["faithfulness"] >= 0.9
+        assert best["found_faithfulness"] >= 0.9
         assert best["n_edges"] == loaded.smallest(name)["n_edges"] == Circuit.load(out / f"circuit.{name}.json").n_edges
+        assert best["n_edges_lo"] <= best["n_edges"] <= best["n_edges_hi"]
+        assert smallest.loc[name, "n_edges"] == best["n_edges"]
+        assert smallest.loc[name, ["choosing_pairs", "finding_pairs", "reporting_pairs"]].tolist() == [6, 3, 3]
     assert record["provenance"]["ablation"] == "zero"
     assert record["provenance"]["selection"] == {"atp": "disjoint", "relp": "disjoint"}
     assert record["provenance"]["random_draws"] == 2
+
+
+def test_curve_chooses_finds_and_reports_on_three_sets_of_pairs(curve, halves):
+    out, record, _ = curve
+    model, first, second = halves
+    sets = pl.circuits.three_sets(pl.load_task("ioi", model, n=12))
+    assert json.loads((out / "run.json").read_text())["sets"] == record["sets"] == sets.as_dict()
+    parts = [set(record["sets"][name]["pairs"]) for name in ("choosing", "finding", "reporting")]
+    assert sum(map(len, parts)) == len(set.union(*parts)) == 12
+    assert parts[0] == set(first.pair_fingerprints)
+    assert record["provenance"]["task_pairs"] == list(second.pair_fingerprints), "areas choose nothing, and take both other sets"
+    assert FaithfulnessCurve.load(out / "sizes.json").provenance["task_pairs"] == list(sets.finding.pair_fingerprints)
+    scores = pl.RelevancePatching().run(model, first, "edges", direction="noising", progress=False)
+    wanted = pl.circuits.smallest_faithful(model, scores, sets.finding, sets.reporting, ablation="zero", progress=False).table.iloc[0]
+    for name in ("n_edges", "n_edges_lo", "n_edges_hi", "faithfulness", "lo", "hi"):
+        assert record["smallest"]["relp"][name] == pytest.approx(wanted[name], abs=1e-4)
 
 
 def test_curve_does_not_replace_results_unasked(curve):
@@ -245,7 +266,13 @@ def test_curve_does_not_replace_results_unasked(curve):
     assert (out / "run.json").stat().st_mtime_ns == before
     result = patchlab(*arguments, "--force")
     assert result.exit_code == 0, result.output
-    assert result.stdout.startswith("FaithfulnessCurve(demo-gpt2-4l × ioi[6], logit_diff, zero ablation)\n  atp: f ≥ 0.9 from ")
+    head, pairs, atp, relp = result.stdout.splitlines()
+    assert head == "FaithfulnessCurve(demo-gpt2-4l × ioi[6], logit_diff, zero ablation)"
+    assert re.fullmatch(r"  pairs: 6 for choosing, 3 for finding the size \(of \d+, a tenth apart\), 3 for reporting", pairs)
+    for name, line in (("atp", atp), ("relp", relp)):
+        assert re.fullmatch(rf"  {name}: f ≥ 0.9 from \d+ edges on \(95 % interval \d+ to \d+\); f = .* there on the reporting pairs", line)
+    assert "demo-gpt2-4l, ioi: 6 pairs for choosing, 3 for finding the size, 3 for reporting" in result.stderr
+    assert re.search(r"next, to find the smallest faithful ones: \d+ circuits on 3 pairs, about \d+ s", result.stderr)
     assert f"done: open {out / 'faithfulness.html'}" in result.stderr
 
 
@@ -259,6 +286,7 @@ def test_curve_errors_leave_nothing_behind(tmp_path):
         r"relp-ah scores \d+ of the 479 edges \(none into q and k\), and circuits of 400",
         error_of(*arguments, "--methods", "atp,relp-ah", "--sizes", "10,400"),
     )
+    assert "cannot cut ioi with 7 pairs, 7 of them distinct, into three sets" in error_of(*instead(arguments, ["--n", 7]), "--methods", "atp")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -500,6 +500,19 @@ def test_costs_start_with_the_reference(comparison):
     assert comparison.costs["seconds"].tolist() == [3.0, 0.5, 0.5]
 
 
+def test_costs_read_as_sentences_wherever_they_are_shown(comparison, exact):
+    one = "exact took 3.00 s: 40 forward and 0 backward passes of a batch, 9,000 positions."
+    two = "AtP took 0.50 s: 2 forward and 1 backward passes of a batch, 60 positions. exact computed 150 times as many positions."
+    assert comparison.cost_sentences()[:2] == [one, two]
+    for text in (comparison.summary(), comparison._repr_html_()):
+        assert one in text
+        assert two in text
+        assert "predicted_bytes" not in text
+    sized = compare(altered(exact, same, cost=Cost(1, 0, 300, 1.0, 2_600_000, 7_000_000)), {"x": altered(exact, same)}, n_boot=5)
+    assert sized.cost_sentences()[0].endswith("300 positions. Its activations were predicted to need 3 MB. At most it used 7 MB of the GPU.")
+    assert sized.cost_sentences()[1].endswith("exact computed 5.0 times as many positions.")
+
+
 def test_sites_that_were_not_scored_are_left_out_with_a_note(exact):
     ah = altered(exact, lambda site, values: values if site == "resid_pre" else np.full_like(values, np.nan), not_scored={"z": "pattern is constant"})
     found = compare(exact, {"AH": ah, "AtP": noisy(exact)}, n_boot=10)
@@ -560,7 +573,7 @@ def test_summary_reads_well(comparison):
     assert "all cells, structural zeros included" in comparison.summary("all")
     assert repr(comparison) == text
     html = comparison._repr_html_()
-    assert html.count("<table") == 8  # three for each set of cells, verified recall, cost
+    assert html.count("<table") == 7  # three for each set of cells, verified recall; costs are sentences
     with pytest.raises(ScoreError, match="unknown set of cells 'dead'; Valid: all, live"):
         comparison.summary("dead")
 

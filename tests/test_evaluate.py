@@ -453,7 +453,7 @@ class TestCurves:
         assert edited.smallest("AtP")["n_edges"] == 30, "7 edges reach it, and 22 do not"
         assert edited.smallest("AtP", 0.97)["n_edges"] == 40
         assert edited.smallest("AtP", 0.0)["n_edges"] == 0
-        assert "f ≥ 0.9 from 30 edges on (of the 10 sizes tried)" in repr(edited)
+        assert "f ≥ 0.9 from 30 edges on (of the 10 sizes tried; not from 22, the next)" in repr(edited)
         assert edited.smallest("AtP", 1.1) is None
         assert edited.smallest_circuit("AtP", 1.1) is None
         assert edited.smallest_circuit("AtP") is curve.circuits["AtP"][8]

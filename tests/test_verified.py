@@ -958,11 +958,15 @@ def test_the_result_reads_well_and_is_json() -> None:
     assert "With 95 % confidence at least 0 of the true top 5 on these prompts are among those returned." in text
     assert "Effects, ranking and recall are those of these 4 prompt pairs, exactly; nothing is said about other prompts." in text
     work = next(line for line in text.splitlines() if line.startswith("Work: "))
-    screen = f"{result.passes['screen']:.3g} for the screen (a backward pass counts as two)"
+    screen = f"screening {result.passes['screen']:.3g} (a backward pass counts as two)"
     assert work.startswith(
         f"Work: as much as {sum(result.passes.values()):.4g} forward passes over all prompts, {100 * result.share:.1f} % of a full"
     )
-    assert work.endswith(f"{screen}, {result.passes['verified']:.0f} for cells in its order, 4 for cells at random, 2 for runs without a patch.")
+    assert f"{screen}, cells in its order {result.passes['verified']:.0f}, cells at random 4, runs without a patch 2. " in work
+    assert work.endswith(
+        f"Screening cost {result.passes['screen']:.3g} forward-pass equivalents; exact patching of all {result.n_live} cells costs "
+        f"{result.n_live / result.passes['screen']:.{1 if result.n_live / result.passes['screen'] < 10 else 0}f} times as many passes."
+    )
     values = json.loads(json.dumps(result.to_dict(), allow_nan=False))
     assert values["bound"]["at_most"] == result.bound.at_most
     assert values["recall"]["at_least"] == result.recall.at_least == 0

@@ -8,10 +8,11 @@ from patchlab.circuits.evaluation.evaluate import Evaluation, evaluate
 from patchlab.circuits.formats.dot import to_dot
 from patchlab.circuits.formats.files import read, write
 from patchlab.circuits.formats.mib import MIB_FRACTIONS, convert, read_submission, write_submission
-from patchlab.circuits.heldout import split
+from patchlab.circuits.heldout import Sets, split, three_sets
 from patchlab.circuits.roc import ROC, agreement_with, roc
 from patchlab.circuits.select import greedy, threshold, top_n
 from patchlab.circuits.shape import kv_view
+from patchlab.circuits.smallest import SmallestFaithful, size_grid, smallest_faithful
 
 __all__ = [
     "ABLATIONS",
@@ -21,6 +22,8 @@ __all__ = [
     "Evaluation",
     "FaithfulnessCurve",
     "OptimalFit",
+    "Sets",
+    "SmallestFaithful",
     "acdc",
     "agreement_with",
     "convert",
@@ -32,7 +35,10 @@ __all__ = [
     "read",
     "read_submission",
     "roc",
+    "size_grid",
+    "smallest_faithful",
     "split",
+    "three_sets",
     "threshold",
     "to_dot",
     "top_n",

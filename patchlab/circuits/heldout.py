@@ -1,6 +1,7 @@
 """Selecting circuits on some examples and evaluating them on others."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,61 @@ def split(task: Task, share: float | int = 0.5, *, seed: int = 0) -> tuple[Task,
             f"Use more examples, or a share between 0 and 1."
         )
     return task.select(sorted(first)), task.select(rest)
+
+
+@dataclass(frozen=True)
+class Sets:
+    """Three parts of a task that share no pair of prompts.
+
+    Args:
+        choosing: half of the pairs: edges are scored, and circuits of each size chosen, on these.
+        finding: a quarter: the smallest faithful size is found on these.
+        reporting: the other quarter: the faithfulness at that size is measured on these.
+    """
+
+    choosing: Task
+    finding: Task
+    reporting: Task
+
+    def as_dict(self) -> dict[str, dict[str, Any]]:
+        """Per set its number of pairs and their fingerprints, as plain values."""
+        return {name: {"n": len(part), "pairs": list(part.pair_fingerprints)} for name, part in vars(self).items()}
+
+    def __repr__(self) -> str:
+        return f"{len(self.choosing)} pairs for choosing, {len(self.finding)} for finding the size, {len(self.reporting)} for reporting"
+
+
+def three_sets(task: Task, *, seed: int = 0) -> Sets:
+    """Cut a task into pairs for choosing circuits, for finding the smallest faithful one, and for reporting how faithful it is.
+
+    The first is the first part of :func:`split`; its second part is cut once more. What is found smallest on some pairs is lucky on them,
+    so its faithfulness is reported on others.
+
+    Args:
+        task: the task.
+        seed: of the draw.
+
+    Raises:
+        CircuitError: too few pairs: each set needs two that differ, the least that an interval can be had from.
+
+    Example:
+        >>> sets = three_sets(task)  # doctest: +SKIP
+    """
+    distinct = len(set(task.pair_fingerprints))
+    if distinct >= _LEAST:
+        choosing, rest = split(task, seed=seed)
+        if len(set(rest.pair_fingerprints)) > 1:
+            sets = Sets(choosing, *split(rest, seed=seed))
+            if all(len(set(part.pair_fingerprints)) > 1 for part in vars(sets).values()):
+                return sets
+    raise CircuitError(
+        f"cannot cut {task.name} with {len(task)} pairs, {distinct} of them distinct, into three sets, for choosing circuits, for finding the "
+        f"smallest faithful one and for reporting: each needs two distinct pairs. Use at least {_LEAST} distinct pairs."
+    )
+
+
+_LEAST = 8
+"""Distinct pairs that give a half and two quarters of two each."""
 
 
 def overlap(provenance: Mapping[str, Any], task: Task) -> int | None:

@@ -5,6 +5,7 @@ halves), so that no circuit is judged by the pairs it was chosen on.
 """
 
 import json
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -124,7 +125,7 @@ def evaluate(
     curve: Annotated[Path | None, typer.Option(help="Compare methods over sizes instead; a folder for the results.", show_default=False)] = None,
     methods: Annotated[str, typer.Option(help="With --curve: comma-separated (patchlab methods).")] = METHODS,
     sizes: Annotated[
-        str | None, typer.Option(help="With --curve: numbers of edges, comma-separated [default: MIB's ten shares].", show_default=False)
+        str | None, typer.Option(help="With --curve: numbers of edges to show, comma-separated [default: MIB's ten shares].", show_default=False)
     ] = None,
     how: How = "top_n",
     by: By = "abs",
@@ -145,15 +146,17 @@ def evaluate(
 ) -> None:
     """Run the model with all edges outside circuits ablated: how faithful are they?
 
-    Works on the second half of the pairs (the first fits means and constants). With --curve, every method scores the edges on the first half, and
-    circuits of MIB's ten sizes are evaluated on the second: which score finds the smaller faithful circuit.
+    Works on the second half of the pairs (the first fits means and constants). With --curve: which score finds the smaller faithful circuit. Three
+    sets of pairs: every method scores the edges on the first half; the smallest size from which on all larger ones have f >= 0.9 is found on a
+    quarter, among sizes at most a tenth apart; and its faithfulness is reported on the other quarter. CPR and CMD, over MIB's ten sizes, choose
+    nothing and take both quarters.
     """
     options = task_settings(option, metric=metric, on_mismatch=on_mismatch, only_correct=only_correct, chat=chat)
     if bool(files) == (curve is not None):
         raise typer.BadParameter("give circuit files, or --curve and a folder.", param_hint="CIRCUIT.json, --curve")
     if curve is not None:
         if whole:
-            raise typer.BadParameter("a curve chooses on one half and evaluates on the other; leave --all out.", param_hint="--all")
+            raise typer.BadParameter("a curve chooses, finds the size and reports on three sets of pairs; leave --all out.", param_hint="--all")
         settings = {
             "sizes": None if sizes is None else _numbers(sizes),
             "how": how,
@@ -259,9 +262,8 @@ def _load(
 
 
 def _curve(out: Path, methods: str, where: tuple[Any, ...], settings: dict[str, Any], *, force: bool, as_json: bool) -> None:
-    from patchlab import __version__, report
-    from patchlab.circuits import faithfulness_curve
-    from patchlab.circuits.evaluation.curve import check_plan
+    from patchlab import __version__, circuits, report
+    from patchlab.circuits.evaluation.curve import RANDOM, check_plan
     from patchlab.comparison import job as jobs
     from patchlab.methods import get_method
     from patchlab.store import result_folder
@@ -271,20 +273,33 @@ def _curve(out: Path, methods: str, where: tuple[Any, ...], settings: dict[str, 
     # what the scores depend on: the sizes and the ablation of the curve may be others when it is drawn again
     job = {"patchlab": __version__, "curve": list(names), "of": list(where), "batch_size": settings["batch_size"]}
     with result_folder(out, force=force, job=job, say=say) as folder:
-        loaded, first, second = _load(*where, whole=False)
+        loaded, _, pairs = _load(*where, whole=True)
+        sets = circuits.three_sets(pairs, seed=settings["seed"])
+        held_out = circuits.split(pairs, seed=settings["seed"])[1]
+        say(f"{loaded.name}, {pairs.name}: {sets}")
         plan = {key: settings[key] for key in ("how", "by", "ablation")}
         check_plan(loaded.arch.graph, {name: get_method(name) for name in names}, settings["sizes"], **plan)
         run = {"direction": "noising", "batch_size": settings["batch_size"]}
-        maps = jobs.scored(names, loaded, first, ["edges"], folder=folder, say=say, **run)
-        train = None if settings["ablation"] in ("resample", "zero") else first
-        found = faithfulness_curve(loaded, maps, second, train=train, **settings)
-        record = report.write_curve(folder, found, say=say)
+        maps = jobs.scored(names, loaded, sets.choosing, ["edges"], folder=folder, say=say, **run)
+        train = None if settings["ablation"] in ("resample", "zero") else sets.choosing
+        measured = {"train": train, **settings}
+        started = time.perf_counter()
+        found = circuits.faithfulness_curve(loaded, maps, held_out, **measured)
+        seconds = time.perf_counter() - started
+        runs = (len(found.table) + (settings["random"] - 1) * (found.table["method"] == RANDOM).sum()) * len(held_out)
+        wanted = len(maps) * len(circuits.size_grid(maps))
+        estimate = f"about {seconds * wanted * len(sets.finding) / runs:,.0f} s"
+        say(f"circuits of {found.table['n_requested'].nunique()} sizes: {seconds:.1f} s")
+        say(f"next, to find the smallest faithful ones: {wanted:,} circuits on {len(sets.finding)} pairs, {estimate}")
+        only = {key: value for key, value in measured.items() if key not in ("sizes", "random")}
+        smallest = circuits.smallest_faithful(loaded, maps, sets.finding, sets.reporting, **only)
+        record = report.write_curve(folder, found, smallest, sets, say=say)
     target = out.expanduser().resolve()
     say(f"done: open {target / 'faithfulness.html'}")
     if as_json:
         _say_json({"out": str(target), **record})
     else:
-        typer.echo(repr(found))
+        typer.echo(report.summary(found, smallest))
 
 
 def _numbers(text: str) -> list[int]:

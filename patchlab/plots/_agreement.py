@@ -184,4 +184,16 @@ def _draw_scatter(page: Page, scatter: Scatter, box: Box, where: dict[str, str],
             page.figure.add_trace(kind(**points, mode="markers", marker=marker, hovertemplate=template, **where))
     numbers = {"r, means": scatter.pearson, "per prompt": scatter.pearson_per_prompt, "pooled": scatter.pearson_pooled, "slope": scatter.slope}
     lines = [f"{name} {'undefined' if np.isnan(value) else f'{value:.2f}'}" for name, value in numbers.items()]
-    page.note(box.left + 7, box.top + 6, "<br>".join(lines), size=11, bgcolor="rgba(255,255,255,0.75)", borderpad=1)
+    if _crowded(scatter, span):
+        page.note(box.left + PANEL - 7, box.top + PANEL - 6, "<br>".join(lines), size=11, **_BEHIND, xanchor="right", yanchor="bottom")
+    else:
+        page.note(box.left + 7, box.top + 6, "<br>".join(lines), size=11, **_BEHIND)
+
+
+_BEHIND = {"bgcolor": "rgba(255,255,255,0.75)", "borderpad": 1}
+
+
+def _crowded(scatter: Scatter, span: tuple[float, float]) -> bool:
+    """Whether more points lie where the numbers would stand at the top left than at the bottom right."""
+    x, y = ((values - span[0]) / (span[1] - span[0]) for values in (scatter.exact, scatter.approximation))
+    return int(((x < 0.5) & (y > 0.65)).sum()) > int(((x > 0.5) & (y < 0.35)).sum())

@@ -106,12 +106,13 @@ def _draw(data: ComparisonData) -> go.Figure:
     columns = max(1, min(3, int(1300 // (panel + GAP_X))))
     n_rows = math.ceil((len(data.panels) + 1) / columns)
     width = max(words_width(data.title, data.subtitle), 60 + columns * (panel + GAP_X))
-    page = Page(width, 112 + n_rows * (PANEL_HEIGHT + GAP_Y) - 20, data.title, escape(data.subtitle, quote=False))
+    gap = max(GAP_Y, 48 + 3.1 * max(map(len, data.sites))) if _angle(data, panel) else GAP_Y  # names that are turned hang down by half their length
+    page = Page(width, 112 + n_rows * (PANEL_HEIGHT + gap) - 20, data.title, escape(data.subtitle, quote=False))
     keys = [f'<span style="color:{colour}">■</span> {escape(name, quote=False)}' for name, colour in colours.items()]
     page.note(16, 60, " &nbsp; ".join([*keys, f'<span style="color:{INK}">┄</span> split-half correlation of the reference']), size=13)
     for i in range(len(data.panels) + 1):
         row, column = divmod(i, columns)
-        box = Box(60 + column * (panel + GAP_X), 124 + row * (PANEL_HEIGHT + GAP_Y), panel, PANEL_HEIGHT)
+        box = Box(60 + column * (panel + GAP_X), 124 + row * (PANEL_HEIGHT + gap), panel, PANEL_HEIGHT)
         if i < len(data.panels):
             _draw_bars(page, data, data.panels[i], box, colours)
         else:
@@ -128,7 +129,7 @@ def _draw_bars(page: Page, data: ComparisonData, bars: Bars, box: Box, colours: 
         "tickmode": "array",
         "tickvals": places.tolist(),
         "ticktext": [escape(site, quote=False) for site in data.sites],
-        "tickangle": _angle(data, box),
+        "tickangle": _angle(data, box.width),
     }
     where = page.panel(box, {"range": [-0.5, len(places) - 0.5], **ticks}, _vertical(bars, data))
     for i, name in enumerate(data.methods):
@@ -165,8 +166,8 @@ def _vertical(bars: Bars, data: ComparisonData) -> dict:
     return {"range": [bottom, top], "nticks": 6, "zeroline": bottom < 0, "zerolinecolor": MUTED, "zerolinewidth": 1}
 
 
-def _angle(data: ComparisonData, box: Box) -> int:
-    return -30 if max(map(len, data.sites)) * 6.5 > box.width / len(data.sites) else 0
+def _angle(data: ComparisonData, width: float | int) -> int:
+    return -30 if max(map(len, data.sites)) * 6.5 > width / len(data.sites) else 0
 
 
 def _draw_costs(page: Page, data: ComparisonData, box: Box, colours: dict[str, str]) -> None:

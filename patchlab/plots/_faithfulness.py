@@ -9,6 +9,7 @@ import plotly.graph_objects as go
 from jaxtyping import Float, Int, Shaped
 
 from patchlab.circuits.evaluation.curve import RANDOM, FaithfulnessCurve
+from patchlab.circuits.smallest import SmallestFaithful
 from patchlab.errors import CircuitError
 from patchlab.plots._style import INK, MUTED, Box, Page, method_colours, words_width
 
@@ -19,7 +20,10 @@ _WIDTH, _HEIGHT, _LEFT = 720, 380, 70
 
 @dataclass(frozen=True)
 class FaithfulnessLine:
-    """One method: faithfulness with its 95 % interval at each number of edges asked for, and what the legend says of it."""
+    """One method: faithfulness with its 95 % interval at each number of edges asked for, what the legend says of it, and the ring.
+
+    ``smallest`` is the number of edges asked for of the smallest faithful circuit (None: there is none), ``at`` its faithfulness.
+    """
 
     method: str
     colour: str
@@ -30,6 +34,8 @@ class FaithfulnessLine:
     high: Float[np.ndarray, " size"]
     hover: Shaped[np.ndarray, " size"]
     smallest: int | None
+    at: float
+    ringed: str
     legend: str
 
 
@@ -44,14 +50,15 @@ class FaithfulnessData:
     span: tuple[float, float]
 
 
-def _prepare_faithfulness(curve: FaithfulnessCurve, level: float | int = LEVEL) -> FaithfulnessData:
+def _prepare_faithfulness(curve: FaithfulnessCurve, found: SmallestFaithful | None = None, level: float | int = LEVEL) -> FaithfulnessData:
     table = curve.table.to_dict("records")
     areas = {str(row["method"]): row if curve.mib_sizes else {} for row in curve.areas.to_dict("records")}
     names = sorted(dict.fromkeys(str(row["method"]) for row in table), key=lambda name: name == RANDOM)
     if not names:
         raise CircuitError("the curve has no rows, so there is nothing to draw.")
+    rings = {name: _ring(curve, found, name, level) for name in names}
     colours = method_colours(names)
-    lines = tuple(_line(name, colours[name], [row for row in table if row["method"] == name], areas[name], level) for name in names)
+    lines = tuple(_line(name, colours[name], [row for row in table if row["method"] == name], areas[name], rings[name]) for name in names)
     about = curve.provenance
     total = max(round(row["n_requested"] / row["fraction"]) for row in table if row["fraction"] > 0)
     who = " × ".join(str(about[key]) for key in ("model", "task") if about.get(key))
@@ -59,14 +66,34 @@ def _prepare_faithfulness(curve: FaithfulnessCurve, level: float | int = LEVEL) 
     importance = "|effect|" if about.get("by", "abs") == "abs" else "signed importance"
     chosen = {"top_n": f"edges of largest {importance}", "greedy": f"chosen greedily by {importance}"}.get(str(about.get("how")))
     words += [chosen, "bands: 95 % CI over examples"]
+    if found is not None:
+        pairs = found.table.iloc[0]
+        words.append(f"rings: sizes found on {pairs['finding_pairs']} pairs, f there on {pairs['reporting_pairs']} others")
     subtitle = " · ".join(str(word) for word in words if word)
     return FaithfulnessData("Faithfulness of circuits by size", subtitle, total, lines, _span(lines))
 
 
-def _line(name: str, colour: str, rows: list[dict[Any, Any]], area: dict[Any, Any], level: float | int) -> FaithfulnessLine:
-    good = [row for row in rows if row["faithfulness"] >= level]
-    best = min(good, key=lambda row: row["n_edges"], default=None)
-    reach = f"f ≥ {level:g} at no size" if best is None else f"f ≥ {level:g} from {best['n_edges']:,.0f} edges"
+def _ring(curve: FaithfulnessCurve, found: SmallestFaithful | None, name: str, level: float | int) -> tuple[int | None, float, str, str]:
+    """Where the smallest faithful circuit is (edges asked for, faithfulness), what it says there, and what the legend says."""
+    if found is None:
+        series = curve.smallest(name, level)
+        best = {} if series is None else series.to_dict()
+        if not best:
+            return None, np.nan, "", f"f ≥ {level:g} from none of these sizes on"
+        legend = f"f ≥ {level:g} from {best['n_edges']:,.0f} edges on (of {len(curve.table[curve.table['method'] == name])} sizes)"
+        return int(best["n_requested"]) or None, float(best["faithfulness"]), "", legend
+    row = {str(row["method"]): row for row in found.table.to_dict("records")}.get(name)
+    if row is None:  # random circuits
+        return None, np.nan, "", ""
+    if not np.isfinite(row["n_edges"]):
+        return None, np.nan, "", f"f ≥ {found.level:g} from no size on"
+    text = f"<b>{escape(name)}</b><br>" + escape(found.sentence(name)).replace("; ", "<br>")
+    interval = f" [{row['n_edges_lo']:,.0f}, {row['n_edges_hi']:,.0f}]" if np.isfinite(row["n_edges_lo"]) else ""
+    return int(row["n_requested"]), float(row["faithfulness"]), text, f"f ≥ {found.level:g} from {row['n_edges']:,.0f}{interval} edges on"
+
+
+def _line(name: str, colour: str, rows: list[dict[Any, Any]], area: dict[Any, Any], ring: tuple[int | None, float, str, str]) -> FaithfulnessLine:
+    smallest, at, ringed, reach = ring
     words = [f"{key.upper()} {_with_interval(area[key], area[f'{key}_lo'], area[f'{key}_hi'])}" for key in ("cpr", "cmd")] if area else []
     drawn = [row for row in rows if row["n_requested"] > 0]
     hover = [
@@ -74,19 +101,12 @@ def _line(name: str, colour: str, rows: list[dict[Any, Any]], area: dict[Any, An
         f"faithfulness {_with_interval(row['faithfulness'], row['lo'], row['hi'])}<br>metric {row['metric']:.3g}"
         for row in drawn
     ]
+    requested = np.array([row["n_requested"] for row in drawn], dtype=int)
     n_edges, value, low, high = (np.array([row[column] for row in drawn], dtype=float) for column in ("n_edges", "faithfulness", "lo", "hi"))
-    return FaithfulnessLine(
-        name,
-        colour,
-        np.array([row["n_requested"] for row in drawn], dtype=int),
-        n_edges,
-        value,
-        low,
-        high,
-        np.array(hover, dtype=object),
-        best["n_requested"] if best and best["n_requested"] else None,
-        " · ".join([*words, reach]),
-    )
+    if smallest is not None and not ringed:
+        ringed = hover[int(np.flatnonzero(requested == smallest)[0])]
+    legend = " · ".join(filter(None, [*words, reach]))
+    return FaithfulnessLine(name, colour, requested, n_edges, value, low, high, np.array(hover, dtype=object), smallest, at, ringed, legend)
 
 
 def _with_interval(value: float, low: float, high: float) -> str:
@@ -96,7 +116,7 @@ def _with_interval(value: float, low: float, high: float) -> str:
 
 def _span(lines: tuple[FaithfulnessLine, ...]) -> tuple[float, float]:
     """From 0 (or below) to 1 (or above), without letting a wild interval squeeze the rest."""
-    values = np.concatenate([line.value for line in lines])
+    values = np.concatenate([*(line.value for line in lines), np.array([line.at for line in lines if line.smallest is not None])])
     bounds = np.concatenate([part for line in lines for part in (line.low, line.high)])
     bounds = bounds[np.isfinite(bounds)]
     low, high = float(values.min(initial=0.0)), float(values.max(initial=1.0))
@@ -105,16 +125,18 @@ def _span(lines: tuple[FaithfulnessLine, ...]) -> tuple[float, float]:
     return low - 0.05 * (high - low), high + 0.05 * (high - low)
 
 
-def faithfulness(curve: FaithfulnessCurve, *, level: float | int = LEVEL) -> go.Figure:
+def faithfulness(curve: FaithfulnessCurve, found: SmallestFaithful | None = None, *, level: float | int = LEVEL) -> go.Figure:
     """Faithfulness against the number of edges that were asked for (before pruning; log axis), a line with a 95 % band per method.
 
-    Random circuits of the same sizes are grey. The dashed line is 1, the whole model; the dotted one ``level``, and a ring marks the size from
-    which a method reaches it. The legend has the areas (CPR: under the curve, high is good; CMD: between the curve and 1, low is good) and the
-    number of edges, after pruning, of the smallest circuit that is faithful enough. A size of 0 has no place on the axis.
+    Random circuits of the same sizes are grey. The dashed line is 1, the whole model; the dotted one the level, and a ring marks the smallest
+    circuit from which on all larger ones reach it. The legend has the areas (CPR: under the curve, high is good; CMD: between the curve and 1,
+    low is good) and the number of edges of that circuit, after pruning. A size of 0 has no place on the axis.
 
     Args:
         curve: what :func:`patchlab.circuits.faithfulness_curve` returned.
-        level: what counts as faithful.
+        found: what :func:`patchlab.circuits.smallest_faithful` returned: the rings are those circuits, at their faithfulness on the reporting
+            pairs; without, they are among the sizes of the curve.
+        level: what counts as faithful, without ``found``.
 
     Raises:
         CircuitError: a curve without rows.
@@ -122,7 +144,7 @@ def faithfulness(curve: FaithfulnessCurve, *, level: float | int = LEVEL) -> go.
     Example:
         >>> pl.plots.faithfulness(pl.circuits.faithfulness_curve(model, {"EAP": atp, "edge-RelP": relp}, held_out)).show()  # doctest: +SKIP
     """
-    return _draw(_prepare_faithfulness(curve, level), float(level))
+    return _draw(_prepare_faithfulness(curve, found, level), float(level) if found is None else found.level)
 
 
 def _draw(data: FaithfulnessData, level: float) -> go.Figure:
@@ -133,7 +155,8 @@ def _draw(data: FaithfulnessData, level: float) -> go.Figure:
     for i, line in enumerate(legend):
         page.note(16, 64 + 20 * i, line)
     sizes = np.unique(np.concatenate([line.n_requested for line in data.lines]))
-    ends = np.log10([sizes[0], sizes[-1]])
+    rings = [line.smallest for line in data.lines if line.smallest is not None]
+    ends = np.log10([min([sizes[0], *rings]), max([sizes[-1], *rings])])
     margin = 0.03 * max(float(ends[1] - ends[0]), 0.3)
     ticks = _thinned(sizes.tolist(), (_WIDTH - 20) / (float(ends[1] - ends[0]) + 2 * margin))
     share = [f"{n:,}<br><span style='color:{MUTED}'>{_percent(n / data.total)}</span>" for n in ticks]
@@ -156,10 +179,9 @@ def _draw(data: FaithfulnessData, level: float) -> go.Figure:
         more = {"text": line.hover, "hovertemplate": "%{text}<extra></extra>", "name": line.method}
         page.figure.add_trace(go.Scatter(x=line.n_requested, y=line.value, **look, **more, **where))
         if line.smallest is not None:
-            at = line.n_requested == line.smallest
             ring = {"size": 12, "color": "white", "line": {"width": 2.5, "color": line.colour}}
-            ringed = {"mode": "markers", "marker": ring, "text": line.hover[at], "hovertemplate": "%{text}<extra></extra>"}
-            page.figure.add_trace(go.Scatter(x=line.n_requested[at], y=line.value[at], **ringed, **where))
+            ringed = {"mode": "markers", "marker": ring, "text": [line.ringed], "hovertemplate": "%{text}<extra></extra>"}
+            page.figure.add_trace(go.Scatter(x=[line.smallest], y=[line.at], **ringed, **where))
     page.figure.update_layout(hovermode="closest", font={"color": INK})
     return page.figure
 

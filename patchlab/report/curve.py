@@ -9,7 +9,8 @@ from typing import Any
 import pandas as pd
 
 from patchlab import __version__, plots
-from patchlab.circuits import FaithfulnessCurve
+from patchlab.circuits import FaithfulnessCurve, Sets, SmallestFaithful
+from patchlab.circuits.evaluation.ablations import still_falling
 from patchlab.errors import OutputError
 from patchlab.store.folder import INDEX, JOB
 
@@ -25,39 +26,79 @@ def smallest(curve: FaithfulnessCurve, level: float | int = 0.9) -> dict[str, di
     return {name: None if row is None else records(pd.DataFrame([row]))[0] for name, row in rows.items()}
 
 
-def write_curve(folder: Path, curve: FaithfulnessCurve, *, level: float | int = 0.9, say: Callable[[str], Any] = lambda _: None) -> dict[str, Any]:
+def summary(curve: FaithfulnessCurve, found: SmallestFaithful) -> str:
+    """A line or two per method: the areas, and from which size on it is faithful."""
+    about, sets = curve.provenance, found.table.iloc[0]
+    lines = [
+        f"FaithfulnessCurve({about['model']} × {about['task']}, {about['metric']}, {about['ablation']} ablation)",
+        f"  pairs: {sets['choosing_pairs']} for choosing, {sets['finding_pairs']} for finding the size (of {sets['n_sizes']}, a tenth apart), "
+        f"{sets['reporting_pairs']} for reporting" + ("; CPR and CMD on the last two together" if curve.mib_sizes else ""),
+    ]
+    for row in curve.areas.to_dict("records"):
+        name = row["method"]
+        words = [] if name not in found.curve.areas["method"].to_numpy() else [found.sentence(name)]
+        if curve.mib_sizes:
+            words = [f"CPR {row['cpr']:.3f} [{row['cpr_lo']:.3f}, {row['cpr_hi']:.3f}], CMD {row['cmd']:.3f}", *words]
+        if words:
+            lines.append(f"  {name}: " + f"\n  {' ' * len(name)}  ".join(words))
+    return "\n".join([*lines, *still_falling(about)])
+
+
+def write_curve(
+    folder: Path,
+    curve: FaithfulnessCurve,
+    found: SmallestFaithful | None = None,
+    sets: Sets | None = None,
+    *,
+    level: float | int = 0.9,
+    say: Callable[[str], Any] = lambda _: None,
+) -> dict[str, Any]:
     """Write everything into a fresh folder; returns what ``run.json`` holds, with the tables.
 
     The files: ``faithfulness.csv`` (a row per method and size), ``areas.csv``, ``curve.json`` (all of it, for :meth:`FaithfulnessCurve.load`),
-    ``faithfulness.html`` and ``.png``, ``circuit.<method>.json`` and ``run.json``.
+    ``faithfulness.html`` and ``.png``, ``circuit.<method>.json`` and ``run.json``; with ``found`` also ``smallest.csv`` (a row per method) and
+    ``sizes.csv`` and ``sizes.json`` (the measurements that the sizes were found from).
 
     Args:
-        folder: see :func:`patchlab.report.result_folder`.
+        folder: see :func:`patchlab.store.result_folder`.
         curve: of :func:`patchlab.circuits.faithfulness_curve`.
-        level: what counts as faithful.
+        found: of :func:`patchlab.circuits.smallest_faithful`; without, the smallest circuits are those among the sizes of the curve.
+        sets: the pairs that each step had, for ``run.json``.
+        level: what counts as faithful, without ``found``.
         say: told, in a line, when there is no PNG file.
 
     Raises:
         OutputError: the folder cannot be written to.
     """
+    level = level if found is None else found.level
+    tables = {"faithfulness": curve.table, "areas": curve.areas}
+    if found is not None:
+        tables |= {"smallest": found.table, "sizes": found.curve.table}
     try:
-        curve.table.to_csv(folder / "faithfulness.csv", index=False)
-        curve.areas.to_csv(folder / "areas.csv", index=False)
+        for name, table in tables.items():
+            table.to_csv(folder / f"{name}.csv", index=False)
     except OSError as error:
         raise OutputError(f"cannot write to {folder} ({error.strerror}); make room, or choose another folder.") from error
     curve.save(folder / "curve.json", overwrite=True)
-    figure = plots.faithfulness(curve, level=level)
+    if found is not None:
+        found.curve.save(folder / "sizes.json", overwrite=True)
+    figure = plots.faithfulness(curve, found, level=level)
     plots.save(figure, folder / "faithfulness.html", overwrite=True)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         if plots.save(figure, folder / "faithfulness.png", overwrite=True).suffix != ".png":  # then it left the HTML, which is here already
             say(f"no PNG file: {str(caught[-1].message).partition(', which needs ')[2]}")
-    for name in curve.circuits:
-        found = curve.smallest_circuit(name, level)
-        if found is not None and found.n_edges:
-            found.save(folder / f"circuit.{name.replace(':', '-').replace('+', '-')}.json", overwrite=True)
+    chosen = {name: curve.smallest_circuit(name, level) for name in curve.circuits} if found is None else found.circuits
+    for name, circuit in chosen.items():
+        if circuit is not None and circuit.n_edges:
+            circuit.save(folder / f"circuit.{name.replace(':', '-').replace('+', '-')}.json", overwrite=True)
     files = sorted([*(path.name for path in folder.iterdir() if path.name != JOB), INDEX])
-    run = {"patchlab": __version__, "files": files, "level": level, "smallest": smallest(curve, level), "provenance": curve.provenance}
+    rows = [] if found is None else records(found.table)
+    best = {row["method"]: None if row["n_edges"] is None else row for row in rows} or smallest(curve, level)
+    run = {"patchlab": __version__, "files": files, "level": level, "smallest": best, "provenance": curve.provenance}
+    if sets is not None:
+        run["sets"] = sets.as_dict()
     with (folder / INDEX).open("w", encoding="utf-8") as file:
         json.dump(run, file, indent=2, ensure_ascii=False)
-    return run | {"table": records(curve.table), "areas": records(curve.areas)}
+    more = {} if found is None else {"sizes": records(found.curve.table)}
+    return run | {"table": records(curve.table), "areas": records(curve.areas)} | more

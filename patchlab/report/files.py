@@ -23,8 +23,8 @@ def write(folder: Path, results: Results, *, images: bool = True, say: Callable[
     Pictures come last, each with a time limit: what keeps a browser from drawing keeps nobody from the results.
 
     Args:
-        folder: see :func:`patchlab.report.result_folder`.
-        results: of :func:`patchlab.report.run`.
+        folder: see :func:`patchlab.store.result_folder`.
+        results: of :func:`patchlab.comparison.job.run`.
         images: make PNG files too, which takes seconds each.
         say: told, in a line, when no PNG files could be made.
 

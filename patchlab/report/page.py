@@ -21,11 +21,27 @@ DIRECTIONS = {
 COSTS = {
     "forwards": "forward passes",
     "backwards": "backward passes",
-    "positions": "rows × positions",
+    "positions": "positions (rows × tokens)",
     "seconds": "seconds",
-    "predicted_bytes": "predicted MB",
-    "cuda_peak_bytes": "CUDA peak MB",
+    "predicted_bytes": "memory predicted, MB",
+    "cuda_peak_bytes": "most GPU memory used, MB",
 }
+
+FIT = """
+function fit() {
+  for (const figure of document.querySelectorAll("figure .plotly-graph-div")) {
+    const { width, height } = figure.layout, box = figure.parentElement;
+    if (!width) continue;
+    const room = figure.closest("figure").clientWidth - 16, scale = Math.max(0.65, Math.min(1, room / width));
+    const transform = scale < 1 ? `scale(${scale})` : "";
+    Object.assign(figure.style, { width: `${width}px`, height: `${height}px`, transformOrigin: "0 0", transform });
+    Object.assign(box.style, { width: `${width * scale}px`, height: `${height * scale}px`, overflow: "hidden" });
+  }
+}
+addEventListener("load", fit);
+addEventListener("resize", fit);
+"""
+"""Figures have a width in pixels: on a narrower page they shrink, to no less than 65 % (below that they scroll)."""
 
 
 def render(results: Results, figures: Mapping[str, str], written: Iterable[str], run: Mapping[str, Any]) -> str:
@@ -63,7 +79,7 @@ def render(results: Results, figures: Mapping[str, str], written: Iterable[str],
             *(_paragraph(line) for line in findings(results.comparison, results.maps[REFERENCE])),
             "<nav>" + "".join(f'<a href="#{anchor}">{name}</a>' for name, anchor in anchors.items()) + "</nav>",
             *(f'<section id="{anchors[name]}"><h2>{name}</h2>{body}</section>' for name, body in sections.items()),
-            "</main></body></html>\n",
+            f"</main><script>{FIT}</script></body></html>\n",
         ]
     )
 
@@ -144,12 +160,12 @@ def _differences(comparison: Comparison, figure: str) -> str:
 def _costs(results: Results) -> str:
     costs = results.comparison.costs.dropna(axis="columns", how="all")
     shown = [name for name in COSTS if name in costs.columns]
-    reference = float(costs["positions"].iloc[0])
     rows = []
     for row in costs.to_dict("records"):
         values = [_number(row[name], 2) if name == "seconds" else _count(row[name], name) for name in shown]
-        rows.append([escape(str(row["method"])), *values, _number(reference / row["positions"] if row["positions"] else math.nan, 1)])
-    return _table(["method", *(COSTS[name] for name in shown), "exact does × as many positions"], rows) + _verified_recall(results)
+        rows.append([escape(str(row["method"])), *values])
+    sentences = "".join(f"<li>{escape(sentence)}</li>" for sentence in results.comparison.cost_sentences())
+    return f"<ul>{sentences}</ul>" + _table(["method", *(COSTS[name] for name in shown)], rows) + _verified_recall(results)
 
 
 def _verified_recall(results: Results) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from patchlab.circuits.circuit import Circuit
 from patchlab.circuits.evaluation.ablations import ABLATIONS, OptimalFit, ablation_for, still_falling
@@ -24,7 +24,7 @@ from patchlab.progress import progress_bar
 from patchlab.scores import ScoreMap
 from patchlab.scores.arrays import plain
 from patchlab.sites import parse_site
-from patchlab.stats.bootstrap import interval, resampling_weights
+from patchlab.stats.bootstrap import TAILS, interval, resampling_weights
 from patchlab.store.files import writing
 from patchlab.tasks.task import Task
 
@@ -47,7 +47,9 @@ class FaithfulnessCurve:
             ``random`` also over draws), ``metric`` (mean, in its unit).
         areas: per method ``cpr`` (area under f, high is good) and ``cmd`` (area between f and 1, low is good; of ``random``: of the mean
             over draws) with intervals: trapezoids over the requested fractions, from the smallest to the largest, without a point at 0.
-            They are MIB's CPR and CMD only at MIB's ten sizes (:attr:`mib_sizes`).
+            They are MIB's CPR and CMD only at MIB's ten sizes (:attr:`mib_sizes`). And ``smallest``, what :meth:`smallest` gives at the
+            level of the provenance, with the 95 % interval ``smallest_lo``, ``smallest_hi`` of measured sizes over resamples of the examples,
+            the same for all methods; infinite where no size is faithful. No finer than the sizes: see :func:`smallest_faithful`.
         circuits: the circuits of each method, in the order of its rows (not of ``random``).
         provenance: model, task, ablation, selection; JSON-able.
     """
@@ -72,8 +74,7 @@ class FaithfulnessCurve:
             CircuitError: no such method.
         """
         rows = self._rows(method).sort_values("n_edges", ascending=False, kind="stable")
-        below = np.flatnonzero(~(rows["faithfulness"].to_numpy() >= level))
-        kept = len(rows) if not len(below) else int(below[0])
+        kept = int(_kept(rows["faithfulness"].to_numpy(), level))
         return rows.iloc[kept - 1] if kept else None
 
     def smallest_circuit(self, method: str, level: float | int = 0.9) -> Circuit | None:
@@ -111,7 +112,9 @@ class FaithfulnessCurve:
         try:
             with open(path, encoding="utf-8") as file:
                 record = json.load(file)
-            table, areas = (pd.DataFrame({key: record[name][key] for key in columns}) for name, columns in _COLUMNS.items())
+            if missing := [key for name, columns in _COLUMNS.items() for key in columns if key not in record[name]]:
+                raise KeyError(missing[0])
+            table, areas = (pd.DataFrame(record[name]) for name in _COLUMNS)
             if not len(table) or set(table["method"]) != set(areas["method"]):
                 raise ValueError("its areas are not those of the methods in its table")
             return FaithfulnessCurve(table, areas, {}, dict(record["provenance"]))
@@ -123,15 +126,22 @@ class FaithfulnessCurve:
             raise CircuitError(unknown("method of this curve", method, set(self.table["method"])))
         return self.table.loc[self.table["method"] == method]
 
+    def _reach(self, method: str, level: float = 0.9) -> str:
+        """From which size on circuits are faithful, and the next smaller one that was tried, in words."""
+        rows, best = self._rows(method), self.smallest(method, level)
+        tried = f"of the {len(rows)} sizes tried"
+        if best is None:
+            return f"f ≥ {level:g} from no size on ({tried})"
+        below = rows.loc[rows["n_edges"] < best["n_edges"], "n_edges"]
+        return f"f ≥ {level:g} from {best['n_edges']:,.0f} edges on ({tried}" + (f"; not from {below.max():,.0f}, the next)" if len(below) else ")")
+
     def __repr__(self) -> str:
         about = self.provenance
         head = f"FaithfulnessCurve({about.get('model')} × {about.get('task')}, {about.get('metric')}, {about.get('ablation')} ablation)"
         lines = []
         for row in self.areas.to_dict("records"):
-            best = self.smallest(row["method"])
-            reach = "f ≥ 0.9 from no size on" if best is None else f"f ≥ 0.9 from {best['n_edges']:,.0f} edges on"
             areas = f"CPR {row['cpr']:.3f} [{row['cpr_lo']:.3f}, {row['cpr_hi']:.3f}], CMD {row['cmd']:.3f}; " if self.mib_sizes else ""
-            lines.append(f"  {row['method']}: {areas}{reach} (of the {len(self._rows(row['method']))} sizes tried)")
+            lines.append(f"  {row['method']}: {areas}{self._reach(row['method'])}")
         return "\n".join([head, *lines, *still_falling(about)])
 
 
@@ -161,6 +171,7 @@ def faithfulness_curve(
     fit: OptimalFit | None = None,
     post_norm: str = "renormalised",
     random: int = 5,
+    level: float | int = 0.9,
     allow_overlap: bool = False,
     n_boot: int = 1000,
     seed: int = 0,
@@ -185,6 +196,7 @@ def faithfulness_curve(
         fit: the budget of optimal ablation.
         post_norm: what a head's edges carry where a norm follows the attention; see :class:`patchlab.ActivationPatching`.
         random: draws of random circuits of the same sizes, pruned in the same way; 0 for none.
+        level: what counts as faithful in ``smallest`` of the areas.
         allow_overlap: accept examples that the scores were computed on.
         n_boot: resamples behind each interval.
         seed: of resamples and random circuits.
@@ -219,18 +231,18 @@ def faithfulness_curve(
         check_disjoint({"task_pairs": train.pair_fingerprints}, task, "train=", allow_overlap=allow_overlap)
     with progress_bar(f"circuits ({ablation})", "run", len(runs) * len(task), show=progress) as bar:
         found = way.measure(runs, task, batch_size=batch_size, max_bytes=max_memory, done=bar.update)
-    scale = Scale(full_metric(model, task, batch_size), found[0], n_boot, seed)
+    scale, level = Scale(full_metric(model, task, batch_size), found[0], n_boot, seed), float(level)
     rows, areas, start = [], [], 1
     for name, some in circuits.items():
         part = found[None, start : start + len(some)]
         start += len(some)
-        _add(rows, areas, name, sizing[name], np.array([[c.n_edges for c in some]]), part, scale)
+        _add(rows, areas, name, sizing[name], np.array([[c.n_edges for c in some]]), part, scale, level)
     if random:
         part = found[start:].reshape(random, len(plan), -1)
-        _add(rows, areas, RANDOM, plan, np.array([[c.n_edges for c in some] for some in draws]), part, scale)
+        _add(rows, areas, RANDOM, plan, np.array([[c.n_edges for c in some] for some in draws]), part, scale, level)
     named = {f"{name} {size[0]}": c for name, some in circuits.items() for size, c in zip(sizing[name], some, strict=True)}
     about = {**described(model, task), **way.provenance(), **way.losses_of({"no edges": runs[0], **named})}
-    choice = {"how": how, "by": by, "random_draws": random, "n_boot": n_boot, "seed": seed, "selection": selection}
+    choice = {"how": how, "by": by, "random_draws": random, "level": level, "n_boot": n_boot, "seed": seed, "selection": selection}
     return FaithfulnessCurve(pd.DataFrame(rows), pd.DataFrame(areas), circuits, plain({**about, **choice}))
 
 
@@ -299,6 +311,7 @@ def _add(
     n_edges: np.ndarray,
     metric: Float[np.ndarray, "draw size example"],
     scale: Scale,
+    level: float,
 ) -> None:
     """The rows and the areas of one method; several draws count as one method, resampled like the examples."""
     shares = np.array([share for _, share, _ in sizes])
@@ -317,7 +330,22 @@ def _add(
     for name, of in (("cpr", lambda f: f), ("cmd", lambda f: np.abs(1 - f))):
         area[name] = float(_trapezoid(of(value)[None], shares)[0])
         area[f"{name}_lo"], area[f"{name}_hi"] = map(float, interval(_trapezoid(of(resampled), shares)))
+    order = np.argsort(-n_edges.mean(0), kind="stable")
+    sizes_down = np.append(np.inf, n_edges.mean(0)[order])
+    area["smallest"] = float(sizes_down[_kept(value[order], level)])
+    reached = sizes_down[_kept(resampled[:, order], level)]
+    low_and_high = np.quantile(reached, TAILS, method="inverted_cdf") if len(reached) else (np.nan, np.nan)  # sizes that were measured
+    area["smallest_lo"], area["smallest_hi"] = map(float, low_and_high)
     areas.append(area)
+
+
+def _kept(faithfulness: Float[np.ndarray, "*draw size"], level: float | int) -> Int[np.ndarray, "*draw"]:
+    """How many circuits, from the largest (the first) on, are faithful without a break.
+
+    >>> int(_kept(np.array([1.0, 0.95, 0.8, 0.92]), 0.9))
+    2
+    """
+    return np.asarray(np.cumprod(faithfulness >= level, axis=-1).sum(-1))
 
 
 def _trapezoid(y: Float[np.ndarray, "draw size"], x: Float[np.ndarray, " size"]) -> Float[np.ndarray, " draw"]:

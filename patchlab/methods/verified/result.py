@@ -141,17 +141,27 @@ class VerifiedResult:
 
     def _work(self) -> str:
         parts = {
-            "screen": "{} for the screen (a backward pass counts as two)",
-            "verified": "{} for cells in its order" if "sweep" not in set(self.table["found"]) else "{} for cells",
-            "sample": "{} for the other cells" if self.complete else "{} for cells at random",
-            "groups": "{} for joint patches of groups",
-            "subsets": "{} for joint patches of random subsets",
-            "unpatched": "{} for runs without a patch",
+            "screen": "screening {} (a backward pass counts as two)",
+            "verified": "cells in its order {}" if "sweep" not in set(self.table["found"]) else "cells {}",
+            "sample": "the other cells {}" if self.complete else "cells at random {}",
+            "groups": "joint patches of groups {}",
+            "subsets": "joint patches of random subsets {}",
+            "unpatched": "runs without a patch {}",
         }
         counts = [parts[name].format(f"{value:.3g}" if value % 1 else f"{value:.0f}") for name, value in self.passes.items() if value]
         return (
-            f"Work: as much as {sum(self.passes.values()):.4g} forward passes over all prompts, {100 * self.share:.1f} % of a full sweep's "
-            f"{self.n_live} cells: {', '.join(counts)}."
+            f"Work: as much as {sum(self.passes.values()):.4g} forward passes over all prompts, {100 * self.share:.1f} % of a full sweep, which "
+            f"patches each of the {self.n_live} live cells: {', '.join(counts)}.{self._screening()}"
+        )
+
+    def _screening(self) -> str:
+        screening = self.passes.get("screen", 0)
+        if not screening:
+            return ""
+        times = self.n_live / screening
+        return (
+            f" Screening cost {screening:.3g} forward-pass equivalents; exact patching of all {self.n_live} cells costs "
+            f"{times:,.{1 if times < 10 else 0}f} times as many passes."
         )
 
     def __repr__(self) -> str:
