@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import patchlab as pl
 from patchlab.adapters import LinearPlace, NormPlace
-from patchlab.engine import Program, continues, rest, run, support
+from patchlab.engine import Program, continues, resume, run, support
 from patchlab.engine.trust.edges import edge_support
 from patchlab.engine.trust.precision import in_single_precision
 from patchlab.errors import ModelError
@@ -168,7 +168,7 @@ def test_fast_ways_are_checked_in_single_precision_and_used(family: str, dtype: 
     model = bridged(hf_module(family, torch.float64).to(dtype), family)
     assert (support(model).mode, edge_support(model).mode, continues(model)) == ("prefix", "prefix", True)
     assert all(parameter.dtype == dtype for parameter in model.bridge.parameters())
-    right = rest.beginning
+    right = resume.beginning
 
     def off(cache: Any, start: int) -> Any:
         cache = right(cache, start)
@@ -176,7 +176,7 @@ def test_fast_ways_are_checked_in_single_precision_and_used(family: str, dtype: 
             layer.values *= 1.1
         return cache
 
-    monkeypatch.setattr(rest, "beginning", off)
+    monkeypatch.setattr(resume, "beginning", off)
     model.continues = None  # found out once per model
     assert not continues(model)
 

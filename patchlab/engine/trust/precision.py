@@ -35,7 +35,7 @@ def in_single_precision(model: Any) -> Iterator[None]:
             handles.append(part.register_forward_pre_hook(partial(_widen, held, wide), with_kwargs=True))
             handles.append(part.register_forward_hook(partial(_restore, held, wide), always_call=True))
         for table in {id(part): part for part in model.bridge.original_model.modules() if isinstance(part, nn.Embedding)}.values():
-            handles.append(table.register_forward_hook(lambda module, inputs, output: _as_float(output)))
+            handles.append(table.register_forward_hook(_widen_output))
         with torch.autograd.graph.saved_tensors_hooks(partial(_pack, wide), _unpack):
             yield
     finally:
@@ -72,6 +72,10 @@ def _restore(held: list[tuple[Tensor, Tensor]], wide: dict[int, Tensor], module:
         tensor, data = held.pop()
         wide.pop(tensor.data_ptr(), None)
         tensor.data = data
+
+
+def _widen_output(module: nn.Module, inputs: Any, output: Any) -> Any:
+    return mapped(output, _as_float)
 
 
 def _as_float(tensor: Tensor) -> Tensor:
