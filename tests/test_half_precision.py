@@ -14,6 +14,9 @@ from torch import Tensor, nn
 
 import patchlab as pl
 from patchlab.adapters import LinearPlace, NormPlace
+from patchlab.engine import Program, continues, resume, run, support
+from patchlab.engine.trust.edges import edge_support
+from patchlab.engine.trust.precision import in_single_precision
 from patchlab.errors import ModelError
 from patchlab.metrics import METRICS
 from patchlab.models import Model
@@ -156,3 +159,37 @@ def test_a_gradient_that_overflows_is_an_error() -> None:
     steep = pl.rules.Composite("steep", norm=_Steep())
     with pytest.raises(ModelError, match=r"the gradient at L0.resid_pre of gpt2 overflows in float16. Load it with dtype='bfloat16' or 'float32'"):
         scores_of(pl.RelevancePatching(steep), half, swap_task(), "resid_pre")
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2"])
+def test_fast_ways_are_checked_in_single_precision_and_used(family: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the tolerance of float32: cached values that are a tenth larger are noticed, and nothing right is refused."""
+    model = bridged(hf_module(family, torch.float64).to(dtype), family)
+    assert (support(model).mode, edge_support(model).mode, continues(model)) == ("prefix", "prefix", True)
+    assert all(parameter.dtype == dtype for parameter in model.bridge.parameters())
+    right = resume.beginning
+
+    def off(cache: Any, start: int) -> Any:
+        cache = right(cache, start)
+        for layer in cache.layers:
+            layer.values *= 1.1
+        return cache
+
+    monkeypatch.setattr(resume, "beginning", off)
+    model.continues = None  # found out once per model
+    assert not continues(model)
+
+
+def test_gradients_in_single_precision() -> None:
+    """Against the same weights in float64."""
+    half, wide = _pair("gpt2", torch.bfloat16)
+    (batch,) = swap_task().batches()
+    at = (("resid_pre", 0), ("z", 1))
+    program = Program(batch.clean, batch.examples, metric=METRICS["logit_diff"], answers=batch.answers, gradients=at)
+    with in_single_precision(half):
+        got = run(half, program).gradients
+    expected = run(wide, program).gradients
+    for key in at:
+        assert float((got[key].double() - expected[key]).abs().max()) < 1e-5 * float(expected[key].abs().max())
+    assert all(parameter.dtype == torch.bfloat16 for parameter in half.bridge.parameters())

@@ -11,6 +11,7 @@ from torch import Tensor
 from patchlab.adapters.places import LinearPlace, NormPlace
 from patchlab.engine.literal import run
 from patchlab.engine.program import Program, row_numbers
+from patchlab.engine.trust.precision import widened
 from patchlab.errors import ModelError, unknown
 
 POST_NORMS = {
@@ -79,7 +80,8 @@ def contributions(model: Any, tokens: Int[Tensor, "row pos"], form: str = "renor
     kinds = ("z", "mlp_out") if graph.mlps else ("z",)
     keep = (("input", None), *((kind, layer) for layer in range(graph.n_layers) for kind in kinds))
     kept = run(model, Program(tokens, row_numbers(tokens), keep=keep)).activations
-    values = kept["input", None].new_empty(len(graph.writers), *kept["input", None].shape)
+    dtype = torch.promote_types(kept["input", None].dtype, kept["z", 0].dtype)
+    values = kept["input", None].new_empty(len(graph.writers), *kept["input", None].shape, dtype=dtype)
     values[0] = kept["input", None]
     for i, layer in enumerate(layers_of(model)):
         part = values[graph.writer_slice(i)]
@@ -92,7 +94,10 @@ def contributions(model: Any, tokens: Int[Tensor, "row pos"], form: str = "renor
 
 @dataclass(frozen=True)
 class Layer:
-    """A block as edges see it: norms before the attention, before the MLP and after the attention; how each query head reads and writes."""
+    """A block as edges see it: norms before the attention, before the MLP and after the attention; how each query head reads and writes.
+
+    Weights of half precision are turned into float32, one at a time, where they meet a stream in float32.
+    """
 
     before: NormPlace | None
     mlp: NormPlace | None
@@ -109,7 +114,7 @@ class Layer:
     def inputs(self, letter: str, x: Float[Tensor, "circuit head row pos d_model"]) -> Float[Tensor, "circuit head row pos d_head"]:
         """Queries, keys or values of every head, from what it reads."""
         weight, bias = self.read[letter]
-        out = torch.matmul(_normed(self.before, x).flatten(2, 3), weight)
+        out = torch.matmul(_normed(self.before, x).flatten(2, 3), weight.to(x.dtype))
         return (out if bias is None else out + bias).unflatten(2, x.shape[2:4])
 
     def into_mlp(self, x: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_model"]:
@@ -118,7 +123,7 @@ class Layer:
 
     def heads(self, z: Float[Tensor, "circuit row pos head d_head"]) -> Float[Tensor, "circuit head row pos d_model"]:
         """The output of every head: what the attention's own output, before a norm after it, is the sum of (with its bias)."""
-        return torch.matmul(z.permute(0, 3, 1, 2, 4).flatten(2, 3), self.write).unflatten(2, z.shape[1:3])
+        return torch.matmul(z.permute(0, 3, 1, 2, 4).flatten(2, 3), self.write.to(z.dtype)).unflatten(2, z.shape[1:3])
 
     def after(self, attention: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_model"]:
         """What the attention adds to the stream, from the sum of its heads: its bias comes in, then the norm after it."""
@@ -183,7 +188,11 @@ def _norm(place: Any) -> NormPlace | None:
 
 
 def _normed(place: NormPlace | None, x: Tensor) -> Tensor:
-    return x if place is None else place.module.original_component(x)
+    if place is None:
+        return x
+    norm = place.module.original_component
+    with widened(norm.modules() if x.dtype == torch.float32 else ()):  # where a half-precision model is checked
+        return norm(x)
 
 
 def _linear(model: Any, places: Mapping[str, Any], name: str) -> tuple[Tensor, Tensor | None]:

@@ -54,7 +54,9 @@ class Differences:
         """Of a source and the baseline's activations at all writers."""
         changes = {key: source.values(address(*key), value, examples) - value for key, value in own.items()}
         layers = layers_of(model)
-        attention = {i: own["z", i].flatten(2) @ layer.write.flatten(0, 1) for i, layer in enumerate(layers) if layer.post is not None}
+        attention = {
+            i: own["z", i].flatten(2) @ layer.write.flatten(0, 1).to(own["z", i].dtype) for i, layer in enumerate(layers) if layer.post is not None
+        }
         return Differences(layers, changes, form, attention)
 
     def written(self, writer: int, start: int) -> Float[Tensor, "row pos d_model"]:
@@ -79,7 +81,8 @@ class Differences:
         layer, head = divmod(writer - 1, heads + (("mlp_out", 0) in self.changes))
         if head == heads:
             return None, self.changes["mlp_out", layer][:, start:]
-        change = self.changes["z", layer][:, start:, head] @ self.layers[layer].write[head]
+        change = self.changes["z", layer][:, start:, head]
+        change = change @ self.layers[layer].write[head].to(change.dtype)
         return layer if layer in self.attention else None, change
 
 
@@ -275,7 +278,7 @@ class _Run:
         chosen = [index.index(probe) for probe in range(len(probes))]
         z = self._probed(layer, [self._change(edges[i], known) for i in chosen], [places[i][0] for i in chosen])
         z = z[:, :, -self._layer(layer).attention.shape[1] :]
-        change, weights = z[1:] - z[:1], self.differences.layers[layer].write
+        change, weights = z[1:] - z[:1], self.differences.layers[layer].write.to(z.dtype)
         moved = []
         for probe, (letter, head) in zip(index, places, strict=True):
             copies = arch.graph.copies if self.grouped and letter else 1

@@ -28,6 +28,8 @@ from torch import Tensor
 from patchlab.engine.contributions import Contributions, Layer, contributions, has_post_norm, layers_of, norm_over_heads
 from patchlab.engine.literal import canonical, evaluate, forward, hooked, run
 from patchlab.engine.program import Program, row_numbers
+from patchlab.engine.trust.nodes import tolerance
+from patchlab.engine.trust.precision import in_single_precision
 from patchlab.errors import InterventionError, ModelError
 from patchlab.graph import Graph
 from patchlab.interventions import Edit
@@ -198,7 +200,7 @@ class _Pass:
             return
         if self.buffer is None:
             writers, circuits = len(self.graph.writers), self.keep.shape[0]
-            self.buffer = current.new_empty(circuits, writers, self.rows, *current.shape[-2:])
+            self.buffer = difference.new_empty(circuits, writers, self.rows, *difference.shape[-2:])
         self.buffer[:, where] = difference
 
     def _read(self, base: Tensor, used: int, readers: slice) -> Float[Tensor, "circuit reader row pos d_model"]:
@@ -309,7 +311,7 @@ def _check_model(model: Any, form: str) -> None:
     program = Program(tokens, examples, metric=metric, answers=Answers.of([[0]] * 2, [[0]] * 2, model.device))
     allowed = torch.as_tensor(graph.allowed.copy(), device=model.device)
     sets, layer = [allowed, torch.zeros_like(allowed)], arch.n_layers // 2
-    with torch.no_grad():
+    with torch.no_grad(), in_single_precision(model):
         wanted: list[Any] = [evaluate(model, program, forward(model, replace(program, tokens=row), None)) for row in (tokens, donor)]
         if form == "renormalised":
             sets.append(allowed.clone())
@@ -319,7 +321,7 @@ def _check_model(model: Any, form: str) -> None:
         got = _one_pass(model, layers_of(model), program, contributions(model, donor, form), torch.stack(sets))
     off = (got - torch.stack(wanted)).abs().amax(1) / max(float(torch.stack(wanted[:2]).abs().max()), 1e-30)
     worst = int(off.argmax())
-    if float(off[worst]) > (2e-3 if model.dtype in (torch.float32, torch.float64) else 0.15):
+    if float(off[worst]) > max(2e-3, tolerance()):
         kept = ("all edges kept", "none kept", f"all kept but those out of {graph.writers[graph.writer_slice(layer).start]}")[worst]
         raise ModelError(
             f"{model.name} ({arch.family}) cannot be run as a circuit: with {kept}, it differs by {float(off[worst]):.2g} of the scale "

@@ -101,6 +101,8 @@ def unembed(model: Any, hidden: Float[Tensor, "row pos d_model"], columns: Int[T
     weight, bias = linear.weight, getattr(linear, "bias", None)
     if columns is not None:
         weight, bias = weight[columns], None if bias is None else bias[columns]
+    # the stream is in float32 where a half-precision model is checked
+    weight, bias = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
     logits = torch.nn.functional.linear(hidden, weight, bias)
     return bridge.adapter.apply_output_logits_transform(logits)  # soft-caps, scales
 

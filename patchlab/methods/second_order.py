@@ -29,8 +29,11 @@ PILOT = 8
 """Fewer probes say too little about their own spread."""
 PROBE = 3.0
 """What a probe costs in forward passes over a whole prompt: a forward pass, and a backward pass as two (as in verified patching)."""
-ALLOWANCE = 0.1
-"""Probes and patches together may exceed the price of exact patching by so much of it: what a pilot costs where it shows that probes will not do."""
+UNPAID = 0.1
+"""Share of the price of patching a layer that may go into probes which do not do, so that as much is missing for patches."""
+FIXED = 4.0
+"""What comes on top for each prompt, in forward passes, at most: a gradient at the baseline, which exact patching needs not, in a run over
+the whole prompt, where exact patching may run the rest only, and one such run more to patch from."""
 
 
 @dataclass(frozen=True)
@@ -47,9 +50,14 @@ class SecondOrder(Method):
     Each example's probes of a layer are doubled, from 8 on, until the standard error of a cell's mean over examples is at most ``tolerance``
     times what it is held against: the larger of its first- and its second-order term. (Every example gets there by itself, at √n times the
     tolerance for n examples, so that nothing depends on the batches.) Cells that would take more probes than patching them costs are
-    patched: their value is then the whole remainder, effect − first-order score, without error, and the result says how many they
-    are. Where exact patching of a layer costs less than ten pilots of 8 probes, nothing is probed. So the cost is at most 1.1 times that of
-    exact patching, in forward passes over a whole prompt, where a probe counts 3.
+    patched: their value is then the whole remainder, effect − first-order score, without error.
+
+    It never costs more than exact patching of the same cells: a probe counts 3 forward passes (a backward pass is two), and a layer gets what
+    patching its live cells would take. Where that is less than ten pilots of 8 probes, nothing is probed and all is patched, which the
+    price tells beforehand; the first-order scores come on top, with at most 4 forward passes for each prompt. What probes cost is missing for
+    patches: where they turn out not to do, the cells with the largest standard errors are patched as far as it goes, and the others, at most
+    a tenth of the layer by price, keep a standard error above the tolerance. The result says how many cells were patched
+    (``patched_exactly``) and how many are left so (``above_tolerance``), and ``unreliable`` allows for their standard error.
 
     Source: arXiv 2606.09899 for the term, whose size over that of the first-order score ``|δᵀHδ| / (2 |∇m·δ|)`` tells how reliable the
     latter is (:func:`patchlab.comparison.reliability.unreliable`). There every component has a Hessian-vector product of its own, along its own δ;
@@ -118,7 +126,8 @@ class SecondOrder(Method):
             notes.setdefault("probes", {})[str(site)] = np.stack([one.count for one in layers], 1).tolist()
         self._patch(setting, runs, meter, found)
         for name, terms in found.items():
-            notes.setdefault("patched_exactly", {})[name] = terms.left.reshape(len(runs.batch), -1).sum(1).tolist()
+            for note, cells in (("patched_exactly", terms.left), ("above_tolerance", terms.above)):
+                notes.setdefault(note, {})[name] = cells.reshape(len(runs.batch), -1).sum(1).tolist()
         value, noise, error = ({name: getattr(one, part) for name, one in found.items()} for part in ("value", "noise", "error"))
         return Scored(value, noise, error)
 
@@ -143,21 +152,27 @@ class SecondOrder(Method):
 
         if self.probes is not None:
             probe(rows, self.probes)
-            return _Terms(first, probed.mean, probed.error(), noise, np.zeros_like(differs), probed.count)
+            return _Terms(first, probed.mean, probed.error(), noise, np.zeros_like(differs), np.zeros_like(differs), probed.count)
         live = setting.live[str(site)] if layer is None else setting.live[str(site)][layer]
         price, left, probes = _prices(setting, runs, site, layer, first.shape), differs & live, PILOT
-        whole = (price * live).reshape(len(price), -1).sum(1)
-        rows = rows[ALLOWANCE * whole >= PROBE * PILOT]
+        budget = (price * live).reshape(len(price), -1).sum(1) - FIXED
+        rows = rows[UNPAID * budget >= PROBE * PILOT]
         while len(rows):
             probe(rows, probes)
             allowed = self.tolerance * np.sqrt(len(setting.task)) * np.maximum(np.abs(first), np.abs(probed.mean))
             error = probed.error()
             excess = np.divide(error, allowed, out=np.where(error > 0, np.inf, 0.0), where=allowed > 0)
             left[rows] = (differs & live & (excess > 1))[rows]
-            rows = np.array([row for row in rows if _worth_more(excess[row][left[row]], price[row][left[row]], probes, whole[row])], dtype=int)
+            rows = np.array([row for row in rows if _worth_more(excess[row][left[row]], price[row][left[row]], probes, budget[row])], dtype=int)
             probes *= 2
+        above = np.zeros_like(left)
+        for row in np.flatnonzero(probed.count):
+            above[row] = left[row] & ~_affordable(left[row], probed.error()[row], price[row], budget[row] - PROBE * probed.count[row])
+        left &= ~above
         patch = np.sqrt(2) * runs.rounding.metric.reshape(-1, *[1] * (first.ndim - 1))
-        return _Terms(first, probed.mean, np.where(left | ~(differs & live), 0.0, probed.error()), np.where(left, patch, noise), left, probed.count)
+        return _Terms(
+            first, probed.mean, np.where(left | ~(differs & live), 0.0, probed.error()), np.where(left, patch, noise), left, above, probed.count
+        )
 
     def _patch(self, setting: Setting, runs: Runs, meter: Meter, found: "dict[str, _Terms]") -> None:
         """Put the whole remainder where probes did not reach the tolerance. Every example by itself: their cells differ."""
@@ -191,7 +206,7 @@ class SecondOrder(Method):
 @dataclass(frozen=True)
 class _Terms:
     """What was found of the cells of one layer or all, ``[batch, *cells]``: the first-order score, the second-order term, its standard
-    error and noise floor, which cells are left to be patched; and the number of probes per example (and layer).
+    error and noise floor, which cells are left to be patched, and which above the tolerance; and the number of probes per example (and layer).
     """
 
     first: Float[np.ndarray, "batch *cells"]
@@ -199,13 +214,14 @@ class _Terms:
     error: Float[np.ndarray, "batch *cells"]
     noise: Float[np.ndarray, "batch *cells"]
     left: Bool[np.ndarray, "batch *cells"]
+    above: Bool[np.ndarray, "batch *cells"]
     count: Int[np.ndarray, "batch *layer"]
 
     @staticmethod
     def stacked(layers: "Sequence[_Terms]") -> "_Terms":
         """All layers, as the second axis."""
-        first, value, error, noise, left, count = (np.stack([getattr(one, field.name) for one in layers], 1) for field in fields(_Terms))
-        return _Terms(first, value, error, noise, left, count)
+        first, value, error, noise, left, above, count = (np.stack([getattr(one, field.name) for one in layers], 1) for field in fields(_Terms))
+        return _Terms(first, value, error, noise, left, above, count)
 
     def patches(self, setting: Setting, site: Site, row: int) -> "Iterator[tuple[_Terms, tuple[int, ...], Site]]":
         """Index and address of the cells of one example that are left."""
@@ -252,32 +268,50 @@ def _cells(setting: Setting, runs: Runs, site: Site, values: Float[Tensor, "batc
 
 
 def _prices(setting: Setting, runs: Runs, site: Site, layer: int | None, shape: tuple[int, ...]) -> Float[np.ndarray, "batch *cells"]:
-    """What patching each cell costs exact patching at least, in forward passes over a whole prompt: blocks × positions that it computes."""
+    """What patching each cell costs exact patching at least, in forward passes over a whole prompt: blocks × positions that it computes.
+
+    Of a cell that differs it is what patching it costs here, to the position.
+    """
     mode, depth = support(setting.model).mode, setting.model.arch.n_layers
     prices = np.ones(shape)
     if layer is None or mode == "literal":
         return prices
-    length, share = runs.baseline_tokens.shape[1], (depth - layer) / depth
-    if mode == "replay":
-        return prices * share
+    length = runs.baseline_tokens.shape[1]
     axes = [axis for axis in site.axes if axis != "layer"]
     place = next((dim for dim, axis in enumerate(axes, 1) if axis in ("pos", "dest")), None)
+    by_number = place is not None and setting.axis is not None and setting.axis.names is None
     for row, example in enumerate(runs.batch.examples.tolist()):
         paired = isinstance(runs.source, Kept) and not setting.model.ambient
-        start = np.array(first_difference(of_rows(runs, np.array([row])).batch) if paired else 0)
+        start = np.array(first_difference(of_rows(runs, np.array([row])).batch) if paired and mode == "prefix" else 0)
+        at = start
         if place is not None and setting.axis is not None:
-            start = np.maximum(start, setting.axis.index[example]).reshape([-1 if dim == place else 1 for dim in range(1, len(shape))])
-        prices[row] *= share * (length - start) / length
+            at = setting.axis.index[example].reshape([-1 if dim == place else 1 for dim in range(1, len(shape))])
+            start = np.maximum(start, at) if mode == "prefix" else start
+        # the first block is run at one position only where nothing else of it can change
+        alone = by_number and KINDS[site.kind].layered and not KINDS[site.kind].attended and layer < depth - 1
+        local = np.full_like(at, alone, dtype=bool) if mode == "prefix" else alone & (at == 0)
+        prices[row] = ((depth - layer - local) * (length - start) + local) / (depth * length)
     return prices
 
 
-def _worth_more(excess: Float[np.ndarray, " cell"], price: Float[np.ndarray, " cell"], probes: int, whole: float) -> bool:
+def _affordable(
+    left: Bool[np.ndarray, "*cells"], error: Float[np.ndarray, "*cells"], price: Float[np.ndarray, "*cells"], budget: float
+) -> Bool[np.ndarray, "*cells"]:
+    """The cells with the largest standard errors, as many as can be patched."""
+    order = np.argsort(-np.where(left, error, -np.inf), axis=None, kind="stable")[: int(left.sum())]
+    chosen = order[np.cumsum(price.ravel()[order]) <= budget]
+    found = np.zeros(left.size, dtype=bool)
+    found[chosen] = True
+    return found.reshape(left.shape)
+
+
+def _worth_more(excess: Float[np.ndarray, " cell"], price: Float[np.ndarray, " cell"], probes: int, budget: float) -> bool:
     """Whether to double an example's probes rather than patch the cells that are left.
 
     ``excess`` is each cell's standard error as a multiple of what is allowed; it falls with the root of the number of probes. ``price``: of
-    patching it; ``whole``: of patching all cells of the layer.
+    patching it; ``budget``: what the layer may cost, of which no more than a tenth is put at stake.
     """
-    if not len(excess) or PROBE * 2 * probes + price.sum() > (1 + ALLOWANCE) * whole:
+    if not len(excess) or PROBE * 2 * probes + price.sum() > (1 + UNPAID) * budget:
         return False
     doublings = np.ceil(2 * np.log2(excess))
     tried = np.unique(doublings[np.isfinite(doublings)])

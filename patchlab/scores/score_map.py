@@ -505,7 +505,9 @@ class ScoreMap:
         text = f"; {below} of {cells} cells below the noise floor of {self.provenance.get('dtype', '?')}" if below else ""
         for site, counts in self.provenance.get("patched_exactly", {}).items():
             live = int(self.live[site].sum()) * self.data.sizes["example"]
+            above = sum(self.provenance.get("above_tolerance", {}).get(site, ()))
             text += f"; {site}: {sum(counts)} of {live} terms patched exactly, where probes would cost more" if sum(counts) else ""
+            text += f"; {site}: {above} of {live} terms above the tolerance, where patching would have cost more than a sweep" if above else ""
         return text
 
 

@@ -16,6 +16,7 @@ from patchlab.engine.literal import run
 from patchlab.engine.masked import run_circuits
 from patchlab.engine.program import Program, Target, row_numbers
 from patchlab.engine.trust.nodes import Support, tolerance
+from patchlab.engine.trust.precision import in_single_precision
 from patchlab.errors import PatchlabError
 from patchlab.interventions import Kept
 from patchlab.metrics import METRICS, Answers
@@ -94,11 +95,16 @@ def _several(sets: Iterable[Bool[Tensor, "writer reader *where"]]) -> Iterator[t
 
 
 def _find(model: Any) -> Support:
+    with in_single_precision(model):
+        return _compared(model)
+
+
+def _compared(model: Any) -> Support:
     reasons = []
     program, edges, differences = _trial(model)
     expected = run_edge_sets(model, program, [edge_mask(model, edge) for edge in edges], differences)
     # some norms compute in single precision whatever the model's dtype, and the two ways add up in different orders
-    allowed = max(tolerance(model.dtype), tolerance(torch.float32)) * float(expected.abs().max())
+    allowed = tolerance() * float(expected.abs().max())
     for mode in ("prefix", "replay"):
         try:
             got = edge_sweep(model, program, edges, differences, prefix=mode == "prefix", start=1)

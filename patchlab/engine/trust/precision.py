@@ -17,22 +17,26 @@ HALF = (torch.bfloat16, torch.float16)
 
 @contextmanager
 def in_single_precision(model: Any) -> Iterator[None]:
-    """Run blocks, final norm and unembedding of a half-precision model in float32 for the duration of the block; no gradients.
+    """Run blocks, final norm and unembedding of a half-precision model in float32 for the duration of the block, backwards too.
 
     Each module's weights are turned into float32 as it is called and are the old tensors again when it returns, so the memory that
-    this takes is a float32 copy of the largest of them: of one block, or of the unembedding. The stream between them stays in float32. A model in
-    float32 or float64 runs as it is.
+    this takes is a float32 copy of the largest of them: of one block, or of the unembedding. A backward pass, which has to come inside the
+    block, turns each weight into float32 as it gets there. The stream is in float32 from the embeddings on. A model in float32
+    or float64 runs as it is.
     """
     if model.dtype not in HALF:
         yield
         return
     handles = []
+    wide: dict[int, Tensor] = {}
     try:
         for part in _parts(model.bridge):
             held: list[tuple[Tensor, Tensor]] = []
-            handles.append(part.register_forward_pre_hook(partial(_widen, held), with_kwargs=True))
-            handles.append(part.register_forward_hook(partial(_restore, held), always_call=True))
-        with torch.no_grad():
+            handles.append(part.register_forward_pre_hook(partial(_widen, held, wide), with_kwargs=True))
+            handles.append(part.register_forward_hook(partial(_restore, held, wide), always_call=True))
+        for table in {id(part): part for part in model.bridge.original_model.modules() if isinstance(part, nn.Embedding)}.values():
+            handles.append(table.register_forward_hook(_widen_output))
+        with torch.autograd.graph.saved_tensors_hooks(partial(_pack, wide), _unpack):
             yield
     finally:
         for handle in handles:
@@ -54,18 +58,43 @@ def _holds(module: nn.Module) -> bool:
     return next(module.parameters(), None) is not None
 
 
-def _widen(held: list[tuple[Tensor, Tensor]], module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+def _widen(held: list[tuple[Tensor, Tensor]], wide: dict[int, Tensor], module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
     for tensor in {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}.values():
         if is_half(tensor):
             held.append((tensor, tensor.data))
             tensor.data = tensor.data.float()
-    return mapped(args, at_full_precision), mapped(kwargs, at_full_precision)
+            wide[tensor.data_ptr()] = held[-1][1]
+    return mapped(args, _as_float), mapped(kwargs, _as_float)
 
 
-def _restore(held: list[tuple[Tensor, Tensor]], module: nn.Module, inputs: Any, output: Any) -> None:
+def _restore(held: list[tuple[Tensor, Tensor]], wide: dict[int, Tensor], module: nn.Module, inputs: Any, output: Any) -> None:
     while held:
         tensor, data = held.pop()
+        wide.pop(tensor.data_ptr(), None)
         tensor.data = data
+
+
+def _widen_output(module: nn.Module, inputs: Any, output: Any) -> Any:
+    return mapped(output, _as_float)
+
+
+def _as_float(tensor: Tensor) -> Tensor:
+    return tensor.float() if is_half(tensor) else tensor
+
+
+def _pack(wide: dict[int, Tensor], tensor: Tensor) -> Any:
+    """What a backward pass keeps: of a weight in float32, or a view of it, the half-precision one that it comes from."""
+    half = wide.get(tensor.untyped_storage().data_ptr()) if wide else None
+    if half is None:
+        return tensor
+    return half, tensor.size(), tensor.stride(), tensor.storage_offset()
+
+
+def _unpack(kept: Any) -> Tensor:
+    if isinstance(kept, Tensor):
+        return kept
+    half, size, stride, offset = kept
+    return half.float().as_strided(size, stride, offset)
 
 
 @contextmanager

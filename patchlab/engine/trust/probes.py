@@ -100,20 +100,20 @@ def probe(model: Any, tokens: Int[Tensor, "two pos"]) -> dict[str, str]:
             first = value[rows.index(_Row(i))]
             scale = max(float(first.abs().max()), 1e-30)
             apart = _most(value[rows.index(_Row(i, prompt=1))] - first) / scale
-            if following != "resid_post" and apart > tolerance(torch.float32):
+            if following != "resid_post" and apart > tolerance():
                 reason = f"with {' and '.join(kinds)} given, {following} of layer {layer} still depends on the prompt (by {apart:.2g} of its scale)"
                 found |= {kind: reason for kind in kinds if kind not in found}
                 continue
             for kind in kinds:
                 change = (value[rows.index(_Row(i, kind))] - first) / scale
                 reached = place.reached(kind, value)
-                if (elsewhere := _most(change[~reached])) > tolerance(torch.float32):
+                if (elsewhere := _most(change[~reached])) > tolerance():
                     what = "head and position" if kind in ("q", "k", "v", "z", "pattern") else "position"
                     found.setdefault(
                         kind,
                         f"an edit at one {what} of layer {layer} changes {following} at others as well (by {elsewhere:.2g} of its scale)",
                     )
-                elif _most(change[reached]) <= tolerance(torch.float32) and not received.as_given(kind, layer, got):
+                elif _most(change[reached]) <= tolerance() and not received.as_given(kind, layer, got):
                     found.setdefault(kind, f"an edit is dropped: random values in layer {layer} do not change {following}")
     return found
 

@@ -31,10 +31,18 @@ that are needed here.)
 *From these prompts to others.* On the prompts that were run, a patched cell's effect is known, and nothing about it is uncertain. For the
 mean over prompts such as these, an interval around a cell that was chosen because its effect came out large misses too often: the
 winner's luck is part of why it won. :func:`half_widths` therefore makes all live cells' intervals, patched or not, hold together
-(Bonferroni), so they hold for those that were chosen, however they were chosen. Each is Student's: exact for normal effects drawn
-independently, wide enough for heavy tails (t with 4 degrees of freedom), too narrow for strong skew: where every cell's effects are
-exponential, an interval of the 20 selected of 300 cells holds in 91 % with 16 prompts and 97 % with 64, and all 20 together in 18 and
-54 %, at a nominal 95 % (a percentile bootstrap of the selected cells alone: below 50 % each, also for normal effects).
+(Bonferroni), so they hold for those that were chosen, however they were chosen. Student's t would do for normal effects and not for skewed
+ones: where every cell's effects are exponential, all intervals of the 20 selected of 300 cells hold in 17 % of runs with 16 prompts and in 54 %
+with 64. So the width in standard errors is that of a bootstrap-t, one for the cells that are patched at a time (:func:`critical_value`): how
+often it is exceeded, on average over cells, is what Bonferroni asks for, and cells together tell the shape of their effects better than each by
+itself. In simulations at 95 % (20 selected of 300 cells; 8, 16, 32 and 64 prompts; effects normal, Student's with 4 degrees of freedom, exponential,
+lognormal, one cell in ten lognormal, of one lognormal scale per prompt) all 20 hold together in 92 % or more. The price: intervals of
+normal effects are 1.2 times as wide as Student's with 16 prompts and 1.02 times with 64, those of exponential ones 2.5 and 1.4 times.
+
+Few prompts can say nothing about effects that few prompts carry: where an effect is zero on half of the prompts, resamples of 16 consist of zeros
+alone too often for 300 intervals at once, and the width is infinite; 32 prompts are enough (100 and 95 % with 32 and 64). What no prompt
+shows at all, nothing can tell: a cell with the same effect on all n prompts although a share p of all prompts has another, which comes about
+with probability (1 − p)^n. (A percentile bootstrap of the selected cells alone: below 50 % each, also for normal effects.)
 """
 
 import itertools
@@ -49,6 +57,8 @@ from jaxtyping import Float
 from patchlab.errors import MethodError
 from patchlab.methods.verified.subsets import t_quantile
 
+FEWEST_DRAWS, IN_TAIL = 2000, 40
+"""Resamples of the prompts: at least so many, and so many that this number of values is expected beyond a critical value."""
 _ROUNDING = 1e-9
 """Ties are kept, so rounding can only make the bound wider."""
 
@@ -154,12 +164,58 @@ def _log_choose(n: int, k: int) -> float:
     return math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
 
 
+def critical_value(effects: Float[np.ndarray, "cell example"], family: int, confidence: float = 0.95, seed: int = 0) -> float:
+    """By how many standard errors, at most, the mean of n prompts is off, for all cells of a family together, at a confidence.
+
+    Bootstrap-t (Efron 1979; Hall 1988) with Bonferroni's correction (Miller 1981, Simultaneous Statistical Inference, ch. 2): of resamples of the
+    prompts, the value that |mean* − mean| / (s* / √n) exceeds in a share (1 − confidence) / family, over all cells and resamples; at least
+    Student's t, which is what it is for normal effects and many prompts. Infinite where n prompts say nothing that far out: so many
+    resamples consist of one value alone. Cells whose effects are all the same say nothing about the others, and are left out.
+
+    Args:
+        effects: of cells of the family, in metric units.
+        family: how many cells could have been chosen.
+        confidence: probability, over prompts, that no interval of the family misses.
+        seed: of the resamples.
+    """
+    n, level = effects.shape[1], (1 - confidence) / family
+    student = t_quantile(1 - level / 2, n - 1)
+    centred = effects[effects.std(1) > _ROUNDING * np.abs(effects).max(1)]
+    if not len(centred):
+        return student
+    centred = centred - centred.mean(1, keepdims=True)
+    draws = max(FEWEST_DRAWS, math.ceil(IN_TAIL / (level * len(centred))))
+    wanted, largest = max(1, int(level * draws * len(centred))), np.zeros(0)
+    generator, step = np.random.default_rng(seed), max(1, 2**21 // max(n, len(centred)))
+    for first in range(0, draws, step):
+        count = min(step, draws - first)
+        drawn = generator.integers(n, size=(count, n)) + n * np.arange(count)[:, None]
+        weights = np.bincount(drawn.ravel(), minlength=count * n).reshape(count, n).T / n
+        mean, square = centred @ weights, centred**2 @ weights
+        variance = (square - mean**2) * n / (n - 1)
+        with np.errstate(divide="ignore"):
+            off = np.abs(mean) * np.sqrt(n / np.where(variance > _ROUNDING * square, variance, 0.0))
+        largest = np.concatenate([largest, off.ravel()])
+        if len(largest) > wanted:
+            largest = np.partition(largest, len(largest) - wanted)[-wanted:]
+    return max(student, float(largest.min()))
+
+
+def prompts_needed(effects: Float[np.ndarray, "cell example"], family: int, confidence: float = 0.95) -> int:
+    """How many prompts such as these have a finite :func:`critical_value`: so many that hardly any resample consists of one value alone."""
+    level, n = (1 - confidence) / family, effects.shape[1]
+    counts = [np.unique(cell, return_counts=True)[1] for cell in effects]
+    shares = np.array([count.max() / n for count in counts if len(count) > 1] or [1 / n])
+    repeated = shares[shares > 1.5 / n]
+    return next(m for m in itertools.count(2) if (float(m) ** (1 - m) + (repeated**m).sum() / len(shares)) < level / 2)
+
+
 def half_widths(effects: Float[np.ndarray, "cell example"], family: int, confidence: float = 0.95) -> Float[np.ndarray, " cell"]:
     """Half the widths of intervals for mean effects over prompts such as these, which hold together for all cells of a family.
 
-    t · s / √n with s the standard deviation over n prompts and t the quantile of n − 1 degrees of freedom at 1 − (1 − confidence) / (2 · family)
-    (Bonferroni; Miller 1981, Simultaneous Statistical Inference, ch. 2). The family is everything that could have been chosen, so the choice
-    may depend on the same prompts in any way.
+    c · s / √n with s the standard deviation over n prompts and c the :func:`critical_value` of these cells. The family is everything that
+    could have been chosen, so the choice may depend on the same prompts in any way. Infinite for all cells where c is; else zero for a cell with
+    the same effect on every prompt.
 
     Args:
         effects: of the cells that were patched, in metric units.
@@ -172,8 +228,8 @@ def half_widths(effects: Float[np.ndarray, "cell example"], family: int, confide
     n_examples = effects.shape[1]
     if n_examples < 2:
         raise MethodError("one prompt pair says nothing about other prompts; give at least 2 pairs, or speak of this one (population=False).")
-    t = t_quantile(1 - (1 - confidence) / (2 * family), n_examples - 1)
-    return t * effects.std(1, ddof=1) / math.sqrt(n_examples)
+    critical = critical_value(effects, family, confidence)
+    return np.full(len(effects), np.inf) if math.isinf(critical) else critical * effects.std(1, ddof=1) / math.sqrt(n_examples)
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from patchlab.methods.verified.bound import Bound, Price, Recall
-from patchlab.methods.verified.subsets import SubsetBound
+from patchlab.methods.verified.bound import Bound, Price, Recall, prompts_needed
+from patchlab.methods.verified.subsets import SubsetBound, t_quantile
 from patchlab.scores import Cost, ScoreMap
 from patchlab.sites import KINDS, parse_site
 
@@ -23,7 +23,7 @@ class VerifiedResult:
             examples, metric units), ``screen`` (the screen's score), ``place`` (1 = first in the screen's order of |score|), ``found``
             (``screen``, ``sample`` or ``sweep``) and ``top`` (whether it is in the result: the k largest, or above the target). Of
             the population of prompts also ``low`` and ``high``: intervals for the mean effect over prompts such as these, which
-            hold together for all live cells.
+            hold together for all live cells; infinite where the prompts are too few for any.
         effects: the exact effects per example, ``[cell, example]``, in the order of the table.
         screen: the screen's score of every cell; where the sweep was run instead, the sweep.
         bound: what the random sample says about the cells that the screen did not bring up.
@@ -78,7 +78,7 @@ class VerifiedResult:
         return (sum(self.passes.values()) - self.passes["sample"]) / self.n_live
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the screen's scores and the effects per example, as plain JSON values; NA becomes None."""
+        """Everything but the screen's scores and the effects per example, as plain JSON values; NA and infinite ends become None."""
         bound = {name: getattr(self.bound, name) for name in ("confidence", "unverified", "sample", "exceeding", "threshold", "unit", "at_most")}
         recall, price = {**asdict(self.recall), "share": self.recall.share, "reached": self.recall.reached}, asdict(self.price)
         return {
@@ -105,11 +105,24 @@ class VerifiedResult:
         these = f"these {n} prompt pairs" if n > 1 else "this prompt pair"
         if self.population is None:
             return f"effects, ranking and recall are those of {these}, exactly; nothing is said about other prompts"
-        return (
-            f"effects are those of {these}; intervals and recall are about prompts such as these (drawn independently from the same source): with "
-            f"{100 * self.population:g} % confidence no interval of any of the {self.n_live} live cells misses, however cells were chosen "
-            f"(Student's t with Bonferroni's correction; too narrow where effects are strongly skewed over prompts)"
+        about = f"effects are those of {these}; intervals and recall are about prompts such as these (drawn independently from the same source): "
+        wide = (self.table["high"] - self.table["low"]).to_numpy() / 2
+        if np.isinf(wide).any():
+            needed = max(n + 1, prompts_needed(self.effects[np.isinf(wide)], self.n_live, self.population))
+            return (
+                f"{about}{n} prompts cannot support intervals of {int(np.isinf(wide).sum())} of the {len(wide)} patched cells that hold for all "
+                f"{self.n_live} live cells at once with {100 * self.population:g} % confidence, as effects are too unevenly spread over prompts for "
+                f"so few; it takes about {needed} or more"
+            )
+        spread = self.effects.std(1, ddof=1)
+        student = t_quantile(1 - (1 - self.population) / (2 * self.n_live), n - 1) * spread / np.sqrt(n)
+        text = (
+            f"{about}with {100 * self.population:g} % confidence no interval of any of the {self.n_live} live cells misses, however cells "
+            f"were chosen (bootstrap-t with Bonferroni's correction: {np.max(wide[spread > 0] / student[spread > 0], initial=1.0):.2g} "
+            f"times as wide as for normal effects, because of how these are spread over prompts)"
         )
+        same = int((spread == 0).sum())
+        return text + (f"; {same} patched cells have one and the same effect on every prompt, so that nothing tells how others vary" if same else "")
 
     def summary(self) -> str:
         """The result as text: what was asked for, or the whole ranking where every live cell was patched."""
@@ -206,5 +219,6 @@ def _sentence(text: str) -> str:
 
 
 def _records(frame: pd.DataFrame) -> list[dict[str, Any]]:
-    plain = frame.astype(object).where(frame.notna(), None)
+    """Rows as plain values; what is missing or infinite is None."""
+    plain = frame.astype(object).where(frame.notna() & ~frame.isin([np.inf, -np.inf]), None)
     return [{str(key): value.item() if isinstance(value, np.generic) else value for key, value in row.items()} for row in plain.to_dict("records")]

@@ -325,9 +325,13 @@ class _Search:
         if not numbers:
             return
         found = self.joint([[self.cells.where[i]] for i in numbers])
-        wide = half_widths(found, self.n, self.method._level) if self.method.population else np.zeros(len(found))
         self.effects.update(zip(numbers, found, strict=True))
         self.means.update(zip(numbers, np.abs(found.mean(1)).tolist(), strict=True))
+
+    def _widen(self, numbers: list[int]) -> None:
+        """Take the intervals of patched cells, all of one width in standard errors."""
+        found = np.array([self.effects[i] for i in numbers])
+        wide = half_widths(found, self.n, self.method._level) if self.method.population and numbers else np.zeros(len(numbers))
         self.wide.update(zip(numbers, wide.tolist(), strict=True))
 
     def _threshold(self) -> float:
@@ -402,6 +406,7 @@ class _Search:
 
     def _draw(self) -> None:
         """Patch a uniform sample of the unverified live cells; the threshold, and when to stop, are fixed before it is drawn."""
+        self._widen(self.verified)
         method, threshold = self.method, self._certain(self.verified)
         left = np.setdiff1d(np.arange(self.n), self.verified)
         order = np.random.default_rng(method.seed).permutation(left).tolist()
@@ -413,6 +418,7 @@ class _Search:
             looks[0] = most = len(left)  # as cheap, and certain
         while len(self.drawn) < (size := min(looks[exceeding], most)):
             self._patch(order[len(self.drawn) : size])
+            self._widen(order[len(self.drawn) : size])
             self.drawn = order[:size]
             exceeding = self._exceeding(self.drawn, threshold)
             looks += itertools.islice(sizes, max(0, exceeding + 1 - len(looks)))
