@@ -85,9 +85,9 @@ def find(
     from patchlab.circuits.evaluation.curve import HOW
     from patchlab.circuits.formats.files import SUFFIXES
     from patchlab.circuits.select import BY
+    from patchlab.comparison.job import cost_line
     from patchlab.errors import CircuitError, OutputError, unknown
     from patchlab.methods import get_method
-    from patchlab.report import cost_line
 
     for what, got, valid in (("way to choose edges", how, HOW), ("importance", by, BY), ("kind of circuit file", out.suffix, SUFFIXES)):
         if got not in valid:

@@ -17,7 +17,7 @@ from patchlab.interventions import Edit, address
 from patchlab.methods.setting.meter import Meter
 from patchlab.methods.setting.rounding import product_variance
 from patchlab.methods.setting.setting import Setting
-from patchlab.methods.setting.unpatched import Runs, program, reduced
+from patchlab.methods.setting.unpatched import Runs, program, reduced, required
 from patchlab.rules import Composite, scale_gradient
 from patchlab.rules.composites import Attachment, Recorded
 from patchlab.sites import KINDS, Site
@@ -79,7 +79,7 @@ def _patches(setting: Setting, kind: str) -> list[tuple[tuple[str, ...], int | N
     found: list[tuple[tuple[str, ...], int | None]] = [(joint, None)] if joint else []
     if apart and setting.axis is not None:
         for cell in range(len(setting.axis)):
-            served = tuple(name for name in apart if bool(setting.live[name].take(cell, axis=names[name].axes.index("pos")).any()))
+            served = tuple(name for name in apart if bool(required(setting.live[name]).take(cell, axis=names[name].axes.index("pos")).any()))
             found += [(served, cell)] if served else []
     return found
 
@@ -125,7 +125,7 @@ def qk_scores(setting: Setting, runs: Runs, meter: Meter, gradients: list[dict[i
     ``[batch, head, dest, src]``).
     """
     sites, copies = {str(site): site for site in setting.sites if site.kind in ("q", "k")}, setting.model.arch.n_kv_heads
-    shapes = {name: (len(runs.batch), *setting.live[name].shape) for name in sites}
+    shapes = {name: (len(runs.batch), *required(setting.live[name]).shape) for name in sites}
     found = {name: [(np.zeros(shape), np.zeros(shape)) for _ in gradients] for name, shape in shapes.items()}
     for kind, names, cell, changes in pattern_changes(setting, runs, meter):
         for number, gradient in enumerate(gradients):

@@ -20,7 +20,7 @@ from patchlab.methods.method import Method
 from patchlab.methods.setting.meter import Meter
 from patchlab.methods.setting.rounding import product_variance
 from patchlab.methods.setting.setting import Setting
-from patchlab.methods.setting.unpatched import Runs, Scored, first_difference, of_rows, program, reduced
+from patchlab.methods.setting.unpatched import Runs, Scored, first_difference, of_rows, program, reduced, required
 from patchlab.sites import KINDS, POSITION_AXES, Site
 
 STEPS = {torch.float32: 1e-2, torch.float64: 1e-4}
@@ -153,7 +153,7 @@ class SecondOrder(Method):
         if self.probes is not None:
             probe(rows, self.probes)
             return _Terms(first, probed.mean, probed.error(), noise, np.zeros_like(differs), np.zeros_like(differs), probed.count)
-        live = setting.live[str(site)] if layer is None else setting.live[str(site)][layer]
+        live = required(setting.live[str(site)]) if layer is None else required(setting.live[str(site)])[layer]
         price, left, probes = _prices(setting, runs, site, layer, first.shape), differs & live, PILOT
         budget = (price * live).reshape(len(price), -1).sum(1) - FIXED
         rows = rows[UNPAID * budget >= PROBE * PILOT]

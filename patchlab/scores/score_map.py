@@ -166,11 +166,12 @@ class ScoreMap:
         """
         record, names = plain(provenance), names or {}
         sparse = {name: values for name, values in scores.items() if isinstance(values, Sparse)}
-        live = {name: np.ones(len(sparse[name].index), dtype=bool) if name in sparse else mask for name, mask in live.items()}
-        no_path = None if no_path is None else {**no_path, **{name: ~live[name] for name in sparse}}
+        own_cells = {name: np.ones(len(values.index), dtype=bool) for name, values in sparse.items()}
+        live = own_cells | {name: mask for name, mask in live.items() if mask is not None}
+        no_path = None if no_path is None else {**no_path, **{name: ~mask for name, mask in own_cells.items()}}
         index = np.asarray(examples, dtype=np.int64)
         order = np.argsort(index, kind="stable")
-        check_rows(scores, live, index, metric_clean, metric_corrupted)
+        check_rows(values_of(scores), live, index, metric_clean, metric_corrupted)
         sizes: dict[str, int] = {"example": len(index)}
         variables, masks, paths, named = {}, {}, {}, {}
         if no_path is not None:
@@ -330,7 +331,7 @@ class ScoreMap:
     def scored(self, site: str | Site) -> xr.DataArray:
         """The cells of a site that have a score, bool, dims = its axes."""
         name = self.site_name(site)
-        return np.isfinite(self.data[name]).all("example") & self.exists(name)
+        return xr.DataArray(np.isfinite(self.data[name])).all("example") & self.exists(name)
 
     def noise_floor(self, site: str | Site) -> xr.DataArray:
         """The rounding error to be expected of each mean effect, dims = the site's axes, in metric units; NaN where it is unknown.

@@ -63,12 +63,15 @@ class Linear(Protocol):
 
     def add(self, point: Result, weight: float, moved: Target | None) -> None:
         """One point of the path; ``moved`` is the activation that moves alone, None where all do."""
+        ...
 
     def close(self, meter: Meter, notes: dict[str, Any], drop: int | None) -> None:
         """The end of a path, on which the backward contribution of the layer ``drop`` was left out."""
+        ...
 
     def result(self, meter: Meter, notes: dict[str, Any]) -> Scored:
         """Scores and noise floors."""
+        ...
 
 
 @runtime_checkable
@@ -81,44 +84,57 @@ class CellKind(Protocol):
 
     def check(self, setting: Setting, others: int) -> None:
         """Raise if these cells cannot be scored here, or not together with ``others`` sites of other kinds."""
+        ...
 
     def targets(self, arch: Architecture, sites: tuple[Site, ...]) -> tuple[Target, ...]:
         """Activations whose values in both runs the scores need: what moves along paths, and what means are taken of."""
+        ...
 
     def shape(self, arch: Architecture, site: Site, axis: PositionAxis | None) -> tuple[int, ...]:
         """Length of each scored axis of a site."""
+        ...
 
     def live(
         self, arch: Architecture, site: Site, changed: Bool[np.ndarray, " pos"], index: Any, reads_answer: bool
     ) -> Bool[np.ndarray, "*cells"] | None:
         """The cells that can matter for one example, from its changed positions; None if only the runs show which there are."""
+        ...
 
     def record(self, setting: Setting) -> dict[str, Any]:
         """What provenance says about the cells whatever the method is."""
+        ...
 
     def names(self, setting: Setting, site: Site) -> CellNames:
         """Names of the cells along the axes of a site, and which combinations are cells."""
+        ...
 
     def check_exact(self, setting: Setting, how: Exactly) -> None:
         """Raise if the cells cannot be patched exactly in this way."""
+        ...
 
     def exact_keeps(self, setting: Setting) -> tuple[Target, ...]:
         """Activations of the baseline that exact patches need."""
+        ...
 
     def exact_bytes(self, setting: Setting, rows: int, length: int) -> int:
         """Memory that exact patching takes for a batch."""
+        ...
 
     def exact_work(self, setting: Setting, how: Exactly) -> Float[np.ndarray, " cell"]:
         """What patching each live cell computes, in forward passes; nothing for cells that only the runs show."""
+        ...
 
     def exact_record(self, setting: Setting, how: Exactly) -> dict[str, Any]:
         """What provenance says about exact patches."""
+        ...
 
     def cells(self, setting: Setting, site: Site, runs: Runs) -> list[Index]:
         """The live cells of one batch, in a stable order."""
+        ...
 
     def label(self, setting: Setting, site: Site, cell: Index) -> str:
         """A cell by name: the address ``L9.H6.z@END``, the edge ``a0.h1->m1``."""
+        ...
 
     def patch(
         self,
@@ -130,36 +146,47 @@ class CellKind(Protocol):
         finished: MutableMapping[int, np.ndarray] | None = None,
     ) -> Float[np.ndarray, "set batch"]:
         """Exact effects of sets of cells, each patched at once. ``finished`` has those found before, by number, and gets the others."""
+        ...
 
     def check_linear(self, setting: Setting, how: Linearly) -> None:
         """Raise if the cells cannot be scored linearly in this way."""
+        ...
 
     def moves(self, setting: Setting, how: Linearly) -> tuple[Target, ...]:
         """Activations that move alone, one after the other, where a path is not over inputs."""
+        ...
 
     def keeps(self, setting: Setting, how: Linearly) -> tuple[Target, ...]:
         """Activations of the baseline that scores need, beside its targets."""
+        ...
 
     def needs(self, setting: Setting, how: Linearly, moved: Target | None) -> dict[str, Any]:
         """Fields of the program of a point of the path: what the run must return."""
+        ...
 
     def passes(self, setting: Setting, how: Linearly) -> int:
         """Forward passes that scores take beside those of the points."""
+        ...
 
     def linear_bytes(self, setting: Setting, how: Linearly, rows: int, length: int) -> int:
         """Memory that scores take beside activations and blocks, in numbers of the model's dtype."""
+        ...
 
     def linear_record(self, setting: Setting, how: Linearly) -> dict[str, Any]:
         """What provenance says about scores."""
+        ...
 
     def linear_scored(self, setting: Setting, how: Linearly, site: Site) -> Bool[np.ndarray, "*first"] | None:
         """The cells that the rules leave with a score; None for all."""
+        ...
 
     def linear(self, setting: Setting, runs: Runs, how: Linearly, drops: Sequence[int | None]) -> Linear:
         """The sums of one batch."""
+        ...
 
     def second_order(self, setting: Setting) -> str | None:
         """Why the cells have no second-order term; None if they have."""
+        ...
 
 
 CELLS: dict[str, CellKind] = {}

@@ -293,7 +293,9 @@ def cell_address(setting: Setting, site: Site, cell: Index) -> Site:
     )
 
 
-def shares(setting: Setting, mode: str, layers: Shaped[np.ndarray, " cell"], places: Int[np.ndarray, " cell"] | None) -> Float[np.ndarray, " cell"]:
+def shares(
+    setting: Setting, mode: str, layers: Shaped[np.ndarray, " cell"], places: Int[np.ndarray, " cell"] | None, *, paired: bool
+) -> Float[np.ndarray, " cell"]:
     """Of each cell the share of layers and positions from it on, where an engine computes no more than these."""
     share = np.ones(len(layers))
     if mode == "literal":
