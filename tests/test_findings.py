@@ -9,6 +9,8 @@ from score_maps import make_map
 from typer.testing import CliRunner
 
 from patchlab import cli, report
+from patchlab.cli import commands
+from patchlab.comparison import job as jobs
 from patchlab.comparison.compare import compare
 from patchlab.errors import OutputError
 from patchlab.report import findings
@@ -82,16 +84,16 @@ def demo(*arguments: object):
 def folder(tmp_path_factory):
     """The demo on a smaller model, twice."""
     out = tmp_path_factory.mktemp("demo") / "out"
-    job = report.Job
+    job = jobs.Job
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "Job", lambda model, *rest, **options: job("demo-gpt2-4l", *rest, **options))
-        patch.setattr(cli, "SITES", "z,mlp_out")
-        patch.setattr(cli, "METHODS", "exact,atp,relp")
+        patch.setattr(jobs, "Job", lambda model, *rest, **options: job("demo-gpt2-4l", *rest, **options))
+        patch.setattr(commands, "SITES", "z,mlp_out")
+        patch.setattr(commands, "METHODS", "exact,atp,relp")
         result = demo("--out", out)
         assert result.exit_code == 0, result.output
         page = (out / "index.html").read_text(encoding="utf-8")
         refused = demo("--out", out)
-        patch.setattr(cli, "DEMO", cli.DEMO[:1])
+        patch.setattr(commands, "DEMO", commands.DEMO[:1])
         again = demo("--out", out, "--force", "--json")
     return out, page, result, refused, again
 

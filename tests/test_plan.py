@@ -8,10 +8,10 @@ from families import mixed_task, model_of, swap_task
 from typer.testing import CliRunner
 
 from patchlab import cli, report
+from patchlab.comparison import job as jobs
 from patchlab.methods import SecondOrder, get_method
 from patchlab.methods.plan import forward_seconds
 from patchlab.methods.quadrature import QUADRATURES, n_points, points_and_weights
-from patchlab.report import job as jobs
 
 NODES, EDGES = ["resid_pre", "z", "q"], ["edges"]
 

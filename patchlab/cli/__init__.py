@@ -1,5 +1,5 @@
 """The command line: thin, parse, call, print."""
 
-from patchlab.cli.app import app, main
+from patchlab.cli.commands import app, main
 
 __all__ = ["app", "main"]
