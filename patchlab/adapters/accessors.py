@@ -57,6 +57,10 @@ class Accessor:
             return host
         return host.unflatten(-1, (self.heads, -1))
 
+    def pull(self, host: Float[Tensor, "row *rest"], gradient: Float[Tensor, "row *rest"]) -> Float[Tensor, "row *site"]:
+        """The gradient at the site, from the host's value and the gradient there."""
+        return self.shape(gradient)
+
     def read(self, host: Float[Tensor, "row *rest"], companion: Float[Tensor, "row *rest"] | None = None) -> Float[Tensor, "row *site"]:
         """The site's value: ``[row, pos, d_model]``, ``[row, pos, head, d_head]``, ``[row, pos, neuron]`` or ``[row, head, dest, src]``."""
         return self.shape(host) if companion is None else companion + host

@@ -1,13 +1,15 @@
 """The facts about an architecture that everything else asks for."""
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 from patchlab.adapters.accessors import Accessor, make_accessors
 from patchlab.adapters.places import Place, find_places
-from patchlab.errors import SiteError
+from patchlab.errors import SiteError, unknown
 from patchlab.graph import Graph
 from patchlab.sites import KINDS, Site
 
@@ -17,7 +19,8 @@ class Architecture:
     """Sizes, block form, accessors and places of one model.
 
     ``absent`` maps a site kind that this model lacks to the reason. ``parallel`` is True where attention and MLP read the
-    same residual stream (GPT-NeoX's default). ``d_input`` is the width of the token embedding, where it is not d_model.
+    same residual stream (GPT-NeoX's default). ``d_input`` is the width of the token embedding, where it is not d_model. ``sizes`` are the
+    lengths of axes that were added with a site kind.
     """
 
     family: str
@@ -34,6 +37,21 @@ class Architecture:
     places: tuple[Place, ...] = field(repr=False)
     absent: dict[str, str] = field(default_factory=dict)
     d_input: int | None = None
+    sizes: dict[str, int] = field(default_factory=dict)
+
+    def with_site(self, accessor: Accessor, sizes: Mapping[str, int] = MappingProxyType({})) -> "Architecture":
+        """The same with one more site kind, and the lengths of axes that only it has.
+
+        Raises:
+            SiteError: a kind that the model has already, or that the grammar does not know; a length that differs from the one known.
+        """
+        if accessor.kind not in KINDS:
+            raise SiteError(unknown("site", accessor.kind, KINDS, more="Make it known with patchlab.sites.add_kind."))
+        if accessor.kind in self.accessors:
+            raise SiteError(f"{self.family} has a site {accessor.kind} already; give the new kind another name.")
+        if unlike := [axis for axis, size in sizes.items() if self.sizes.get(axis, size) != size]:
+            raise SiteError(f"the axis {unlike[0]} has {self.sizes[unlike[0]]} entries already, and {accessor.kind} says {sizes[unlike[0]]}.")
+        return replace(self, accessors={**self.accessors, accessor.kind: accessor}, sizes={**self.sizes, **sizes})
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -44,7 +62,7 @@ class Architecture:
         """Length of a model axis: layer, head, kv_head, neuron, writer or reader."""
         if axis in ("writer", "reader"):
             return self.graph.allowed.shape[axis == "reader"]
-        sizes = {"layer": self.n_layers, "head": self.n_heads, "kv_head": self.n_kv_heads, "neuron": self.d_mlp or 0}
+        sizes = {"layer": self.n_layers, "head": self.n_heads, "kv_head": self.n_kv_heads, "neuron": self.d_mlp or 0, **self.sizes}
         return sizes[axis]
 
     def numbers(self, kind: str, length: int) -> int:

@@ -1,6 +1,6 @@
 """Which score maps may be compared: alike in everything but the method."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,6 +34,16 @@ def check_names(reference: str, names: Iterable[Any]) -> None:
             taken = "the reference has it" if name.strip() == reference else "it is given twice"
             raise ScoreError(f"the name {name!r} is taken ({taken}); give each method a name of its own.")
         seen.add(name.strip())
+
+
+def on_common_cells(maps: Sequence[ScoreMap]) -> list[ScoreMap]:
+    """The maps with the same cells at the sites of which all hold only some: those that any of them holds; elsewhere there is no effect."""
+    found = list(maps)
+    for site in maps[0].sites:
+        if all(site in one.sites and one.is_sparse(site) for one in found):
+            cells = np.unique(np.concatenate([one.cells(site) for one in found]), axis=0)
+            found = [one.on_cells(site, cells) for one in found]
+    return found
 
 
 def check_alike(reference_name: str, reference: ScoreMap, name: str, other: ScoreMap) -> None:

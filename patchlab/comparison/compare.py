@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float
 
-from patchlab.comparison.alignment import check_alike, check_names
+from patchlab.comparison.alignment import check_alike, check_names, on_common_cells
 from patchlab.errors import ScoreError, unknown
 from patchlab.scores import ScoreMap
 from patchlab.stats.agreement import (
@@ -218,6 +218,8 @@ def compare(reference: ScoreMap, methods: Mapping[str, ScoreMap], *, n_boot: int
         raise ScoreError(
             f"the reference {name_of_reference} is unsigned, so nothing can be compared with its signs. Take a signed map, such as exact."
         )
+    reference, *others = on_common_cells([reference, *methods.values()])
+    methods = dict(zip(methods, others, strict=True))
     for name, other in methods.items():
         check_alike(name_of_reference, reference, name, other)
     n = reference.data.sizes["example"]

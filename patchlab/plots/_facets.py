@@ -145,10 +145,10 @@ def facets_of(
         compact: see :class:`Facet`; panels whose rows or columns have no names keep their hover text.
     """
     site = str(mean.name)
-    cells = _Cells(scores, site, mean)
+    cells = _SomeCells(scores, site, mean) if scores.is_sparse(site) else _Cells(scores, site, mean)
     size = np.nan_to_num(np.abs(ranked_by.mean(site).to_numpy()))
     axes = cells.axes
-    values, zero = mean.to_numpy().ravel(), scores.zeros(site).to_numpy().ravel()
+    values, zero = np.append(mean.to_numpy().ravel(), 0.0), np.append(scores.zeros(site).to_numpy().ravel(), SAME)  # the last: no cell
     shape = "position" if axes[-1] in POSITION_AXES else "neuron" if "neuron" in axes else "head"
     group = shape if len(axes) <= 2 else site
     unsigned = bool(scores.provenance.get("unsigned"))
@@ -171,7 +171,10 @@ _Panel = tuple[str, str, Int[np.ndarray, "row column"], Axis, Axis]
 def _layout(cells: "_Cells", size: np.ndarray, most: int) -> Iterator[_Panel]:
     """Name, note, indices of the cells (into the flattened map), and the two axes of every panel."""
     axes, index = cells.axes, np.arange(size.size).reshape(size.shape)
-    if axes[0] == "writer":
+    if isinstance(cells, _SomeCells):
+        rows, places, index, n_rows = cells.table(size)
+        yield "", f"; the {len(index)} of {n_rows} with the largest effect", index, rows, places
+    elif axes[0] == "writer":
         if len(axes) > 2:
             raise ScoreError(
                 f"heatmaps has no panels for edges by position; got {cells.site}. Draw it with plots.edge_heatmap, which sums positions."
@@ -278,12 +281,51 @@ class _Cells:
         return labels
 
 
+class _SomeCells(_Cells):
+    """The cells of a sparse site: a row for each entry of its layers (a feature, say), a column for each position if it has any."""
+
+    def __init__(self, scores: ScoreMap, site: str, mean: xr.DataArray) -> None:
+        self.scores, self.site, self.mean = scores, site, mean
+        self.axes, self.index = scores.axes(site), scores.cells(site)
+        self._values, self._zero = np.append(mean.to_numpy().ravel(), 0.0), np.append(scores.zeros(site).to_numpy().ravel(), SAME)
+
+    def table(self, size: Float[np.ndarray, " cell"]) -> tuple[Axis, Axis, Int[np.ndarray, "row column"], int]:
+        """The axes of the entries with the largest effects and of the positions; the number of each cell (the last: none); and of all entries."""
+        place = next((i for i, axis in enumerate(self.axes) if axis in POSITION_AXES), None)
+        own = [i for i in range(len(self.axes)) if i != place]
+        entries, entry = np.unique(self.index[:, own], axis=0, return_inverse=True)
+        largest = np.zeros(len(entries))
+        np.maximum.at(largest, entry.reshape(-1), size)
+        chosen = np.sort(np.argsort(-largest, kind="stable")[:TOP_NEURONS])
+        row_of = {int(number): row for row, number in enumerate(chosen)}
+        n_columns = 1 if place is None else int(self.index[:, place].max(initial=0)) + 1
+        found = np.full((len(chosen), n_columns), len(self.index))
+        for cell, number in enumerate(entry.reshape(-1).tolist()):
+            if number in row_of:
+                found[row_of[number], 0 if place is None else self.index[cell, place]] = cell
+        texts = tuple(_short([self.axes[i] for i in own], entries[number].tolist()) for number in chosen)
+        rows = Axis(" and ".join(self.axes[i] for i in own), tuple(range(len(texts))), texts, names=texts)
+        if place is None:
+            return rows, Axis("all positions", (), (), names=("all positions",)), found, len(entries)
+        places = tuple(map(str, range(n_columns)))
+        return rows, Axis(_TITLES.get(self.axes[place], self.axes[place]), tuple(range(n_columns)), places, names=places), found, len(entries)
+
+    def place(self, cell: int) -> str:
+        if cell == len(self.index):
+            return f"<b>{escape(self.site)}</b>"
+        pairs = zip(self.axes, self.index[cell].tolist(), strict=True)
+        return f"<b>{escape(self.site)}</b>" + "".join(f"<br>{_TITLES.get(axis, axis)} {i}" for axis, i in pairs)
+
+    def short(self, cell: int) -> str:
+        return _short(self.axes, self.index[cell].tolist())
+
+
 def cell_texts(scores: ScoreMap, site: str) -> Shaped[np.ndarray, " cell"]:
     """For every cell of a site (flattened), where it is (layer, head, position with its tokens) and why it cannot matter, if so; in plotly's HTML.
 
     Of more than 5,000 cells only their names, since the text is most of a figure's size.
     """
-    cells = _Cells(scores, site, scores.mean(site))
+    cells = (_SomeCells if scores.is_sparse(site) else _Cells)(scores, site, scores.mean(site))
     text = cells.short if scores.live[site].size > MOST_CELLS else cells.place
     return np.array([text(i) + cells.why(i) for i in range(scores.live[site].size)], dtype=object)
 

@@ -91,7 +91,7 @@ def values_of(effects: Mapping[str, Effects]) -> dict[str, np.ndarray]:
 
 def cell_dim(name: str) -> str:
     """The dimension along which the cells of a sparse site lie."""
-    return f"{name} cell"
+    return f"{name}.cell"
 
 
 def label_of(what: str, axis: str) -> str:

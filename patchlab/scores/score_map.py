@@ -180,7 +180,9 @@ class ScoreMap:
             axes, own = axes_of(name), names.get(name, CellNames())
             about = {"units": str(record.get("metric_unit", "")), "noun": own.noun, "names": own.joined}
             if isinstance(values, Sparse):
-                named |= {f"{name} {axis}": (cell_dim(name), values.index[:, i].astype(np.int64)) for i, axis in enumerate(axes)}
+                named |= {f"{name}.{axis}": (cell_dim(name), values.index[:, i].astype(np.int64)) for i, axis in enumerate(axes)}
+                places = [] if task_axis is None else [axis for axis in axes if axis in POSITION_AXES]
+                sizes |= {axis: sizes.get(axis, len(task_axis.tokens[0])) for axis in places if task_axis is not None}
                 axes, values = (cell_dim(name),), values.effects
             check_shape(name, axes, values, live[name], sizes)
             check_finite(name, axes, values, record, own)
@@ -310,7 +312,7 @@ class ScoreMap:
         """The cells of a site, in the order of its flattened effects: their numbers along its axes."""
         name = self.site_name(site)
         if self.is_sparse(name):
-            return np.stack([self.data[f"{name} {axis}"].to_numpy() for axis in self.axes(name)], 1)
+            return np.stack([self.data[f"{name}.{axis}"].to_numpy() for axis in self.axes(name)], 1)
         return np.stack([part.ravel() for part in np.indices(self.live[name].shape)], 1)
 
     def layers(self, site: str | Site) -> Int[np.ndarray, " cell"]:
@@ -332,6 +334,38 @@ class ScoreMap:
         """The cells of a site that have a score, bool, dims = its axes."""
         name = self.site_name(site)
         return xr.DataArray(np.isfinite(self.data[name])).all("example") & self.exists(name)
+
+    def on_cells(self, site: str | Site, cells: Int[np.ndarray, "cell axis"]) -> "ScoreMap":
+        """The map with the cells of a sparse site in another order, and with others, which have no effect.
+
+        Raises:
+            ScoreError: the map has no such site, or holds all of its cells; or one of those that it holds is left out.
+        """
+        name, dim = self.site_name(site), cell_dim(self.site_name(site))
+        if not self.is_sparse(name):
+            raise ScoreError(f"the map holds all cells of {name}; only maps of some cells can be put on others.")
+        own = {tuple(cell): i for i, cell in enumerate(self.cells(name).tolist())}
+        where = np.array([own.get(tuple(cell), -1) for cell in cells.tolist()], dtype=np.int64)
+        if len(set(where[where >= 0].tolist())) < len(own):
+            raise ScoreError(f"{len(own) - len(set(where[where >= 0].tolist()))} cells of {name} that the map holds are not among those given.")
+
+        def moved(part: xr.Dataset | None, nothing: bool | float) -> xr.Dataset | None:
+            if part is None or dim not in part.dims:
+                return part
+            variables = {}
+            for key, variable in part.variables.items():
+                values = variable.to_numpy()
+                if dim in variable.dims:
+                    at = variable.dims.index(dim)
+                    values = np.concatenate([values, np.full_like(values.take([0], at), nothing)], at).take(where, at)
+                variables[key] = (variable.dims, values, variable.attrs)
+            known = {dim: np.arange(len(cells)), **{f"{name}.{axis}": cells[:, i] for i, axis in enumerate(self.axes(name))}}
+            variables |= {key: (dim, values) for key, values in known.items() if key in part.variables}
+            return frozen(xr.Dataset({k: variables[k] for k in part.data_vars}, coords={k: variables[k] for k in part.coords}))
+
+        data, live = moved(self.data, 0.0), moved(self.live, True)
+        beside = {key: moved(getattr(self, key), key == "patterns") for key in _BESIDE}
+        return ScoreMap(data or self.data, live or self.live, self.provenance, self.cost, **beside)
 
     def noise_floor(self, site: str | Site) -> xr.DataArray:
         """The rounding error to be expected of each mean effect, dims = the site's axes, in metric units; NaN where it is unknown.
