@@ -154,6 +154,17 @@ def test_maps_keep_floors_and_count_the_cells_below(tmp_path: Path) -> None:
             make_map({"z": values}, noise=noise)
 
 
+def test_a_comparison_says_once_which_methods_are_below_the_floor() -> None:
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=(4, 2, 3))
+    noise = {"z": np.full(4, 0.2)}
+    maps = {name: make_map({"z": values * (0.5 if name == "b" else 1)}, noise=noise, dtype="bfloat16") for name in ("exact", "a", "b")}
+    counts = {name: int((maps["exact"].below_noise("z") | maps[name].below_noise("z")).sum()) for name in "ab"}
+    assert 0 < counts["a"] < counts["b"]
+    (note,) = (note for note in pl.compare(maps["exact"], {name: maps[name] for name in "ab"}, n_boot=5).notes if "noise floor" in note)
+    assert f"noise floor of bfloat16: {counts['a']} (a), {counts['b']} (b) of 6 at z." in note
+
+
 def test_summary_of_a_model_in_half_precision() -> None:
     scores = scores_of(pl.AttributionPatching(), _twins("gpt2", torch.bfloat16, 6)[0], swap_task(n=2), ["mlp_post[layer,pos,neuron]"])
     assert "cells below the noise floor of bfloat16" in repr(scores)

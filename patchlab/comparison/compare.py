@@ -417,12 +417,14 @@ def _notes(reference: ScoreMap, name_of_reference: str, methods: Mapping[str, Sc
     signed = [name for name, scores in methods.items() if not scores.provenance.get("unsigned")]
     if signed and len(signed) < len(methods):
         notes.append("Unsigned methods are held against something else than signed ones, so the two have no paired differences.")
-    for name, scores in methods.items():
-        counts = {site: _below_noise(reference, scores, site) for site in reference.sites if site in scores.sites}
-        some = [f"{int(count)} of {int(reference.live[site].sum())} at {site}" for site, count in counts.items() if count > 0]
-        if some:
-            dtypes = " and ".join(sorted({str(one.provenance.get("dtype", "?")) for one in (reference, scores)}))
-            notes.append(f"{name}: the mean effect of live cells, here or in the reference, is below the noise floor of {dtypes}: {', '.join(some)}.")
+    some = []
+    for site in reference.sites:
+        counts = {name: _below_noise(reference, scores, site) for name, scores in methods.items() if site in scores.sites}
+        found = ", ".join(f"{int(count)} ({name})" for name, count in counts.items() if count > 0)
+        some += [f"{found} of {int(reference.live[site].sum())} at {site}"] if found else []
+    if some:
+        dtypes = " and ".join(sorted({str(one.provenance.get("dtype", "?")) for one in (reference, *methods.values())}))
+        notes.append(f"The mean effect of live cells, here or in the reference, is below the noise floor of {dtypes}: {'; '.join(some)}.")
     if reference.patterns is None and not all(bool(mask.all()) for mask in reference.live.values()):
         notes.append("The reference does not say which cells can matter for which prompt: those that can for any count for all.")
     if n == 1:
@@ -443,7 +445,7 @@ def _cost_sentence(row: Mapping[Any, Any], reference: Mapping[Any, Any] | None) 
         text += f" {reference['method']} computed {times:,.{1 if times < 10 else 0}f} times as many positions."
     for name, what in (("predicted_bytes", "Its activations were predicted to need"), ("cuda_peak_bytes", "At most it used")):
         if pd.notna(row[name]):
-            text += f" {what} {row[name] / 1e6:,.0f} MB{' of the GPU' if name.startswith('cuda') else ''}."
+            text += f" {what} {row[name] / 1e6:,.0f} MB{' of the GPU' if name == 'cuda_peak_bytes' else ''}."
     return text
 
 
