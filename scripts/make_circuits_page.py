@@ -16,6 +16,7 @@ import torch
 
 import patchlab as pl
 from patchlab import circuits, plots
+from patchlab.circuits.evaluation.curve import RANDOM
 from patchlab.methods import get_method
 from patchlab.testing import auc_table
 
@@ -109,7 +110,7 @@ def section(name: str, found: Mapping[str, Any], figures: Mapping[str, str]) -> 
             f"{cost.forwards:,} / {cost.backwards}",
             f"{cost.seconds:.1f} s",
         ])  # fmt: skip
-    baseline = {row["method"]: row for row in found["areas"]["resample"].areas.to_dict("records")}[circuits.curves.RANDOM]
+    baseline = {row["method"]: row for row in found["areas"]["resample"].areas.to_dict("records")}[RANDOM]
     random_areas = [with_interval(baseline, key, f"{key}_lo", f"{key}_hi", 3) for key in ("cpr", "cmd")]
     main.append(["random", "", "", *random_areas, "", ""])
     ways = [f"{'largest' if how == 'top_n' else 'greedy'}, {by}" for how, by in CHOICES]

@@ -157,7 +157,7 @@ def test_maps_keep_floors_and_count_the_cells_below(tmp_path: Path) -> None:
 def test_a_comparison_says_once_which_methods_are_below_the_floor() -> None:
     rng = np.random.default_rng(0)
     values = rng.normal(size=(4, 2, 3))
-    noise = {"z": np.full(4, 0.2)}
+    noise = {"z": np.full(4, 0.6)}
     maps = {name: make_map({"z": values * (0.5 if name == "b" else 1)}, noise=noise, dtype="bfloat16") for name in ("exact", "a", "b")}
     counts = {name: int((maps["exact"].below_noise("z") | maps[name].below_noise("z")).sum()) for name in "ab"}
     assert 0 < counts["a"] < counts["b"]
