@@ -306,7 +306,3 @@ def main() -> None:
     """Entry point of the ``patchlab`` command. A request to end (SIGTERM) ends it as Ctrl-C does: finished work is kept."""
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     app(prog_name="patchlab")
-
-
-if __name__ == "__main__":
-    main()
