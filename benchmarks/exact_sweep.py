@@ -199,7 +199,7 @@ IDEAS: dict[str, Callable[[Trial], Work]] = {
     "resume at the patched layer": lambda t: _patched(t, node_sweep, "_entry", _from_the_first_layer(node_sweep._entry)),
     "many cells per call": lambda t: t.sweep(max_tokens=1),
     "keys and values of the prefix": lambda t: t.sweep(prefix=False),
-    "enter at one position": lambda t: _patched(t, node_sweep, "_LOCAL", ()),
+    "enter at one position": lambda t: _patched(t, node_sweep, "_is_local", lambda *_: False),
     "last layer: answer position only": lambda t: _patched(t, node_sweep.Wave, "_hooks", _without_narrowing(node_sweep.Wave._hooks)),
     "skip structural zeros": lambda t: t.sweep(cells=t.every, start=0),
 }
