@@ -231,3 +231,19 @@ def test_notebook_is_executed_and_in_step_with_its_source():
     assert sum("image/png" in output.get("data", {}) for cell in cells for output in cell.outputs) == 3, "figures show without running it"
     assert not [output for cell in cells for output in cell.outputs if output.get("name") == "stderr"], "warnings name the machine it was run on"
     assert (ROOT / "notebooks" / "quickstart.ipynb").stat().st_size < 2_000_000
+
+
+KINDS_OF_CELLS = {"edges", "nodes", "writer", "reader"}
+# these speak of edges by their nature: sets of edges patched at once
+OF_EDGES = {"patchlab.methods.path_patching"}
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in modules() if noun(module_name(path)) in ("methods", "comparison", "stats", "store")], ids=module_name
+)
+def test_only_a_kind_of_cells_knows_its_name(path):
+    name = module_name(path)
+    if name.startswith("patchlab.methods.cells") or name in OF_EDGES:
+        return
+    found = [node for node in ast.walk(tree(path)) if isinstance(node, ast.Constant) and node.value in KINDS_OF_CELLS]
+    assert not found, f"{name} names a kind of cells, or an axis of one, in line {found[0].lineno}: ask the kind (methods/cells/kind.py)"
