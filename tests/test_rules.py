@@ -351,7 +351,7 @@ def test_coverage_text() -> None:
 def _with_places(model: Any, places: tuple[Any, ...]) -> Any:
     """A stand-in with other places."""
     other = copy.copy(model)
-    other.arch, other.conserved = replace(model.arch, places=places), {}
+    other.arch = replace(model.arch, places=places)
     return other
 
 

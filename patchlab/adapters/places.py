@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.generalized_components.linear import LinearBridge
 from transformer_lens.model_bridge.generalized_components.moe import MoEBridge
 from transformer_lens.model_bridge.generalized_components.normalization import NormalizationBridge
@@ -179,7 +180,7 @@ def _linears(bridge: nn.Module) -> Iterator[Place]:
             yield LinearPlace(clean, f"{clean}.hook_out", problem=problem, module=module)
 
 
-def _mlp(bridge: Any, layer: int) -> Iterator[Place]:
+def _mlp(bridge: TransformerBridge, layer: int) -> Iterator[Place]:
     block = bridge.blocks[layer]
     mlp = getattr(block, "mlp", None)
     name = f"blocks.{layer}.mlp"
@@ -197,7 +198,7 @@ def _mlp(bridge: Any, layer: int) -> Iterator[Place]:
     yield MLPPlace(name, f"{name}.hook_post", problem, mlp, pre=f"{name}.hook_pre", linear=linear, activation=activation)
 
 
-def _attention(bridge: Any, layer: int) -> Iterator[Place]:
+def _attention(bridge: TransformerBridge, layer: int) -> Iterator[Place]:
     attn = getattr(bridge.blocks[layer], "attn", None)
     if attn is None:
         return
@@ -230,7 +231,7 @@ _ATTENTION_HOOKS = (
 )
 
 
-def final_cap(bridge: Any) -> float | None:
+def final_cap(bridge: TransformerBridge) -> float | None:
     """The soft cap of the logits, if the model has one."""
     config = getattr(getattr(bridge, "original_model", None), "config", None)
     found = getattr(config, "final_logit_softcapping", None)
@@ -239,7 +240,7 @@ def final_cap(bridge: Any) -> float | None:
     return float(found) if found is not None and found > 0 else None
 
 
-def find_places(bridge: Any, n_layers: int) -> tuple[Place, ...]:
+def find_places(bridge: TransformerBridge, n_layers: int) -> tuple[Place, ...]:
     """Every place of a bridged model, norms first, then MLPs, attention, the cap of the logits and linear maps."""
     places: list[Place] = list(_norms(bridge))
     for find in (_mlp, _attention):

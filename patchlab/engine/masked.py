@@ -18,16 +18,18 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from patchlab.adapters import BridgedModel
 from patchlab.engine.contributions import Contributions, Layer, contributions, has_post_norm, layers_of, norm_over_heads
-from patchlab.engine.literal import canonical, evaluate, forward, hooked, run
+from patchlab.engine.hooks import canonical, hooked
+from patchlab.engine.literal import evaluate, forward, run
 from patchlab.engine.program import Program, row_numbers
+from patchlab.engine.session import exclusive, found_once, session_of
 from patchlab.engine.trust.nodes import tolerance
 from patchlab.engine.trust.precision import in_single_precision
 from patchlab.errors import InterventionError, ModelError
@@ -37,11 +39,11 @@ from patchlab.metrics import Answers, Metric
 
 CPU_BYTES, ACCELERATOR_BYTES = 2**26, 2**33
 """Memory for the activations of one forward pass, unless a budget is given: what is fastest on a CPU, enough work for a GPU."""
-_checked: WeakKeyDictionary[Any, set[str]] = WeakKeyDictionary()
 
 
+@exclusive
 def run_circuits(
-    model: Any,
+    model: BridgedModel,
     program: Program,
     ablated: Contributions,
     keep: Bool[Tensor, "circuit writer reader *where"],
@@ -72,9 +74,7 @@ def run_circuits(
         >>> run_circuits(model, program, contributions(model, batch.corrupted), empty)  # doctest: +SKIP
     """
     _check(model, program, ablated, keep)
-    if ablated.form not in _checked.setdefault(model, set()):
-        _check_model(model, ablated.form)
-        _checked[model].add(ablated.form)
+    found_once(model, ("circuits", ablated.form), lambda: _check_model(model, ablated.form))
     rows, budget = program.tokens.shape[0], pass_bytes(model) if max_bytes is None else max_bytes
     fitting = max(1, int(budget // row_bytes(model, program.tokens.shape[1])))
     each = min(rows, fitting)
@@ -90,12 +90,12 @@ def run_circuits(
     return torch.cat(parts)
 
 
-def pass_bytes(model: Any) -> int:
+def pass_bytes(model: BridgedModel) -> int:
     """Memory for the activations of one forward pass where no budget is given, in bytes."""
     return CPU_BYTES if model.device.type == "cpu" else ACCELERATOR_BYTES
 
 
-def row_bytes(model: Any, length: int) -> int:
+def row_bytes(model: BridgedModel, length: int) -> int:
     """Memory that one row of one circuit takes, in bytes: the writers' differences, the inputs of one kind of reader, a block."""
     arch = model.arch
     read = 12 if has_post_norm(model) else 4  # the norm of what each reader reads of one attention, beside the sum so far
@@ -122,7 +122,7 @@ class _Pass:
     buffer: Tensor | None = None
     fired: list[str] = field(default_factory=list)
 
-    def hooks(self, model: Any) -> dict[str, Callable[..., Tensor | None]]:
+    def hooks(self, model: BridgedModel) -> dict[str, Callable[..., Tensor | None]]:
         """What to do at which hook of the Bridge."""
         steps: dict[str, Callable[[Tensor], Tensor | None]] = {"hook_embed": self._embedded, "blocks.0.hook_resid_pre": self._started}
         for i in range(self.graph.n_layers):
@@ -233,7 +233,7 @@ class _Pass:
 
 
 def _one_pass(
-    model: Any, layers: list[Layer], program: Program, ablated: Contributions, keep: Bool[Tensor, "circuit writer reader *where"]
+    model: BridgedModel, layers: list[Layer], program: Program, ablated: Contributions, keep: Bool[Tensor, "circuit writer reader *where"]
 ) -> Float[Tensor, "circuit row"]:
     graph, circuits, rows = model.arch.graph, keep.shape[0], program.tokens.shape[0]
     values = ablated.values if ablated.values.ndim == 5 else ablated.values[None]
@@ -262,10 +262,10 @@ def slices(total: int, size: int) -> list[slice]:
     return [slice(start, min(total, start + size)) for start in range(0, total, size)]
 
 
-def _check(model: Any, program: Program, ablated: Contributions, keep: Bool[Tensor, "circuit writer reader *where"]) -> None:
+def _check(model: BridgedModel, program: Program, ablated: Contributions, keep: Bool[Tensor, "circuit writer reader *where"]) -> None:
     if program.metric is None or program.answers is None:
         raise InterventionError("a run of circuits evaluates a metric; give the program a metric and answers.")
-    if program.edits or program.rules is not None or program.gradients or model.ambient:
+    if program.edits or program.rules is not None or program.gradients or session_of(model).surrounding:
         raise InterventionError("circuits are run on the model as it is; got edits, rules or gradients. Leave them out (also the surrounding ones).")
     graph, (rows, length) = model.arch.graph, program.tokens.shape
     if graph.copies > 1 and (shared := norm_over_heads(model)) is not None:
@@ -296,7 +296,7 @@ def _check(model: Any, program: Program, ablated: Contributions, keep: Bool[Tens
         )
 
 
-def _check_model(model: Any, form: str) -> None:
+def _check_model(model: BridgedModel, form: str) -> None:
     """See on random prompts that the full graph is the model itself, the empty one the run that the ablated values come from, and all
     edges but those out of a head the model with that head's output from there (the last but in the frozen form).
 

@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from patchlab.adapters import BridgedModel
 from patchlab.engine.literal import run
 from patchlab.engine.program import Program, Result, Target
 from patchlab.engine.replay import Baseline, baseline, empty_cache
+from patchlab.engine.session import found_once
 from patchlab.engine.trust.nodes import tolerance
 from patchlab.engine.trust.precision import in_single_precision
 from patchlab.errors import PatchlabError
@@ -29,7 +31,7 @@ def beginning(cache: Any, start: int) -> Any:
     return shorter
 
 
-def run_rest(model: Any, program: Program, cache: Any, start: int, known: Mapping[Target, Tensor]) -> tuple[Result, Baseline | None]:
+def run_rest(model: BridgedModel, program: Program, cache: Any, start: int, known: Mapping[Target, Tensor]) -> tuple[Result, Baseline | None]:
     """Run a program from position ``start`` on, and say what the whole run would.
 
     Args:
@@ -51,18 +53,12 @@ def run_rest(model: Any, program: Program, cache: Any, start: int, known: Mappin
     return _whole(result, start, known), replace(base, inputs=inputs)
 
 
-def continues(model: Any) -> bool:
+def continues(model: BridgedModel) -> bool:
     """Whether the rest of a prompt runs on this model as it does in the whole, forwards and backwards; found out once per model."""
-    if model.continues is None:
-        ambient, model.ambient = model.ambient, ()
-        try:
-            model.continues = _agrees(model)
-        finally:
-            model.ambient = ambient
-    return bool(model.continues)
+    return found_once(model, "rest", lambda: _agrees(model))
 
 
-def _agrees(model: Any) -> bool:
+def _agrees(model: BridgedModel) -> bool:
     arch = model.arch
     length = min(5, arch.n_positions or 5)
     start = length // 2

@@ -3,39 +3,36 @@
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from patchlab.adapters import BridgedModel
 from patchlab.engine.contributions import Contributions, contributions
 from patchlab.engine.edge_sweep import Differences, edge_sweep
 from patchlab.engine.literal import run
 from patchlab.engine.masked import run_circuits
 from patchlab.engine.program import Program, Target, row_numbers
+from patchlab.engine.session import found_once
 from patchlab.engine.trust.nodes import Support, tolerance
 from patchlab.engine.trust.precision import in_single_precision
 from patchlab.errors import PatchlabError
-from patchlab.interventions import Kept
 from patchlab.metrics import METRICS, Answers
+from patchlab.sources import Kept
 
-_found: WeakKeyDictionary[Any, Support] = WeakKeyDictionary()
 
-
-def edge_support(model: Any) -> Support:
+def edge_support(model: BridgedModel) -> Support:
     """The fastest way to patch single edges that agrees with routed forward passes on this model; found out once per model.
 
     ``prefix`` and ``replay`` as for sweeps of sites; ``literal`` is one whole routed forward pass per edge. Random prompts are patched
     at edges into every kind of reader in the first, middle and last layer.
     """
-    if model not in _found:
-        _found[model] = _find(model)
-    return _found[model]
+    return found_once(model, "edge sweep", lambda: _find(model))
 
 
-def edge_mask(model: Any, edge: Int[np.ndarray, "2"], *, grouped: bool = False) -> Bool[Tensor, "writer reader"]:
+def edge_mask(model: BridgedModel, edge: Int[np.ndarray, "2"], *, grouped: bool = False) -> Bool[Tensor, "writer reader"]:
     """The set of one edge, or (grouped) of its copies in all query heads that share the reader's key or value."""
     graph = model.arch.graph
     writer, reader = map(int, edge)
@@ -50,7 +47,7 @@ def edge_mask(model: Any, edge: Int[np.ndarray, "2"], *, grouped: bool = False) 
 
 
 def run_edge_sets(
-    model: Any,
+    model: BridgedModel,
     program: Program,
     sets: Iterable[Bool[Tensor, "writer reader *where"]],
     differences: Differences,
@@ -94,12 +91,12 @@ def _several(sets: Iterable[Bool[Tensor, "writer reader *where"]]) -> Iterator[t
         first += len(masks)
 
 
-def _find(model: Any) -> Support:
+def _find(model: BridgedModel) -> Support:
     with in_single_precision(model):
         return _compared(model)
 
 
-def _compared(model: Any) -> Support:
+def _compared(model: BridgedModel) -> Support:
     reasons = []
     program, edges, differences = _trial(model)
     expected = run_edge_sets(model, program, [edge_mask(model, edge) for edge in edges], differences)
@@ -120,7 +117,7 @@ def _compared(model: Any) -> Support:
     return Support("literal", "; ".join(reasons))
 
 
-def _trial(model: Any) -> tuple[Program, Int[np.ndarray, "edge 2"], Differences]:
+def _trial(model: BridgedModel) -> tuple[Program, Int[np.ndarray, "edge 2"], Differences]:
     arch, graph = model.arch, model.arch.graph
     generator = torch.Generator().manual_seed(1)
     length = min(5, arch.n_positions or 5)

@@ -1,15 +1,16 @@
 """Whether the fast engine can be trusted on a model: it is compared with the literal one before its first use."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from patchlab.adapters import BridgedModel
 from patchlab.engine.literal import run
 from patchlab.engine.node_sweep import Cell, sweep
 from patchlab.engine.program import Program, targets
+from patchlab.engine.session import found_once
 from patchlab.engine.trust.precision import in_single_precision
 from patchlab.errors import PatchlabError
 from patchlab.interventions import Edit
@@ -32,30 +33,24 @@ class Support:
         return self.mode + (f" ({self.reason})" if self.reason else "")
 
 
-def support(model: Any) -> Support:
+def support(model: BridgedModel) -> Support:
     """The fastest way that agrees with the literal engine on this model; found out once per model.
 
     Random prompts are patched at every site kind, in the first, middle and last layer, at one position and at all.
     """
-    if model.support is None:
-        model.support = _find(model)
-    return model.support
+    return found_once(model, "node sweep", lambda: _find(model))
 
 
-def _find(model: Any) -> Support:
-    ambient, model.ambient = model.ambient, ()
-    try:
-        reasons = []
-        for mode in ("prefix", "replay"):
-            if (problem := _problem(model, prefix=mode == "prefix")) is None:
-                return Support(mode, "; ".join(reasons))
-            reasons.append(f"{mode}: {problem}")
-        return Support("literal", "; ".join(reasons))
-    finally:
-        model.ambient = ambient
+def _find(model: BridgedModel) -> Support:
+    reasons = []
+    for mode in ("prefix", "replay"):
+        if (problem := _problem(model, prefix=mode == "prefix")) is None:
+            return Support(mode, "; ".join(reasons))
+        reasons.append(f"{mode}: {problem}")
+    return Support("literal", "; ".join(reasons))
 
 
-def _problem(model: Any, *, prefix: bool) -> str | None:
+def _problem(model: BridgedModel, *, prefix: bool) -> str | None:
     """What goes wrong on random prompts, or None."""
     try:
         with in_single_precision(model):
@@ -84,7 +79,7 @@ def tolerance() -> float:
     return 1e-4 if torch.get_float32_matmul_precision() == "highest" else 2e-2
 
 
-def _trial(model: Any) -> tuple[Program, list[Cell]]:
+def _trial(model: BridgedModel) -> tuple[Program, list[Cell]]:
     arch = model.arch
     generator = torch.Generator().manual_seed(1)
     length = min(5, arch.n_positions or 5)
@@ -102,7 +97,7 @@ def _trial(model: Any) -> tuple[Program, list[Cell]]:
     return Program(tokens, examples, metric=METRICS["logit_diff"], answers=answers), cells
 
 
-def _literally(model: Any, program: Program, cells: list[Cell]) -> Float[Tensor, "cell row"]:
+def _literally(model: BridgedModel, program: Program, cells: list[Cell]) -> Float[Tensor, "cell row"]:
     """All cells as rows of one literal run."""
     n, answers = program.tokens.shape[0], program.answers
     if answers is None:

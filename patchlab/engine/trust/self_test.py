@@ -17,16 +17,18 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from patchlab.adapters import Architecture
+from patchlab.adapters import Architecture, BridgedModel
 from patchlab.engine.literal import run
 from patchlab.engine.program import Program, Result, Target, row_numbers, targets
+from patchlab.engine.session import exclusive
 from patchlab.engine.trust.places import checked_places
 from patchlab.engine.trust.precision import in_single_precision
 from patchlab.engine.trust.probes import probe
 from patchlab.errors import InterventionError, ModelError, PatchlabError
-from patchlab.interventions import Edit, Kept, address
+from patchlab.interventions import Edit
 from patchlab.metrics import Answers, Metric
-from patchlab.sites import KINDS
+from patchlab.sites import KINDS, address
+from patchlab.sources import Kept
 
 _EVERYTHING = Metric(
     "sum of logits", lambda logits, answers: (logits * torch.linspace(-1, 1, logits.shape[-1]).to(logits)).flatten(1).sum(1), reads="all"
@@ -37,7 +39,8 @@ _SUM = ("resid_pre", "attn_out", "mlp_out", "resid_post")
 _RESIDUAL = ("resid_pre", "resid_mid", "resid_post")
 
 
-def self_test(model: Any) -> Architecture:
+@exclusive
+def self_test(model: BridgedModel) -> Architecture:
     """The model's architecture with its sizes as measured, and with the sites and places that failed marked as such.
 
     Raises:
@@ -58,7 +61,7 @@ def self_test(model: Any) -> Architecture:
             ) from error
 
 
-def _tested_architecture(model: Any) -> Architecture:
+def _tested_architecture(model: BridgedModel) -> Architecture:
     arch = model.arch
     length = _length(arch)
     generator = torch.Generator().manual_seed(0)
@@ -66,12 +69,12 @@ def _tested_architecture(model: Any) -> Architecture:
     tokens[1] = (tokens[0] + 1 + torch.arange(length, device=model.device)) % arch.vocab_size
     with in_single_precision(model):
         arch = _measured(model, replace(arch, absent=arch.absent | _silent(model, tokens)), tokens[:1])
-        trial = _Trial(model, arch)
+        trial = _with(model, arch)
         absent = arch.absent | _changed_by_itself(trial, tokens)
-    absent |= _dropped(_Trial(model, replace(arch, absent=absent)), tokens)
+    absent |= _dropped(_with(model, replace(arch, absent=absent)), tokens)
     with in_single_precision(model):
-        absent |= probe(_Trial(model, replace(arch, absent=absent)), tokens)
-        trial = _Trial(model, replace(arch, absent=absent))
+        absent |= probe(_with(model, replace(arch, absent=absent)), tokens)
+        trial = _with(model, replace(arch, absent=absent))
         absent |= _bypassing(trial, tokens)
         _check_stream(model, absent)
     return replace(arch, absent=absent, places=checked_places(trial, tokens[:1]))
@@ -84,29 +87,26 @@ def _length(arch: Architecture) -> int:
     return next((length for length in range(6, 12) if length not in sizes and length <= longest), min(6, longest))
 
 
-def _check_stream(model: Any, absent: dict[str, str]) -> None:
+def _check_stream(model: BridgedModel, absent: dict[str, str]) -> None:
     for kind in ("resid_pre", "resid_post"):
         if kind in absent:
             raise ModelError(f"{model.name} ({model.arch.family}) cannot be trusted: {kind} failed the self-test, {absent[kind]}.")
 
 
-class _Trial:
-    """A model with a provisional architecture."""
-
-    def __init__(self, model: Any, arch: Architecture) -> None:
-        self.bridge, self.hooks, self.name, self.dtype, self.device = model.bridge, model.hooks, model.name, model.dtype, model.device
-        self.keeps_logits, self.ambient, self.arch = False, (), arch
+def _with(model: BridgedModel, arch: Architecture) -> BridgedModel:
+    """The model with a provisional architecture."""
+    return BridgedModel(model.bridge, model.hooks, model.name, arch, model.dtype, model.device)
 
 
 def _program(tokens: Int[Tensor, "row pos"], **options: Any) -> Program:
     return Program(tokens, row_numbers(tokens), **options)
 
 
-def _every(model: Any) -> tuple[Target, ...]:
+def _every(model: BridgedModel) -> tuple[Target, ...]:
     return _all(model.arch.sites, model.arch)
 
 
-def _measured(model: Any, arch: Architecture, tokens: Int[Tensor, "one pos"]) -> Architecture:
+def _measured(model: BridgedModel, arch: Architecture, tokens: Int[Tensor, "one pos"]) -> Architecture:
     """The architecture with sizes read off a run, and without sites whose activations have another shape or look ahead.
 
     Structural zeros and prefixes rest on causality: no token may change anything before it.
@@ -116,7 +116,7 @@ def _measured(model: Any, arch: Architecture, tokens: Int[Tensor, "one pos"]) ->
     """
     other = tokens.clone()
     other[:, -1] = (other[:, -1] + 1) % arch.vocab_size
-    trial, absent, n_rows, length = _Trial(model, arch), dict(arch.absent), 2, tokens.shape[1]
+    trial, absent, n_rows, length = _with(model, arch), dict(arch.absent), 2, tokens.shape[1]
     hosts = {target: arch.accessors[target[0]].host(target[1]) for target in _all(arch.sites, arch)}
     result = run(trial, _program(torch.cat([tokens, other]), hooks=tuple(dict.fromkeys(hosts.values())), logits="all"))
     _check_stream(model, absent)
@@ -176,7 +176,7 @@ def _width(kind: str, shapes: dict[int | None, tuple[int, ...]], arch: Architect
     return None, first[-1] if heads is None or len(first) == 4 else first[-1] // heads
 
 
-def _silent(model: Any, tokens: Int[Tensor, "row pos"]) -> dict[str, str]:
+def _silent(model: BridgedModel, tokens: Int[Tensor, "row pos"]) -> dict[str, str]:
     """Sites whose hook does not fire exactly once."""
     try:
         run(model, _program(tokens, keep=_every(model)))
@@ -192,7 +192,7 @@ def _silent(model: Any, tokens: Int[Tensor, "row pos"]) -> dict[str, str]:
     return found
 
 
-def _changed_by_itself(model: Any, tokens: Int[Tensor, "row pos"]) -> dict[str, str]:
+def _changed_by_itself(model: BridgedModel, tokens: Int[Tensor, "row pos"]) -> dict[str, str]:
     """Sites where patching a run with its own values changes a bit of the logits."""
     found = {}
     plain = run(model, _program(tokens, keep=_every(model), logits="all"))
@@ -203,7 +203,7 @@ def _changed_by_itself(model: Any, tokens: Int[Tensor, "row pos"]) -> dict[str, 
     return found
 
 
-def _dropped(model: Any, tokens: Int[Tensor, "row pos"]) -> dict[str, str]:
+def _dropped(model: BridgedModel, tokens: Int[Tensor, "row pos"]) -> dict[str, str]:
     """Sites whose returned tensor is not what the rest of the model is computed from, or from which no gradient comes back.
 
     A gradient of zero alone says nothing: a part may be dead, and then no edit of it changes anything.
@@ -242,7 +242,7 @@ def _dropped(model: Any, tokens: Int[Tensor, "row pos"]) -> dict[str, str]:
     return found
 
 
-def _bypassing(model: Any, tokens: Int[Tensor, "row pos"]) -> dict[str, str]:
+def _bypassing(model: BridgedModel, tokens: Int[Tensor, "row pos"]) -> dict[str, str]:
     """Sites where a patch does not carry over to the next quantity downstream."""
     arch = model.arch
     both = run(model, _program(tokens, keep=_every(model), logits="all"))
@@ -266,7 +266,7 @@ def _bypassing(model: Any, tokens: Int[Tensor, "row pos"]) -> dict[str, str]:
     return found
 
 
-def _not_arriving(model: Any, both: Result, donor: Kept, patched: Callable[..., Result]) -> dict[str, str]:
+def _not_arriving(model: BridgedModel, both: Result, donor: Kept, patched: Callable[..., Result]) -> dict[str, str]:
     """Contributions to the residual stream whose patch does not arrive there."""
     arch = model.arch
     found: dict[str, str] = {}
