@@ -15,7 +15,7 @@ from torch import Tensor
 from patchlab.adapters import LOGITS, Accessor, BridgedModel
 from patchlab.engine.program import Program, Target
 from patchlab.interventions import Edit
-from patchlab.rules.composites import Attachment, Recorded
+from patchlab.rules.attachments import Attachment, Recorded
 
 
 @dataclass

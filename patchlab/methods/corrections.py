@@ -19,7 +19,7 @@ from patchlab.methods.setting.rounding import product_variance
 from patchlab.methods.setting.setting import Setting
 from patchlab.methods.setting.unpatched import Runs, program, reduced, required
 from patchlab.rules import Composite, scale_gradient
-from patchlab.rules.composites import Attachment, Recorded
+from patchlab.rules.attachments import Attachment, Recorded
 from patchlab.sites import KINDS, Site, address
 
 
