@@ -4,9 +4,10 @@ from patchlab.engine.literal import run
 from patchlab.engine.node_sweep import Cell, Work, sweep
 from patchlab.engine.program import Program, Result, Target
 from patchlab.engine.replay import Baseline, empty_cache
-from patchlab.engine.resume import continues, run_rest
+from patchlab.engine.resume import run_rest
 from patchlab.engine.session import Session, intervene, session_of
 from patchlab.engine.trust.nodes import Support, support
+from patchlab.engine.trust.rest import continues
 
 __all__ = [
     "Baseline",

@@ -28,14 +28,13 @@ from patchlab.adapters import BridgedModel
 from patchlab.engine.contributions import Contributions, Layer, contributions, has_post_norm, layers_of, norm_over_heads
 from patchlab.engine.hooks import canonical, hooked
 from patchlab.engine.literal import evaluate, forward, run
-from patchlab.engine.program import Program, row_numbers
+from patchlab.engine.program import Program
 from patchlab.engine.session import exclusive, found_once, session_of
-from patchlab.engine.trust.nodes import tolerance
 from patchlab.engine.trust.precision import in_single_precision
+from patchlab.engine.trust.trials import every_logit, tolerance, trial
 from patchlab.errors import InterventionError, ModelError
 from patchlab.graph import Graph
 from patchlab.interventions import Edit
-from patchlab.metrics import Answers, Metric
 
 CPU_BYTES, ACCELERATOR_BYTES = 2**26, 2**33
 """Memory for the activations of one forward pass, unless a budget is given: what is fastest on a CPU, enough work for a GPU."""
@@ -304,24 +303,21 @@ def _check_model(model: BridgedModel, form: str) -> None:
         ModelError: it is not; the blocks of this model are put together in another way.
     """
     arch, graph = model.arch, model.arch.graph
-    length = min(5, arch.n_positions or 5)
-    tokens = torch.randint(0, arch.vocab_size, (2, length), generator=torch.Generator().manual_seed(1)).to(model.device)
-    donor, examples = (tokens + 1) % arch.vocab_size, row_numbers(tokens)
-    metric = Metric("sum of logits", lambda logits, _: (logits * torch.linspace(-1, 1, logits.shape[-1]).to(logits)).sum(-1))
-    program = Program(tokens, examples, metric=metric, answers=Answers.of([[0]] * 2, [[0]] * 2, model.device))
+    prompts = trial(model)
+    program, donor = prompts.program(every_logit("answer")), prompts.other(slice(None))
     allowed = torch.as_tensor(graph.allowed.copy(), device=model.device)
     sets, layer = [allowed, torch.zeros_like(allowed)], arch.n_layers // 2
     with torch.no_grad(), in_single_precision(model):
-        wanted: list[Any] = [evaluate(model, program, forward(model, replace(program, tokens=row), None)) for row in (tokens, donor)]
+        wanted: list[Any] = [evaluate(model, program, forward(model, replace(program, tokens=row), None)) for row in (program.tokens, donor)]
         if form == "renormalised":
             sets.append(allowed.clone())
             sets[-1][graph.writer_slice(layer).start] = False
-            other = run(model, Program(donor, examples, keep=(("z", layer),))).as_source()
+            other = run(model, Program(donor, program.examples, keep=(("z", layer),))).as_source()
             wanted.append(run(model, replace(program, edits=(Edit(f"L{layer}.H0.z", other),))).values)
         got = _one_pass(model, layers_of(model), program, contributions(model, donor, form), torch.stack(sets))
     off = (got - torch.stack(wanted)).abs().amax(1) / max(float(torch.stack(wanted[:2]).abs().max()), 1e-30)
     worst = int(off.argmax())
-    if float(off[worst]) > max(2e-3, tolerance()):
+    if float(off[worst]) > tolerance(whole=True):
         kept = ("all edges kept", "none kept", f"all kept but those out of {graph.writers[graph.writer_slice(layer).start]}")[worst]
         raise ModelError(
             f"{model.name} ({arch.family}) cannot be run as a circuit: with {kept}, it differs by {float(off[worst]):.2g} of the scale "

@@ -33,9 +33,10 @@ from patchlab.engine.hooks import ruled
 from patchlab.engine.session import found_once
 from patchlab.engine.trust.ledger import Ledger, on_modules, tensors_in
 from patchlab.engine.trust.precision import at_full_precision, mapped, widened
+from patchlab.engine.trust.trials import trial
 from patchlab.errors import RuleError
 from patchlab.rules import AHRule, Composite, ConstantGateRule, HalfRule, IdentityRule, LNRule, SoftCap, Uncovered
-from patchlab.rules.composites import Attachment
+from patchlab.rules.attachments import Attachment
 
 TOLERANCE = 1e-5
 """Largest gap, as a share of Σ|x·Jᵀg|."""
@@ -84,7 +85,7 @@ def _losses(model: BridgedModel, places: list[CapPlace]) -> tuple[SoftCap, ...]:
         for place in places:
             if not place.final and place.problem is None:
                 stack.enter_context(on_modules((model.hooks[place.at],), after=partial(_note, seen, place.at)))
-        logits = model.bridge(_tokens(model), return_type="logits", use_cache=False)
+        logits = model.bridge(trial(model, 6, seed=0).tokens, return_type="logits", use_cache=False)
     values = [logits if place.final else seen.get(place.at) for place in places]
     return tuple(_loss(place, value) for place, value in zip(places, values, strict=True))
 
@@ -105,14 +106,8 @@ def _loss(place: CapPlace, capped: Tensor | None) -> SoftCap:
     return SoftCap(place.name, place.cap, float(lost.sum() / y.abs().sum()), float(y[top].abs()), float(lost[top] / y[top].abs()))
 
 
-def _tokens(model: BridgedModel) -> Int[Tensor, "row pos"]:
-    generator = torch.Generator().manual_seed(0)
-    length = min(6, model.arch.n_positions or 6)
-    return torch.randint(0, model.arch.vocab_size, (2, length), generator=generator).to(model.device)
-
-
 def _gaps(model: BridgedModel, composite: Composite, problems: set[str]) -> Iterator[Uncovered]:
-    tokens = _tokens(model)
+    tokens = trial(model, 6, seed=0).tokens
     rules = [_holding(composite, place, place.name in problems) for place in model.arch.places]
     seen = _observe(model, tokens)
     yield from _test_embedding(model, tokens, rules, seen)

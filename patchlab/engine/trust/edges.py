@@ -16,10 +16,10 @@ from patchlab.engine.literal import run
 from patchlab.engine.masked import run_circuits
 from patchlab.engine.program import Program, Target, row_numbers
 from patchlab.engine.session import found_once
-from patchlab.engine.trust.nodes import Support, tolerance
+from patchlab.engine.trust.nodes import Support
 from patchlab.engine.trust.precision import in_single_precision
+from patchlab.engine.trust.trials import tolerance, trial
 from patchlab.errors import PatchlabError
-from patchlab.metrics import METRICS, Answers
 from patchlab.sources import Kept
 
 
@@ -100,7 +100,6 @@ def _compared(model: BridgedModel) -> Support:
     reasons = []
     program, edges, differences = _trial(model)
     expected = run_edge_sets(model, program, [edge_mask(model, edge) for edge in edges], differences)
-    # some norms compute in single precision whatever the model's dtype, and the two ways add up in different orders
     allowed = tolerance() * float(expected.abs().max())
     for mode in ("prefix", "replay"):
         try:
@@ -119,20 +118,15 @@ def _compared(model: BridgedModel) -> Support:
 
 def _trial(model: BridgedModel) -> tuple[Program, Int[np.ndarray, "edge 2"], Differences]:
     arch, graph = model.arch, model.arch.graph
-    generator = torch.Generator().manual_seed(1)
-    length = min(5, arch.n_positions or 5)
-    tokens = torch.randint(0, arch.vocab_size, (2, length), generator=generator).to(model.device)
-    donor = tokens.clone()
-    donor[:, length // 2 :] = (donor[:, length // 2 :] + 1) % arch.vocab_size
+    prompts = trial(model)
+    tokens, donor = prompts.tokens, prompts.other(slice(prompts.middle, None))
     kinds = ("z", "mlp_out") if graph.mlps else ("z",)
     keep: tuple[Target, ...] = (("input", None), *((kind, layer) for kind in kinds for layer in range(arch.n_layers)))
     examples = row_numbers(tokens)
     own, other = (run(model, Program(ids, examples, keep=keep)).activations for ids in (tokens, donor))
-    answers = Answers.of([[0], [1]], [[2 % arch.vocab_size], [3 % arch.vocab_size]], model.device)
     readers = [len(graph.readers) - 1]
     for layer in sorted({0, arch.n_layers // 2, arch.n_layers - 1}):
         first = graph.reader_slice(layer).start
         readers += [first + i * graph.n_heads + layer % graph.n_heads for i in range(3)] + [first + 3 * graph.n_heads] * graph.mlps
     edges = np.array([(int(np.flatnonzero(graph.allowed[:, reader])[-1]), reader) for reader in readers])
-    program = Program(tokens, examples, metric=METRICS["logit_diff"], answers=answers)
-    return program, edges, Differences.of(model, own, Kept(other, examples), examples)
+    return prompts.program(), edges, Differences.of(model, own, Kept(other, examples), examples)

@@ -18,7 +18,7 @@ from patchlab.adapters import BridgedModel
 from patchlab.engine.hooks import canonical
 from patchlab.engine.literal import run
 from patchlab.engine.program import Program, Target, row_numbers, targets
-from patchlab.engine.trust.nodes import tolerance
+from patchlab.engine.trust.trials import tolerance
 from patchlab.interventions import Edit
 from patchlab.sites import address
 

@@ -24,16 +24,12 @@ from patchlab.engine.session import exclusive
 from patchlab.engine.trust.places import checked_places
 from patchlab.engine.trust.precision import in_single_precision
 from patchlab.engine.trust.probes import probe
+from patchlab.engine.trust.trials import every_logit, tolerance, trial
 from patchlab.errors import InterventionError, ModelError, PatchlabError
 from patchlab.interventions import Edit
-from patchlab.metrics import Answers, Metric
 from patchlab.sites import KINDS, address
 from patchlab.sources import Kept
 
-_EVERYTHING = Metric(
-    "sum of logits", lambda logits, answers: (logits * torch.linspace(-1, 1, logits.shape[-1]).to(logits)).flatten(1).sum(1), reads="all"
-)
-_TOLERANCE = 2e-3
 _CONTRIBUTIONS: tuple[str, ...] = ("input", "attn_out", "mlp_out")
 _SUM = ("resid_pre", "attn_out", "mlp_out", "resid_post")
 _RESIDUAL = ("resid_pre", "resid_mid", "resid_post")
@@ -64,20 +60,18 @@ def self_test(model: BridgedModel) -> Architecture:
 def _tested_architecture(model: BridgedModel) -> Architecture:
     arch = model.arch
     length = _length(arch)
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(0, arch.vocab_size, (2, length), generator=generator).to(model.device)
+    tokens = trial(model, length, seed=0).tokens
     tokens[1] = (tokens[0] + 1 + torch.arange(length, device=model.device)) % arch.vocab_size
     with in_single_precision(model):
         arch = _measured(model, replace(arch, absent=arch.absent | _silent(model, tokens)), tokens[:1])
-        trial = _with(model, arch)
-        absent = arch.absent | _changed_by_itself(trial, tokens)
+        absent = arch.absent | _changed_by_itself(_with(model, arch), tokens)
     absent |= _dropped(_with(model, replace(arch, absent=absent)), tokens)
     with in_single_precision(model):
         absent |= probe(_with(model, replace(arch, absent=absent)), tokens)
-        trial = _with(model, replace(arch, absent=absent))
-        absent |= _bypassing(trial, tokens)
+        tested = _with(model, replace(arch, absent=absent))
+        absent |= _bypassing(tested, tokens)
         _check_stream(model, absent)
-    return replace(arch, absent=absent, places=checked_places(trial, tokens[:1]))
+    return replace(arch, absent=absent, places=checked_places(tested, tokens[:1]))
 
 
 def _length(arch: Architecture) -> int:
@@ -116,12 +110,12 @@ def _measured(model: BridgedModel, arch: Architecture, tokens: Int[Tensor, "one 
     """
     other = tokens.clone()
     other[:, -1] = (other[:, -1] + 1) % arch.vocab_size
-    trial, absent, n_rows, length = _with(model, arch), dict(arch.absent), 2, tokens.shape[1]
+    provisional, absent, n_rows, length = _with(model, arch), dict(arch.absent), 2, tokens.shape[1]
     hosts = {target: arch.accessors[target[0]].host(target[1]) for target in _all(arch.sites, arch)}
-    result = run(trial, _program(torch.cat([tokens, other]), hooks=tuple(dict.fromkeys(hosts.values())), logits="all"))
+    result = run(provisional, _program(torch.cat([tokens, other]), hooks=tuple(dict.fromkeys(hosts.values())), logits="all"))
     _check_stream(model, absent)
     one, two = (logits := _logits(result))[:, :-1]
-    if (worst := _difference(two, one)) > _TOLERANCE / 20:
+    if (worst := _difference(two, one)) > tolerance():
         raise ModelError(
             f"{model.name} ({arch.family}) is not a causal language model: the last token changes the logits before it (by {worst:.2g} "
             f"of their scale). patchlab needs a decoder-only model."
@@ -135,7 +129,7 @@ def _measured(model: BridgedModel, arch: Architecture, tokens: Int[Tensor, "one 
             continue
         dim = KINDS[kind].dim(KINDS[kind].position)
         values = [arch.accessors[kind].shape(result.hooks[hosts[kind, layer]]).narrow(dim, 0, length - 1) for layer in shapes]
-        if (worst := max(_difference(value[1], value[0]) for value in values)) > _TOLERANCE / 20:
+        if (worst := max(_difference(value[1], value[0]) for value in values)) > tolerance():
             absent[kind] = (
                 f"the last token changes it at earlier positions (by {worst:.2g} of its scale), so its positions are not those of the prompt"
             )
@@ -208,12 +202,12 @@ def _dropped(model: BridgedModel, tokens: Int[Tensor, "row pos"]) -> dict[str, s
 
     A gradient of zero alone says nothing: a part may be dead, and then no edit of it changes anything.
     """
-    answers = Answers.of([[0]] * 2, [[0]] * 2, model.device)
+    answers = trial(model, tokens.shape[1]).answers
     gradients: dict[Target, Tensor] = {}
     found: dict[str, str] = {}
 
     def collect(where: tuple[Target, ...]) -> None:
-        gradients.update(run(model, _program(tokens, gradients=where, metric=_EVERYTHING, answers=answers)).gradients)
+        gradients.update(run(model, _program(tokens, gradients=where, metric=every_logit("all"), answers=answers)).gradients)
 
     try:
         collect(_every(model))
@@ -237,7 +231,7 @@ def _dropped(model: BridgedModel, tokens: Int[Tensor, "row pos"]) -> dict[str, s
         edits = tuple(Edit(address(*target), nudges[target], "add", rows=one_row_each[i]) for i, target in enumerate(flat))
         logits = _logits(run(model, _program(ids, edits=edits, logits="all")))
     for i, (kind, layer) in enumerate(flat):
-        if _difference(logits[i], logits[-1]) > _TOLERANCE / 20:
+        if _difference(logits[i], logits[-1]) > tolerance():
             found.setdefault(kind, f"an edit in layer {layer} changes the logits, but no gradient comes back")
     return found
 
@@ -259,7 +253,7 @@ def _bypassing(model: BridgedModel, tokens: Int[Tensor, "row pos"]) -> dict[str,
     logits = _logits(patched((), rows=len(residual), edits=edits))
     for i, (kind, layer) in enumerate(residual):
         worst = _difference(logits[i], _logits(both)[0])
-        if worst > _TOLERANCE:
+        if worst > tolerance(whole=True):
             found.setdefault(kind, f"patching all of L{layer}.{kind} leaves the logits wrong by {worst:.2g} of their scale")
     if all(kind not in arch.absent for kind in _CONTRIBUTIONS):
         found |= _not_arriving(model, both, donor, patched)
@@ -270,14 +264,14 @@ def _not_arriving(model: BridgedModel, both: Result, donor: Kept, patched: Calla
     """Contributions to the residual stream whose patch does not arrive there."""
     arch = model.arch
     found: dict[str, str] = {}
-    if _imbalance(both, arch) <= _TOLERANCE:  # the stream is a plain sum, so it must stay the sum of what is patched
+    if _imbalance(both, arch) <= tolerance(whole=True):  # the stream is a plain sum, so it must stay the sum of what is patched
         for kind in _CONTRIBUTIONS:
             got = patched(_all((kind,), arch), keep=_all(_SUM, arch))
             worst = _difference(got["L0.resid_pre"], donor.activations["resid_pre", 0]) if kind == "input" else _imbalance(got, arch)
-            if worst > _TOLERANCE:
+            if worst > tolerance(whole=True):
                 found[kind] = f"patching {kind} leaves the residual stream after it wrong by {worst:.2g} of its scale"
     worst = _difference(_logits(patched(_all(_CONTRIBUTIONS, arch))), _logits(both)[:1])
-    if worst > _TOLERANCE and not found:
+    if worst > tolerance(whole=True) and not found:
         found = dict.fromkeys(
             _CONTRIBUTIONS, f"patching the embedding and every attention and MLP output leaves the logits wrong by {worst:.2g} of their scale"
         )
