@@ -16,13 +16,9 @@ if TYPE_CHECKING:
     from patchlab.circuits import Circuit as Circuit
     from patchlab.comparison import Comparison as Comparison
     from patchlab.comparison import compare as compare
+    from patchlab.engine import intervene as intervene
     from patchlab.errors import PatchlabError as PatchlabError
     from patchlab.interventions import Edit as Edit
-    from patchlab.interventions import blend as blend
-    from patchlab.interventions import intervene as intervene
-    from patchlab.interventions import mean_of as mean_of
-    from patchlab.interventions import noise as noise
-    from patchlab.interventions import zero as zero
     from patchlab.methods import ActivationPatching as ActivationPatching
     from patchlab.methods import AttributionPatching as AttributionPatching
     from patchlab.methods import IntegratedGradients as IntegratedGradients
@@ -35,6 +31,10 @@ if TYPE_CHECKING:
     from patchlab.scores import ScoreMap as ScoreMap
     from patchlab.sites import Site as Site
     from patchlab.sites import parse_site as parse_site
+    from patchlab.sources import blend as blend
+    from patchlab.sources import mean_of as mean_of
+    from patchlab.sources import noise as noise
+    from patchlab.sources import zero as zero
     from patchlab.tasks import Task as Task
     from patchlab.tasks import load_task as load_task
 
@@ -46,13 +46,9 @@ _HOMES = {
     "Circuit": "circuits",
     "Comparison": "comparison",
     "compare": "comparison",
+    "intervene": "engine",
     "PatchlabError": "errors",
     "Edit": "interventions",
-    "blend": "interventions",
-    "intervene": "interventions",
-    "mean_of": "interventions",
-    "noise": "interventions",
-    "zero": "interventions",
     "ActivationPatching": "methods",
     "AttributionPatching": "methods",
     "IntegratedGradients": "methods",
@@ -65,6 +61,10 @@ _HOMES = {
     "ScoreMap": "scores",
     "Site": "sites",
     "parse_site": "sites",
+    "blend": "sources",
+    "mean_of": "sources",
+    "noise": "sources",
+    "zero": "sources",
     "Task": "tasks",
     "load_task": "tasks",
 }

@@ -282,6 +282,11 @@ def _check_letter(name: str, letter: str | None, index: str | None) -> None:
     raise SiteError(f"{name} has no {noun}s; drop {letter}{int(index)}. {where}")
 
 
+def address(kind: str, layer: int | None) -> Site:
+    """The address of a whole site: of one layer, all positions and units."""
+    return Site(kind, (), layer=layer)
+
+
 def parse_sites(sites: "str | Site | Iterable[str | Site]") -> tuple[Site, ...]:
     """Parse the sites of a sweep: a name, a comma-separated list of names, or several names.
 

@@ -18,7 +18,7 @@ from families import mixed_task, model_of, native_model, swap_task
 from torch import Tensor
 
 import patchlab as pl
-from patchlab.engine import node_sweep, support
+from patchlab.engine import node_sweep, session_of, support
 from patchlab.errors import MethodError, OutputError
 from patchlab.methods import get_method
 from patchlab.methods.setting import checkpoint
@@ -40,7 +40,7 @@ def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     support(model_of("gpt2"))  # found out now, so that evaluations of the metric are those of the run
     monkeypatch.setattr(node_sweep, "CPU_TOKENS", 40)
     yield
-    model_of("gpt2").unfinished.clear()
+    session_of(model_of("gpt2")).unfinished.clear()
 
 
 def scores(model: Model | None = None, task: Task | None = None, method: Any = EXACT, sites: Any = SITES, **options: Any) -> ScoreMap:
@@ -97,7 +97,7 @@ def test_the_same_call_goes_on_with_the_cells_that_are_left(monkeypatch: pytest.
     method = pl.ActivationPatching(engine=engine)
     whole, calls = evaluations(monkeypatch, lambda: scores(method=method))
     notes = interrupted(monkeypatch, at, lambda: scores(method=method))
-    (work,) = model_of("gpt2").unfinished.values()
+    (work,) = session_of(model_of("gpt2")).unfinished.values()
     done = len(work.cells[1])
     assert done > 0
     assert notes == [f"patchlab: the finished work ({done} cells of a batch) is kept on the model; the same call again goes on from there."]
@@ -106,7 +106,7 @@ def test_the_same_call_goes_on_with_the_cells_that_are_left(monkeypatch: pytest.
     assert more == calls - (at - 1) + 3  # what the first part did not reach, the unpatched runs again, and how far they are rounded
     assert rest.cost.forwards == whole.cost.forwards + 2  # those two, and no cell twice
     assert rest.cost.positions > whole.cost.positions
-    assert not model_of("gpt2").unfinished
+    assert not session_of(model_of("gpt2")).unfinished
 
 
 def test_an_interrupt_may_come_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,7 +120,7 @@ def test_an_interrupt_may_come_again_and_again(monkeypatch: pytest.MonkeyPatch) 
 
 def test_seconds_are_those_of_all_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     interrupted(monkeypatch, 5, scores)
-    (work,) = model_of("gpt2").unfinished.values()
+    (work,) = session_of(model_of("gpt2")).unfinished.values()
     work.before = (*work.before[:3], 1000.0)
     assert 1000 < scores().cost.seconds < 1100
 
@@ -132,7 +132,7 @@ def test_finished_batches_are_not_run_again(monkeypatch: pytest.MonkeyPatch, nam
     run = lambda: scores(task=mixed_task(), method=method, sites=("resid_pre", "z"), batch_size=1)  # noqa: E731
     whole, calls = evaluations(monkeypatch, run)
     interrupted(monkeypatch, calls - 1, run)
-    (work,) = model_of("gpt2").unfinished.values()
+    (work,) = session_of(model_of("gpt2")).unfinished.values()
     assert len(work.batches) == 3
     rest, more = evaluations(monkeypatch, run)
     same(rest, whole)  # with the notes of integrated gradients
@@ -144,21 +144,21 @@ def test_another_call_starts_afresh(monkeypatch: pytest.MonkeyPatch) -> None:
     other, whole = scores(direction="noising"), evaluations(monkeypatch, lambda: scores(direction="noising"))[0]
     same(other, whole)
     assert other.cost.forwards == whole.cost.forwards
-    assert len(model_of("gpt2").unfinished) == 1  # and leaves what there was
+    assert len(session_of(model_of("gpt2")).unfinished) == 1  # and leaves what there was
 
 
 def test_a_model_remembers_only_a_few_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     for seed in range(KEPT + 2):
         interrupted(monkeypatch, 6, lambda seed=seed: scores(task=swap_task(seed=10 * seed)))
-    assert len(model_of("gpt2").unfinished) == KEPT
+    assert len(session_of(model_of("gpt2")).unfinished) == KEPT
     last = swap_task(seed=10 * (KEPT + 1))
-    assert any(last.fingerprint in str(work.identity["task"]) for work in model_of("gpt2").unfinished.values())
+    assert any(last.fingerprint in str(work.identity["task"]) for work in session_of(model_of("gpt2")).unfinished.values())
 
 
 def test_nothing_is_kept_of_a_run_that_had_not_begun(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert interrupted(monkeypatch, 1, scores) == []
     assert interrupted(monkeypatch, 1, lambda: scores(checkpoint=tmp_path / "run")) == []
-    assert not model_of("gpt2").unfinished
+    assert not session_of(model_of("gpt2")).unfinished
     assert list(tmp_path.iterdir()) == []
 
 
@@ -199,16 +199,16 @@ def test_surrounding_edits_are_part_of_what_is_compared(monkeypatch: pytest.Monk
     with pl.intervene(model, edits):
         whole = scores()
         interrupted(monkeypatch, 8, scores)
-    assert len(model.unfinished) == 1
+    assert len(session_of(model).unfinished) == 1
     plain = scores()
-    assert len(model.unfinished) == 1  # a run without the edits is another one
+    assert len(session_of(model).unfinished) == 1  # a run without the edits is another one
     changed = [pl.Edit("L1.attn_out@2", model.run([[1, 2, 3, 4, 6]], keep="attn_out"), op="add"), *edits[1:]]
     with pl.intervene(model, changed):
         scores()
-    assert len(model.unfinished) == 1
+    assert len(session_of(model).unfinished) == 1
     with pl.intervene(model, [replace(edit) for edit in edits]):
         rest = scores()
-    assert not model.unfinished
+    assert not session_of(model).unfinished
     same(rest, whole)
     assert not rest.data.identical(plain.data)
 
@@ -228,7 +228,7 @@ def test_surroundings_that_cannot_be_compared(monkeypatch: pytest.MonkeyPatch, t
             scores(checkpoint=tmp_path / "run")
     assert len(notes) == 1
     assert "is not kept: the surroundings cannot be compared with that of a later call" in notes[0]
-    assert not model.unfinished
+    assert not session_of(model).unfinished
     assert list(tmp_path.iterdir()) == []
 
 
@@ -265,7 +265,7 @@ def test_a_metric_of_a_cell_that_is_run_again(monkeypatch: pytest.MonkeyPatch, t
     whole = scores(task=tasks[0])
     interrupted(monkeypatch, 8, lambda: scores(task=tasks[0]))
     same(scores(task=tasks[1]), whole)
-    assert not model_of("gpt2").unfinished
+    assert not session_of(model_of("gpt2")).unfinished
     with pytest.raises(MethodError, match="its metric cannot be compared .* Use a named metric or a plain function"):
         scores(task=swap_task(metric=Metric("bound", METRICS["logit_diff"].__call__)), checkpoint=tmp_path / "run")
 
@@ -279,7 +279,7 @@ def test_a_new_model_goes_on_from_a_file(monkeypatch: pytest.MonkeyPatch, tmp_pa
     whole = scores(models[0])
     notes = interrupted(monkeypatch, 9, lambda: scores(models[0], checkpoint=path))
     assert f"is kept in {path}; the same call again goes on from there" in notes[0]
-    assert not models[0].unfinished
+    assert not session_of(models[0]).unfinished
     rest = scores(models[1], checkpoint=path)
     same(rest, whole)
     assert whole.cost.forwards < rest.cost.forwards <= whole.cost.forwards + 4
@@ -292,9 +292,9 @@ def test_a_checkpoint_begins_with_what_the_model_remembers(monkeypatch: pytest.M
     interrupted(monkeypatch, 8, scores)
     with pytest.raises(OutputError, match="there is no folder"):
         scores(checkpoint=tmp_path / "no" / "run")
-    assert len(model.unfinished) == 1
+    assert len(session_of(model).unfinished) == 1
     interrupted(monkeypatch, 5, lambda: scores(checkpoint=tmp_path / "run"))
-    assert not model.unfinished
+    assert not session_of(model).unfinished
     rest = scores(checkpoint=tmp_path / "run")
     same(rest, whole)
     assert rest.cost.forwards == whole.cost.forwards + 4
@@ -422,8 +422,8 @@ import sys, time
 sys.path.insert(0, {tests!r})
 from families import model_of, swap_task
 import patchlab as pl
-from patchlab.engine import waves
-from patchlab.methods import checkpoint
+from patchlab.engine import node_sweep
+from patchlab.methods.setting import checkpoint
 node_sweep.CPU_TOKENS = 40
 checkpoint.SECONDS = 0.0
 right, calls = node_sweep.unembed, iter(range(10**6))
@@ -503,7 +503,7 @@ def test_the_bar_of_other_methods_counts_forward_passes(monkeypatch: pytest.Monk
 
 def test_the_bar_goes_on_where_the_run_does(monkeypatch: pytest.MonkeyPatch) -> None:
     interrupted(monkeypatch, 8, scores)
-    (work,) = model_of("gpt2").unfinished.values()
+    (work,) = session_of(model_of("gpt2")).unfinished.values()
     done = len(work.cells[1])
     monkeypatch.setattr("patchlab.methods.method.progress_bar", Bar)
     Bar.made.clear()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import patchlab as pl
 from patchlab.adapters.places import Activation
-from patchlab.engine import Program, Result, run
+from patchlab.engine import Program, Result, run, session_of
 from patchlab.engine.program import targets
 from patchlab.errors import InterventionError, MetricError, ModelError, SiteError
 from patchlab.metrics import METRICS, Answers, Metric
@@ -48,7 +48,7 @@ def untouched() -> Any:
     assert _hooks(model) == before
     assert all(torch.equal(weights[name], parameter) and not parameter.requires_grad for name, parameter in model.bridge.named_parameters())
     assert torch.equal(model.run(TOKENS).logits, logits)
-    assert model.ambient == ()
+    assert session_of(model).surrounding == ()
     assert torch.is_grad_enabled()
 
 

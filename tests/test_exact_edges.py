@@ -15,11 +15,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import patchlab as pl
-from patchlab.engine import Program, Support, Work, node_sweep, run
+from patchlab.engine import Program, Support, Work, node_sweep, run, session_of
 from patchlab.engine import edge_sweep as edge_sweep_module
 from patchlab.engine.edge_sweep import Differences, edge_sweep
-from patchlab.engine.literal import hooked
-from patchlab.engine.trust.edges import _found, edge_support
+from patchlab.engine.hooks import hooked
+from patchlab.engine.trust.edges import edge_support
 from patchlab.errors import InterventionError, MethodError, SiteError
 from patchlab.methods.path_patching import kv_effects, patch_edges
 from patchlab.metrics import Metric
@@ -472,7 +472,7 @@ def test_a_model_on_which_the_ways_disagree_is_patched_by_whole_passes(monkeypat
 
 def test_support_is_found_out_once() -> None:
     model = native_model("edges once")
-    _found[model] = Support("literal", "set by hand")
+    session_of(model).found["edge sweep"] = Support("literal", "set by hand")
     assert edge_support(model).reason == "set by hand"
 
 

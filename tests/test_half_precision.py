@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import patchlab as pl
 from patchlab.adapters import LinearPlace, NormPlace
-from patchlab.engine import Program, continues, resume, run, support
+from patchlab.engine import Program, continues, resume, run, session_of, support
 from patchlab.engine.trust.edges import edge_support
 from patchlab.engine.trust.precision import in_single_precision
 from patchlab.errors import ModelError
@@ -177,7 +177,7 @@ def test_fast_ways_are_checked_in_single_precision_and_used(family: str, dtype: 
         return cache
 
     monkeypatch.setattr(resume, "beginning", off)
-    model.continues = None  # found out once per model
+    session_of(model).found.pop("rest")
     assert not continues(model)
 
 

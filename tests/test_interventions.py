@@ -11,11 +11,11 @@ from families import hf_module, model_of, scores_of, swap_task
 from torch import Tensor
 
 import patchlab as pl
-from patchlab.engine import Program, run
+from patchlab.engine import Program, run, session_of
 from patchlab.errors import InterventionError, SiteError
-from patchlab.interventions import Kept, Own, Source, as_source
 from patchlab.metrics import METRICS
 from patchlab.models import Model
+from patchlab.sources import Kept, Own, Source, as_source
 
 TOKENS = torch.tensor([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3], [5, 8, 9, 7, 9]])
 OTHER = torch.tensor([[2, 7, 1, 8, 2], [8, 1, 8, 2, 8], [4, 5, 9, 0, 4]])
@@ -447,8 +447,8 @@ def test_blocks_end_after_an_exception(model: Model) -> None:
     with pl.intervene(model, FIRST):
         with pytest.raises(ZeroDivisionError), pl.intervene(model, SECOND):
             raise ZeroDivisionError
-        assert model.ambient == (FIRST,)
-    assert model.ambient == ()
+        assert session_of(model).surrounding == (FIRST,)
+    assert session_of(model).surrounding == ()
     assert torch.equal(model.run(TOKENS).logits, plain)
 
 
@@ -459,7 +459,7 @@ def test_an_edit_that_the_model_cannot_take_is_refused_at_once(model: Model) -> 
     ):
         with pytest.raises(SiteError, match=message), pl.intervene(model, edits):
             raise AssertionError("the block must not start")
-    assert model.ambient == ()
+    assert session_of(model).surrounding == ()
 
 
 @pytest.mark.parametrize("method", ["exact", "atp", "relp", "ig:2", "relp-ah"])

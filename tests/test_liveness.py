@@ -9,7 +9,7 @@ from families import FAMILIES, LAYERS, mixed_task, model_of, native_model, pair,
 
 import patchlab as pl
 from patchlab.engine import Program, run
-from patchlab.interventions import Average, Edit, Kept
+from patchlab.interventions import Edit
 from patchlab.methods.cells import cells_of
 from patchlab.methods.cells.nodes import addresses
 from patchlab.methods.setting.liveness import live_cells, without_path
@@ -17,6 +17,7 @@ from patchlab.methods.setting.setting import Setting
 from patchlab.metrics import Metric
 from patchlab.models import Model
 from patchlab.sites import POSITION_AXES, parse_site
+from patchlab.sources import Average, Kept
 from patchlab.tasks.task import Pair, Task
 
 SITES = (

@@ -16,6 +16,7 @@ from raw_model import Key, RawModel
 from torch import Tensor
 
 import patchlab as pl
+from patchlab.engine import session_of
 from patchlab.errors import InterventionError, MethodError, MetricError, ModelError, SiteError
 from patchlab.methods import METHODS, LinearizedPatching, get_method
 from patchlab.metrics import METRICS, Answers, Metric
@@ -352,7 +353,7 @@ def test_nested_edits_compose_outer_first(name: str) -> None:
         np.testing.assert_allclose(found[label].data["z"], expected.data["z"], atol=1e-12)
         np.testing.assert_allclose(found[label].data.metric_clean, expected.data.metric_clean, atol=1e-12)
     assert not np.allclose(found["replace, scale"].data.metric_clean, found["scale, replace"].data.metric_clean)
-    assert model.ambient == ()
+    assert session_of(model).surrounding == ()
 
 
 @pytest.mark.parametrize("name", ["exact", "atp", "ig:2"])
@@ -525,7 +526,7 @@ def test_logits_that_are_not_finite_are_refused(name: str) -> None:
         pl.intervene(model, pl.Edit("L1.resid_pre", float("nan"))),
     ):
         scores_of(get_method(name), model, swap_task(), "z")
-    assert model.ambient == ()
+    assert session_of(model).surrounding == ()
 
 
 def test_queries_and_keys_are_not_scored_under_a_constant_pattern() -> None:

@@ -25,7 +25,7 @@ RANKS = (
     {"sites", "graph", "metrics", "stats"},
     {"scores"},
     {"adapters"},
-    {"interventions", "rules"},
+    {"sources", "interventions", "rules"},
     {"engine"},
     {"tasks", "models"},
     {"features"},

@@ -10,7 +10,7 @@ from families import FAMILIES, mixed_task, model_of, native_model, pair, scores_
 from families import SITES as NAMED_SITES
 
 import patchlab as pl
-from patchlab.engine import Program, continues, empty_cache, run, run_rest
+from patchlab.engine import Program, continues, empty_cache, run, run_rest, session_of
 from patchlab.engine.resume import beginning
 from patchlab.methods.linearized import LinearizedPatching
 from patchlab.methods.method import DIRECTIONS, Method
@@ -134,9 +134,9 @@ def test_a_rest_says_what_the_whole_run_would_and_leaves_the_cache_alone() -> No
 
 def test_continues_is_found_out_once_per_model() -> None:
     model = native_model("alone")
-    assert model.continues is False  # as the load found out
-    model.continues = None
+    assert session_of(model).found["rest"] is False  # as the load found out
+    session_of(model).found.pop("rest")
     assert not continues(model)
-    model.continues = True
+    session_of(model).found["rest"] = True
     assert continues(model)
     assert continues(model_of("gpt2"))

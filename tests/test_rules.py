@@ -3,7 +3,7 @@
 import copy
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,9 +14,10 @@ from families import FAMILIES, GATED, bridged, hf_module, model_of, native_model
 from torch import Tensor, nn
 
 import patchlab as pl
-from patchlab.adapters import AttentionPlace, LinearPlace, MLPPlace, NormPlace
+from patchlab.adapters import AttentionPlace, LinearPlace, MLPPlace, NormPlace, Place
 from patchlab.engine import Program, run
 from patchlab.errors import MethodError, RuleError, SiteError
+from patchlab.metrics import METRICS, Answers
 from patchlab.rules import (
     PRESETS,
     AHRule,
@@ -29,6 +30,7 @@ from patchlab.rules import (
     LNRule,
     TemperatureRule,
     UniformRule,
+    attachments,
     coverage,
     get_composite,
     graft,
@@ -348,10 +350,55 @@ def test_coverage_text() -> None:
     assert "blocks.0.mlp       mlp        plain gradient" in str(linear)
 
 
+@dataclass(frozen=True)
+class _Scale(Place):
+    """A kind of place that only this test knows."""
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        return ("activation", "gate")
+
+
+def test_a_new_kind_of_place_is_a_class_and_a_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attachments, "ATTACHING", dict(attachments.ATTACHING))
+    model = model_of("gpt2")
+    place = _Scale("blocks.1.scale", "blocks.1.hook_mlp_out")
+    other = _with_places(model, (*model.arch.places, place))
+    relp = get_composite("relp")
+    with pytest.raises(RuleError, match=r"no rule is known for _Scale blocks\.1\.scale\. Register a function"):
+        relp.attach((place,))
+    given = []
+
+    @attachments.attaching(_Scale)
+    def scale(place: _Scale, activation: Any, gate: Any) -> list[attachments.Attachment]:
+        given.append((activation, gate))
+        return [attachments.Attachment(place.at, (), lambda value, seen: value.detach())]
+
+    assert relp.rules_at(place) == ("IdentityRule", "ConstantGateRule")
+    assert ("blocks.1.scale", "_scale", "IdentityRule + ConstantGateRule") in coverage(other, relp).rows
+    assert Composite("norms", norm=LNRule()).attach((place,)) == ()
+    site, kept = ("mlp_out", 0), ("resid_pre", 0)
+    plain, held = (_gradient_at(which, site, kept) for which in (model, other))
+    assert given[-1] == (relp.activation, relp.gate)
+    assert not torch.equal(plain, held)
+    broken = _Scale("blocks.1.scale", "", problem="it is odd")
+    with pytest.raises(RuleError, match=r"cannot cover blocks\.1\.scale: it is odd\. Use a composite without activation and gate rules"):
+        relp.attach((broken,))
+    with pytest.raises(RuleError, match="rules are put on a _Scale by scale already"):
+        attachments.attaching(_Scale)(scale)
+
+
+def _gradient_at(model: Any, *sites: Any) -> torch.Tensor:
+    answers = Answers.of([[0]], [[1]], "cpu")
+    composite = get_composite("relp", allow_gaps=True)
+    program = Program(torch.tensor([[3, 11, 7]]), torch.arange(1), rules=composite, gradients=sites, metric=METRICS["logit_diff"], answers=answers)
+    return run(model, program).gradients[sites[0]]
+
+
 def _with_places(model: Any, places: tuple[Any, ...]) -> Any:
     """A stand-in with other places."""
     other = copy.copy(model)
-    other.arch, other.conserved = replace(model.arch, places=places), {}
+    other.arch = replace(model.arch, places=places)
     return other
 
 

@@ -9,7 +9,7 @@ import torch
 from families import FAMILIES, LAYERS, mixed_task, model_of, native_model, pair, scores_of, swap_task
 
 import patchlab as pl
-from patchlab.engine import Program, Support, Work, node_sweep, run, support, sweep
+from patchlab.engine import Program, Support, Work, node_sweep, run, session_of, support, sweep
 from patchlab.errors import InterventionError, MethodError
 from patchlab.interventions import Edit
 from patchlab.methods.method import DIRECTIONS
@@ -167,7 +167,7 @@ def test_a_model_on_which_the_engines_disagree_falls_back_and_says_why(monkeypat
 
 def test_support_is_found_out_once() -> None:
     model = native_model("once")
-    model.support = Support("literal", "set by hand")
+    session_of(model).found["node sweep"] = Support("literal", "set by hand")
     assert support(model).reason == "set by hand"
 
 

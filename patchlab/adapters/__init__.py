@@ -2,6 +2,7 @@
 
 from patchlab.adapters.accessors import Accessor
 from patchlab.adapters.architecture import Architecture, describe
+from patchlab.adapters.model import BridgedModel
 from patchlab.adapters.places import (
     LOGITS,
     AttentionPlace,
@@ -21,6 +22,7 @@ __all__ = [
     "Accessor",
     "Architecture",
     "AttentionPlace",
+    "BridgedModel",
     "CapPlace",
     "ClipPlace",
     "GatePlace",

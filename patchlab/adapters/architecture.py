@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from types import MappingProxyType
-from typing import Any
+
+from transformer_lens.model_bridge import TransformerBridge
 
 from patchlab.adapters.accessors import Accessor, make_accessors
 from patchlab.adapters.places import Place, find_places
@@ -107,11 +108,12 @@ def _in_some_layers(hook: str, missing: list[int | None], n_layers: int) -> str:
     return f"its layers are of several kinds, and {len(missing)} of {n_layers} (layers {numbers}) lack the hook {hook}"
 
 
-def describe(bridge: Any, *, vocab_size: int) -> Architecture:
+def describe(bridge: TransformerBridge, *, vocab_size: int) -> Architecture:
     """Read the facts off a bridge. Whether each site works is found out by the self-test afterwards."""
     cfg = bridge.cfg
     n_layers = int(cfg.n_layers)
     n_heads = int(cfg.n_heads)
+    d_mlp = getattr(cfg, "d_mlp", None)
     n_kv_heads = int(getattr(cfg, "n_key_value_heads", None) or n_heads)
     accessors = make_accessors(n_heads, n_kv_heads)
     parallel = bool(getattr(cfg, "parallel_attn_mlp", False))
@@ -139,7 +141,7 @@ def describe(bridge: Any, *, vocab_size: int) -> Architecture:
         n_kv_heads=n_kv_heads,
         d_model=int(cfg.d_model),
         d_head=int(cfg.d_head),
-        d_mlp=None if getattr(cfg, "d_mlp", None) is None else int(cfg.d_mlp),
+        d_mlp=None if d_mlp is None else int(d_mlp),
         vocab_size=vocab_size,
         n_positions=getattr(cfg, "n_ctx", None),
         parallel=parallel,

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.generalized_components.linear import LinearBridge
 from transformer_lens.model_bridge.generalized_components.moe import MoEBridge
 from transformer_lens.model_bridge.generalized_components.normalization import NormalizationBridge
@@ -22,7 +23,10 @@ LOGITS = "logits"
 
 @dataclass(frozen=True)
 class Place:
-    """A module that a rule can be put on; ``at`` is the hook whose value gets the rule's gradient."""
+    """A module that a rule can be put on; ``at`` is the hook whose value gets the rule's gradient.
+
+    A new kind of place is a class with its ``slots``, and a function that puts their rules on its hooks (``patchlab.rules.attachments``).
+    """
 
     name: str
     at: str
@@ -34,6 +38,20 @@ class Place:
         """Hooks whose values the rule needs."""
         return ()
 
+    @property
+    def slots(self) -> tuple[str, ...]:
+        """The fields of a composite whose rules it takes."""
+        raise NotImplementedError
+
+    @property
+    def takes(self) -> str:
+        """The same in words."""
+        return " and ".join(self.slots)
+
+    def problem_with(self, *rules: Any) -> str | None:
+        """Why the rules of its slots cannot be put there; None if they can."""
+        return self.problem
+
 
 @dataclass(frozen=True)
 class NormPlace(Place):
@@ -42,6 +60,10 @@ class NormPlace(Place):
     @property
     def reads(self) -> tuple[str, ...]:
         return (f"{self.name}.hook_in", f"{self.name}.hook_scale")
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        return ("norm",)
 
     @property
     def centred(self) -> bool:
@@ -70,6 +92,10 @@ class MLPPlace(Place):
         return (self.pre,) if self.linear is None else (self.pre, self.linear)
 
     @property
+    def slots(self) -> tuple[str, ...]:
+        return ("activation", "product") if self.gated or self.problem else ("activation",)
+
+    @property
     def gated(self) -> bool:
         """Whether the activation multiplies a second, linear branch."""
         return self.linear is not None
@@ -87,10 +113,31 @@ class AttentionPlace(Place):
     scores: tuple[str, ...] = ()
     open: bool = True
 
+    @property
+    def slots(self) -> tuple[str, ...]:
+        return ("pattern", "bilinear")
+
+    @property
+    def takes(self) -> str:
+        return "attention"
+
+    def problem_with(self, *rules: Any) -> str | None:
+        if self.problem is not None or self.open:
+            return self.problem
+        pattern, _ = rules
+        inside = f"the softmax runs inside {type(self.module.original_component).__name__}, where no hook of the Bridge reaches it"
+        if pattern is not None and not pattern.blocks_scores:
+            return f"{inside}, and the {type(pattern).__name__} needs it (the AHRule does not: it holds queries and keys)"
+        return None if len(self.scores) == 2 else f"{inside}, nor its queries and keys"
+
 
 @dataclass(frozen=True)
 class GatePlace(Place):
     """A sigmoid gate on what an attention layer computes; ``at`` is the hook of the gate's input."""
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        return ("gate",)
 
 
 @dataclass(frozen=True)
@@ -98,6 +145,10 @@ class ClipPlace(Place):
     """A clamp of queries, keys or values to ``[-limit, limit]``; ``at`` is the hook of what is clamped next."""
 
     limit: float = 0.0
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        return ("activation",)
 
     @property
     def activation(self) -> Activation:
@@ -117,6 +168,10 @@ class CapPlace(Place):
         return ("unembed.hook_out",) if self.final else ()
 
     @property
+    def slots(self) -> tuple[str, ...]:
+        return ("softcap",)
+
+    @property
     def activation(self) -> Activation:
         """The soft cap."""
         return _soft_cap(self.cap)
@@ -129,6 +184,10 @@ class LinearPlace(Place):
     @property
     def reads(self) -> tuple[str, ...]:
         return (f"{self.name}.hook_in",)
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        return ("linear",)
 
     def parameters(self) -> tuple[Tensor, Tensor | None]:
         """Weight as ``[in, out]`` and bias."""
@@ -179,7 +238,7 @@ def _linears(bridge: nn.Module) -> Iterator[Place]:
             yield LinearPlace(clean, f"{clean}.hook_out", problem=problem, module=module)
 
 
-def _mlp(bridge: Any, layer: int) -> Iterator[Place]:
+def _mlp(bridge: TransformerBridge, layer: int) -> Iterator[Place]:
     block = bridge.blocks[layer]
     mlp = getattr(block, "mlp", None)
     name = f"blocks.{layer}.mlp"
@@ -197,7 +256,7 @@ def _mlp(bridge: Any, layer: int) -> Iterator[Place]:
     yield MLPPlace(name, f"{name}.hook_post", problem, mlp, pre=f"{name}.hook_pre", linear=linear, activation=activation)
 
 
-def _attention(bridge: Any, layer: int) -> Iterator[Place]:
+def _attention(bridge: TransformerBridge, layer: int) -> Iterator[Place]:
     attn = getattr(bridge.blocks[layer], "attn", None)
     if attn is None:
         return
@@ -230,7 +289,7 @@ _ATTENTION_HOOKS = (
 )
 
 
-def final_cap(bridge: Any) -> float | None:
+def final_cap(bridge: TransformerBridge) -> float | None:
     """The soft cap of the logits, if the model has one."""
     config = getattr(getattr(bridge, "original_model", None), "config", None)
     found = getattr(config, "final_logit_softcapping", None)
@@ -239,7 +298,7 @@ def final_cap(bridge: Any) -> float | None:
     return float(found) if found is not None and found > 0 else None
 
 
-def find_places(bridge: Any, n_layers: int) -> tuple[Place, ...]:
+def find_places(bridge: TransformerBridge, n_layers: int) -> tuple[Place, ...]:
     """Every place of a bridged model, norms first, then MLPs, attention, the cap of the logits and linear maps."""
     places: list[Place] = list(_norms(bridge))
     for find in (_mlp, _attention):

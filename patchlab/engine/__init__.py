@@ -4,21 +4,26 @@ from patchlab.engine.literal import run
 from patchlab.engine.node_sweep import Cell, Work, sweep
 from patchlab.engine.program import Program, Result, Target
 from patchlab.engine.replay import Baseline, empty_cache
-from patchlab.engine.resume import continues, run_rest
+from patchlab.engine.resume import run_rest
+from patchlab.engine.session import Session, intervene, session_of
 from patchlab.engine.trust.nodes import Support, support
+from patchlab.engine.trust.rest import continues
 
 __all__ = [
     "Baseline",
     "Cell",
     "Program",
     "Result",
+    "Session",
     "Support",
     "Target",
     "Work",
     "continues",
     "empty_cache",
+    "intervene",
     "run",
     "run_rest",
+    "session_of",
     "support",
     "sweep",
 ]

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from patchlab.adapters import BridgedModel
 from patchlab.adapters.places import LinearPlace, NormPlace
 from patchlab.engine.literal import run
 from patchlab.engine.program import Program, row_numbers
@@ -21,7 +22,7 @@ POST_NORMS = {
 """How the output of one head is told from a block's attention where a norm follows it (Gemma 2 and 3, OLMo 2)."""
 
 
-def post_norm_problem(model: Any, form: str) -> str | None:
+def post_norm_problem(model: BridgedModel, form: str) -> str | None:
     """Why a model has no edges of a form: an unknown one, or a denominator to hold where there is none; None if it has."""
     if form not in POST_NORMS:
         return unknown("form of the norm after attention (post_norm)", form, POST_NORMS)
@@ -30,12 +31,12 @@ def post_norm_problem(model: Any, form: str) -> str | None:
     return None
 
 
-def has_post_norm(model: Any) -> bool:
+def has_post_norm(model: BridgedModel) -> bool:
     """Whether a norm follows the attention in some block."""
     return any(place.name.endswith(".ln1_post") for place in model.arch.places)
 
 
-def norm_over_heads(model: Any) -> str | None:
+def norm_over_heads(model: BridgedModel) -> str | None:
     """The name of a norm over the keys of all heads at once (OLMo 2); None where every head has its own, or none."""
     for place in model.arch.places:
         if isinstance(place, NormPlace) and place.name.endswith(".attn.k_norm"):
@@ -45,7 +46,7 @@ def norm_over_heads(model: Any) -> str | None:
     return None
 
 
-def post_norm_record(model: Any, form: str) -> dict[str, str]:
+def post_norm_record(model: BridgedModel, form: str) -> dict[str, str]:
     """What provenance says about the form; nothing on models where there is but one."""
     return {"post_norm": form, "post_norm_is": POST_NORMS[form]} if has_post_norm(model) else {}
 
@@ -70,7 +71,7 @@ class Contributions:
         return self if self.values.ndim == 4 or self.values.shape[0] == 1 else replace(self, values=self.values[part])
 
 
-def contributions(model: Any, tokens: Int[Tensor, "row pos"], form: str = "renormalised") -> Contributions:
+def contributions(model: BridgedModel, tokens: Int[Tensor, "row pos"], form: str = "renormalised") -> Contributions:
     """What every writer adds to the stream in an unpatched run, in one of :data:`POST_NORMS`.
 
     Raises:
@@ -155,7 +156,7 @@ class Layer:
         return (out * numerator).sum(-1, keepdim=True) / (numerator * numerator).sum(-1, keepdim=True).clamp_min(1e-30)
 
 
-def layers_of(model: Any) -> list[Layer]:
+def layers_of(model: BridgedModel) -> list[Layer]:
     """The blocks of a model.
 
     Raises:
@@ -195,7 +196,7 @@ def _normed(place: NormPlace | None, x: Tensor) -> Tensor:
         return norm(x)
 
 
-def _linear(model: Any, places: Mapping[str, Any], name: str) -> tuple[Tensor, Tensor | None]:
+def _linear(model: BridgedModel, places: Mapping[str, Any], name: str) -> tuple[Tensor, Tensor | None]:
     place = places.get(name)
     if not isinstance(place, LinearPlace) or place.problem is not None:
         why = f"{name} {'is missing' if place is None else 'is not a plain linear map'}"

@@ -22,14 +22,16 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from patchlab.adapters import Architecture
+from patchlab.adapters import Architecture, BridgedModel
 from patchlab.engine.contributions import Layer, layers_of
-from patchlab.engine.literal import hooked
+from patchlab.engine.hooks import hooked
 from patchlab.engine.node_sweep import ACCELERATOR_TOKENS, CPU_TOKENS, Wave, Work
 from patchlab.engine.program import Program, Target
 from patchlab.engine.replay import Baseline, Template, baseline, empty_cache, template
+from patchlab.engine.session import exclusive, session_of
 from patchlab.errors import InterventionError
-from patchlab.interventions import Source, address
+from patchlab.sites import address
+from patchlab.sources import Source
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,9 @@ class Differences:
     attention: Mapping[int, Float[Tensor, "row pos d_model"]] = field(default_factory=dict, repr=False)
 
     @staticmethod
-    def of(model: Any, own: Mapping[Target, Tensor], source: Source, examples: Int[Tensor, " row"], form: str = "renormalised") -> "Differences":
+    def of(
+        model: BridgedModel, own: Mapping[Target, Tensor], source: Source, examples: Int[Tensor, " row"], form: str = "renormalised"
+    ) -> "Differences":
         """Of a source and the baseline's activations at all writers."""
         changes = {key: source.values(address(*key), value, examples) - value for key, value in own.items()}
         layers = layers_of(model)
@@ -86,8 +90,9 @@ class Differences:
         return layer if layer in self.attention else None, change
 
 
+@exclusive
 def edge_sweep(
-    model: Any,
+    model: BridgedModel,
     program: Program,
     edges: Int[np.ndarray, "edge 2"],
     differences: Differences,
@@ -124,7 +129,7 @@ def edge_sweep(
     """
     if program.metric is None or program.answers is None:
         raise InterventionError("a sweep evaluates a metric; give the program a metric and answers.")
-    if model.ambient:
+    if session_of(model).surrounding:
         raise InterventionError("single edges are patched on the model as it is; leave the intervene block, or patch sites instead of edges.")
     work = Work() if work is None else work
     usual = CPU_TOKENS if program.tokens.device.type == "cpu" else ACCELERATOR_TOKENS

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from transformer_lens.model_bridge import TransformerBridge
 
 
 @dataclass(frozen=True)
@@ -37,14 +38,14 @@ class Shown:
         return self.module.register_forward_hook(hook)
 
 
-def points_of(bridge: Any) -> dict[str, Any]:
+def points_of(bridge: TransformerBridge) -> dict[str, Any]:
     """Every hook name of a bridge, aliases included, and the point that it leads to."""
     points = dict(bridge.hook_dict)
     stand_ins = {shown.name: shown for shown in _stand_ins(bridge)}
     return {name: stand_ins.get(str(point.name), point) for name, point in points.items()} | stand_ins
 
 
-def _stand_ins(bridge: Any) -> Iterator[Shown]:
+def _stand_ins(bridge: TransformerBridge) -> Iterator[Shown]:
     from transformer_lens.hook_points import HookPoint
 
     for module in bridge.modules():

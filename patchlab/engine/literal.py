@@ -1,12 +1,8 @@
 """The literal engine: one forward pass of the bridged model, with hooks for what the program says.
 
-At every hook the order is rule, edits, capture, and then what stands in for the model's next step. Hooks return new tensors and are
-removed at the end, also after an exception. Each must fire exactly once, or the run raises: a hook that stays silent is a wrong result.
+Each hook must fire exactly once, or the run raises: a hook that stays silent is a wrong result.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -14,29 +10,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from patchlab.adapters import LOGITS, Accessor
+from patchlab.adapters import LOGITS, BridgedModel
+from patchlab.engine.hooks import Execution, hooked, plan_of
 from patchlab.engine.program import Program, Result, Target
+from patchlab.engine.session import exclusive, session_of
+from patchlab.engine.trust.conservation import check_rules
 from patchlab.errors import InterventionError, MetricError, ModelError
-from patchlab.interventions import Edit, address
-from patchlab.rules.composites import Attachment, Recorded
+from patchlab.sites import address
 
 
-@dataclass
-class _Hook:
-    """What happens at one hook of the Bridge during one run."""
-
-    rules: list[Callable[[Tensor, Recorded], Tensor]] = field(default_factory=list)
-    edits: list[Edit] = field(default_factory=list)
-    keep: list[Target] = field(default_factory=list)
-    gradients: list[Target] = field(default_factory=list)
-    keep_raw: list[str] = field(default_factory=list)
-    gradient_raw: list[str] = field(default_factory=list)
-    after: list[Callable[[Tensor, Recorded], Tensor]] = field(default_factory=list)
-    recorded: bool = False
-    fired: int = 0
-
-
-def run(model: Any, program: Program, *, cache: Any = None) -> Result:
+@exclusive
+def run(model: BridgedModel, program: Program, *, cache: Any = None) -> Result:
     """Run one program literally: one forward pass, and one backward pass if it asks for gradients.
 
     ``cache`` is a key-value cache: the tokens follow those it holds, and the run adds their keys and values.
@@ -49,13 +33,13 @@ def run(model: Any, program: Program, *, cache: Any = None) -> Result:
         MetricError: non-finite values, or a metric of the wrong shape.
     """
     if program.rules is not None:
-        model.check_rules(program.rules)
-    edits = model.ambient + program.edits
+        check_rules(model, program.rules)
+    edits = session_of(model).surrounding + program.edits
     for site in [edit.address for edit in edits] + [address(*target) for target in (*program.keep, *program.gradients)]:
         model.arch.check(site)
-    plan = _plan(model, program, edits)
+    plan = plan_of(model, program, edits)
     at_logits = plan.pop(LOGITS, None)
-    execution = _Execution(model, program)
+    execution = Execution(model, program)
     hooks = {name: partial(execution.at_hook, name, hook) for name, hook in plan.items()}
     with torch.set_grad_enabled(bool(program.gradients or program.hook_gradients)), hooked(model.hooks, hooks):
         logits = forward(model, program, cache)
@@ -83,122 +67,7 @@ def run(model: Any, program: Program, *, cache: Any = None) -> Result:
     )
 
 
-@dataclass
-class _Execution:
-    """What one forward pass collects, and what it does when a hook fires."""
-
-    model: Any
-    program: Program | None = None
-    recorded: Recorded = field(default_factory=dict)
-    activations: dict[Target, Tensor] = field(default_factory=dict)
-    hooks: dict[str, Tensor] = field(default_factory=dict)
-    leaves: dict[Target, Tensor] = field(default_factory=dict)
-    raw_leaves: dict[str, Tensor] = field(default_factory=dict)
-
-    def at_hook(self, name: str, hook: _Hook, module: Any, inputs: Any, value: Tensor) -> Tensor:
-        """Rule, edits, capture, what stands in for the next step; returns the tensor that flows on."""
-        hook.fired += 1
-        for rule in hook.rules:
-            value = rule(value, self.recorded)
-        for edit in hook.edits:
-            accessor, companion = self._lens(edit.address.kind, edit.address.layer)
-            own = accessor.read(value, companion)
-            value = accessor.write(value, companion, edit.apply(own, self.program.examples, self.program.positions))  # type: ignore[union-attr]
-        if hook.gradients or hook.gradient_raw:
-            # a tensor of its own: if the model drops what a hook returns, no gradient may reach it by another way
-            value = value.view_as(value) if value.requires_grad else value.detach().requires_grad_()
-            self.leaves.update(dict.fromkeys(hook.gradients, value))
-            self.raw_leaves.update(dict.fromkeys(hook.gradient_raw, value))
-        for target in hook.keep:
-            accessor, companion = self._lens(*target)
-            self.activations[target] = accessor.read(value, companion).detach().clone()
-        self.hooks.update((wanted, value.detach().clone()) for wanted in hook.keep_raw)
-        if hook.recorded:
-            self.recorded[name] = value
-        for rule in hook.after:
-            value = rule(value, self.recorded)
-        return value
-
-    def _lens(self, kind: str, layer: int | None) -> tuple[Accessor, Tensor | None]:
-        accessor = self.model.arch.accessors[kind]
-        name = accessor.companion(layer)
-        return accessor, None if name is None else self.recorded[canonical(self.model, name)]
-
-
-def canonical(model: Any, name: str) -> str:
-    """The hook's own name; several names can lead to one hook."""
-    return str(model.hooks[name].name)
-
-
-def _hook(plan: dict[str, _Hook], model: Any, name: str) -> _Hook:
-    # aliases of one hook share one entry, so that the order rule, edits, capture holds across them
-    return plan.setdefault(canonical(model, name), _Hook())
-
-
-def _host(plan: dict[str, _Hook], model: Any, kind: str, layer: int | None) -> _Hook:
-    accessor = model.arch.accessors[kind]
-    companion = accessor.companion(layer)
-    if companion is not None:
-        _hook(plan, model, companion).recorded = True
-    return _hook(plan, model, accessor.host(layer))
-
-
-def _plan(model: Any, program: Program, edits: tuple[Edit, ...]) -> dict[str, _Hook]:
-    plan: dict[str, _Hook] = {}
-    if program.rules is not None:
-        _put_rules(plan, model, program.rules.attach(model.arch.places))
-    for edit in edits:
-        _host(plan, model, edit.address.kind, edit.address.layer).edits.append(edit)
-    for target in program.keep:
-        _host(plan, model, *target).keep.append(target)
-    for target in program.gradients:
-        _host(plan, model, *target).gradients.append(target)
-    for name in program.hooks:
-        _hook(plan, model, name).keep_raw.append(name)
-    for name in program.hook_gradients:
-        _hook(plan, model, name).gradient_raw.append(name)
-    return plan
-
-
-def _put_rules(plan: dict[str, _Hook], model: Any, attachments: Iterable[Attachment]) -> None:
-    for attachment in attachments:
-        reads = {name: canonical(model, name) for name in attachment.reads}
-        hook = plan.setdefault(LOGITS, _Hook()) if attachment.at == LOGITS else _hook(plan, model, attachment.at)
-        (hook.after if attachment.after else hook.rules).append(partial(_apply_rule, attachment, reads))
-        for name in attachment.reads:
-            _hook(plan, model, name).recorded = True
-
-
-@contextmanager
-def ruled(model: Any, attachments: Iterable[Attachment], leaves: Iterable[str] = ()) -> Iterator[dict[str, Tensor]]:
-    """Rules on a model's hooks for the duration of the block, however it is run; gives the values at ``leaves``, to differentiate by."""
-    plan: dict[str, _Hook] = {}
-    _put_rules(plan, model, attachments)
-    for name in leaves:
-        _hook(plan, model, name).gradient_raw.append(name)
-    execution = _Execution(model)
-    with hooked(model.hooks, {name: partial(execution.at_hook, name, hook) for name, hook in plan.items()}):
-        yield execution.raw_leaves
-
-
-def _apply_rule(attachment: Attachment, reads: dict[str, str], value: Tensor, recorded: Recorded) -> Tensor:
-    return attachment.apply(value, {name: recorded[canonical] for name, canonical in reads.items()})
-
-
-@contextmanager
-def hooked(points: Mapping[str, Any], hooks: Mapping[str, Callable[..., Tensor | None]]) -> Iterator[None]:
-    """Put functions on hook points for the duration of the block."""
-    handles = []
-    try:
-        for name, function in hooks.items():
-            handles.append(points[name].register_forward_hook(function))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def forward(model: Any, program: Program, cache: Any) -> Float[Tensor, "row pos vocab"]:
+def forward(model: BridgedModel, program: Program, cache: Any) -> Float[Tensor, "row pos vocab"]:
     """The logits of one forward pass on the tokens of a program, of the last position alone where no more is needed."""
     needs_all = program.logits == "all" or (program.metric is not None and program.metric.reads == "all")
     options: dict[str, Any] = {} if needs_all or not model.keeps_logits else {"logits_to_keep": 1}
@@ -217,7 +86,7 @@ def _contiguous(module: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(value.contiguous() if isinstance(value, Tensor) else value for value in inputs)
 
 
-def evaluate(model: Any, program: Program, logits: Float[Tensor, "row pos vocab"]) -> Float[Tensor, " row"]:
+def evaluate(model: BridgedModel, program: Program, logits: Float[Tensor, "row pos vocab"]) -> Float[Tensor, " row"]:
     """The program's metric on logits, checked to be finite.
 
     Raises:
@@ -244,12 +113,12 @@ def evaluate(model: Any, program: Program, logits: Float[Tensor, "row pos vocab"
 
 
 def _gradients(
-    model: Any,
+    model: BridgedModel,
     program: Program,
     logits: Float[Tensor, "row pos vocab"],
     read: Float[Tensor, "row pos vocab"],
     values: Float[Tensor, " row"] | None,
-    execution: _Execution,
+    execution: Execution,
 ) -> tuple[dict[Target, Tensor], dict[str, Tensor]]:
     """Gradients of the summed metric: examples do not interact, so each row is its own example's gradient.
 
@@ -277,14 +146,14 @@ def _gradients(
             arriving = (at_logits * _along_rows(lift, at_logits)).to(logits.dtype)
             grads = torch.autograd.grad(logits, unique, arriving, allow_unused=True, retain_graph=split)
         found = dict(zip(map(id, unique), grads, strict=True))
-    elif model.ambient and not logits.requires_grad:
+    elif session_of(model).surrounding and not logits.requires_grad:
         found, split = {}, False
     else:
         raise InterventionError("the metric does not depend on the sites whose gradient is asked for (it must be differentiable in the logits).")
     gradients: dict[Target | str, Tensor] = {}
     for key, leaf in leaves.items():
         gradient = found.get(id(leaf))
-        if gradient is None and not (model.ambient or program.edits):
+        if gradient is None and not (session_of(model).surrounding or program.edits):
             where = f"the hook {key}" if isinstance(key, str) else f"{key[0]} of layer {key[1]}"
             raise InterventionError(f"no gradient reaches {where}; under these rules it cannot be scored.")
         gradients[key] = torch.zeros_like(leaf) if gradient is None else gradient
@@ -303,7 +172,7 @@ def _along_rows(factor: Float[Tensor, " row"], value: Float[Tensor, "row *rest"]
     return factor.reshape(-1, *[1] * (value.ndim - 1))
 
 
-def _lowered(model: Any, key: Target | str, value: Float[Tensor, "row *rest"], lift: Float[Tensor, " row"]) -> Float[Tensor, "row *rest"]:
+def _lowered(model: BridgedModel, key: Target | str, value: Float[Tensor, "row *rest"], lift: Float[Tensor, " row"]) -> Float[Tensor, "row *rest"]:
     """A gradient in float32 without the factor that it was multiplied by."""
     if not bool(torch.isfinite(value).all()):
         where = key if isinstance(key, str) else str(address(*key))
@@ -311,7 +180,7 @@ def _lowered(model: Any, key: Target | str, value: Float[Tensor, "row *rest"], l
     return value.float() / _along_rows(lift, value)
 
 
-def _split(model: Any, program: Program, execution: _Execution, gradients: dict[Target | str, Tensor]) -> dict[Target, Tensor]:
+def _split(model: BridgedModel, program: Program, execution: Execution, gradients: dict[Target | str, Tensor]) -> dict[Target, Tensor]:
     """Gradients at k and v by the query head (and position) that reads them: from the gradient at z of that head alone, through its layer."""
     arch, found = model.arch, {}
     for layer in sorted({layer for kind, layer in program.gradients if kind in ("k", "v") and layer is not None}):

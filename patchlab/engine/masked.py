@@ -18,30 +18,31 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from patchlab.adapters import BridgedModel
 from patchlab.engine.contributions import Contributions, Layer, contributions, has_post_norm, layers_of, norm_over_heads
-from patchlab.engine.literal import canonical, evaluate, forward, hooked, run
-from patchlab.engine.program import Program, row_numbers
-from patchlab.engine.trust.nodes import tolerance
+from patchlab.engine.hooks import canonical, hooked
+from patchlab.engine.literal import evaluate, forward, run
+from patchlab.engine.program import Program
+from patchlab.engine.session import exclusive, found_once, session_of
 from patchlab.engine.trust.precision import in_single_precision
+from patchlab.engine.trust.trials import every_logit, tolerance, trial
 from patchlab.errors import InterventionError, ModelError
 from patchlab.graph import Graph
 from patchlab.interventions import Edit
-from patchlab.metrics import Answers, Metric
 
 CPU_BYTES, ACCELERATOR_BYTES = 2**26, 2**33
 """Memory for the activations of one forward pass, unless a budget is given: what is fastest on a CPU, enough work for a GPU."""
-_checked: WeakKeyDictionary[Any, set[str]] = WeakKeyDictionary()
 
 
+@exclusive
 def run_circuits(
-    model: Any,
+    model: BridgedModel,
     program: Program,
     ablated: Contributions,
     keep: Bool[Tensor, "circuit writer reader *where"],
@@ -72,9 +73,7 @@ def run_circuits(
         >>> run_circuits(model, program, contributions(model, batch.corrupted), empty)  # doctest: +SKIP
     """
     _check(model, program, ablated, keep)
-    if ablated.form not in _checked.setdefault(model, set()):
-        _check_model(model, ablated.form)
-        _checked[model].add(ablated.form)
+    found_once(model, ("circuits", ablated.form), lambda: _check_model(model, ablated.form))
     rows, budget = program.tokens.shape[0], pass_bytes(model) if max_bytes is None else max_bytes
     fitting = max(1, int(budget // row_bytes(model, program.tokens.shape[1])))
     each = min(rows, fitting)
@@ -90,12 +89,12 @@ def run_circuits(
     return torch.cat(parts)
 
 
-def pass_bytes(model: Any) -> int:
+def pass_bytes(model: BridgedModel) -> int:
     """Memory for the activations of one forward pass where no budget is given, in bytes."""
     return CPU_BYTES if model.device.type == "cpu" else ACCELERATOR_BYTES
 
 
-def row_bytes(model: Any, length: int) -> int:
+def row_bytes(model: BridgedModel, length: int) -> int:
     """Memory that one row of one circuit takes, in bytes: the writers' differences, the inputs of one kind of reader, a block."""
     arch = model.arch
     read = 12 if has_post_norm(model) else 4  # the norm of what each reader reads of one attention, beside the sum so far
@@ -122,7 +121,7 @@ class _Pass:
     buffer: Tensor | None = None
     fired: list[str] = field(default_factory=list)
 
-    def hooks(self, model: Any) -> dict[str, Callable[..., Tensor | None]]:
+    def hooks(self, model: BridgedModel) -> dict[str, Callable[..., Tensor | None]]:
         """What to do at which hook of the Bridge."""
         steps: dict[str, Callable[[Tensor], Tensor | None]] = {"hook_embed": self._embedded, "blocks.0.hook_resid_pre": self._started}
         for i in range(self.graph.n_layers):
@@ -233,7 +232,7 @@ class _Pass:
 
 
 def _one_pass(
-    model: Any, layers: list[Layer], program: Program, ablated: Contributions, keep: Bool[Tensor, "circuit writer reader *where"]
+    model: BridgedModel, layers: list[Layer], program: Program, ablated: Contributions, keep: Bool[Tensor, "circuit writer reader *where"]
 ) -> Float[Tensor, "circuit row"]:
     graph, circuits, rows = model.arch.graph, keep.shape[0], program.tokens.shape[0]
     values = ablated.values if ablated.values.ndim == 5 else ablated.values[None]
@@ -262,10 +261,10 @@ def slices(total: int, size: int) -> list[slice]:
     return [slice(start, min(total, start + size)) for start in range(0, total, size)]
 
 
-def _check(model: Any, program: Program, ablated: Contributions, keep: Bool[Tensor, "circuit writer reader *where"]) -> None:
+def _check(model: BridgedModel, program: Program, ablated: Contributions, keep: Bool[Tensor, "circuit writer reader *where"]) -> None:
     if program.metric is None or program.answers is None:
         raise InterventionError("a run of circuits evaluates a metric; give the program a metric and answers.")
-    if program.edits or program.rules is not None or program.gradients or model.ambient:
+    if program.edits or program.rules is not None or program.gradients or session_of(model).surrounding:
         raise InterventionError("circuits are run on the model as it is; got edits, rules or gradients. Leave them out (also the surrounding ones).")
     graph, (rows, length) = model.arch.graph, program.tokens.shape
     if graph.copies > 1 and (shared := norm_over_heads(model)) is not None:
@@ -296,7 +295,7 @@ def _check(model: Any, program: Program, ablated: Contributions, keep: Bool[Tens
         )
 
 
-def _check_model(model: Any, form: str) -> None:
+def _check_model(model: BridgedModel, form: str) -> None:
     """See on random prompts that the full graph is the model itself, the empty one the run that the ablated values come from, and all
     edges but those out of a head the model with that head's output from there (the last but in the frozen form).
 
@@ -304,24 +303,21 @@ def _check_model(model: Any, form: str) -> None:
         ModelError: it is not; the blocks of this model are put together in another way.
     """
     arch, graph = model.arch, model.arch.graph
-    length = min(5, arch.n_positions or 5)
-    tokens = torch.randint(0, arch.vocab_size, (2, length), generator=torch.Generator().manual_seed(1)).to(model.device)
-    donor, examples = (tokens + 1) % arch.vocab_size, row_numbers(tokens)
-    metric = Metric("sum of logits", lambda logits, _: (logits * torch.linspace(-1, 1, logits.shape[-1]).to(logits)).sum(-1))
-    program = Program(tokens, examples, metric=metric, answers=Answers.of([[0]] * 2, [[0]] * 2, model.device))
+    prompts = trial(model)
+    program, donor = prompts.program(every_logit("answer")), prompts.other(slice(None))
     allowed = torch.as_tensor(graph.allowed.copy(), device=model.device)
     sets, layer = [allowed, torch.zeros_like(allowed)], arch.n_layers // 2
     with torch.no_grad(), in_single_precision(model):
-        wanted: list[Any] = [evaluate(model, program, forward(model, replace(program, tokens=row), None)) for row in (tokens, donor)]
+        wanted: list[Any] = [evaluate(model, program, forward(model, replace(program, tokens=row), None)) for row in (program.tokens, donor)]
         if form == "renormalised":
             sets.append(allowed.clone())
             sets[-1][graph.writer_slice(layer).start] = False
-            other = run(model, Program(donor, examples, keep=(("z", layer),))).as_source()
+            other = run(model, Program(donor, program.examples, keep=(("z", layer),))).as_source()
             wanted.append(run(model, replace(program, edits=(Edit(f"L{layer}.H0.z", other),))).values)
         got = _one_pass(model, layers_of(model), program, contributions(model, donor, form), torch.stack(sets))
     off = (got - torch.stack(wanted)).abs().amax(1) / max(float(torch.stack(wanted[:2]).abs().max()), 1e-30)
     worst = int(off.argmax())
-    if float(off[worst]) > max(2e-3, tolerance()):
+    if float(off[worst]) > tolerance(whole=True):
         kept = ("all edges kept", "none kept", f"all kept but those out of {graph.writers[graph.writer_slice(layer).start]}")[worst]
         raise ModelError(
             f"{model.name} ({arch.family}) cannot be run as a circuit: with {kept}, it differs by {float(off[worst]):.2g} of the scale "

@@ -1,10 +1,10 @@
 """Memory: what is free, and what activations, blocks and gradients take. The one place that knows what a block holds on to."""
 
 import os
-from typing import Any
 
 import torch
 
+from patchlab.adapters import BridgedModel
 from patchlab.engine.program import Target
 
 
@@ -18,23 +18,23 @@ def free_bytes(device: torch.device) -> int:
         return 4 * 2**30
 
 
-def itemsize(model: Any) -> int:
+def itemsize(model: BridgedModel) -> int:
     """Bytes of one number of the model's dtype."""
     return torch.empty(0, dtype=model.dtype).element_size()
 
 
-def block_numbers(model: Any, length: int) -> int:
+def block_numbers(model: BridgedModel, length: int) -> int:
     """Numbers that a block holds per token of a prompt of some length: stream, MLP and attention scores."""
     arch = model.arch
     return 12 * arch.d_model + 4 * (arch.d_mlp or 0) + 3 * arch.n_heads * length
 
 
-def token_bytes(model: Any, length: int) -> int:
+def token_bytes(model: BridgedModel, length: int) -> int:
     """Bytes that one token of a prompt takes on its way through a block, with the keys and values of those before it."""
     arch = model.arch
     return itemsize(model) * (block_numbers(model, length) + 2 * length * arch.n_kv_heads * arch.d_head)
 
 
-def activation_bytes(model: Any, targets: tuple[Target, ...], rows: int, length: int) -> int:
+def activation_bytes(model: BridgedModel, targets: tuple[Target, ...], rows: int, length: int) -> int:
     """Bytes of the activations at some sites, for a batch of rows."""
     return itemsize(model) * sum(rows * length * model.arch.numbers(kind, length) for kind, _ in targets)

@@ -15,10 +15,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from patchlab.adapters import Accessor
-from patchlab.engine.literal import canonical, hooked
+from patchlab.adapters import Accessor, BridgedModel
+from patchlab.engine.hooks import canonical, hooked
 from patchlab.engine.program import Program
 from patchlab.engine.replay import Baseline, Prefix, Template, baseline, empty_cache, template, unembed
+from patchlab.engine.session import exclusive, session_of
 from patchlab.errors import InterventionError, ModelError
 from patchlab.interventions import Edit
 from patchlab.metrics import Answers, Metric
@@ -38,8 +39,9 @@ class Work:
     cells: int = 0
 
 
+@exclusive
 def sweep(
-    model: Any,
+    model: BridgedModel,
     program: Program,
     cells: Sequence[Cell],
     *,
@@ -145,7 +147,7 @@ def _is_local(edit: Edit, layer: int, start: int, length: int) -> bool:
 class Wave:
     """Cells with one start position, in the order in which they join; row ``c · n + e`` is cell c of example e."""
 
-    model: Any
+    model: BridgedModel
     program: Program
     base: Baseline
     start: int
@@ -207,7 +209,7 @@ class Wave:
         """What to do at which hook of a block: edits of the surroundings on all rows, then each cell's own on its rows."""
         found: dict[str, list[tuple[Edit, int, int]]] = {}
         hooks: dict[str, Callable[..., Tensor | None]] = {}
-        everywhere = [(edit, 0, len(active)) for edit in self.model.ambient]
+        everywhere = [(edit, 0, len(active)) for edit in session_of(self.model).surrounding]
         own = [(edit, row, row + 1) for row, entry in enumerate(active) for edit in entry.cell]
         for edit, low, high in everywhere + own:
             site = edit.address

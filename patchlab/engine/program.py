@@ -9,10 +9,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from patchlab.errors import InterventionError
-from patchlab.interventions import Edit, Kept, address
+from patchlab.interventions import Edit
 from patchlab.metrics import Answers, Metric
 from patchlab.rules import Composite
-from patchlab.sites import KINDS, Site, parse_site
+from patchlab.sites import KINDS, Site, address, parse_site
+from patchlab.sources import Kept
 
 Target = tuple[str, int | None]
 """A site kind at one layer, e.g. ``("z", 9)``; ``("input", None)`` for the embedding."""

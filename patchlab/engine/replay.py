@@ -8,8 +8,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from patchlab.adapters import BridgedModel
 from patchlab.engine.literal import run
 from patchlab.engine.program import Program, Result
+from patchlab.engine.session import exclusive
 from patchlab.errors import InterventionError
 
 
@@ -55,7 +57,8 @@ class Template:
     cache: Any
 
 
-def baseline(model: Any, program: Program, *, cache: Any = None) -> tuple[Baseline, Result]:
+@exclusive
+def baseline(model: BridgedModel, program: Program, *, cache: Any = None) -> tuple[Baseline, Result]:
     """Run the unpatched program once and keep what the sweep resumes from: block inputs before any edit, which the blocks apply again.
 
     ``cache`` gives the keys and values; without one there are none.
@@ -92,7 +95,7 @@ class _Seen:
         self.tuples.append(isinstance(output, (tuple, list)))
 
 
-def unembed(model: Any, hidden: Float[Tensor, "row pos d_model"], columns: Int[Tensor, " column"] | None) -> Float[Tensor, "row pos column"]:
+def unembed(model: BridgedModel, hidden: Float[Tensor, "row pos d_model"], columns: Int[Tensor, " column"] | None) -> Float[Tensor, "row pos column"]:
     """Logits of the last block's output, for some columns of the vocabulary or all."""
     bridge = model.bridge
     for name in ("ln_final", "project_out"):
@@ -107,7 +110,8 @@ def unembed(model: Any, hidden: Float[Tensor, "row pos d_model"], columns: Int[T
     return bridge.adapter.apply_output_logits_transform(logits)  # soft-caps, scales
 
 
-def template(model: Any, program: Program, base: Baseline, start: int, span: int) -> Template:
+@exclusive
+def template(model: BridgedModel, program: Program, base: Baseline, start: int, span: int) -> Template:
     """See how the model calls its blocks on ``span`` positions from the start on, on one row, with the prefix in a real cache."""
     cache = None
     if start:

@@ -11,13 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from patchlab.adapters import BridgedModel
 from patchlab.engine.literal import run
 from patchlab.engine.program import Program, Result, Target
 from patchlab.engine.replay import Baseline, baseline, empty_cache
-from patchlab.engine.trust.nodes import tolerance
-from patchlab.engine.trust.precision import in_single_precision
-from patchlab.errors import PatchlabError
-from patchlab.metrics import METRICS, Answers
 from patchlab.sites import KINDS
 
 
@@ -29,7 +26,7 @@ def beginning(cache: Any, start: int) -> Any:
     return shorter
 
 
-def run_rest(model: Any, program: Program, cache: Any, start: int, known: Mapping[Target, Tensor]) -> tuple[Result, Baseline | None]:
+def run_rest(model: BridgedModel, program: Program, cache: Any, start: int, known: Mapping[Target, Tensor]) -> tuple[Result, Baseline | None]:
     """Run a program from position ``start`` on, and say what the whole run would.
 
     Args:
@@ -49,44 +46,6 @@ def run_rest(model: Any, program: Program, cache: Any, start: int, known: Mappin
     base, result = baseline(model, rest, cache=own)
     inputs = tuple(_after(start, torch.zeros_like(value[:, :1]), value, 1) for value in base.inputs)
     return _whole(result, start, known), replace(base, inputs=inputs)
-
-
-def continues(model: Any) -> bool:
-    """Whether the rest of a prompt runs on this model as it does in the whole, forwards and backwards; found out once per model."""
-    if model.continues is None:
-        ambient, model.ambient = model.ambient, ()
-        try:
-            model.continues = _agrees(model)
-        finally:
-            model.ambient = ambient
-    return bool(model.continues)
-
-
-def _agrees(model: Any) -> bool:
-    arch = model.arch
-    length = min(5, arch.n_positions or 5)
-    start = length // 2
-    tokens = torch.randint(0, arch.vocab_size, (2, length), generator=torch.Generator().manual_seed(1)).to(model.device)
-    answers = Answers.of([[0], [1]], [[2 % arch.vocab_size], [3 % arch.vocab_size]], model.device)
-    at: tuple[Target, ...] = (("resid_pre", 0), ("resid_pre", arch.n_layers - 1))
-    examples = torch.arange(2, device=model.device)
-    program = Program(tokens, examples, metric=METRICS["logit_diff"], answers=answers, keep=at, gradients=at, logits="answer")
-    cache = empty_cache()
-    try:
-        with in_single_precision(model):
-            whole = run(model, program)
-            run(model, Program(tokens, examples), cache=cache)
-            if start == 0 or len(cache.layers) != arch.n_layers:
-                return False
-            rest, _ = run_rest(model, program, cache, start, whole.activations)
-    except (PatchlabError, RuntimeError, TypeError, ValueError, AttributeError, LookupError):
-        return False  # a model may have no use for a cache
-    # some norms and softmaxes compute in single precision whatever the model's dtype
-    allowed = max(2e-3, tolerance())
-    pairs = [(rest.gradients[key][:, start:], whole.gradients[key][:, start:]) for key in at]
-    pairs += [(rest.activations[key], whole.activations[key]) for key in at]
-    pairs += [(torch.as_tensor(rest.logits), torch.as_tensor(whole.logits))]
-    return all(float((got - expected).abs().max()) <= allowed * float(expected.abs().max()) for got, expected in pairs)
 
 
 def _whole(result: Result, start: int, known: Mapping[Target, Tensor]) -> Result:

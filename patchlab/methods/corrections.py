@@ -13,14 +13,14 @@ from torch import Tensor
 
 from patchlab.adapters import Place
 from patchlab.engine import Target
-from patchlab.interventions import Edit, address
+from patchlab.interventions import Edit
 from patchlab.methods.setting.meter import Meter
 from patchlab.methods.setting.rounding import product_variance
 from patchlab.methods.setting.setting import Setting
 from patchlab.methods.setting.unpatched import Runs, program, reduced, required
 from patchlab.rules import Composite, scale_gradient
-from patchlab.rules.composites import Attachment, Recorded
-from patchlab.sites import KINDS, Site
+from patchlab.rules.attachments import Attachment, Recorded
+from patchlab.sites import KINDS, Site, address
 
 
 @dataclass(frozen=True)

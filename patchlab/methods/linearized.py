@@ -16,7 +16,7 @@ from jaxtyping import Bool
 from patchlab.engine import Result, Target, continues
 from patchlab.engine.memory import activation_bytes, block_numbers, itemsize
 from patchlab.errors import MethodError
-from patchlab.interventions import Blend, Edit, Own, address
+from patchlab.interventions import Edit
 from patchlab.methods.cells.kind import CellKind, Linearly, Path, parts
 from patchlab.methods.cells.nodes import INPUT
 from patchlab.methods.corrections import dropping
@@ -26,7 +26,8 @@ from patchlab.methods.setting.meter import Meter
 from patchlab.methods.setting.setting import Setting
 from patchlab.methods.setting.unpatched import Runs, Scored, program
 from patchlab.rules import Composite, get_composite
-from patchlab.sites import Site
+from patchlab.sites import Site, address
+from patchlab.sources import Blend, Own
 
 PATHS: dict[tuple[Path, str], str] = {
     ("inputs", "midpoint"): "ig",

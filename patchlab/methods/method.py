@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Int
 
-from patchlab.engine import Target
+from patchlab.engine import Target, session_of
 from patchlab.engine.memory import free_bytes
 from patchlab.errors import MethodError, unknown
 from patchlab.methods.cells import CellKind, cells_of, parts
@@ -128,18 +128,20 @@ class Method(ABC):
             Effects in the metric's unit.
 
         Raises:
+            ModelError: another thread runs the model.
             MethodError: unknown direction, batch_size < 1, too little memory, options that make no sense together, a checkpoint
                 that is damaged or of another run.
             OutputError: a checkpoint that cannot be written.
             SiteError: unknown or absent site.
         """
         options: dict[str, Any] = {"direction": direction, "max_memory": max_memory}
+        unfinished = session_of(model).unfinished
         prepared = self.prepared(model, task, sites, batch_size=batch_size, **options)
         identity = self._identity(*prepared[:2])
-        if batch_size is None and (rows := batch_rows(model.unfinished, identity, checkpoint)) is not None:
+        if batch_size is None and (rows := batch_rows(unfinished, identity, checkpoint)) is not None:
             prepared = self.prepared(model, task, sites, batch_size=rows, **options)
             identity = self._identity(*prepared[:2])
-        with keeping(model.unfinished, identity, checkpoint) as work:
+        with session_of(model).running(), keeping(unfinished, identity, checkpoint) as work:
             return self._run(*prepared, progress, work)
 
     def prepared(
@@ -172,7 +174,7 @@ class Method(ABC):
         axis = task.position_axis() if needs_axis else None
         paired = self.source == "paired"
         live = {str(site): live_cells(model.arch, site, task, axis, paired=paired) for site in parsed}
-        if model.ambient:
+        if bare.surrounding:
             shapes = {str(site): cells_of(site).shape(model.arch, site, axis) for site in parsed}
             live = {name: None if mask is None else np.ones(shapes[name], dtype=bool) for name, mask in live.items()}
         moving = tuple(dict.fromkeys(target for kind, part in parts(bare) for target in kind.targets(model.arch, part.sites)))
@@ -281,7 +283,7 @@ class Method(ABC):
 
     def _patterns(self, setting: Setting, examples: Int[np.ndarray, " example"]) -> Patterns | None:
         """Which cells can matter for which example; None where all can for all."""
-        if setting.model.ambient:
+        if setting.surrounding:
             return None
         task, axis, paired = setting.task, setting.axis, self.source == "paired"
         number = live_patterns(task, axis, paired=paired)
@@ -291,7 +293,7 @@ class Method(ABC):
 
     def _no_path(self, setting: Setting) -> dict[str, np.ndarray]:
         known = {site: live for site in setting.sites if (live := setting.live[str(site)]) is not None}
-        if setting.model.ambient:  # then no cell is taken as a structural zero
+        if setting.surrounding:  # then no cell is taken as a structural zero
             return {str(site): np.zeros_like(live) for site, live in known.items()}
         found = {str(site): without_path(setting.model.arch, site, setting.task, setting.axis) for site in known}
         return {site: cut for site, cut in found.items() if cut is not None}
@@ -304,7 +306,7 @@ class Method(ABC):
         model, task = setting.model, setting.task
         options = {field.name: _plain(getattr(self, field.name)) for field in fields(self)}
         packages = {name: importlib.metadata.version(name) for name in ("torch", "transformer-lens", "transformers", "numpy")}
-        ambient = [f"{edit.op} {edit.address}" for edit in model.ambient]
+        ambient = [f"{edit.op} {edit.address}" for edit in setting.surrounding]
         notes = [f"{len(ambient)} surrounding edits; no cell is taken as a structural zero"] if ambient else []
         notes += [setting.axis.note] if setting.axis is not None and setting.axis.note else []
         return {

@@ -13,7 +13,7 @@ from torch import Tensor
 from patchlab.engine import Target, support
 from patchlab.engine.memory import activation_bytes, block_numbers, itemsize
 from patchlab.errors import MethodError
-from patchlab.interventions import Edit, Kept, Source, address
+from patchlab.interventions import Edit
 from patchlab.methods.cells import parts
 from patchlab.methods.cells.nodes import addresses, patched
 from patchlab.methods.method import Method
@@ -21,7 +21,8 @@ from patchlab.methods.setting.meter import Meter
 from patchlab.methods.setting.rounding import product_variance
 from patchlab.methods.setting.setting import Setting
 from patchlab.methods.setting.unpatched import Runs, Scored, first_difference, of_rows, program, reduced, required
-from patchlab.sites import KINDS, POSITION_AXES, Site
+from patchlab.sites import KINDS, POSITION_AXES, Site, address
+from patchlab.sources import Kept, Source
 
 STEPS = {torch.float32: 1e-2, torch.float64: 1e-4}
 """Share of the way to the source at which the second gradient is taken, per dtype of the model."""
@@ -281,7 +282,7 @@ def _prices(setting: Setting, runs: Runs, site: Site, layer: int | None, shape: 
     place = next((dim for dim, axis in enumerate(axes, 1) if axis in ("pos", "dest")), None)
     by_number = place is not None and setting.axis is not None and setting.axis.names is None
     for row, example in enumerate(runs.batch.examples.tolist()):
-        paired = isinstance(runs.source, Kept) and not setting.model.ambient
+        paired = isinstance(runs.source, Kept) and not setting.surrounding
         start = np.array(first_difference(of_rows(runs, np.array([row])).batch) if paired and mode == "prefix" else 0)
         at = start
         if place is not None and setting.axis is not None:

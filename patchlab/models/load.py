@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformer_lens.model_bridge import TransformerBridge
 
 from patchlab.errors import ModelError, unknown
 from patchlab.models.hub import hub_folder
@@ -60,7 +61,7 @@ def load_model(
     return _load_folder(folder, name, where, kind, tokenizer)
 
 
-def wrap_bridge(bridge: Any, name: str, tokenizer: Any = None) -> Model:
+def wrap_bridge(bridge: TransformerBridge, name: str, tokenizer: Any = None) -> Model:
     """Wrap a TransformerLens bridge that you built yourself (it is frozen and set to eval mode)."""
     return Model(bridge, name, tokenizer)
 

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
+from transformer_lens.model_bridge import TransformerBridge
 
-from patchlab.adapters import describe
-from patchlab.engine import Program, Result, continues, run
+from patchlab.adapters import BridgedModel, describe
+from patchlab.engine import Program, Result, continues, run, session_of
 from patchlab.engine.hook_points import points_of
 from patchlab.engine.program import row_numbers, targets
 from patchlab.engine.trust.conservation import check_rules, soft_caps, uncovered
@@ -21,7 +22,7 @@ from patchlab.sites import Site
 from patchlab.tasks.task import Prompts
 
 
-class Model:
+class Model(BridgedModel):
     """A language model that patchlab can run: a TransformerLens bridge in raw mode, in eval mode, with frozen parameters.
 
     Attributes:
@@ -29,32 +30,23 @@ class Model:
         bridge: the TransformerLens bridge.
         tokenizer: the Hugging Face tokenizer, or None.
         arch: sizes, block form, and which sites the model has (:class:`patchlab.adapters.Architecture`).
-        ambient: the edits of the surrounding ``pl.intervene`` blocks.
-        unfinished: what interrupted runs of methods left, for the same call to go on from.
     """
 
-    def __init__(self, bridge: Any, name: str, tokenizer: Any = None, *, test: bool = True) -> None:
-        self.bridge, self.name, self.tokenizer = bridge, name, tokenizer
-        self.ambient: tuple[Edit, ...] = ()
-        self.hooks: dict[str, Any] = points_of(bridge)
-        self.support: Any = None
-        self.continues: bool | None = None
-        self.conserved: dict[Any, Any] = {}
-        self.unfinished: dict[str, Any] = {}
+    def __init__(self, bridge: TransformerBridge, name: str, tokenizer: Any = None, *, test: bool = True) -> None:
         bridge.eval()
         for parameter in bridge.parameters():
             parameter.requires_grad_(False)
         devices = {parameter.device for parameter in bridge.parameters()}
         if len(devices) != 1:
             raise ModelError(f"{name} is spread over {', '.join(sorted(map(str, devices)))}; patchlab runs on one device for now. Load it on one.")
-        self.device: torch.device = devices.pop()
-        self.dtype: torch.dtype = next(p.dtype for p in bridge.parameters() if p.is_floating_point())
-        self.keeps_logits = False
-        self.arch = describe(bridge, vocab_size=_vocab_size(bridge))
+        dtype = next(p.dtype for p in bridge.parameters() if p.is_floating_point())
+        super().__init__(bridge, points_of(bridge), name, describe(bridge, vocab_size=_vocab_size(bridge)), dtype, devices.pop())
+        self.tokenizer = tokenizer
         if test:
-            self.arch = self_test(self)
-            self.keeps_logits = _keeps_logits(self)
-            continues(self)
+            with session_of(self).running():
+                self.arch = self_test(self)
+                self.keeps_logits = _keeps_logits(self)
+                continues(self)
         self.fingerprint = _fingerprint(bridge)
 
     @property
@@ -194,7 +186,7 @@ def _keeps_logits(model: Model) -> bool:
         return short.shape[1] == 1 and torch.allclose(short[:, -1], full, rtol=1e-3, atol=1e-3 * float(full.abs().max()))
 
 
-def _vocab_size(bridge: Any) -> int:
+def _vocab_size(bridge: TransformerBridge) -> int:
     size = getattr(bridge.cfg, "d_vocab_out", None) or bridge.cfg.d_vocab
     return int(size if size and size > 0 else bridge.cfg.d_vocab)
 

@@ -1,34 +1,13 @@
 """Composites: which rule goes on which kind of place, with the named presets of the literature."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from patchlab.adapters import AttentionPlace, CapPlace, ClipPlace, GatePlace, LinearPlace, MLPPlace, NormPlace, Place
+from patchlab.adapters import Place
 from patchlab.errors import RuleError, unknown
+from patchlab.rules.attachments import Attachment, attachments
 from patchlab.rules.nonlinear import AHRule, ConstantGateRule, HalfRule, IdentityRule, LNRule, TemperatureRule, UniformRule
-from patchlab.rules.rule import ActivationRule, LinearRule, NormRule, PatternRule, ProductRule, graft, scale_gradient
-
-Recorded = dict[str, Tensor]
-BackwardHook = Callable[[Tensor, Recorded], Tensor]
-
-
-@dataclass(frozen=True)
-class Attachment:
-    """One function at one hook: ``apply(value, recorded)`` returns the value with the rule's gradient.
-
-    ``after``: it stands in for what the model does with the value next, so it comes after edits and what is captured there.
-    """
-
-    at: str
-    reads: tuple[str, ...]
-    apply: BackwardHook
-    after: bool = False
-
+from patchlab.rules.rule import ActivationRule, LinearRule, NormRule, PatternRule, ProductRule
 
 _FIELDS: dict[str, tuple[type, str]] = {
     "norm": (NormRule, "LNRule()"),
@@ -100,129 +79,31 @@ class Composite:
         Raises:
             RuleError: a place that a rule should cover but cannot, unless gaps are allowed.
         """
-        attachments: list[Attachment] = []
+        found: list[Attachment] = []
         for place in places:
             if not self.rules_at(place):
                 continue
             if (problem := self.problem_at(place)) is None:
-                attachments += self._attachments(place)
+                found += attachments(place, *self._rules_of(place))
             elif not self.allow_gaps:
                 raise RuleError(
-                    f"the composite {self.name!r} cannot cover {place.name}: {problem}. Use a composite without {_FIELD[type(place)]} rules "
+                    f"the composite {self.name!r} cannot cover {place.name}: {problem}. Use a composite without {place.takes} rules "
                     f"(rules='gradient' has none), describe the module to patchlab.adapters, or leave it with its plain gradient: "
                     f"get_composite({self.name!r}, allow_gaps=True)."
                 )
-        return tuple(attachments)
+        return tuple(found)
 
     def rules_at(self, place: Place) -> tuple[str, ...]:
         """Names of the rules that this composite puts on a place."""
-        rules: tuple[Any, ...]
-        if isinstance(place, MLPPlace):
-            rules = (self.activation, self.product if place.gated or place.problem else None)
-        elif isinstance(place, AttentionPlace):
-            rules = (self.pattern, self.bilinear)
-        else:
-            rules = (getattr(self, _FIELD[type(place)]),)
-        return tuple(type(rule).__name__ for rule in rules if rule is not None)
+        return tuple(type(rule).__name__ for rule in self._rules_of(place) if rule is not None)
 
     def problem_at(self, place: Place) -> str | None:
         """Why the rules of this composite cannot be put on a place; None if they can."""
-        if place.problem is not None or not isinstance(place, AttentionPlace) or place.open:
-            return place.problem
-        inside = f"the softmax runs inside {type(place.module.original_component).__name__}, where no hook of the Bridge reaches it"
-        if self.pattern is not None and not self.pattern.blocks_scores:
-            return f"{inside}, and the {type(self.pattern).__name__} needs it (the AHRule does not: it holds queries and keys)"
-        return None if len(place.scores) == 2 else f"{inside}, nor its queries and keys"
+        return place.problem_with(*self._rules_of(place))
 
-    def _attachments(self, place: Place) -> list[Attachment]:
-        if isinstance(place, NormPlace):
-            return [Attachment(place.at, place.reads, partial(self._at_norm, place))]
-        if isinstance(place, MLPPlace):
-            return [Attachment(place.at, place.reads, partial(self._at_mlp, place))]
-        if isinstance(place, LinearPlace):
-            return [Attachment(place.at, place.reads, partial(self._at_linear, place))]
-        if isinstance(place, GatePlace):
-            return [Attachment(place.at, (), _hold)]
-        if isinstance(place, ClipPlace):
-            return [Attachment(place.at, (), partial(self._at_clip, place), after=True)]
-        if isinstance(place, CapPlace):
-            return [Attachment(place.at, place.reads, partial(self._at_cap, place))]
-        if isinstance(place, AttentionPlace):
-            return self._at_attention(place)
-        raise RuleError(f"no rule is known for {type(place).__name__} {place.name}.")
-
-    def _at_attention(self, place: AttentionPlace) -> list[Attachment]:
-        """At the pattern, or at queries and keys where the pattern cannot be reached."""
-        found = [] if self.bilinear is None else [Attachment(place.z, (), self._at_z)]
-        if place.open:
-            return [Attachment(place.at, (), self._at_pattern), *found]
-        apply = _hold if self.pattern is not None else self._at_z
-        return [*(Attachment(name, (), apply, after=True) for name in place.scores), *found]
-
-    def _at_norm(self, place: NormPlace, value: Tensor, seen: Recorded) -> Tensor:
-        x, scale = (seen[name] for name in place.reads)
-        return value if self.norm is None else graft(value, self.norm.surrogate(place, x, scale).to(value.dtype))
-
-    def _at_mlp(self, place: MLPPlace, value: Tensor, seen: Recorded) -> Tensor:
-        g, f = seen[place.pre], place.activation
-        if f is None:
-            return value
-        try:
-            surrogate = f(g) if self.activation is None else self.activation.surrogate(f, g)
-        except RuleError as error:
-            raise RuleError(f"{place.name}: {error}") from error
-        if place.linear is not None:
-            u = seen[place.linear]
-            surrogate = surrogate * u if self.product is None else self.product.surrogate(surrogate, u)
-        return graft(value, surrogate)
-
-    def _at_clip(self, place: ClipPlace, value: Tensor, seen: Recorded) -> Tensor:
-        # what the model clamps next is clamped already, and passes the gradient as it is
-        f = place.activation
-        return value if self.activation is None else graft(f(value), self.activation.surrogate(f, value))
-
-    def _at_cap(self, place: CapPlace, value: Tensor, seen: Recorded) -> Tensor:
-        if self.softcap is None:
-            return value
-        f = place.activation
-        if place.final:
-            return graft(value, self.softcap.surrogate(f, seen[place.reads[0]]))
-        # only the capped scores are seen: the gradient that the model takes back through the tanh is turned into the rule's
-        with torch.enable_grad():
-            capped = value.detach() if value.dtype == torch.float64 else value.detach().float()
-            scores = place.cap * (capped / place.cap).clamp(-1, 1).atanh()
-            inside = scores.isfinite()
-            scores = torch.where(inside, scores, 0.0).requires_grad_()
-            own, wanted = (torch.autograd.grad(y.sum(), scores)[0] for y in (f(scores), self.softcap.surrogate(f, scores)))
-        return graft(value, value * torch.where(inside & (own > 0), wanted / own, 1.0).to(value.dtype))
-
-    def _at_pattern(self, value: Tensor, seen: Recorded) -> Tensor:
-        if self.pattern is not None:
-            value = graft(value, self.pattern.surrogate(value))
-        return value if self.bilinear is None else scale_gradient(value, self.bilinear.share)
-
-    def _at_z(self, value: Tensor, seen: Recorded) -> Tensor:
-        return value if self.bilinear is None else scale_gradient(value, self.bilinear.share)
-
-    def _at_linear(self, place: LinearPlace, value: Tensor, seen: Recorded) -> Tensor:
-        (x,) = place.reads
-        return value if self.linear is None else graft(value, self.linear.surrogate(place, seen[x], value))
-
-
-def _hold(value: Tensor, seen: Recorded) -> Tensor:
-    """A value as a constant."""
-    return value.detach()
-
-
-_FIELD = {
-    NormPlace: "norm",
-    MLPPlace: "activation and product",
-    AttentionPlace: "attention",
-    LinearPlace: "linear",
-    GatePlace: "gate",
-    ClipPlace: "activation",
-    CapPlace: "softcap",
-}
+    def _rules_of(self, place: Place) -> tuple[Any, ...]:
+        """The rules in the slots of a place."""
+        return tuple(getattr(self, slot) for slot in place.slots)
 
 
 PRESETS: dict[str, Composite] = {

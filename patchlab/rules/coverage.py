@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 from math import isnan
-from typing import Any, NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
-from patchlab.adapters import LinearPlace
+from patchlab.adapters import Architecture, LinearPlace
 from patchlab.rules.composites import Composite, get_composite
 
 
@@ -62,7 +62,25 @@ class Coverage:
     __repr__ = __str__
 
 
-def coverage(model: Any, rules: str | Composite) -> Coverage:
+@runtime_checkable
+class CoveredModel(Protocol):
+    """What coverage asks of a model: its places, and what tests of it found."""
+
+    @property
+    def arch(self) -> Architecture:
+        """Its architecture."""
+        ...
+
+    def uncovered(self, rules: Composite) -> tuple[Uncovered, ...]:
+        """The modules that backward rules do not cover."""
+        ...
+
+    def soft_caps(self) -> tuple[SoftCap, ...]:
+        """Its soft caps, with what they lose of the relevance."""
+        ...
+
+
+def coverage(model: CoveredModel, rules: str | Composite) -> Coverage:
     """Which rule of a composite sits on which module of a model; places left with the plain gradient say so.
 
     ``uncovered`` comes from the model, not from a list of known modules: beside places whose rules cannot be put there, what the conservation

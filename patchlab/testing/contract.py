@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from patchlab.engine import session_of
 from patchlab.errors import PatchlabError
 from patchlab.methods.cells import cells_of
 from patchlab.methods.method import Method
@@ -108,7 +109,14 @@ class _State:
         tensors = {name: tensor.detach().clone() for name, tensor in (*bridge.named_parameters(), *bridge.named_buffers())}
         hooks = {name: _hooks_on(module) for name, module in bridge.named_modules()}
         gradients = tuple((parameter.requires_grad, parameter.grad is None) for parameter in bridge.parameters())
-        facts = (gradients, bridge.training, model.ambient, torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_num_threads())
+        facts = (
+            gradients,
+            bridge.training,
+            session_of(model).surrounding,
+            torch.is_grad_enabled(),
+            torch.get_default_dtype(),
+            torch.get_num_threads(),
+        )
         logits = tuple(_logits(model, batch.clean) for batch in task.batches(device=model.device))
         return _State(tensors, hooks, facts, torch.random.get_rng_state(), logits)
 

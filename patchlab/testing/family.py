@@ -12,12 +12,13 @@ from patchlab.engine.program import Program, Target, row_numbers
 from patchlab.engine.trust.edges import edge_support, run_edge_sets
 from patchlab.engine.trust.nodes import support
 from patchlab.errors import ModelError, PatchlabError, RuleError
-from patchlab.interventions import Edit, Kept
+from patchlab.interventions import Edit
 from patchlab.methods.exact import ActivationPatching
 from patchlab.methods.named import RelevancePatching
 from patchlab.metrics import METRICS, Answers
 from patchlab.models import Model
 from patchlab.rules import coverage
+from patchlab.sources import Kept
 from patchlab.testing.toys import toy_task
 from patchlab.testing.zoo import zoo_model
 

@@ -26,15 +26,17 @@ from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
-from patchlab.adapters import AttentionPlace, CapPlace, GatePlace, LinearPlace, MLPPlace, Place
+from patchlab.adapters import AttentionPlace, BridgedModel, CapPlace, GatePlace, LinearPlace, MLPPlace, Place
 from patchlab.adapters.places import value_and_slope_at_zero
 from patchlab.engine.hook_points import Shown
-from patchlab.engine.literal import ruled
+from patchlab.engine.hooks import ruled
+from patchlab.engine.session import found_once
 from patchlab.engine.trust.ledger import Ledger, on_modules, tensors_in
 from patchlab.engine.trust.precision import at_full_precision, mapped, widened
+from patchlab.engine.trust.trials import trial
 from patchlab.errors import RuleError
 from patchlab.rules import AHRule, Composite, ConstantGateRule, HalfRule, IdentityRule, LNRule, SoftCap, Uncovered
-from patchlab.rules.composites import Attachment
+from patchlab.rules.attachments import Attachment
 
 TOLERANCE = 1e-5
 """Largest gap, as a share of Σ|x·Jᵀg|."""
@@ -42,20 +44,18 @@ TOLERANCE = 1e-5
 HOLDING = Composite("holding", norm=LNRule(), activation=IdentityRule(), product=HalfRule(), pattern=AHRule(), gate=ConstantGateRule())
 
 
-def uncovered(model: Any, composite: Composite) -> tuple[Uncovered, ...]:
-    """Modules of the model that the rules of a composite do not cover though they should: places with a problem, then gaps. Kept on the model."""
+def uncovered(model: BridgedModel, composite: Composite) -> tuple[Uncovered, ...]:
+    """Modules of the model that the rules of a composite do not cover though they should: places with a problem, then gaps. Found once per model."""
     problems = [(place, composite.problem_at(place)) for place in model.arch.places if composite.rules_at(place)]
     found = tuple(Uncovered(place.name, problem) for place, problem in problems if problem is not None)
     if composite.plain:
         return ()
     # all that the test depends on: other composites share it
-    key = (found, composite.activation is None, repr(composite.pattern))
-    if key not in model.conserved:
-        model.conserved[key] = (*found, *_gaps(model, composite, {gap.module for gap in found}))
-    return model.conserved[key]
+    key = ("rules", found, composite.activation is None, repr(composite.pattern))
+    return found_once(model, key, lambda: (*found, *_gaps(model, composite, {gap.module for gap in found})))
 
 
-def check_rules(model: Any, composite: Composite) -> None:
+def check_rules(model: BridgedModel, composite: Composite) -> None:
     """Check that the rules cover the whole model.
 
     Raises:
@@ -73,20 +73,21 @@ def check_rules(model: Any, composite: Composite) -> None:
             )
 
 
-def soft_caps(model: Any) -> tuple[SoftCap, ...]:
+def soft_caps(model: BridgedModel) -> tuple[SoftCap, ...]:
     """The soft caps of a model, and what relevance each loses with its plain gradient, on random tokens."""
     places = [place for place in model.arch.places if isinstance(place, CapPlace)]
-    key = "soft caps"
-    if places and key not in model.conserved:
-        seen: dict[str, Tensor] = {}
-        with ExitStack() as stack, torch.no_grad():
-            for place in places:
-                if not place.final and place.problem is None:
-                    stack.enter_context(on_modules((model.hooks[place.at],), after=partial(_note, seen, place.at)))
-            logits = model.bridge(_tokens(model), return_type="logits", use_cache=False)
-        values = [logits if place.final else seen.get(place.at) for place in places]
-        model.conserved[key] = tuple(_loss(place, value) for place, value in zip(places, values, strict=True))
-    return model.conserved.get(key, ())
+    return found_once(model, "soft caps", lambda: _losses(model, places)) if places else ()
+
+
+def _losses(model: BridgedModel, places: list[CapPlace]) -> tuple[SoftCap, ...]:
+    seen: dict[str, Tensor] = {}
+    with ExitStack() as stack, torch.no_grad():
+        for place in places:
+            if not place.final and place.problem is None:
+                stack.enter_context(on_modules((model.hooks[place.at],), after=partial(_note, seen, place.at)))
+        logits = model.bridge(trial(model, 6, seed=0).tokens, return_type="logits", use_cache=False)
+    values = [logits if place.final else seen.get(place.at) for place in places]
+    return tuple(_loss(place, value) for place, value in zip(places, values, strict=True))
 
 
 def _note(seen: dict[str, Tensor], name: str, module: Any, args: Any, kwargs: Any, output: Tensor) -> None:
@@ -105,14 +106,8 @@ def _loss(place: CapPlace, capped: Tensor | None) -> SoftCap:
     return SoftCap(place.name, place.cap, float(lost.sum() / y.abs().sum()), float(y[top].abs()), float(lost[top] / y[top].abs()))
 
 
-def _tokens(model: Any) -> Int[Tensor, "row pos"]:
-    generator = torch.Generator().manual_seed(0)
-    length = min(6, model.arch.n_positions or 6)
-    return torch.randint(0, model.arch.vocab_size, (2, length), generator=generator).to(model.device)
-
-
-def _gaps(model: Any, composite: Composite, problems: set[str]) -> Iterator[Uncovered]:
-    tokens = _tokens(model)
+def _gaps(model: BridgedModel, composite: Composite, problems: set[str]) -> Iterator[Uncovered]:
+    tokens = trial(model, 6, seed=0).tokens
     rules = [_holding(composite, place, place.name in problems) for place in model.arch.places]
     seen = _observe(model, tokens)
     yield from _test_embedding(model, tokens, rules, seen)
@@ -158,7 +153,7 @@ class _Seen:
     tail: list[nn.Module] = field(default_factory=list)
 
 
-def _observe(model: Any, tokens: Int[Tensor, "row pos"]) -> _Seen:
+def _observe(model: BridgedModel, tokens: Int[Tensor, "row pos"]) -> _Seen:
     seen, blocks = _Seen(), list(model.bridge.blocks)
     outside = _outside(model)
 
@@ -177,7 +172,7 @@ def _observe(model: Any, tokens: Int[Tensor, "row pos"]) -> _Seen:
     return seen
 
 
-def _outside(model: Any) -> list[nn.Module]:
+def _outside(model: BridgedModel) -> list[nn.Module]:
     """The modules that belong to no block, of the Bridge and of the model that it wraps."""
     inside = {id(module) for block in model.bridge.blocks for module in block.modules()}
     found = {id(module): module for root in (model.bridge, model.bridge.original_model) for module in root.modules()}
@@ -190,7 +185,7 @@ def _call(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tu
     return tensors_in(block(*args, **kwargs))[0], x
 
 
-def _found(model: Any, part: str, ledger: Ledger, y: Tensor, rules: list[_Rule]) -> Iterator[Uncovered]:
+def _found(model: BridgedModel, part: str, ledger: Ledger, y: Tensor, rules: list[_Rule]) -> Iterator[Uncovered]:
     """The gap of a part, if there is one beside those of places that are known to be uncovered, and the modules that are to blame."""
     scale, gaps, entries = ledger.balance(y)
     total = sum(gaps.values())
@@ -232,7 +227,9 @@ def _attachments(rules: list[_Rule]) -> list[Attachment]:
     return [attachment for rule in rules for attachment in rule.attachments or ()]
 
 
-def _test_block(model: Any, part: str, block: nn.Module, call: Callable[[], tuple[Tensor, Tensor]], rules: list[_Rule]) -> Iterator[Uncovered]:
+def _test_block(
+    model: BridgedModel, part: str, block: nn.Module, call: Callable[[], tuple[Tensor, Tensor]], rules: list[_Rule]
+) -> Iterator[Uncovered]:
     ledger = Ledger(_modules_of(rules))
     modules = [module for module in block.modules() if not isinstance(module, HookPoint)]
     with torch.enable_grad(), ruled(model, _attachments(rules)), on_modules(modules, ledger.before, ledger.after):
@@ -241,7 +238,7 @@ def _test_block(model: Any, part: str, block: nn.Module, call: Callable[[], tupl
     yield from _found(model, part, ledger, y, rules)
 
 
-def _probe(model: Any, composite: Composite, call: Callable[[], tuple[Tensor, Tensor]], places: list[Place]) -> Iterator[Uncovered]:
+def _probe(model: BridgedModel, composite: Composite, call: Callable[[], tuple[Tensor, Tensor]], places: list[Place]) -> Iterator[Uncovered]:
     """Whether the pattern rule does to queries and keys what it should."""
     # a gate can share the hook of the queries
     pattern = Composite("pattern", pattern=composite.pattern, gate=HOLDING.gate)
@@ -262,7 +259,7 @@ def _probe(model: Any, composite: Composite, call: Callable[[], tuple[Tensor, Te
             yield Uncovered(place.name, f"the {name} has no effect there: queries and keys get the same gradient as without it")
 
 
-def _at_scores(model: Any, call: Callable[[], tuple[Tensor, Tensor]], place: AttentionPlace, rules: tuple[Attachment, ...]) -> list[Tensor]:
+def _at_scores(model: BridgedModel, call: Callable[[], tuple[Tensor, Tensor]], place: AttentionPlace, rules: tuple[Attachment, ...]) -> list[Tensor]:
     with torch.enable_grad(), ruled(model, rules, place.scores) as leaves:
         y, _ = call()
         g = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(y)
@@ -293,7 +290,7 @@ def _at_full_precision(module: nn.Module, args: Any, kwargs: Any, output: Any) -
     return mapped(output, at_full_precision)
 
 
-def _test_embedding(model: Any, tokens: Int[Tensor, "row pos"], rules: list[_Rule], seen: _Seen) -> Iterator[Uncovered]:
+def _test_embedding(model: BridgedModel, tokens: Int[Tensor, "row pos"], rules: list[_Rule], seen: _Seen) -> Iterator[Uncovered]:
     """From embeddings, of tokens and positions, to the first block."""
     rules = [rule for rule in rules if not rule.place.name.startswith("blocks.")]
     ledger, outside = Ledger(_modules_of(rules), lifts=True), _outside(model)
@@ -318,7 +315,7 @@ def _test_embedding(model: Any, tokens: Int[Tensor, "row pos"], rules: list[_Rul
             yield from _found(model, "embedding", ledger, reached[0], rules)
 
 
-def _test_unembedding(model: Any, tokens: Int[Tensor, "row pos"], rules: list[_Rule], seen: _Seen) -> Iterator[Uncovered]:
+def _test_unembedding(model: BridgedModel, tokens: Int[Tensor, "row pos"], rules: list[_Rule], seen: _Seen) -> Iterator[Uncovered]:
     """From the last block to the logits, before any cap, and whether what follows is one."""
     rules = [rule for rule in rules if not rule.place.name.startswith("blocks.")]
     ledger, outside, blocks = Ledger(_modules_of(rules)), _outside(model), list(model.bridge.blocks)

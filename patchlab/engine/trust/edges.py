@@ -3,39 +3,36 @@
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from patchlab.adapters import BridgedModel
 from patchlab.engine.contributions import Contributions, contributions
 from patchlab.engine.edge_sweep import Differences, edge_sweep
 from patchlab.engine.literal import run
 from patchlab.engine.masked import run_circuits
 from patchlab.engine.program import Program, Target, row_numbers
-from patchlab.engine.trust.nodes import Support, tolerance
+from patchlab.engine.session import found_once
+from patchlab.engine.trust.nodes import Support
 from patchlab.engine.trust.precision import in_single_precision
+from patchlab.engine.trust.trials import tolerance, trial
 from patchlab.errors import PatchlabError
-from patchlab.interventions import Kept
-from patchlab.metrics import METRICS, Answers
-
-_found: WeakKeyDictionary[Any, Support] = WeakKeyDictionary()
+from patchlab.sources import Kept
 
 
-def edge_support(model: Any) -> Support:
+def edge_support(model: BridgedModel) -> Support:
     """The fastest way to patch single edges that agrees with routed forward passes on this model; found out once per model.
 
     ``prefix`` and ``replay`` as for sweeps of sites; ``literal`` is one whole routed forward pass per edge. Random prompts are patched
     at edges into every kind of reader in the first, middle and last layer.
     """
-    if model not in _found:
-        _found[model] = _find(model)
-    return _found[model]
+    return found_once(model, "edge sweep", lambda: _find(model))
 
 
-def edge_mask(model: Any, edge: Int[np.ndarray, "2"], *, grouped: bool = False) -> Bool[Tensor, "writer reader"]:
+def edge_mask(model: BridgedModel, edge: Int[np.ndarray, "2"], *, grouped: bool = False) -> Bool[Tensor, "writer reader"]:
     """The set of one edge, or (grouped) of its copies in all query heads that share the reader's key or value."""
     graph = model.arch.graph
     writer, reader = map(int, edge)
@@ -50,7 +47,7 @@ def edge_mask(model: Any, edge: Int[np.ndarray, "2"], *, grouped: bool = False) 
 
 
 def run_edge_sets(
-    model: Any,
+    model: BridgedModel,
     program: Program,
     sets: Iterable[Bool[Tensor, "writer reader *where"]],
     differences: Differences,
@@ -94,16 +91,15 @@ def _several(sets: Iterable[Bool[Tensor, "writer reader *where"]]) -> Iterator[t
         first += len(masks)
 
 
-def _find(model: Any) -> Support:
+def _find(model: BridgedModel) -> Support:
     with in_single_precision(model):
         return _compared(model)
 
 
-def _compared(model: Any) -> Support:
+def _compared(model: BridgedModel) -> Support:
     reasons = []
     program, edges, differences = _trial(model)
     expected = run_edge_sets(model, program, [edge_mask(model, edge) for edge in edges], differences)
-    # some norms compute in single precision whatever the model's dtype, and the two ways add up in different orders
     allowed = tolerance() * float(expected.abs().max())
     for mode in ("prefix", "replay"):
         try:
@@ -120,22 +116,17 @@ def _compared(model: Any) -> Support:
     return Support("literal", "; ".join(reasons))
 
 
-def _trial(model: Any) -> tuple[Program, Int[np.ndarray, "edge 2"], Differences]:
+def _trial(model: BridgedModel) -> tuple[Program, Int[np.ndarray, "edge 2"], Differences]:
     arch, graph = model.arch, model.arch.graph
-    generator = torch.Generator().manual_seed(1)
-    length = min(5, arch.n_positions or 5)
-    tokens = torch.randint(0, arch.vocab_size, (2, length), generator=generator).to(model.device)
-    donor = tokens.clone()
-    donor[:, length // 2 :] = (donor[:, length // 2 :] + 1) % arch.vocab_size
+    prompts = trial(model)
+    tokens, donor = prompts.tokens, prompts.other(slice(prompts.middle, None))
     kinds = ("z", "mlp_out") if graph.mlps else ("z",)
     keep: tuple[Target, ...] = (("input", None), *((kind, layer) for kind in kinds for layer in range(arch.n_layers)))
     examples = row_numbers(tokens)
     own, other = (run(model, Program(ids, examples, keep=keep)).activations for ids in (tokens, donor))
-    answers = Answers.of([[0], [1]], [[2 % arch.vocab_size], [3 % arch.vocab_size]], model.device)
     readers = [len(graph.readers) - 1]
     for layer in sorted({0, arch.n_layers // 2, arch.n_layers - 1}):
         first = graph.reader_slice(layer).start
         readers += [first + i * graph.n_heads + layer % graph.n_heads for i in range(3)] + [first + 3 * graph.n_heads] * graph.mlps
     edges = np.array([(int(np.flatnonzero(graph.allowed[:, reader])[-1]), reader) for reader in readers])
-    program = Program(tokens, examples, metric=METRICS["logit_diff"], answers=answers)
-    return program, edges, Differences.of(model, own, Kept(other, examples), examples)
+    return prompts.program(), edges, Differences.of(model, own, Kept(other, examples), examples)

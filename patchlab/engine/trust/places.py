@@ -14,8 +14,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from patchlab.adapters import LOGITS, AttentionPlace, CapPlace, ClipPlace, GatePlace, LinearPlace, MLPPlace, NormPlace, Place
-from patchlab.engine.literal import hooked
+from patchlab.adapters import LOGITS, AttentionPlace, BridgedModel, CapPlace, ClipPlace, GatePlace, LinearPlace, MLPPlace, NormPlace, Place
+from patchlab.engine.hooks import hooked
 from patchlab.engine.trust.precision import at_full_precision, is_half, mapped, widened
 from patchlab.rules import LNRule
 
@@ -25,7 +25,7 @@ _SUMS = 1e-5
 """Largest difference of Σ x·Jᵀg from Σ (y − b)·g, as a share of Σ |x·Jᵀg|."""
 
 
-def checked_places(model: Any, tokens: Int[Tensor, "row pos"]) -> tuple[Place, ...]:
+def checked_places(model: BridgedModel, tokens: Int[Tensor, "row pos"]) -> tuple[Place, ...]:
     """The places of a model, with a problem noted where a rule could not be right, and whether patterns can be reached."""
     places = [place for place in model.arch.places if place.problem is None and not isinstance(place, LinearPlace)]
     seen, calls = _observed(model, tokens, places)
@@ -42,7 +42,7 @@ def checked_places(model: Any, tokens: Int[Tensor, "row pos"]) -> tuple[Place, .
 Calls = dict[int, tuple[tuple[Any, ...], dict[str, Any]]]
 
 
-def _observed(model: Any, tokens: Int[Tensor, "row pos"], places: Iterable[Place]) -> tuple[dict[str, Tensor], Calls]:
+def _observed(model: BridgedModel, tokens: Int[Tensor, "row pos"], places: Iterable[Place]) -> tuple[dict[str, Tensor], Calls]:
     """What the hooks of places show in one run, the logits, and how norms are called."""
     seen: dict[str, Tensor] = {}
     calls: Calls = {}
@@ -66,11 +66,11 @@ def _record_call(calls: Calls, module: nn.Module, args: tuple[Any, ...], kwargs:
     calls[id(module)] = args, dict(kwargs)
 
 
-def _logits(model: Any, tokens: Int[Tensor, "row pos"]) -> Float[Tensor, "row pos vocab"]:
+def _logits(model: BridgedModel, tokens: Int[Tensor, "row pos"]) -> Float[Tensor, "row pos vocab"]:
     return model.bridge(tokens, return_type="logits", use_cache=False)
 
 
-def _problem(model: Any, tokens: Int[Tensor, "row pos"], place: Place, seen: dict[str, Tensor], calls: Calls) -> str | None:
+def _problem(model: BridgedModel, tokens: Int[Tensor, "row pos"], place: Place, seen: dict[str, Tensor], calls: Calls) -> str | None:
     if isinstance(place, NormPlace):
         return _norm_problem(model, place, calls)
     if isinstance(place, MLPPlace):
@@ -82,7 +82,7 @@ def _problem(model: Any, tokens: Int[Tensor, "row pos"], place: Place, seen: dic
     return None
 
 
-def _cap_problem(model: Any, tokens: Int[Tensor, "row pos"], place: CapPlace, seen: dict[str, Tensor]) -> str | None:
+def _cap_problem(model: BridgedModel, tokens: Int[Tensor, "row pos"], place: CapPlace, seen: dict[str, Tensor]) -> str | None:
     value = seen[place.at]
     if place.final:
         worst = _difference(place.activation(seen[place.reads[0]]), value)
@@ -91,7 +91,7 @@ def _cap_problem(model: Any, tokens: Int[Tensor, "row pos"], place: CapPlace, se
     return _NOT_LIVE if torch.equal(other, seen[LOGITS]) else None
 
 
-def _norm_problem(model: Any, place: NormPlace, calls: Calls) -> str | None:
+def _norm_problem(model: BridgedModel, place: NormPlace, calls: Calls) -> str | None:
     """The norm alone, in float32: its formula, and what the LN-rule conserves, Σ x·Jᵀg = Σ (y − b)·g for any g."""
     if id(place.module) not in calls:
         return "it is not called as a module"
@@ -131,7 +131,7 @@ def _mlp_problem(place: MLPPlace, seen: dict[str, Tensor]) -> str | None:
     return None if worst <= _rounding(g) else f"{what} (off by {worst:.2g})"
 
 
-def _next_problem(model: Any, tokens: Int[Tensor, "row pos"], place: ClipPlace | GatePlace, seen: dict[str, Tensor]) -> str | None:
+def _next_problem(model: BridgedModel, tokens: Int[Tensor, "row pos"], place: ClipPlace | GatePlace, seen: dict[str, Tensor]) -> str | None:
     """Whether what follows the hook is the clamp, or the gate, that the place says: seen from logits, with large and with moderate values.
 
     A clamp makes no difference between what it clamps and what is clamped already; a closed gate between the heads behind it.
@@ -153,7 +153,7 @@ def _next_problem(model: Any, tokens: Int[Tensor, "row pos"], place: ClipPlace |
 _NOT_LIVE = "what is put at its hook does not reach the logits"
 
 
-def _logits_with(model: Any, tokens: Int[Tensor, "row pos"], place: Place, *values: Tensor) -> list[Tensor]:
+def _logits_with(model: BridgedModel, tokens: Int[Tensor, "row pos"], place: Place, *values: Tensor) -> list[Tensor]:
     """Logits with other values at the hook of a place, in one run each."""
     found = []
     for value in values:
@@ -166,7 +166,7 @@ def _give(value: Tensor, module: Any, inputs: Any, output: Tensor) -> Tensor:
     return value
 
 
-def _reached(model: Any, tokens: Int[Tensor, "row pos"], places: list[AttentionPlace]) -> list[AttentionPlace]:
+def _reached(model: BridgedModel, tokens: Int[Tensor, "row pos"], places: list[AttentionPlace]) -> list[AttentionPlace]:
     """Attention places, with whether what is put at the pattern hook flows on: then a pattern that is held gives queries and keys no gradient."""
     if not places:
         return []

@@ -11,12 +11,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformer_lens.model_bridge import TransformerBridge
+
+from patchlab.adapters import BridgedModel
 
 HALF = (torch.bfloat16, torch.float16)
 
 
 @contextmanager
-def in_single_precision(model: Any) -> Iterator[None]:
+def in_single_precision(model: BridgedModel) -> Iterator[None]:
     """Run blocks, final norm and unembedding of a half-precision model in float32 for the duration of the block, backwards too.
 
     Each module's weights are turned into float32 as it is called and are the old tensors again when it returns, so the memory that
@@ -43,7 +46,7 @@ def in_single_precision(model: Any) -> Iterator[None]:
             handle.remove()
 
 
-def _parts(bridge: Any) -> list[nn.Module]:
+def _parts(bridge: TransformerBridge) -> list[nn.Module]:
     """The blocks, and what is around them but for the embeddings."""
     blocks = list(bridge.blocks)
     inside = {id(module) for block in blocks for module in block.modules()}

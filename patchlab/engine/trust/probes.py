@@ -14,10 +14,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from patchlab.engine.literal import canonical, run
+from patchlab.adapters import BridgedModel
+from patchlab.engine.hooks import canonical
+from patchlab.engine.literal import run
 from patchlab.engine.program import Program, Target, row_numbers, targets
-from patchlab.engine.trust.nodes import tolerance
-from patchlab.interventions import Edit, address
+from patchlab.engine.trust.trials import tolerance
+from patchlab.interventions import Edit
+from patchlab.sites import address
 
 # given the first, the second is a function of them; attention and MLP are added to a stream that is held
 STEPS = (
@@ -78,7 +81,7 @@ class _Row:
     prompt: int = 0
 
 
-def probe(model: Any, tokens: Int[Tensor, "two pos"]) -> dict[str, str]:
+def probe(model: BridgedModel, tokens: Int[Tensor, "two pos"]) -> dict[str, str]:
     """Sites of a model that fail a probe, and the reason."""
     arch = model.arch
     steps = {i: step for i, step in enumerate(STEPS) if not {*step[0], step[1]} & set(arch.absent)}
@@ -153,9 +156,10 @@ def _most(difference: Tensor) -> float:
 class _Received:
     """What the linear maps behind sites are given: with weights of zero nothing else shows that an edit got there."""
 
-    def __init__(self, model: Any, where: Iterable[Target]) -> None:
+    def __init__(self, model: BridgedModel, where: Iterable[Target]) -> None:
         self.inputs: dict[Target, Tensor] = {}
-        maps = {str(module.hook_in.name): module.original_component for module in model.bridge.modules() if hasattr(module, "hook_in")}
+        components: Iterable[Any] = (module for module in model.bridge.modules() if hasattr(module, "hook_in"))
+        maps = {str(component.hook_in.name): component.original_component for component in components}
         hosts = {target: canonical(model, model.arch.accessors[target[0]].host(target[1])) for target in where}
         self.maps = {target: maps[host] for target, host in hosts.items() if maps.get(host) is not None}
 

@@ -17,27 +17,26 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from patchlab.adapters import Architecture
+from patchlab.adapters import Architecture, BridgedModel
 from patchlab.engine.literal import run
 from patchlab.engine.program import Program, Result, Target, row_numbers, targets
+from patchlab.engine.session import exclusive
 from patchlab.engine.trust.places import checked_places
 from patchlab.engine.trust.precision import in_single_precision
 from patchlab.engine.trust.probes import probe
+from patchlab.engine.trust.trials import every_logit, tolerance, trial
 from patchlab.errors import InterventionError, ModelError, PatchlabError
-from patchlab.interventions import Edit, Kept, address
-from patchlab.metrics import Answers, Metric
-from patchlab.sites import KINDS
+from patchlab.interventions import Edit
+from patchlab.sites import KINDS, address
+from patchlab.sources import Kept
 
-_EVERYTHING = Metric(
-    "sum of logits", lambda logits, answers: (logits * torch.linspace(-1, 1, logits.shape[-1]).to(logits)).flatten(1).sum(1), reads="all"
-)
-_TOLERANCE = 2e-3
 _CONTRIBUTIONS: tuple[str, ...] = ("input", "attn_out", "mlp_out")
 _SUM = ("resid_pre", "attn_out", "mlp_out", "resid_post")
 _RESIDUAL = ("resid_pre", "resid_mid", "resid_post")
 
 
-def self_test(model: Any) -> Architecture:
+@exclusive
+def self_test(model: BridgedModel) -> Architecture:
     """The model's architecture with its sizes as measured, and with the sites and places that failed marked as such.
 
     Raises:
@@ -58,23 +57,21 @@ def self_test(model: Any) -> Architecture:
             ) from error
 
 
-def _tested_architecture(model: Any) -> Architecture:
+def _tested_architecture(model: BridgedModel) -> Architecture:
     arch = model.arch
     length = _length(arch)
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(0, arch.vocab_size, (2, length), generator=generator).to(model.device)
+    tokens = trial(model, length, seed=0).tokens
     tokens[1] = (tokens[0] + 1 + torch.arange(length, device=model.device)) % arch.vocab_size
     with in_single_precision(model):
         arch = _measured(model, replace(arch, absent=arch.absent | _silent(model, tokens)), tokens[:1])
-        trial = _Trial(model, arch)
-        absent = arch.absent | _changed_by_itself(trial, tokens)
-    absent |= _dropped(_Trial(model, replace(arch, absent=absent)), tokens)
+        absent = arch.absent | _changed_by_itself(_with(model, arch), tokens)
+    absent |= _dropped(_with(model, replace(arch, absent=absent)), tokens)
     with in_single_precision(model):
-        absent |= probe(_Trial(model, replace(arch, absent=absent)), tokens)
-        trial = _Trial(model, replace(arch, absent=absent))
-        absent |= _bypassing(trial, tokens)
+        absent |= probe(_with(model, replace(arch, absent=absent)), tokens)
+        tested = _with(model, replace(arch, absent=absent))
+        absent |= _bypassing(tested, tokens)
         _check_stream(model, absent)
-    return replace(arch, absent=absent, places=checked_places(trial, tokens[:1]))
+    return replace(arch, absent=absent, places=checked_places(tested, tokens[:1]))
 
 
 def _length(arch: Architecture) -> int:
@@ -84,29 +81,26 @@ def _length(arch: Architecture) -> int:
     return next((length for length in range(6, 12) if length not in sizes and length <= longest), min(6, longest))
 
 
-def _check_stream(model: Any, absent: dict[str, str]) -> None:
+def _check_stream(model: BridgedModel, absent: dict[str, str]) -> None:
     for kind in ("resid_pre", "resid_post"):
         if kind in absent:
             raise ModelError(f"{model.name} ({model.arch.family}) cannot be trusted: {kind} failed the self-test, {absent[kind]}.")
 
 
-class _Trial:
-    """A model with a provisional architecture."""
-
-    def __init__(self, model: Any, arch: Architecture) -> None:
-        self.bridge, self.hooks, self.name, self.dtype, self.device = model.bridge, model.hooks, model.name, model.dtype, model.device
-        self.keeps_logits, self.ambient, self.arch = False, (), arch
+def _with(model: BridgedModel, arch: Architecture) -> BridgedModel:
+    """The model with a provisional architecture."""
+    return BridgedModel(model.bridge, model.hooks, model.name, arch, model.dtype, model.device)
 
 
 def _program(tokens: Int[Tensor, "row pos"], **options: Any) -> Program:
     return Program(tokens, row_numbers(tokens), **options)
 
 
-def _every(model: Any) -> tuple[Target, ...]:
+def _every(model: BridgedModel) -> tuple[Target, ...]:
     return _all(model.arch.sites, model.arch)
 
 
-def _measured(model: Any, arch: Architecture, tokens: Int[Tensor, "one pos"]) -> Architecture:
+def _measured(model: BridgedModel, arch: Architecture, tokens: Int[Tensor, "one pos"]) -> Architecture:
     """The architecture with sizes read off a run, and without sites whose activations have another shape or look ahead.
 
     Structural zeros and prefixes rest on causality: no token may change anything before it.
@@ -116,12 +110,12 @@ def _measured(model: Any, arch: Architecture, tokens: Int[Tensor, "one pos"]) ->
     """
     other = tokens.clone()
     other[:, -1] = (other[:, -1] + 1) % arch.vocab_size
-    trial, absent, n_rows, length = _Trial(model, arch), dict(arch.absent), 2, tokens.shape[1]
+    provisional, absent, n_rows, length = _with(model, arch), dict(arch.absent), 2, tokens.shape[1]
     hosts = {target: arch.accessors[target[0]].host(target[1]) for target in _all(arch.sites, arch)}
-    result = run(trial, _program(torch.cat([tokens, other]), hooks=tuple(dict.fromkeys(hosts.values())), logits="all"))
+    result = run(provisional, _program(torch.cat([tokens, other]), hooks=tuple(dict.fromkeys(hosts.values())), logits="all"))
     _check_stream(model, absent)
     one, two = (logits := _logits(result))[:, :-1]
-    if (worst := _difference(two, one)) > _TOLERANCE / 20:
+    if (worst := _difference(two, one)) > tolerance():
         raise ModelError(
             f"{model.name} ({arch.family}) is not a causal language model: the last token changes the logits before it (by {worst:.2g} "
             f"of their scale). patchlab needs a decoder-only model."
@@ -135,7 +129,7 @@ def _measured(model: Any, arch: Architecture, tokens: Int[Tensor, "one pos"]) ->
             continue
         dim = KINDS[kind].dim(KINDS[kind].position)
         values = [arch.accessors[kind].shape(result.hooks[hosts[kind, layer]]).narrow(dim, 0, length - 1) for layer in shapes]
-        if (worst := max(_difference(value[1], value[0]) for value in values)) > _TOLERANCE / 20:
+        if (worst := max(_difference(value[1], value[0]) for value in values)) > tolerance():
             absent[kind] = (
                 f"the last token changes it at earlier positions (by {worst:.2g} of its scale), so its positions are not those of the prompt"
             )
@@ -176,7 +170,7 @@ def _width(kind: str, shapes: dict[int | None, tuple[int, ...]], arch: Architect
     return None, first[-1] if heads is None or len(first) == 4 else first[-1] // heads
 
 
-def _silent(model: Any, tokens: Int[Tensor, "row pos"]) -> dict[str, str]:
+def _silent(model: BridgedModel, tokens: Int[Tensor, "row pos"]) -> dict[str, str]:
     """Sites whose hook does not fire exactly once."""
     try:
         run(model, _program(tokens, keep=_every(model)))
@@ -192,7 +186,7 @@ def _silent(model: Any, tokens: Int[Tensor, "row pos"]) -> dict[str, str]:
     return found
 
 
-def _changed_by_itself(model: Any, tokens: Int[Tensor, "row pos"]) -> dict[str, str]:
+def _changed_by_itself(model: BridgedModel, tokens: Int[Tensor, "row pos"]) -> dict[str, str]:
     """Sites where patching a run with its own values changes a bit of the logits."""
     found = {}
     plain = run(model, _program(tokens, keep=_every(model), logits="all"))
@@ -203,17 +197,17 @@ def _changed_by_itself(model: Any, tokens: Int[Tensor, "row pos"]) -> dict[str, 
     return found
 
 
-def _dropped(model: Any, tokens: Int[Tensor, "row pos"]) -> dict[str, str]:
+def _dropped(model: BridgedModel, tokens: Int[Tensor, "row pos"]) -> dict[str, str]:
     """Sites whose returned tensor is not what the rest of the model is computed from, or from which no gradient comes back.
 
     A gradient of zero alone says nothing: a part may be dead, and then no edit of it changes anything.
     """
-    answers = Answers.of([[0]] * 2, [[0]] * 2, model.device)
+    answers = trial(model, tokens.shape[1]).answers
     gradients: dict[Target, Tensor] = {}
     found: dict[str, str] = {}
 
     def collect(where: tuple[Target, ...]) -> None:
-        gradients.update(run(model, _program(tokens, gradients=where, metric=_EVERYTHING, answers=answers)).gradients)
+        gradients.update(run(model, _program(tokens, gradients=where, metric=every_logit("all"), answers=answers)).gradients)
 
     try:
         collect(_every(model))
@@ -237,12 +231,12 @@ def _dropped(model: Any, tokens: Int[Tensor, "row pos"]) -> dict[str, str]:
         edits = tuple(Edit(address(*target), nudges[target], "add", rows=one_row_each[i]) for i, target in enumerate(flat))
         logits = _logits(run(model, _program(ids, edits=edits, logits="all")))
     for i, (kind, layer) in enumerate(flat):
-        if _difference(logits[i], logits[-1]) > _TOLERANCE / 20:
+        if _difference(logits[i], logits[-1]) > tolerance():
             found.setdefault(kind, f"an edit in layer {layer} changes the logits, but no gradient comes back")
     return found
 
 
-def _bypassing(model: Any, tokens: Int[Tensor, "row pos"]) -> dict[str, str]:
+def _bypassing(model: BridgedModel, tokens: Int[Tensor, "row pos"]) -> dict[str, str]:
     """Sites where a patch does not carry over to the next quantity downstream."""
     arch = model.arch
     both = run(model, _program(tokens, keep=_every(model), logits="all"))
@@ -259,25 +253,25 @@ def _bypassing(model: Any, tokens: Int[Tensor, "row pos"]) -> dict[str, str]:
     logits = _logits(patched((), rows=len(residual), edits=edits))
     for i, (kind, layer) in enumerate(residual):
         worst = _difference(logits[i], _logits(both)[0])
-        if worst > _TOLERANCE:
+        if worst > tolerance(whole=True):
             found.setdefault(kind, f"patching all of L{layer}.{kind} leaves the logits wrong by {worst:.2g} of their scale")
     if all(kind not in arch.absent for kind in _CONTRIBUTIONS):
         found |= _not_arriving(model, both, donor, patched)
     return found
 
 
-def _not_arriving(model: Any, both: Result, donor: Kept, patched: Callable[..., Result]) -> dict[str, str]:
+def _not_arriving(model: BridgedModel, both: Result, donor: Kept, patched: Callable[..., Result]) -> dict[str, str]:
     """Contributions to the residual stream whose patch does not arrive there."""
     arch = model.arch
     found: dict[str, str] = {}
-    if _imbalance(both, arch) <= _TOLERANCE:  # the stream is a plain sum, so it must stay the sum of what is patched
+    if _imbalance(both, arch) <= tolerance(whole=True):  # the stream is a plain sum, so it must stay the sum of what is patched
         for kind in _CONTRIBUTIONS:
             got = patched(_all((kind,), arch), keep=_all(_SUM, arch))
             worst = _difference(got["L0.resid_pre"], donor.activations["resid_pre", 0]) if kind == "input" else _imbalance(got, arch)
-            if worst > _TOLERANCE:
+            if worst > tolerance(whole=True):
                 found[kind] = f"patching {kind} leaves the residual stream after it wrong by {worst:.2g} of its scale"
     worst = _difference(_logits(patched(_all(_CONTRIBUTIONS, arch))), _logits(both)[:1])
-    if worst > _TOLERANCE and not found:
+    if worst > tolerance(whole=True) and not found:
         found = dict.fromkeys(
             _CONTRIBUTIONS, f"patching the embedding and every attention and MLP output leaves the logits wrong by {worst:.2g} of their scale"
         )

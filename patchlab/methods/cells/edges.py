@@ -24,7 +24,6 @@ from patchlab.engine.memory import itemsize, token_bytes
 from patchlab.engine.program import targets
 from patchlab.engine.trust.edges import edge_mask, edge_support, run_edge_sets
 from patchlab.errors import MethodError
-from patchlab.interventions import Kept
 from patchlab.methods.cells.kind import Exactly, Index, Linear, Linearly, add_cells, listed, stacked
 from patchlab.methods.cells.nodes import change_of, shares
 from patchlab.methods.setting.meter import Meter
@@ -34,6 +33,7 @@ from patchlab.rules import Composite
 from patchlab.rules.jacobian import norm_jvp, norm_vjp
 from patchlab.scores.arrays import CellNames
 from patchlab.sites import Site
+from patchlab.sources import Kept
 from patchlab.tasks.task import PositionAxis
 
 CHUNK_BYTES = 2**26
@@ -48,7 +48,7 @@ class Edges:
 
     def check(self, setting: Setting, others: int) -> None:
         among = others + len(setting.sites) - 1
-        if among or setting.model.ambient:
+        if among or setting.surrounding:
             got = f"together with {among} other sites" if among else "inside intervene"
             raise MethodError(f"edges are scored on the model as it is, in a run of their own; got them {got}. Run them alone.")
 

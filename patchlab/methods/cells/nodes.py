@@ -13,7 +13,7 @@ from patchlab.engine import Result, Support, Target, Work, support, sweep
 from patchlab.engine.memory import activation_bytes, itemsize, token_bytes
 from patchlab.engine.program import targets
 from patchlab.errors import MethodError
-from patchlab.interventions import Edit, Kept, address
+from patchlab.interventions import Edit
 from patchlab.methods.cells.kind import Exactly, Index, Linear, Linearly, add_cells, listed
 from patchlab.methods.corrections import drop_term, every_layer, qk_forwards, qk_scores
 from patchlab.methods.setting.meter import Meter
@@ -21,7 +21,8 @@ from patchlab.methods.setting.rounding import product_variance
 from patchlab.methods.setting.setting import Setting
 from patchlab.methods.setting.unpatched import Runs, Scored, first_difference, program, reduced, required
 from patchlab.scores.arrays import CellNames
-from patchlab.sites import KINDS, POSITION_AXES, Position, Site
+from patchlab.sites import KINDS, POSITION_AXES, Position, Site, address
+from patchlab.sources import Kept
 from patchlab.tasks.task import PositionAxis
 
 INPUT: Target = ("input", None)
@@ -256,7 +257,7 @@ class _NodeScores:
         groups = (INPUT,) if how.over == "inputs" else tuple(self.total)
         name = "completeness_gap" if how.composite.plain else "non_conservation"
         for group in groups:
-            if how.over == "inputs" and how.paired and not setting.model.ambient:
+            if how.over == "inputs" and how.paired and not setting.surrounding:
                 end = runs.clean if setting.direction == "denoising" else runs.corrupted
             else:
                 moved = meter.run(setting.model, program(setting, runs, edits=(Edit(address(*group), runs.source),)))
@@ -352,7 +353,7 @@ def patched(
                 program(setting, runs),
                 [cells[i] for i in fast],
                 prefix=way.mode == "prefix",
-                start=first_difference(runs.batch) if isinstance(runs.source, Kept) and not setting.model.ambient else 0,
+                start=first_difference(runs.batch) if isinstance(runs.source, Kept) and not setting.surrounding else 0,
                 base=runs.base if way.mode == "prefix" else None,
                 max_tokens=_max_tokens(setting, runs),
                 done=done,

@@ -40,7 +40,7 @@ def identify(record: Mapping[str, Any], setting: Setting, batches: str) -> dict[
         "device": record["device"],
         "batches": batches,
         "max_memory": str(setting.max_memory),
-        "surroundings": digest(setting.model.ambient, f"{len(setting.model.ambient)} edits"),
+        "surroundings": digest(setting.surrounding, f"{len(setting.surrounding)} edits"),
         "versions": versions,
     }
 

@@ -6,10 +6,11 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Bool
 
-from patchlab.engine import Target
-from patchlab.interventions import Average
+from patchlab.engine import Target, session_of
+from patchlab.interventions import Edit
 from patchlab.models import Model
 from patchlab.sites import Site
+from patchlab.sources import Average
 from patchlab.tasks.task import PositionAxis, Task
 
 Direction = Literal["denoising", "noising"]
@@ -34,3 +35,8 @@ class Setting:
     targets: tuple[Target, ...] = ()
     mean: Average | None = None
     max_memory: float | int | None = None
+
+    @property
+    def surrounding(self) -> tuple[Edit, ...]:
+        """The edits of the ``pl.intervene`` blocks around the run."""
+        return session_of(self.model).surrounding

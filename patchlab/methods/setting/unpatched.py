@@ -11,13 +11,13 @@ from torch import Tensor
 
 from patchlab.engine import Baseline, Program, Result, Target, empty_cache, run_rest
 from patchlab.errors import MethodError
-from patchlab.interventions import Average, Kept, Source, Zero
 from patchlab.methods.setting.meter import Meter
 from patchlab.methods.setting.rounding import Rounding, rounding
 from patchlab.methods.setting.setting import Setting
 from patchlab.metrics import Answers
 from patchlab.scores.arrays import Effects
 from patchlab.sites import KINDS, POSITION_AXES, Site
+from patchlab.sources import Average, Kept, Source, Zero
 from patchlab.tasks.task import Batch
 
 
@@ -75,7 +75,7 @@ def unpatched(
     """
     start = first_difference(batch)
     answer_only = setting.task.metric.reads == "answer" and not (setting.task.metric.needs_clean and setting.direction == "noising")
-    if resume and start and source == "paired" and answer_only and not setting.model.ambient:
+    if resume and start and source == "paired" and answer_only and not setting.surrounding:
         return _resumed(setting, batch, meter, at=at, baseline=baseline, start=start)
     denoising = setting.direction == "denoising"
     kept = {"keep": at if source == "paired" else ()}

@@ -1,0 +1,149 @@
+"""Hooks: what happens at each hook of the Bridge during one run, and how it is put there.
+
+At every hook the order is rule, edits, capture, and then what stands in for the model's next step. Hooks return new tensors and are
+removed at the end, also after an exception.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from patchlab.adapters import LOGITS, Accessor, BridgedModel
+from patchlab.engine.program import Program, Target
+from patchlab.interventions import Edit
+from patchlab.rules.attachments import Attachment, Recorded
+
+
+@dataclass
+class Hook:
+    """What happens at one hook of the Bridge during one run."""
+
+    rules: list[Callable[[Tensor, Recorded], Tensor]] = field(default_factory=list)
+    edits: list[Edit] = field(default_factory=list)
+    keep: list[Target] = field(default_factory=list)
+    gradients: list[Target] = field(default_factory=list)
+    keep_raw: list[str] = field(default_factory=list)
+    gradient_raw: list[str] = field(default_factory=list)
+    after: list[Callable[[Tensor, Recorded], Tensor]] = field(default_factory=list)
+    recorded: bool = False
+    fired: int = 0
+
+
+@dataclass
+class Execution:
+    """What one forward pass collects, and what it does when a hook fires."""
+
+    model: BridgedModel
+    program: Program | None = None
+    recorded: Recorded = field(default_factory=dict)
+    activations: dict[Target, Tensor] = field(default_factory=dict)
+    hooks: dict[str, Tensor] = field(default_factory=dict)
+    leaves: dict[Target, Tensor] = field(default_factory=dict)
+    raw_leaves: dict[str, Tensor] = field(default_factory=dict)
+
+    def at_hook(self, name: str, hook: Hook, module: Any, inputs: Any, value: Tensor) -> Tensor:
+        """Rule, edits, capture, what stands in for the next step; returns the tensor that flows on."""
+        hook.fired += 1
+        for rule in hook.rules:
+            value = rule(value, self.recorded)
+        for edit in hook.edits:
+            accessor, companion = self._lens(edit.address.kind, edit.address.layer)
+            own = accessor.read(value, companion)
+            value = accessor.write(value, companion, edit.apply(own, self.program.examples, self.program.positions))  # type: ignore[union-attr]
+        if hook.gradients or hook.gradient_raw:
+            # a tensor of its own: if the model drops what a hook returns, no gradient may reach it by another way
+            value = value.view_as(value) if value.requires_grad else value.detach().requires_grad_()
+            self.leaves.update(dict.fromkeys(hook.gradients, value))
+            self.raw_leaves.update(dict.fromkeys(hook.gradient_raw, value))
+        for target in hook.keep:
+            accessor, companion = self._lens(*target)
+            self.activations[target] = accessor.read(value, companion).detach().clone()
+        self.hooks.update((wanted, value.detach().clone()) for wanted in hook.keep_raw)
+        if hook.recorded:
+            self.recorded[name] = value
+        for rule in hook.after:
+            value = rule(value, self.recorded)
+        return value
+
+    def _lens(self, kind: str, layer: int | None) -> tuple[Accessor, Tensor | None]:
+        accessor = self.model.arch.accessors[kind]
+        name = accessor.companion(layer)
+        return accessor, None if name is None else self.recorded[canonical(self.model, name)]
+
+
+def canonical(model: BridgedModel, name: str) -> str:
+    """The hook's own name; several names can lead to one hook."""
+    return str(model.hooks[name].name)
+
+
+def _at(plan: dict[str, Hook], model: BridgedModel, name: str) -> Hook:
+    # aliases of one hook share one entry, so that the order rule, edits, capture holds across them
+    return plan.setdefault(canonical(model, name), Hook())
+
+
+def _host(plan: dict[str, Hook], model: BridgedModel, kind: str, layer: int | None) -> Hook:
+    accessor = model.arch.accessors[kind]
+    companion = accessor.companion(layer)
+    if companion is not None:
+        _at(plan, model, companion).recorded = True
+    return _at(plan, model, accessor.host(layer))
+
+
+def plan_of(model: BridgedModel, program: Program, edits: tuple[Edit, ...]) -> dict[str, Hook]:
+    """What a program and edits do at which hook, by the hook's own name."""
+    plan: dict[str, Hook] = {}
+    if program.rules is not None:
+        _put_rules(plan, model, program.rules.attach(model.arch.places))
+    for edit in edits:
+        _host(plan, model, edit.address.kind, edit.address.layer).edits.append(edit)
+    for target in program.keep:
+        _host(plan, model, *target).keep.append(target)
+    for target in program.gradients:
+        _host(plan, model, *target).gradients.append(target)
+    for name in program.hooks:
+        _at(plan, model, name).keep_raw.append(name)
+    for name in program.hook_gradients:
+        _at(plan, model, name).gradient_raw.append(name)
+    return plan
+
+
+def _put_rules(plan: dict[str, Hook], model: BridgedModel, attachments: Iterable[Attachment]) -> None:
+    for attachment in attachments:
+        reads = {name: canonical(model, name) for name in attachment.reads}
+        hook = plan.setdefault(LOGITS, Hook()) if attachment.at == LOGITS else _at(plan, model, attachment.at)
+        (hook.after if attachment.after else hook.rules).append(partial(_apply_rule, attachment, reads))
+        for name in attachment.reads:
+            _at(plan, model, name).recorded = True
+
+
+@contextmanager
+def ruled(model: BridgedModel, attachments: Iterable[Attachment], leaves: Iterable[str] = ()) -> Iterator[dict[str, Tensor]]:
+    """Rules on a model's hooks for the duration of the block, however it is run; gives the values at ``leaves``, to differentiate by."""
+    plan: dict[str, Hook] = {}
+    _put_rules(plan, model, attachments)
+    for name in leaves:
+        _at(plan, model, name).gradient_raw.append(name)
+    execution = Execution(model)
+    with hooked(model.hooks, {name: partial(execution.at_hook, name, hook) for name, hook in plan.items()}):
+        yield execution.raw_leaves
+
+
+def _apply_rule(attachment: Attachment, reads: dict[str, str], value: Tensor, recorded: Recorded) -> Tensor:
+    return attachment.apply(value, {name: recorded[canonical] for name, canonical in reads.items()})
+
+
+@contextmanager
+def hooked(points: Mapping[str, Any], hooks: Mapping[str, Callable[..., Tensor | None]]) -> Iterator[None]:
+    """Put functions on hook points for the duration of the block."""
+    handles = []
+    try:
+        for name, function in hooks.items():
+            handles.append(points[name].register_forward_hook(function))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
