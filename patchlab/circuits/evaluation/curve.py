@@ -93,7 +93,7 @@ class FaithfulnessCurve:
         return self.table.copy()
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
-        """Write tables and provenance as JSON; the circuits have files of their own (:meth:`Circuit.save`).
+        """Write tables and provenance as JSON; the circuits have files of their own (:func:`patchlab.circuits.write`).
 
         Raises:
             OutputError: the file exists, or cannot be written.

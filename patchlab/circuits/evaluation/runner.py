@@ -9,8 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from patchlab.circuits.circuit import Circuit
-from patchlab.circuits.shape import common_graph
+from patchlab.circuits.circuit import Circuit, common_graph
 from patchlab.engine import Program, run
 from patchlab.engine.masked import pass_bytes, row_bytes
 from patchlab.errors import CircuitError
