@@ -223,8 +223,7 @@ class Circuit:
         counts = [f"{letter} {into[kinds == letter].sum():,}" for letter in READERS if into[kinds == letter].any()]
         lines = [repr(self), f"Edges into: {', '.join(counts) or 'nothing'}."]
         for layer in range(self.graph.n_layers):
-            inside = self.graph.writer_slice(layer)
-            if names := [name for name, kept in zip(self.graph.writers[inside], self.node_mask[inside], strict=True) if kept]:
+            if names := [node.name for node, kept in zip(self.graph.node_table, self.node_mask, strict=True) if kept and node.layer == layer]:
                 lines.append(f"Layer {layer}: {' '.join(names)}")
         return "\n".join([*lines, *self._largest(top)])
 
@@ -296,12 +295,11 @@ def kv_view(graph: Graph, edges: Bool[np.ndarray, "writer reader"], scores: Floa
         >>> kv_view(graph, graph.mask(["input->a0.h2<k>", "input->a0.h3<k>"]))["copies"].values[0].tolist()
         [0, 2, 0, 0]
     """
-    groups, columns, names = graph.n_heads // graph.copies, [], []
+    columns, names = [], []
     for layer in range(graph.n_layers):
-        start = graph.reader_slice(layer).start
-        for i, letter in enumerate("kv", start=1):
-            columns.append(np.arange(graph.n_heads).reshape(groups, graph.copies) + start + i * graph.n_heads)
-            names += [f"a{layer}.kv{group}<{letter}>" for group in range(groups)]
+        for letter in "kv":
+            columns.append(np.arange(len(graph.readers))[graph.readers_of(layer, letter)].reshape(-1, graph.copies))
+            names += [f"a{layer}.kv{group}<{letter}>" for group in range(len(columns[-1]))]
     copies = np.concatenate(columns)
     values = np.full(edges.shape, np.nan) if scores is None else scores
     dims = ("writer", "kv_reader")
