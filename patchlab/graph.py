@@ -217,6 +217,15 @@ class Graph:
         first = head // self.copies * self.copies
         return slice(first, first + self.copies)
 
+    def kv_name(self, reader: int) -> str:
+        """Name of the key or value behind a reader of it, by its key-value head.
+
+        >>> graph = Graph(1, 4, 8, n_kv_heads=2)
+        >>> graph.kv_name(graph.readers.index("a0.h3<k>"))
+        'a0.kv1<k>'
+        """
+        return f"a{self.reader_layer[reader]}.kv{self.reader_head[reader] // self.copies}<{self.reader_kind[reader]}>"
+
     def edge(self, name: str) -> tuple[int, int]:
         """Writer and reader of an edge by its name; heads may also be written as in addresses, ``L0.H1``.
 

@@ -295,12 +295,8 @@ def kv_view(graph: Graph, edges: Bool[np.ndarray, "writer reader"], scores: Floa
         >>> kv_view(graph, graph.mask(["input->a0.h2<k>", "input->a0.h3<k>"]))["copies"].values[0].tolist()
         [0, 2, 0, 0]
     """
-    columns, names = [], []
-    for layer in range(graph.n_layers):
-        for letter in "kv":
-            columns.append(np.arange(len(graph.readers))[graph.readers_of(layer, letter)].reshape(-1, graph.copies))
-            names += [f"a{layer}.kv{group}<{letter}>" for group in range(len(columns[-1]))]
-    copies = np.concatenate(columns)
+    copies = np.flatnonzero(np.isin(graph.reader_kind, ("k", "v"))).reshape(-1, graph.copies)
+    names = [graph.kv_name(first) for first in copies[:, 0]]
     values = np.full(edges.shape, np.nan) if scores is None else scores
     dims = ("writer", "kv_reader")
     return xr.Dataset(

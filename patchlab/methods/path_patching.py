@@ -120,12 +120,9 @@ def kv_effects(
     exact, graph = ActivationPatching(source=source, engine=engine, post_norm=post_norm), model.arch.graph
     options = {"direction": direction, "batch_size": batch_size, "max_memory": max_memory}
     with _patching(exact, model, task, "edges", 0, progress, options) as patcher:
-        head, kinds = graph.reader_head, np.array(graph.reader_kind)
-        first = np.isin(kinds, ("k", "v")) & (head % graph.copies == 0)
+        first = np.isin(graph.reader_kind, ("k", "v")) & (graph.reader_head % graph.copies == 0)
         cells = np.argwhere(required(patcher.setting.live["edges"]) & first)
-        names = []
-        for writer, reader in cells.tolist():
-            names.append(f"{graph.writers[writer]}->a{graph.reader_layer[reader]}.kv{head[reader] // graph.copies}<{kinds[reader]}>")
+        names = [f"{graph.writers[writer]}->{graph.kv_name(reader)}" for writer, reader in cells.tolist()]
         options = {"engine": engine, "grouped": True, "post_norm": post_norm}
         return _collected(patcher, names, lambda runs: edge_effects(patcher.setting, runs, patcher.meter, cells, **options), "edge")
 

@@ -225,8 +225,17 @@ def faithfulness_curve(
     ]
     draws = [[_random(graph, n, total, seed + draw, how) for n, _, total in plan] for draw in range(random)]
     runs = [Circuit.empty(graph), *(c for some in circuits.values() for c in some), *(c for some in draws for c in some)]
-    shared: dict[str, Any] = {"allow_overlap": allow_overlap, "batch_size": batch_size, "max_memory": max_memory}
-    runner = Runner.of(model, task, ablation, train=train, fit=fit, post_norm=post_norm, **shared)
+    runner = Runner.of(
+        model,
+        task,
+        ablation,
+        train=train,
+        fit=fit,
+        post_norm=post_norm,
+        allow_overlap=allow_overlap,
+        batch_size=batch_size,
+        max_memory=max_memory,
+    )
     measured = runner.metric(runs, progress=progress)
     found, scale, level = measured.metric, Scale(runner.full(), measured.metric[0], n_boot, seed), float(level)
     rows, areas, start = [], [], 1

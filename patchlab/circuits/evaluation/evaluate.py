@@ -141,8 +141,17 @@ def evaluate(
             )
     notes = [note for name, c in circuits.items() if (note := _of_other_weights(c, model, f"circuit {name!r}"))]
     selection = {name: check_disjoint(c.provenance, task, f"circuit {name!r}", allow_overlap=allow_overlap) for name, c in circuits.items()}
-    shared: dict[str, Any] = {"allow_overlap": allow_overlap, "batch_size": batch_size, "max_memory": max_memory}
-    runner = Runner.of(model, task, ablation, train=train, fit=fit, post_norm=post_norm, **shared)
+    runner = Runner.of(
+        model,
+        task,
+        ablation,
+        train=train,
+        fit=fit,
+        post_norm=post_norm,
+        allow_overlap=allow_overlap,
+        batch_size=batch_size,
+        max_memory=max_memory,
+    )
     left_out = [(name, part, rest) for name, c in circuits.items() for part, rest in _without_parts(c, minimality)]
     named = {"no edges": Circuit.empty(model.arch.graph), **circuits}
     runs = [*named.values(), *(~c for c in circuits.values() if completeness), *(rest for *_, rest in left_out)]
