@@ -7,8 +7,7 @@ from families import model_of, swap_task
 
 import patchlab as pl
 from patchlab.circuits import Circuit, acdc, evaluate
-from patchlab.circuits.evaluation.ablations import ablation_for
-from patchlab.circuits.evaluation.runner import full_divergence
+from patchlab.circuits.evaluation.runner import Runner, full_divergence
 from patchlab.errors import CircuitError
 from patchlab.tasks.task import Task
 
@@ -17,10 +16,10 @@ def one_by_one(model: pl.Model, task: Task, tau: float, ablation: str = "resampl
     """Algorithm 1 of Conmy et al., one run per edge; the edges that stay, and the number of runs."""
     graph = model.arch.graph
     kept = graph.allowed.copy()
-    way = ablation_for(model, task, ablation)
+    runner = Runner.of(model, task, ablation)
 
     def measure() -> float:
-        return float(way.measure([Circuit(graph, kept)], task)[0].mean())
+        return float(runner.metric([Circuit(graph, kept)]).metric[0].mean())
 
     value, runs = measure(), 1
     for reader in range(len(graph.readers) - 1, -1, -1):
@@ -74,7 +73,7 @@ def test_effects_are_those_of_the_trials() -> None:
     assert (scores[~circuit.edges & circuit.graph.allowed] > -0.02).all()
     first = f"{circuit.graph.writers[-1]}->logits"
     without = Circuit.full(circuit.graph) - Circuit.of(circuit.graph, [first])
-    values = ablation_for(model, task).measure([Circuit.full(circuit.graph), without], task).mean(1)
+    values = Runner.of(model, task, "resample").metric([Circuit.full(circuit.graph), without]).metric.mean(1)
     assert scores[circuit.graph.edge(first)] == pytest.approx(values[1] - values[0])
 
 

@@ -187,8 +187,8 @@ def test_circuits_come_back_as_they_were(tmp_path: Path, suffix: str) -> None:
         circuits.append(Circuit.full(Graph(2, 2, 8, mlps=False)))
     for i, circuit in enumerate(circuits):
         path = tmp_path / f"{i}{suffix}"
-        circuit.save(path)
-        again = Circuit.load(path)
+        write(circuit, path)
+        again = read(path)
         assert again.equals(circuit), i
         assert again.provenance == circuit.provenance | {"file": path.name}
 
@@ -198,14 +198,14 @@ def test_other_tools_find_what_they_expect(tmp_path: Path) -> None:
     partly[:, SMALL.readers.index("a1.h0<q>")] = np.nan
     circuit = Circuit(SMALL, SMALL.mask(KEPT), partly, {"method": "relp"})
     for suffix in SUFFIXES:
-        circuit.save(tmp_path / f"a{suffix}")
+        write(circuit, tmp_path / f"a{suffix}")
     named = json.loads((tmp_path / "a.json").read_text())
     assert named["cfg"] == eap_ig_json()["cfg"]
     assert named["nodes"] == eap_ig_json()["nodes"]
     assert set(named["edges"]) == set(SMALL.names())
     assert named["edges"]["input->m0"] == {"score": partly[SMALL.edge("input->m0")], "in_graph": False}
     assert named["edges"]["input->a1.h0<q>"] == {"score": 0.0, "in_graph": False, "scored": False}
-    Circuit.empty(SMALL).save(tmp_path / "empty.json")
+    write(Circuit.empty(SMALL), tmp_path / "empty.json")
     marked = [name for name, entry in json.loads((tmp_path / "empty.json").read_text())["nodes"].items() if entry["in_graph"]]
     assert marked == ["logits"], "EAP-IG always counts the logits in"
     tensors = torch.load(tmp_path / "a.pt", weights_only=True)
@@ -219,7 +219,7 @@ def test_other_tools_find_what_they_expect(tmp_path: Path) -> None:
 def test_a_position_resolved_circuit_looks_collapsed_to_other_tools(tmp_path: Path) -> None:
     mask = np.zeros((*SMALL.allowed.shape, 2), dtype=bool)
     mask[(*SMALL.edge("input->m0"), 1)] = True
-    Circuit(SMALL, mask, np.ones(mask.shape)).save(tmp_path / "a.json")
+    write(Circuit(SMALL, mask, np.ones(mask.shape)), tmp_path / "a.json")
     entry = json.loads((tmp_path / "a.json").read_text())["edges"]["input->m0"]
     assert entry == {"score": 2.0, "in_graph": True, "positions": [1], "position_scores": [1.0, 1.0]}
 
@@ -227,29 +227,29 @@ def test_a_position_resolved_circuit_looks_collapsed_to_other_tools(tmp_path: Pa
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_writing_is_whole_or_nothing(tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
     path, circuit = tmp_path / f"a{suffix}", Circuit.of(SMALL, KEPT)
-    circuit.save(path)
+    write(circuit, path)
     before = path.read_bytes()
     with pytest.raises(OutputError, match="exists and is not overwritten"):
-        circuit.save(path)
+        write(circuit, path)
 
     def full_disk(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", full_disk)
     with pytest.raises(OutputError, match="No space left on device"):
-        Circuit.empty(SMALL).save(path, overwrite=True)
+        write(Circuit.empty(SMALL), path, overwrite=True)
     assert path.read_bytes() == before
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
     monkeypatch.undo()
-    Circuit.empty(SMALL).save(path, overwrite=True)
-    assert Circuit.load(path).n_edges == 0
+    write(Circuit.empty(SMALL), path, overwrite=True)
+    assert read(path).n_edges == 0
 
 
 def test_what_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(CircuitError, match=r"cannot write .*a\.yaml: unknown kind of circuit file '\.yaml'.*Valid: \.json, \.pt"):
-        Circuit.empty(SMALL).save(tmp_path / "a.yaml")
+        write(Circuit.empty(SMALL), tmp_path / "a.yaml")
     with pytest.raises(CircuitError, match=r"\.pt files have an MLP in every block"):
-        Circuit.empty(Graph(2, 2, 8, mlps=False)).save(tmp_path / "a.pt")
+        write(Circuit.empty(Graph(2, 2, 8, mlps=False)), tmp_path / "a.pt")
     assert not list(tmp_path.iterdir())
 
 

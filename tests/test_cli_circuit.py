@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 
 import patchlab as pl
 from patchlab import cli
-from patchlab.circuits import Circuit, FaithfulnessCurve, split
-from patchlab.circuits.heldout import overlap
+from patchlab.circuits import Circuit, FaithfulnessCurve, read, split, write
+from patchlab.circuits.heldout import shared_examples
 
 WHERE = ["--model", "demo-gpt2-4l", "--task", "ioi", "--n", "12", "--device", "cpu"]
 
@@ -59,15 +59,15 @@ def test_find_chooses_from_the_scores_of_the_first_half(found, halves):
     model, first, second = halves
     scores = pl.RelevancePatching().run(model, first, "edges", direction="noising", progress=False)
     wanted = pl.circuits.top_n(scores, 40)
-    circuit = Circuit.load(path)
+    circuit = read(path)
     assert circuit.edge_names == wanted.edge_names == record["edges"]
     np.testing.assert_allclose(circuit.scores[circuit.edges], wanted.scores[wanted.edges], rtol=1e-5)
     assert record["n_edges"] == circuit.n_edges <= 40
     assert (record["n_nodes"], record["graph_edges"], record["graph_nodes"]) == (len(circuit.nodes), 479, 22)
     assert record["out"] == str(path)
     assert record["provenance"]["method"] == "relp"
-    assert overlap(circuit.provenance, first) == len(first)
-    assert overlap(circuit.provenance, second) == 0
+    assert shared_examples(circuit.provenance, first) == len(first)
+    assert shared_examples(circuit.provenance, second) == 0
 
 
 def test_every_option_of_find_reaches_the_selection(tmp_path, halves):
@@ -99,7 +99,7 @@ def test_every_option_of_find_reaches_the_selection(tmp_path, halves):
     ):
         record = printed(*choose, *options, "--out", tmp_path / f"{number}.pt")
         assert record["edges"] == wanted.edge_names
-        assert Circuit.load(tmp_path / f"{number}.pt").edge_names == wanted.edge_names
+        assert read(tmp_path / f"{number}.pt").edge_names == wanted.edge_names
 
 
 def test_a_circuit_without_edges_is_an_error_and_not_written(tmp_path):
@@ -117,7 +117,7 @@ def test_find_prints_a_summary_and_does_not_overwrite_unasked(found, tmp_path):
     assert scored.startswith(
         "ScoreMap(relp, noising, logit_diff, demo-gpt2-4l × ioi[6]) edges[writer 21, reader 53]; edges add up to node scores within "
     )
-    assert rest == f"{Circuit.load(path).summary().replace(', c.json', '')}\nwrote {path}\n"
+    assert rest == f"{read(path).summary().replace(', c.json', '')}\nwrote {path}\n"
     before = path.read_bytes()
     assert "exists and is not overwritten" in error_of("find", *WHERE, "--edges", 20, "--out", path)
     assert path.read_bytes() == before
@@ -170,7 +170,7 @@ def test_usage_errors_exit_with_2(tmp_path):
 def test_evaluate_runs_the_circuit_on_the_other_half(found, halves):
     path, _ = found
     model, first, second = halves
-    wanted = pl.circuits.evaluate(model, {"c": Circuit.load(path)}, second, ablation="mean", train=first, progress=False)
+    wanted = pl.circuits.evaluate(model, {"c": read(path)}, second, ablation="mean", train=first, progress=False)
     record = printed("evaluate", path, *WHERE, "--ablation", "mean")
     assert record["table"][0]["circuit"] == "c"
     assert record["table"][0]["faithfulness"] == pytest.approx(wanted.faithfulness(), abs=1e-5)
@@ -184,7 +184,7 @@ def test_evaluate_runs_the_circuit_on_the_other_half(found, halves):
 def test_evaluate_prints_what_each_node_adds(found, tmp_path):
     path, _ = found
     other = tmp_path / "other.json"
-    Circuit.of(Circuit.load(path).graph, ["input->m0", "m0->logits"]).save(other)
+    write(Circuit.of(read(path).graph, ["input->m0", "m0->logits"]), other)
     record = printed("evaluate", path, other, *WHERE, "--minimality", "node")
     assert [row["circuit"] for row in record["table"]] == ["c", "other"]
     parts = {row["part"] for row in record["minimality"] if row["circuit"] == "other"}
@@ -234,7 +234,7 @@ def test_curve_writes_tables_figure_and_the_smallest_circuits(curve):
     for name in ("atp", "relp"):
         best = record["smallest"][name]
         assert best["found_faithfulness"] >= 0.9
-        assert best["n_edges"] == loaded.smallest(name)["n_edges"] == Circuit.load(out / f"circuit.{name}.json").n_edges
+        assert best["n_edges"] == loaded.smallest(name)["n_edges"] == read(out / f"circuit.{name}.json").n_edges
         assert best["n_edges_lo"] <= best["n_edges"] <= best["n_edges_hi"]
         assert smallest.loc[name, "n_edges"] == best["n_edges"]
         assert smallest.loc[name, ["choosing_pairs", "finding_pairs", "reporting_pairs"]].tolist() == [6, 3, 3]
@@ -316,7 +316,7 @@ def test_plot_writes_html_and_dot(found, tmp_path):
     assert f"10 of {record['n_edges']} edges" in graph
     assert "q, k and v of a head" in matrix
     assert patchlab("plot", path, "--out", tmp_path / "c.dot").stdout == f"wrote {tmp_path / 'c.dot'}\n"
-    assert (tmp_path / "c.dot").read_text() == pl.circuits.to_dot(Circuit.load(path)) + "\n"
+    assert (tmp_path / "c.dot").read_text() == pl.circuits.to_dot(read(path)) + "\n"
     for name in ("c.dot", "c.html"):
         assert "exists and is not overwritten" in error_of("plot", path, "--out", tmp_path / name)
         assert patchlab("plot", path, "--out", tmp_path / name, "--force").exit_code == 0
@@ -339,7 +339,7 @@ def test_convert_between_json_and_pt_and_folders(found, tmp_path):
     path, _ = found
     assert printed("convert", path, tmp_path / "c.pt") == {"files": [str(tmp_path / "c.pt")]}
     assert patchlab("convert", tmp_path / "c.pt", tmp_path / "back.json").stdout == f"wrote {tmp_path / 'back.json'}\n"
-    assert Circuit.load(tmp_path / "back.json").equals(Circuit.load(path))
+    assert read(tmp_path / "back.json").equals(read(path))
     assert "exists and is not overwritten" in error_of("convert", path, tmp_path / "c.pt")
     assert patchlab("convert", path, tmp_path / "c.pt", "--force").exit_code == 0
     folder = tmp_path / "sub" / "ioi_demo"

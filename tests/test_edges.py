@@ -86,9 +86,8 @@ def test_node_scores_are_those_of_a_run_on_nodes(family: str) -> None:
         tolerance = ROUNDING.get(family, 1e-12) * float(np.abs(sums).max())
         np.testing.assert_allclose(sums[:, 0], nodes.data["input"].sum("pos"), atol=tolerance)
         for layer in range(graph.n_layers):
-            where = graph.writer_slice(layer)
-            np.testing.assert_allclose(sums[:, where.start : where.stop - 1], nodes.data["z"].sel(layer=layer), atol=tolerance, err_msg=method)
-            np.testing.assert_allclose(sums[:, where.stop - 1], nodes.data["mlp_out"].sel(layer=layer).sum("pos"), atol=tolerance)
+            np.testing.assert_allclose(sums[:, graph.heads_of(layer)], nodes.data["z"].sel(layer=layer), atol=tolerance, err_msg=method)
+            np.testing.assert_allclose(sums[:, graph.mlp_of(layer)], nodes.data["mlp_out"].sel(layer=layer).sum("pos"), atol=tolerance)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "neox", "qwen3", "gemma2"])

@@ -89,9 +89,9 @@ def stream_scores(method: str, model: Model, task: Task, direction: str, site: s
 
 def crossing(edges: Float[np.ndarray, "example writer reader"], graph: Graph, layer: int, *, mid: bool = False) -> Float[np.ndarray, " example"]:
     """Sum over the edges whose writer comes before a layer (or its middle) and whose reader does not."""
-    writers, readers = graph.writer_slice(layer).start, graph.reader_slice(layer).start
+    writers, readers = graph.heads_of(layer).start, graph.readers_of(layer).start
     if mid:
-        writers, readers = writers + graph.n_heads, readers + 3 * graph.n_heads
+        writers, readers = graph.heads_of(layer).stop, graph.readers_of(layer, "v").stop
     return edges[:, :writers, readers:].sum((1, 2))
 
 

@@ -24,8 +24,8 @@ from patchlab.circuits import (
     split,
     top_n,
 )
-from patchlab.circuits.evaluation.ablations import ablation_for
-from patchlab.circuits.evaluation.runner import masks_on, with_full_logits
+from patchlab.circuits.evaluation.ablations import Ablation, ablation_for
+from patchlab.circuits.evaluation.runner import Runner
 from patchlab.circuits.evaluation.scale import Scale
 from patchlab.circuits.heldout import check_disjoint
 from patchlab.engine import Program
@@ -72,7 +72,7 @@ def by_hand(circuit: Circuit, task: Task, ablated: torch.Tensor | None = None, f
         keep = torch.as_tensor(circuit.edges.copy())
         keep = keep[:, :, None].expand(-1, -1, batch.clean.shape[1]) if keep.ndim == 2 else keep
         logits = literal(model, batch.clean, own.expand(-1, 1, batch.clean.shape[1], -1), keep)
-        values[int(batch.examples)] = float(task.metric(logits, with_full_logits(model, batch, task.metric).answers))
+        values[int(batch.examples)] = float(task.metric(logits, Runner.of(model, task, "zero").program(batch).answers))
     return values
 
 
@@ -241,7 +241,7 @@ class TestAblations:
             with pytest.raises(CircuitError, match="at least one step and a positive learning rate"):
                 OptimalFit(steps, lr)
         with pytest.raises(CircuitError, match="fitted on training examples"):
-            ablation_for(model_of(*MODEL), task, "mean").__class__("optimal", model_of(*MODEL), None, None, OptimalFit()).fitted_to([some()])
+            Ablation("optimal")
 
 
 class TestPositions:
@@ -548,7 +548,7 @@ def test_masks_of_a_batch() -> None:
     graph = model_of(*MODEL).arch.graph
     edges = np.zeros((*graph.allowed.shape, 3), dtype=bool)
     edges[0, 0, 0] = True
-    keep = masks_on([Circuit(graph, edges)], task, task.batches()[0])
+    keep = Runner.of(model_of(*MODEL), task, "resample").masks([Circuit(graph, edges)], task.batches()[0])
     assert keep[0, 0, 0].tolist() == [[False, True, False, False, False]]
     program = Program(task.batches()[0].clean, task.batches()[0].examples, metric=task.metric, answers=task.batches()[0].answers)
     assert run_circuits(model_of(*MODEL), program, contributions(model_of(*MODEL), task.batches()[0].corrupted), keep).shape == (1, 1)

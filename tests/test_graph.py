@@ -9,7 +9,7 @@ import pytest
 from families import model_of
 
 from patchlab.errors import SiteError
-from patchlab.graph import Graph
+from patchlab.graph import Graph, Node
 
 GPT2 = Graph(12, 12, 768)
 
@@ -43,14 +43,45 @@ def test_every_edge_is_found_by_its_name() -> None:
 
 def test_slices_cover_writers_and_readers_in_order() -> None:
     for graph in (Graph(3, 2, 4), Graph(3, 2, 4, mlps=False)):
-        writers = [graph.writer_slice(layer) for layer in (None, 0, 1, 2)]
-        readers = [graph.reader_slice(layer) for layer in (0, 1, 2, None)]
+        writers = [slice(0, 1)]
+        for layer in range(3):
+            writers += [graph.heads_of(layer), *([slice(graph.mlp_of(layer), graph.mlp_of(layer) + 1)] if graph.mlps else [])]
+        readers = [graph.readers_of(layer) for layer in (0, 1, 2, None)]
         for parts, names in ((writers, graph.writers), (readers, graph.readers)):
             assert all(a.stop == b.start for a, b in pairwise(parts))
             assert (parts[0].start, parts[-1].stop) == (0, len(names))
-        assert graph.writers[graph.writer_slice(1)][:2] == ("a1.h0", "a1.h1")
-        assert graph.readers[graph.reader_slice(1)][:3] == ("a1.h0<q>", "a1.h1<q>", "a1.h0<k>")
-        assert graph.readers[graph.reader_slice(None)] == ("logits",)
+        assert graph.writers[graph.heads_of(1)] == ("a1.h0", "a1.h1")
+        assert graph.readers[graph.readers_of(1)][:3] == ("a1.h0<q>", "a1.h1<q>", "a1.h0<k>")
+        assert graph.readers[graph.readers_of(1, "k", "v")] == ("a1.h0<k>", "a1.h1<k>", "a1.h0<v>", "a1.h1<v>")
+        assert graph.readers[graph.readers_of(None)] == ("logits",)
+        with pytest.raises(SiteError, match="the readers q, v of layer 1 do not stand side by side"):
+            graph.readers_of(1, "q", "v")
+        with pytest.raises(SiteError, match="the readers q of layer 3 do not stand"):
+            graph.readers_of(3, "q")
+    assert graph.writers[-1] == "a2.h1"
+    with pytest.raises(SiteError, match="there is no m1 in a graph of 3 layers × 2 heads, width 4, no MLPs"):
+        graph.mlp_of(1)
+
+
+@pytest.mark.parametrize("graph", [Graph(3, 4, 8, n_kv_heads=2), Graph(2, 3, 6, parallel=True), Graph(2, 2, 4, mlps=False)], ids=str)
+def test_the_tables_say_what_stands_at_each_index(graph: Graph) -> None:
+    assert [node.name for node in graph.node_table] == [*graph.writers, "logits"] == list(graph.nodes)
+    for names, table in ((graph.nodes, graph.node_table), (graph.readers, graph.reader_table)):
+        assert [Node.parse(name) for name in names] == list(table)
+    for i, reader in enumerate(graph.reader_table):
+        assert graph.node_table[graph.reader_node[i]] == reader.node
+        assert graph.writers_before[i] == graph.allowed[:, i].sum()
+        assert graph.allowed[: graph.writers_before[i], i].all(), "writers stand in the order in which they are computed"
+        assert graph.reader_layer[i] == (graph.n_layers if reader.layer is None else reader.layer)
+        assert graph.reader_head[i] == (-1 if reader.unit is None else reader.unit)
+    heads = list(range(graph.n_heads))
+    assert [heads[graph.sharing(head)] for head in heads] == [[h for h in heads if h // graph.copies == head // graph.copies] for head in heads]
+
+
+@pytest.mark.parametrize("name", ["a1", "a1.h", "m", "m1<q>", "a1.h2<z>", "logits2", "", "a1.h2<q"])
+def test_names_of_no_node(name: str) -> None:
+    with pytest.raises(SiteError, match=f"cannot read the node {name!r}. Write 'input', 'a0.h1', 'm1' or 'logits'"):
+        Node.parse(name)
 
 
 def test_the_nodes_of_readers() -> None:

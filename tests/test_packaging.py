@@ -52,6 +52,11 @@ def tree(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"))
 
 
+def is_module(name: str) -> bool:
+    path = ROOT.joinpath(*name.split("."))
+    return path.with_suffix(".py").is_file() or (path / "__init__.py").is_file()
+
+
 def imported(path: Path) -> set[str]:
     """Full names of the patchlab modules that a file imports, wherever in the file."""
     package = module_name(path) if path.name == "__init__.py" else module_name(path).rpartition(".")[0]
@@ -64,7 +69,8 @@ def imported(path: Path) -> set[str]:
             if node.level:
                 parts = package.split(".")
                 base = ".".join([*parts[: len(parts) - node.level + 1], *filter(None, [node.module])])
-            names |= {f"{base}.{alias.name}" for alias in node.names if alias.name != "__version__"} if base == "patchlab" else {base}
+            modules = {f"{base}.{alias.name}" for alias in node.names if is_module(f"{base}.{alias.name}")}
+            names |= {f"{base}.{alias.name}" for alias in node.names if alias.name != "__version__"} if base == "patchlab" else {base, *modules}
     return {name for name in names if name.split(".")[0] == "patchlab"}
 
 
@@ -95,6 +101,25 @@ def test_nouns_of_one_rank_do_not_import_each_other_in_a_circle():
     for names in RANKS:
         circular = {(a, b) for a, b in edges if a in names and b in names and a < b and (b, a) in edges}
         assert not circular
+
+
+def in_circles(imports: dict[str, set[str]]) -> set[str]:
+    """The modules that stand in a circle of imports, or on one."""
+    left = dict(imports)
+    while free := [name for name, targets in left.items() if not targets & left.keys()]:
+        for name in free:
+            del left[name]
+    return set(left)
+
+
+def test_modules_do_not_import_each_other_in_a_circle():
+    imports = {module_name(path): imported(path) - {module_name(path)} for path in modules()}
+    imports["patchlab.tasks.task"].remove("patchlab.tasks.load")  # Task.from_pairs, when it is called
+    assert not in_circles(imports)
+
+
+def test_circles_of_imports_are_seen():
+    assert in_circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": set(), "e": {"d"}}) == {"a", "b", "c"}
 
 
 def test_import_order_check_sees_every_form_of_import(tmp_path, monkeypatch):

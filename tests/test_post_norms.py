@@ -144,7 +144,7 @@ class Twin:
 
         with torch.no_grad():
             for i, layer in enumerate(self.layers):
-                start = graph.reader_slice(i).start
+                start = graph.readers_of(i).start
                 own = {}
                 for number, letter in enumerate("qkv"):
                     projection = getattr(layer.self_attn, f"{letter}_proj")
@@ -152,7 +152,7 @@ class Twin:
                 z = [self._attended(tokens, i, own, copy).chunk(HEADS, -1) for copy in range(graph.copies)]
                 taken = torch.cat([z[head % graph.copies][head] for head in range(HEADS)], -1)
                 current |= {1 + i * size + head: part for head, part in enumerate(self.split(taken, i))}
-                x = self.into_mlp[i](reads(graph.reader_slice(i).stop - 1))
+                x = self.into_mlp[i](reads(graph.readers_of(i).stop - 1))
                 current[(i + 1) * size] = self.behind_mlp[i](layer.mlp(x))
             final = reads(len(graph.readers) - 1)
         return self.run(tokens, writes={(self.module.model.norm, "input"): lambda x: final})[:, -1]

@@ -7,7 +7,7 @@ import pytest
 from families import model_of, scores_of, swap_task
 
 import patchlab as pl
-from patchlab.circuits import Circuit, agreement_with, roc
+from patchlab.circuits import Circuit, overlap, roc
 from patchlab.errors import CircuitError
 from patchlab.graph import Graph
 
@@ -117,11 +117,11 @@ def test_maps_know_their_direction_and_their_graph() -> None:
 
 def test_what_only_the_reference_has_is_a_false_negative() -> None:
     guess = Circuit.of(GRAPH, [TRUE[0], "input->m0"])
-    counts = agreement_with(guess, reference())
+    counts = overlap(guess, reference())
     assert counts == {"tp": 1, "fp": 1, "fn": 2, "tn": 42, "precision": 0.5, "recall": 1 / 3, "f1": 2 / 5, "fpr": 1 / 43}
-    nodes = agreement_with(guess, reference(), level="node")
+    nodes = overlap(guess, reference(), level="node")
     assert (nodes["tp"], nodes["fp"], nodes["fn"], nodes["tn"]) == (1, 1, 1, 3)
-    empty = agreement_with(Circuit.empty(GRAPH), reference())
+    empty = overlap(Circuit.empty(GRAPH), reference())
     assert (empty["tp"], empty["fn"], empty["recall"]) == (0, 3, 0)
     assert np.isnan(empty["precision"])
 
@@ -136,8 +136,8 @@ def test_refuses_what_cannot_be_compared() -> None:
         with pytest.raises(CircuitError, match=f"the reference has {word} of the 46 edges"):
             roc(effects(), whole)
     with pytest.raises(CircuitError, match="the hypothesis belongs to"):
-        agreement_with(Circuit.full(Graph(3, 2, 8)), reference())
+        overlap(Circuit.full(Graph(3, 2, 8)), reference())
     with pytest.raises(CircuitError, match="unknown level 'x'"):
-        agreement_with(reference(), reference(), level="x")
+        overlap(reference(), reference(), level="x")
     with pytest.raises(CircuitError, match="drop the positions of one"):
-        agreement_with(reference(3), reference())
+        overlap(reference(3), reference())

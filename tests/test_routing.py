@@ -46,12 +46,12 @@ def literal(model: Model, clean: Tensor, ablated: Tensor, keep: Tensor, form: st
         parts = {w: ablated[w] + keep[w, reader][None, :, None] * (current[w] - ablated[w]) for w in before}
         total = rest
         for layer, norm in post.items() if form == "renormalised" else ():
-            heads = [parts.pop(w) for w in range(graph.writer_slice(layer).start, graph.writer_slice(layer).stop - 1) if w in parts]
+            heads = [parts.pop(w) for w in range(len(graph.writers))[graph.heads_of(layer)] if w in parts]
             total = total + norm(sum(heads)) if heads else total
         return total + sum(parts.values())
 
     for layer in range(graph.n_layers):
-        start, out = graph.reader_slice(layer).start, graph.writer_slice(layer).start
+        start, out = graph.readers_of(layer).start, graph.heads_of(layer).start
         z = []
         for head in range(HEADS):
             own = {}
@@ -71,7 +71,7 @@ def literal(model: Model, clean: Tensor, ablated: Tensor, keep: Tensor, form: st
         before, rest = rest, rest + bias
         current |= {out + head: part for head, part in enumerate(parts)}
         if graph.mlps:
-            reader = graph.reader_slice(layer).stop - 1
+            reader = graph.readers_of(layer).stop - 1
             if graph.parallel:
                 rest, after = before, rest
                 current[out + HEADS] = patched({f"L{layer}.resid_pre": reads(reader)}, f"L{layer}.mlp_out")

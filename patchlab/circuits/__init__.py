@@ -1,17 +1,16 @@
 """Circuits: parts of a model's graph, chosen from edge scores, exchanged as files, and evaluated."""
 
 from patchlab.circuits.acdc import acdc
-from patchlab.circuits.circuit import Circuit
+from patchlab.circuits.circuit import Circuit, kv_view
 from patchlab.circuits.evaluation.ablations import ABLATIONS, OptimalFit
 from patchlab.circuits.evaluation.curve import FaithfulnessCurve, faithfulness_curve, random_circuit
 from patchlab.circuits.evaluation.evaluate import Evaluation, evaluate
+from patchlab.circuits.files import convert, read, write
 from patchlab.circuits.formats.dot import to_dot
-from patchlab.circuits.formats.files import read, write
-from patchlab.circuits.formats.mib import MIB_FRACTIONS, convert, read_submission, write_submission
+from patchlab.circuits.formats.mib import MIB_FRACTIONS, read_submission, write_submission
 from patchlab.circuits.heldout import Sets, split, three_sets
-from patchlab.circuits.roc import ROC, agreement_with, roc
+from patchlab.circuits.roc import ROC, overlap, roc
 from patchlab.circuits.select import greedy, threshold, top_n
-from patchlab.circuits.shape import kv_view
 from patchlab.circuits.smallest import SmallestFaithful, size_grid, smallest_faithful
 
 __all__ = [
@@ -25,12 +24,12 @@ __all__ = [
     "Sets",
     "SmallestFaithful",
     "acdc",
-    "agreement_with",
     "convert",
     "evaluate",
     "faithfulness_curve",
     "greedy",
     "kv_view",
+    "overlap",
     "random_circuit",
     "read",
     "read_submission",

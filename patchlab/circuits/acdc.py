@@ -4,7 +4,7 @@ Source: Conmy et al. 2023, "Towards automated circuit discovery for mechanistic 
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -12,12 +12,12 @@ import torch
 from jaxtyping import Bool, Float
 
 from patchlab.circuits.circuit import Circuit
-from patchlab.circuits.evaluation.ablations import Ablation, ablation_for
-from patchlab.circuits.evaluation.runner import described, full_divergence, rows_per_pass, with_full_logits
+from patchlab.circuits.evaluation.runner import Runner, full_divergence
+from patchlab.engine import Program
+from patchlab.engine.contributions import Contributions
 from patchlab.engine.masked import run_circuits
 from patchlab.errors import CircuitError, unknown
 from patchlab.graph import Graph
-from patchlab.metrics import Metric
 from patchlab.models import Model
 from patchlab.progress import progress_bar
 from patchlab.tasks.task import Task
@@ -74,23 +74,24 @@ def acdc(
         raise CircuitError(unknown("measure", measure, MEASURES))
     if ablation == "optimal":
         raise CircuitError("ACDC changes the circuit at every step, and optimal ablation would be fitted anew each time; use 'mean' or 'resample'.")
-    way = ablation_for(model, task, ablation, train=train, post_norm=post_norm)
+    runner = Runner.of(model, task, ablation, train=train, post_norm=post_norm, max_memory=max_memory)
     graph = model.arch.graph
+    measuring = runner if measure == "metric" else replace(runner, task=task.with_metric(full_divergence(task.metric.reads)))
     found: dict[float, Circuit] = {}
     with progress_bar("acdc", "edge", len(chosen) * graph.n_edges, show=progress) as bar:
         for tau in chosen:
-            search = _Search(_Measure(model, task, way, measure, max_memory), graph, tau, bar)
-            circuit = Circuit(graph, search.run(), search.effects, _provenance(model, task, way, measure, search))
+            search = _Search(_Measure(measuring), graph, tau, bar)
+            circuit = Circuit(graph, search.run(), search.effects, _provenance(runner, measure, search))
             found[tau] = circuit.pruned() if prune else circuit
     return found
 
 
-def _provenance(model: Model, task: Task, way: Ablation, measure: str, search: "_Search") -> dict[str, Any]:
+def _provenance(runner: Runner, measure: str, search: "_Search") -> dict[str, Any]:
     counts = {"forwards": search.measure.forwards, "tried": search.tried, "skipped": search.skipped}
     how = f"ACDC with tau {search.tau:g} by {measure}"
-    metric = search.measure.metric
+    metric = search.measure.runner.task.metric
     measured = {"metric": metric.name, "metric_unit": metric.unit}
-    record = {**described(model, task), **way.provenance(), **measured, "method": "acdc", "direction": "noising", "how": how}
+    record = {**runner.provenance(), **measured, "method": "acdc", "direction": "noising", "how": how}
     return {**record, "tau": search.tau, "measure": measure, **counts}
 
 
@@ -98,29 +99,23 @@ def _provenance(model: Model, task: Task, way: Ablation, measure: str, search: "
 class _Measure:
     """The measure of circuits, mean over the examples; higher is better."""
 
-    model: Model
-    task: Task
-    way: Ablation
-    kind: str
-    max_memory: int | float | None
+    runner: Runner
     forwards: int = 0
-    metric: Metric = field(init=False)
-    parts: list[Any] = field(init=False)
+    parts: list[tuple[Program, Contributions]] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.metric = metric = self.task.metric if self.kind == "metric" else full_divergence(self.task.metric.reads)
-        batches = self.task.batches(rows_per_pass(self.model, self.task, self.max_memory), self.model.device)
-        self.parts = [(with_full_logits(self.model, batch, metric), self.way.of(batch)) for batch in batches]
-        self.forwards += len(batches) * (metric.needs_clean + (self.way.constants is None))
+        runner = self.runner
+        self.parts = [(runner.program(batch), runner.ablated(batch)) for batch in runner.batches]
+        self.forwards += len(self.parts) * (runner.task.metric.needs_clean + (runner.way.constants is None))
 
     def __call__(self, masks: Bool[np.ndarray, "circuit writer reader"]) -> Float[np.ndarray, " circuit"]:
-        total = np.zeros(len(masks))
-        keep = torch.as_tensor(masks, device=self.model.device)
+        total, runner = np.zeros(len(masks)), self.runner
+        keep = torch.as_tensor(masks, device=runner.model.device)
         with torch.no_grad():
             for program, ablated in self.parts:
-                values = run_circuits(self.model, program, ablated, keep, max_bytes=self.max_memory, done=self._count)
+                values = run_circuits(runner.model, program, ablated, keep, max_bytes=runner.budget, done=self._count)
                 total += values.double().sum(1).cpu().numpy()
-        return total / len(self.task)
+        return total / len(runner.task)
 
     def _count(self, finished: int) -> None:
         self.forwards += 1

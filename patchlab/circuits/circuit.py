@@ -1,6 +1,5 @@
 """Circuit: a part of a model's graph, as a mask over its edges, with the scores it was chosen by and where it comes from."""
 
-import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -11,10 +10,11 @@ import pandas as pd
 import xarray as xr
 from jaxtyping import Bool, Float
 
-from patchlab.circuits.shape import common_graph, kv_view, refuse_pair
-from patchlab.errors import CircuitError
+from patchlab.errors import CircuitError, SiteError
 from patchlab.graph import READERS, Graph
 from patchlab.scores.arrays import plain
+
+_SHAPE = ("n_layers", "n_heads", "d_model", "parallel", "mlps")
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +60,7 @@ class Circuit:
             )
         outside = self.edges & ~_over_positions(self.graph.allowed, self.edges.ndim)
         if outside.any():
-            refuse_pair(self.graph, *np.argwhere(outside)[0, :2].tolist())
+            _refuse_pair(self.graph, *np.argwhere(outside)[0, :2].tolist())
         object.__setattr__(self, "edges", _frozen(self.edges))
         if self.scores is not None:
             object.__setattr__(self, "scores", _frozen(np.where(_over_positions(self.graph.allowed, self.edges.ndim), self.scores, np.nan)))
@@ -223,23 +223,9 @@ class Circuit:
         counts = [f"{letter} {into[kinds == letter].sum():,}" for letter in READERS if into[kinds == letter].any()]
         lines = [repr(self), f"Edges into: {', '.join(counts) or 'nothing'}."]
         for layer in range(self.graph.n_layers):
-            inside = self.graph.writer_slice(layer)
-            if names := [name for name, kept in zip(self.graph.writers[inside], self.node_mask[inside], strict=True) if kept]:
+            if names := [node.name for node, kept in zip(self.graph.node_table, self.node_mask, strict=True) if kept and node.layer == layer]:
                 lines.append(f"Layer {layer}: {' '.join(names)}")
         return "\n".join([*lines, *self._largest(top)])
-
-    def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
-        """Write a file that EAP-IG and MIB read, JSON or ``.pt`` by the suffix. See :func:`patchlab.circuits.write`."""
-        from patchlab.circuits.formats.files import write
-
-        write(self, path, overwrite=overwrite)
-
-    @staticmethod
-    def load(path: str | os.PathLike[str]) -> "Circuit":
-        """Read a file of patchlab, EAP-IG or MIB, JSON or ``.pt``. See :func:`patchlab.circuits.read`."""
-        from patchlab.circuits.formats.files import read
-
-        return read(path)
 
     def __repr__(self) -> str:
         about = self.provenance
@@ -276,6 +262,58 @@ class Circuit:
         known = self.scores is not None and other.scores is not None and np.array_equal(self.scores, other.scores, equal_nan=True)
         shared = {key: value for key, value in _without_choice(self.provenance).items() if other.provenance.get(key) == value}
         return Circuit(graph, operation(self.edges, other.edges), self.scores if known else None, shared | {"how": how})
+
+
+def common_graph(one: Graph, two: Graph, what_one: str, what_two: str) -> Graph:
+    """The graph that two circuits share; of two that differ only in knowing their key-value heads, the one that does.
+
+    Raises:
+        CircuitError: graphs of unlike shape; the message names both and where they differ.
+    """
+    unlike = [f"{name} {getattr(one, name)} and {getattr(two, name)}" for name in _SHAPE if getattr(one, name) != getattr(two, name)]
+    if one.n_kv_heads and two.n_kv_heads and one.n_kv_heads != two.n_kv_heads:
+        unlike.append(f"n_kv_heads {one.n_kv_heads} and {two.n_kv_heads}")
+    if unlike:
+        raise CircuitError(
+            f"{what_one} belongs to {one} and {what_two} to {two} ({', '.join(unlike)}); circuits go with models of their own shape only."
+        )
+    return one if one.n_kv_heads else two
+
+
+def kv_view(graph: Graph, edges: Bool[np.ndarray, "writer reader"], scores: Float[np.ndarray, "writer reader"] | None = None) -> xr.Dataset:
+    """Edges into the keys and values, per key-value head instead of per query head.
+
+    Under grouped-query attention several query heads share one key and value, and ``<k>``, ``<v>`` index its query-head copies. The score of
+    the key-value head is the sum over its copies (to first order, the effect of patching what it reads); the exact effect is another run.
+
+    Returns:
+        A Dataset with dims ``writer``, ``kv_reader``: ``score`` (sum over copies in metric units; NaN if any copy is not scored), ``kept``
+        (any copy is), ``copies`` (how many are), and the coordinates ``writer_name`` and ``kv_reader_name`` (``a3.kv1<k>``).
+
+    Example:
+        >>> graph = Graph(1, 4, 8, n_kv_heads=2)
+        >>> kv_view(graph, graph.mask(["input->a0.h2<k>", "input->a0.h3<k>"]))["copies"].values[0].tolist()
+        [0, 2, 0, 0]
+    """
+    copies = np.flatnonzero(np.isin(graph.reader_kind, ("k", "v"))).reshape(-1, graph.copies)
+    names = [graph.kv_name(first) for first in copies[:, 0]]
+    values = np.full(edges.shape, np.nan) if scores is None else scores
+    dims = ("writer", "kv_reader")
+    return xr.Dataset(
+        {
+            "score": (dims, values[:, copies].sum(2)),
+            "kept": (dims, edges[:, copies].any(2)),
+            "copies": (dims, edges[:, copies].sum(2)),
+        },
+        coords={"writer_name": ("writer", np.array(graph.writers)), "kv_reader_name": ("kv_reader", np.array(names))},
+    )
+
+
+def _refuse_pair(graph: Graph, writer: int, reader: int) -> None:
+    try:
+        graph.edge(graph.name(writer, reader))
+    except SiteError as error:
+        raise CircuitError(f"a pair is kept that is no edge of {graph}: {error}") from error
 
 
 def _without_choice(provenance: Mapping[str, Any]) -> dict[str, Any]:

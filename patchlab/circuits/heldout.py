@@ -98,7 +98,7 @@ _LEAST = 8
 """Distinct pairs that give a half and two quarters of two each."""
 
 
-def overlap(provenance: Mapping[str, Any], task: Task) -> int | None:
+def shared_examples(provenance: Mapping[str, Any], task: Task) -> int | None:
     """How many examples of a task are among those that scores or a circuit come from; None where that is not known."""
     if "task_pairs" in provenance:
         seen = set(provenance["task_pairs"])
@@ -112,7 +112,7 @@ def check_disjoint(provenance: Mapping[str, Any], task: Task, what: str, *, allo
     Raises:
         CircuitError: shared examples, unless ``allow_overlap``.
     """
-    shared = overlap(provenance, task)
+    shared = shared_examples(provenance, task)
     if shared is None:
         return "not known"
     if shared and not allow_overlap:

@@ -7,9 +7,8 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float
 
-from patchlab.circuits.circuit import Circuit
+from patchlab.circuits.circuit import Circuit, common_graph
 from patchlab.circuits.select import BY, DIRECTIONS, Scores, mean_effects
-from patchlab.circuits.shape import common_graph
 from patchlab.errors import CircuitError, unknown
 from patchlab.graph import Graph
 from patchlab.scores import ScoreMap
@@ -109,7 +108,7 @@ def roc(
     return ROC(table, auc, float((step * table["precision"].to_numpy()[1:]).sum()), level, int(truth.sum()), len(truth), record)
 
 
-def agreement_with(hypothesis: Circuit, reference: Circuit, *, level: str = "edge") -> dict[str, int | float]:
+def overlap(hypothesis: Circuit, reference: Circuit, *, level: str = "edge") -> dict[str, int | float]:
     """Counts of a circuit against a known one: ``tp``, ``fp``, ``fn``, ``tn``, ``precision``, ``recall``, ``f1``, ``fpr``.
 
     Every part of the graph is counted once; what only the reference has is a false negative. A ratio without a denominator is NaN.
@@ -119,7 +118,7 @@ def agreement_with(hypothesis: Circuit, reference: Circuit, *, level: str = "edg
 
     Example:
         >>> graph = Graph(1, 1, 4)
-        >>> counts = agreement_with(Circuit.of(graph, ["input->m0"]), Circuit.of(graph, ["input->m0", "m0->logits"]))
+        >>> counts = overlap(Circuit.of(graph, ["input->m0"]), Circuit.of(graph, ["input->m0", "m0->logits"]))
         >>> counts["recall"], counts["precision"], counts["fn"]
         (0.5, 1.0, 1)
     """

@@ -83,7 +83,7 @@ def find(
         raise typer.BadParameter("give a number of edges or a threshold, not both.", param_hint="--edges, --threshold")
     from patchlab.circuits import threshold as above
     from patchlab.circuits.evaluation.curve import HOW
-    from patchlab.circuits.formats.files import SUFFIXES
+    from patchlab.circuits.files import SUFFIXES, write
     from patchlab.circuits.select import BY
     from patchlab.comparison.job import cost_line
     from patchlab.errors import CircuitError, OutputError, unknown
@@ -107,7 +107,7 @@ def find(
             f"nothing is left of the circuit: of the edges that were chosen ({found.provenance.get('how', '')}) none is on a path from the input to "
             f"the logits, so pruning took them all. Choose more with --edges."
         )
-    found.save(out, overwrite=force)
+    write(found, out, overwrite=force)
     if json_:
         counts = {"n_edges": found.n_edges, "n_nodes": len(found.nodes), "graph_edges": found.graph.n_edges, "graph_nodes": len(found.graph.nodes)}
         _say_json({"out": str(out), **counts, "edges": found.edge_names, "provenance": found.provenance})

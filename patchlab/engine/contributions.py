@@ -85,11 +85,10 @@ def contributions(model: BridgedModel, tokens: Int[Tensor, "row pos"], form: str
     values = kept["input", None].new_empty(len(graph.writers), *kept["input", None].shape, dtype=dtype)
     values[0] = kept["input", None]
     for i, layer in enumerate(layers_of(model)):
-        part = values[graph.writer_slice(i)]
         z = kept["z", i][None]
-        part[: graph.n_heads] = (layer.shares(z)[0] if form == "frozen" else layer.heads(z))[0]
+        values[graph.heads_of(i)] = (layer.shares(z)[0] if form == "frozen" else layer.heads(z))[0]
         if graph.mlps:
-            part[graph.n_heads] = kept["mlp_out", i]
+            values[graph.mlp_of(i)] = kept["mlp_out", i]
     return Contributions(values, form)
 
 

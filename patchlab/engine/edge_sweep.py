@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from patchlab.adapters import Architecture, BridgedModel
+from patchlab.adapters import BridgedModel
 from patchlab.engine.contributions import Layer, layers_of
 from patchlab.engine.hooks import hooked
 from patchlab.engine.node_sweep import ACCELERATOR_TOKENS, CPU_TOKENS, Wave, Work
@@ -30,6 +30,7 @@ from patchlab.engine.program import Program, Target
 from patchlab.engine.replay import Baseline, Template, baseline, empty_cache, template
 from patchlab.engine.session import exclusive, session_of
 from patchlab.errors import InterventionError
+from patchlab.graph import Graph
 from patchlab.sites import address
 from patchlab.sources import Source
 
@@ -39,6 +40,7 @@ class Differences:
     """What every writer adds to the residual stream in the source run minus what it adds in the baseline run.
 
     Args:
+        graph: the graph of the model.
         layers: the blocks of the model.
         changes: source − baseline at ``input`` and at ``z`` and ``mlp_out`` of every layer.
         form: what a head adds where a norm follows the attention, one of :data:`patchlab.engine.contributions.POST_NORMS`. All else of that
@@ -46,6 +48,7 @@ class Differences:
         attention: the sum of the heads in the baseline run, per layer with a norm after it.
     """
 
+    graph: Graph
     layers: Sequence[Layer]
     changes: Mapping[Target, Tensor] = field(repr=False)
     form: str = "renormalised"
@@ -61,7 +64,7 @@ class Differences:
         attention = {
             i: own["z", i].flatten(2) @ layer.write.flatten(0, 1).to(own["z", i].dtype) for i, layer in enumerate(layers) if layer.post is not None
         }
-        return Differences(layers, changes, form, attention)
+        return Differences(model.arch.graph, layers, changes, form, attention)
 
     def written(self, writer: int, start: int) -> Float[Tensor, "row pos d_model"]:
         """δ in the stream at the positions from the start on, where nothing else changes."""
@@ -79,12 +82,9 @@ class Differences:
 
     def _output(self, writer: int, start: int) -> tuple[int | None, Float[Tensor, "row pos d_model"]]:
         """How the writer's own output differs, and the layer whose norm follows it, if one does."""
-        if writer == 0:
-            return None, self.changes["input", None][:, start:]
-        heads = self.layers[0].write.shape[0]
-        layer, head = divmod(writer - 1, heads + (("mlp_out", 0) in self.changes))
-        if head == heads:
-            return None, self.changes["mlp_out", layer][:, start:]
+        _, layer, head = self.graph.node_table[writer]
+        if layer is None or head is None:
+            return None, self.changes["input" if layer is None else "mlp_out", layer][:, start:]
         change = self.changes["z", layer][:, start:, head]
         change = change @ self.layers[layer].write[head].to(change.dtype)
         return layer if layer in self.attention else None, change
@@ -141,7 +141,7 @@ def edge_sweep(
         if base is None:
             base, _ = baseline(model, program, cache=empty_cache() if prefix else None)
             work.forwards += 1
-        for first, chunks in _chunks(model.arch, edges, _starts(edges, where, start, prefix), max_tokens // rows, length):
+        for first, chunks in _chunks(model.arch.graph, edges, _starts(edges, where, start, prefix), max_tokens // rows, length):
             wanted = [chunk for chunk in chunks if not all(number in skip for number in chunk)]
             if not wanted:
                 continue
@@ -163,10 +163,10 @@ def _starts(edges: Int[np.ndarray, "edge 2"], where: Sequence[Tensor] | None, st
 
 
 def _chunks(
-    arch: Architecture, edges: Int[np.ndarray, "edge 2"], starts: Int[np.ndarray, " edge"], positions: int, length: int
+    graph: Graph, edges: Int[np.ndarray, "edge 2"], starts: Int[np.ndarray, " edge"], positions: int, length: int
 ) -> Iterator[tuple[int, list[list[int]]]]:
     """Numbers of edges that run together: of one start, the earliest layers first, the readers of one writer side by side."""
-    layers = edges[:, 1] // (3 * arch.n_heads + arch.graph.mlps)
+    layers = graph.reader_layer[edges[:, 1]]
     order = np.lexsort((edges[:, 1], edges[:, 0], layers, starts))
     for first in np.unique(starts).tolist():
         mine = order[starts[order] == first].tolist()
@@ -214,23 +214,23 @@ class _Run:
     def values(self, edges: list[_Edge]) -> Float[Tensor, "edge row"]:
         """The metric of every edge's run; the edges come in the order of their readers' layers."""
         arch = self.wave.model.arch
-        size = 3 * arch.n_heads + arch.graph.mlps
+        layers, kinds = arch.graph.reader_layer, arch.graph.reader_kind
         changes: dict[tuple[int, int], Tensor] = {}
         hidden = self.wave.base.inputs[0][:0, self.wave.start :]
-        for layer in range(min(edges[0].reader // size, arch.n_layers), arch.n_layers):
+        for layer in range(int(layers[edges[0].reader]), arch.n_layers):
             if hidden.shape[0]:
                 hidden = self.wave.block(layer, hidden, self.template, [])
             if layer == arch.n_layers - 1 and self._answer_only:
                 hidden = hidden[:, -1:]
-            mine = [edge for edge in edges if edge.reader // size == layer]
-            heads = [edge for edge in mine if edge.reader % size < 3 * arch.n_heads]
-            mlps = [edge for edge in mine if edge.reader % size == 3 * arch.n_heads]
+            mine = [edge for edge in edges if layers[edge.reader] == layer]
+            heads = [edge for edge in mine if kinds[edge.reader] != "mlp"]
+            mlps = [edge for edge in mine if kinds[edge.reader] == "mlp"]
             order = {id(edge): i for i, edge in enumerate([*heads, *mlps])}
             if mine:
                 joining = self._joining(layer, heads, mlps, changes)
                 joining = joining.unflatten(0, (len(mine), -1))[[order[id(edge)] for edge in mine]].flatten(0, 1)
                 hidden = torch.cat([hidden, joining])
-        final = [self._change(edge, changes) for edge in edges if edge.reader // size == arch.n_layers]
+        final = [self._change(edge, changes) for edge in edges if layers[edge.reader] == arch.n_layers]
         if final:
             after = self._layer(arch.n_layers - 1).after
             hidden = torch.cat([hidden[:, -after.shape[1] :], *(after + change[:, -after.shape[1] :] for change in final)])
@@ -273,8 +273,8 @@ class _Run:
 
     def _moved(self, layer: int, edges: list[_Edge], known: dict[tuple[int, int], Tensor]) -> Float[Tensor, "row pos d_model"]:
         """How the attention's output (before a norm after it) differs, for edges into its heads."""
-        arch, n = self.wave.model.arch, self.wave.program.tokens.shape[0]
-        places = [divmod(edge.reader - arch.graph.reader_slice(layer).start, arch.n_heads) for edge in edges]
+        graph, n = self.wave.model.arch.graph, self.wave.program.tokens.shape[0]
+        places = [("qkv".index(graph.reader_kind[edge.reader]), int(graph.reader_head[edge.reader])) for edge in edges]
         probes: dict[Any, int] = {}
         index = [
             probes.setdefault((edge.writer, letter, None if edge.where is None else id(edge.where)), len(probes))
@@ -286,8 +286,7 @@ class _Run:
         change, weights = z[1:] - z[:1], self.differences.layers[layer].write.to(z.dtype)
         moved = []
         for probe, (letter, head) in zip(index, places, strict=True):
-            copies = arch.graph.copies if self.grouped and letter else 1
-            seen = slice(head // copies * copies, head // copies * copies + copies)
+            seen = graph.sharing(head) if self.grouped and letter else slice(head, head + 1)
             moved.append(change[probe][:, :, seen].flatten(2) @ weights[seen].flatten(0, 1))
         return torch.stack(moved).flatten(0, 1) if moved else z.new_zeros(0, n)
 

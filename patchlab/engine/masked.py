@@ -148,8 +148,7 @@ class _Pass:
         self.base = rest + self.ablated[:, 0]
 
     def _into_head(self, layer: int, letter: str, value: Tensor) -> Tensor:
-        n, start = self.graph.n_heads, self.graph.reader_slice(layer).start + "qkv".index(letter) * self.graph.n_heads
-        x = self._read(self.base, self.graph.writer_slice(layer).start, slice(start, start + n))
+        x = self._read(self.base, self.graph.readers_of(layer, letter))
         heads = self.layers[layer].inputs(letter, x)
         copies = self.graph.copies
         # query head = key-value head · copies + copy
@@ -157,10 +156,9 @@ class _Pass:
         return by_copy.permute(0, 1, 3, 4, 2, 5).reshape(value.shape)
 
     def _from_heads(self, layer: int, value: Tensor) -> None:
-        copies, here = self.graph.copies, self.graph.writer_slice(layer)
+        copies, heads = self.graph.copies, self.graph.heads_of(layer)
         z = value.reshape(-1, copies, self.rows, value.shape[1], self.graph.n_heads // copies, copies, self.layers[layer].write.shape[1])
         z = z.diagonal(dim1=1, dim2=5).movedim(-1, 4).flatten(3, 4)  # of each head, from the rows with its own keys and values
-        heads = slice(here.start, here.start + self.graph.n_heads)
         ablated = self.ablated[:, heads].sum(1)
         if self.form == "renormalised" and self.layers[layer].post is not None:
             self._wrote(heads, self.layers[layer].heads(z))
@@ -173,19 +171,17 @@ class _Pass:
             self.base = self.behind
 
     def _into_mlp(self, layer: int, value: Tensor) -> Tensor:
-        here, reader = self.graph.writer_slice(layer), self.graph.reader_slice(layer).stop - 1
-        base, used = (self.base, here.start) if self.graph.parallel else (self.behind, here.stop - 1)
-        x = self._read(base, used, slice(reader, reader + 1))
+        x = self._read(self.base if self.graph.parallel else self.behind, self.graph.readers_of(layer, "mlp"))
         return self._repeated(self.layers[layer].into_mlp(x)[:, 0]).reshape(value.shape)
 
     def _from_mlp(self, layer: int, value: Tensor) -> None:
-        last = self.graph.writer_slice(layer).stop - 1
+        own = self.graph.mlp_of(layer)
         once = value.reshape(-1, self.graph.copies, self.rows, *value.shape[-2:])[:, 0]
-        self._wrote(slice(last, last + 1), once[:, None])
-        self.base = self.behind + self.ablated[:, last]
+        self._wrote(slice(own, own + 1), once[:, None])
+        self.base = self.behind + self.ablated[:, own]
 
     def _into_logits(self, value: Tensor) -> Tensor:
-        x = self._read(self.base, len(self.graph.writers), self.graph.reader_slice(None))
+        x = self._read(self.base, self.graph.readers_of(None))
         return self._repeated(x[:, 0]).reshape(value.shape)
 
     def _repeated(self, x: Float[Tensor, "circuit row pos d_model"]) -> Float[Tensor, "circuit copy row pos d_model"]:
@@ -202,8 +198,9 @@ class _Pass:
             self.buffer = difference.new_empty(circuits, writers, self.rows, *difference.shape[-2:])
         self.buffer[:, where] = difference
 
-    def _read(self, base: Tensor, used: int, readers: slice) -> Float[Tensor, "circuit reader row pos d_model"]:
-        """What readers read: the ablated stream plus the differences along the kept edges of the first ``used`` writers."""
+    def _read(self, base: Tensor, readers: slice) -> Float[Tensor, "circuit reader row pos d_model"]:
+        """What readers read: the ablated stream plus the differences along the kept edges of the writers before them."""
+        used = int(self.graph.writers_before[readers.start])
         if self.buffer is None:
             circuits = self.keep.shape[0]
             written = torch.cat([part.expand(circuits, -1, -1, -1, -1) for start, part in sorted(self.written.items()) if start < used], 1)
@@ -212,12 +209,10 @@ class _Pass:
         keep = self.keep[:, :used, readers].to(written.dtype)
         if not self.sums:
             return base[:, None] + self._restored(keep, written)
-        heads = {layer: self.graph.writer_slice(layer).start + np.arange(self.graph.n_heads) for layer in self.sums}
-        heads = {layer: writers for layer, writers in heads.items() if writers[-1] < used}
-        others = np.setdiff1d(np.arange(used), np.concatenate([[], *heads.values()])).tolist()
+        heads = {layer: at for layer in self.sums if (at := self.graph.heads_of(layer)).stop <= used}
+        others = np.setdiff1d(np.arange(used), np.concatenate([[], *(np.arange(at.start, at.stop) for at in heads.values())])).tolist()
         x = base[:, None] + self._restored(keep[:, others], written[:, others])
-        for layer, writers in heads.items():
-            here = slice(writers[0], writers[-1] + 1)
+        for layer, here in heads.items():
             x = x + self.layers[layer].after(self.sums[layer][:, None] + self._restored(keep[:, here], written[:, here]))
         return x
 
@@ -311,14 +306,14 @@ def _check_model(model: BridgedModel, form: str) -> None:
         wanted: list[Any] = [evaluate(model, program, forward(model, replace(program, tokens=row), None)) for row in (program.tokens, donor)]
         if form == "renormalised":
             sets.append(allowed.clone())
-            sets[-1][graph.writer_slice(layer).start] = False
+            sets[-1][graph.heads_of(layer).start] = False
             other = run(model, Program(donor, program.examples, keep=(("z", layer),))).as_source()
             wanted.append(run(model, replace(program, edits=(Edit(f"L{layer}.H0.z", other),))).values)
         got = _one_pass(model, layers_of(model), program, contributions(model, donor, form), torch.stack(sets))
     off = (got - torch.stack(wanted)).abs().amax(1) / max(float(torch.stack(wanted[:2]).abs().max()), 1e-30)
     worst = int(off.argmax())
     if float(off[worst]) > tolerance(whole=True):
-        kept = ("all edges kept", "none kept", f"all kept but those out of {graph.writers[graph.writer_slice(layer).start]}")[worst]
+        kept = ("all edges kept", "none kept", f"all kept but those out of {graph.writers[graph.heads_of(layer).start]}")[worst]
         raise ModelError(
             f"{model.name} ({arch.family}) cannot be run as a circuit: with {kept}, it differs by {float(off[worst]):.2g} of the scale "
             f"from the run of the model that it should equal. Its blocks are put together in a way that patchlab does not know."

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import xarray as xr
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 
 from patchlab.errors import MethodError
 from patchlab.graph import Graph
@@ -120,24 +120,11 @@ def kv_effects(
     exact, graph = ActivationPatching(source=source, engine=engine, post_norm=post_norm), model.arch.graph
     options = {"direction": direction, "batch_size": batch_size, "max_memory": max_memory}
     with _patching(exact, model, task, "edges", 0, progress, options) as patcher:
-        head, kinds = _heads(graph), np.array(graph.reader_kind)
-        first = np.isin(kinds, ("k", "v")) & (head % graph.copies == 0)
+        first = np.isin(graph.reader_kind, ("k", "v")) & (graph.reader_head % graph.copies == 0)
         cells = np.argwhere(required(patcher.setting.live["edges"]) & first)
-        names = []
-        for writer, reader in cells.tolist():
-            layer = graph.readers[reader].partition(".")[0]
-            names.append(f"{graph.writers[writer]}->{layer}.kv{head[reader] // graph.copies}<{kinds[reader]}>")
+        names = [f"{graph.writers[writer]}->{graph.kv_name(reader)}" for writer, reader in cells.tolist()]
         options = {"engine": engine, "grouped": True, "post_norm": post_norm}
         return _collected(patcher, names, lambda runs: edge_effects(patcher.setting, runs, patcher.meter, cells, **options), "edge")
-
-
-def _heads(graph: Graph) -> Int[np.ndarray, " reader"]:
-    """The query head of every reader; -1 for MLPs and logits."""
-    found = np.full(len(graph.readers), -1)
-    for layer in range(graph.n_layers):
-        start = graph.reader_slice(layer).start
-        found[start : start + 3 * graph.n_heads] = np.arange(3 * graph.n_heads) % graph.n_heads
-    return found
 
 
 def _mask(graph: Graph, name: str, edges: Any) -> Bool[np.ndarray, "writer reader *pos"]:

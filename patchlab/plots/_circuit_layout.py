@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from jaxtyping import Float
 
-from patchlab.graph import Graph
+from patchlab.graph import Graph, Node
 
 HALF_WIDTH, HALF_HEIGHT = 34.0, 15.0
 """Half the sides of a node's box."""
@@ -46,30 +46,18 @@ class Layout:
     """Where the nodes of the right column are, from below."""
 
 
-def layer_and_head(node: str) -> tuple[int | None, int | None]:
-    """Layer and head of a node; None where it has none.
-
-    >>> layer_and_head("a3.h1"), layer_and_head("m2"), layer_and_head("logits")
-    ((3, 1), (2, None), (None, None))
-    """
-    if node in ("input", "logits"):
-        return None, None
-    layer, _, head = node[1:].partition(".h")
-    return int(layer), int(head) if head else None
-
-
 def place(graph: Graph, nodes: Iterable[str], edges: Sequence[tuple[str, str, str]] = ()) -> Layout:
     """Stand the nodes in rows and columns; the area leaves room for these edges (writer, reader, kind of input)."""
     nodes = tuple(nodes)
     rows: dict[int, list[str]] = {}
     for node in nodes:
-        layer, head = layer_and_head(node)
-        depth = 2 * layer + (2 if head is None else 1) if layer is not None else 0 if node == "input" else 2 * graph.n_layers + 1
+        kind, layer, head = Node.parse(node)
+        depth = 2 * layer + (2 if head is None else 1) if layer is not None else 0 if kind == "input" else 2 * graph.n_layers + 1
         rows.setdefault(depth, []).append(node)
     heights: dict[str, float] = {}
     y, previous = 0.0, None
     for depth in sorted(rows):
-        layer = layer_and_head(rows[depth][0])[0]
+        layer = Node.parse(rows[depth][0]).layer
         if previous is not None:
             y += ROW + (LAYER_GAP if layer != previous[0] else 0.0)
         previous = (layer,)
@@ -82,7 +70,7 @@ def place(graph: Graph, nodes: Iterable[str], edges: Sequence[tuple[str, str, st
     bands = tuple(
         Band(layer, min(ys) - ROW / 2 - LAYER_GAP / 4, max(ys) + ROW / 2 + LAYER_GAP / 4)
         for layer in range(graph.n_layers)
-        if (ys := [heights[node] for node in nodes if layer_and_head(node)[0] == layer])
+        if (ys := [heights[node] for node in nodes if Node.parse(node).layer == layer])
     )
     layout = Layout(places, bands, left - CLEARANCE, HALF_WIDTH + CLEARANCE, y, spine)
     reached = [bound for line in routes(layout, edges, 12) for bound in (line[:, 0].min(), line[:, 0].max())]
@@ -91,7 +79,7 @@ def place(graph: Graph, nodes: Iterable[str], edges: Sequence[tuple[str, str, st
 
 def _columns(rows: dict[int, list[str]]) -> dict[str, float]:
     """Columns of the heads, counted from the right: one per head index, or where those are many, as close as the fullest row allows."""
-    heads = [sorted((head, node) for node in rows[depth] if (head := layer_and_head(node)[1]) is not None) for depth in sorted(rows)]
+    heads = [sorted((head, node) for node in rows[depth] if (head := Node.parse(node).unit) is not None) for depth in sorted(rows)]
     heads = [row for row in heads if row]
     used = sorted({head for row in heads for head, _ in row})
     width = len(used) if len(used) <= _MOST_COLUMNS else max(map(len, heads))
@@ -148,7 +136,7 @@ class _Way:
 
 def _way(layout: Layout, writer: str, reader: str, kind: str) -> _Way:
     (x0, y0), (x1, y1) = layout.places[writer], layout.places[reader]
-    from_head, to_head = layer_and_head(writer)[1] is not None, layer_and_head(reader)[1] is not None
+    from_head, to_head = (Node.parse(end).kind == "head" for end in (writer, reader))
     if not from_head and not to_head:
         if not any(y0 < y < y1 for y in layout.spine):
             return _Way("top", "bottom", (0.0,), (0.0,), 0.0)

@@ -11,8 +11,7 @@ from jaxtyping import Bool, Float, Shaped
 from patchlab.circuits import Circuit
 from patchlab.circuits.select import mean_effects
 from patchlab.errors import CircuitError
-from patchlab.graph import Graph
-from patchlab.plots._circuit_layout import layer_and_head
+from patchlab.graph import Graph, Node
 from patchlab.plots._facets import ZEROS
 from patchlab.plots._style import INK, MUTED, Box, Page, Signs, signs, words_width
 from patchlab.scores import NO_PATH, SAME, ScoreMap
@@ -154,7 +153,7 @@ def _texts(
     shown = part[cells]
     texts = np.full(shown.shape, "", dtype=object)
     for i, j in np.argwhere(~np.isnan(shown)):
-        is_head = layer_and_head(nodes[j])[1] is not None
+        is_head = Node.parse(nodes[j]).kind == "head"
         end = nodes[j] + (f"&lt;{name}&gt;" if name != _ALL else "")
         texts[i, j] = f"<b>{writers[i]}->{end}</b><br>effect {shown[i, j]:+.3g} {escape(unit)}"
         if is_head and name == _ALL:
@@ -231,7 +230,7 @@ def _ticks(names: tuple[str, ...], cell: float, angle: int) -> dict[str, Any]:
     if cell >= 11:
         look = {"tickangle": angle, "tickfont": {"size": 9, "color": INK}}
         return {"tickmode": "array", "tickvals": list(range(len(names))), "ticktext": list(names), **look}
-    layers = [layer_and_head(name)[0] for name in names]
+    layers = [Node.parse(name).layer for name in names]
     ends = [i for i, name in enumerate(names) if name in ("input", "logits")]
     middles = {layer: float(np.mean([i for i, own in enumerate(layers) if own == layer])) for layer in dict.fromkeys(layers) if layer is not None}
     words = [f"layer {layer}" if len(middles) <= 14 or layer % 4 == 0 else "" for layer in middles]
@@ -246,7 +245,7 @@ def _ticks(names: tuple[str, ...], cell: float, angle: int) -> dict[str, Any]:
 
 def _breaks(names: tuple[str, ...]) -> list[float]:
     """Where a new layer begins."""
-    layers = [layer_and_head(name)[0] if name not in ("input", "logits") else name for name in names]
+    layers = [name if (layer := Node.parse(name).layer) is None else layer for name in names]
     return [i - 0.5 for i in range(1, len(names)) if layers[i] != layers[i - 1]]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from patchlab import __version__, plots
-from patchlab.circuits import FaithfulnessCurve, Sets, SmallestFaithful
+from patchlab.circuits import FaithfulnessCurve, Sets, SmallestFaithful, write
 from patchlab.circuits.evaluation.ablations import still_falling
 from patchlab.errors import OutputError
 from patchlab.store.folder import INDEX, JOB
@@ -91,7 +91,7 @@ def write_curve(
     chosen = {name: curve.smallest_circuit(name, level) for name in curve.circuits} if found is None else found.circuits
     for name, circuit in chosen.items():
         if circuit is not None and circuit.n_edges:
-            circuit.save(folder / f"circuit.{name.replace(':', '-').replace('+', '-')}.json", overwrite=True)
+            write(circuit, folder / f"circuit.{name.replace(':', '-').replace('+', '-')}.json", overwrite=True)
     files = sorted([*(path.name for path in folder.iterdir() if path.name != JOB), INDEX])
     rows = [] if found is None else records(found.table)
     best = {row["method"]: None if row["n_edges"] is None else row for row in rows} or smallest(curve, level)

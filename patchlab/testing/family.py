@@ -119,9 +119,8 @@ def _edges_gap(model: Model) -> float:
     program = Program(tokens, examples, metric=METRICS["logit_diff"], answers=answers)
     nodes = {0: "input"}
     for layer in {0, max(0, arch.n_layers - 2)}:
-        first = graph.writer_slice(layer).start
-        nodes |= {first + head: f"L{layer}.H{head}.z" for head in (0, graph.n_heads - 1)}
-        nodes |= {first + graph.n_heads: f"L{layer}.mlp_out"} if graph.mlps else {}
+        nodes |= {graph.heads_of(layer).start + head: f"L{layer}.H{head}.z" for head in (0, graph.n_heads - 1)}
+        nodes |= {graph.mlp_of(layer): f"L{layer}.mlp_out"} if graph.mlps else {}
     allowed = torch.as_tensor(graph.allowed.copy(), device=model.device)
     writers = torch.arange(len(graph.writers), device=model.device)
     masks = [allowed & (writers == writer)[:, None] for writer in nodes]

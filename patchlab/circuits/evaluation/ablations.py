@@ -1,21 +1,18 @@
 """What the edges outside a circuit carry."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from patchlab.circuits.circuit import Circuit
-from patchlab.circuits.evaluation.runner import Progress, checked, distinct, full_divergence, key_of, masks_on, rows_per_pass, with_full_logits
-from patchlab.engine.contributions import Contributions, contributions, post_norm_problem, post_norm_record
-from patchlab.engine.masked import pass_bytes, row_bytes, run_circuits, slices
+from patchlab.engine.contributions import Contributions, contributions, post_norm_problem
+from patchlab.engine.masked import pass_bytes, row_bytes
 from patchlab.errors import CircuitError, unknown
 from patchlab.models import Model
-from patchlab.tasks.task import Batch, Task
+from patchlab.tasks.task import Task
 
 ABLATIONS = {
     "resample": "what the writer writes on the corrupted prompt of the same pair",
@@ -24,9 +21,6 @@ ABLATIONS = {
     "mean_positional": "that mean at each position, over examples",
     "optimal": "a constant, fitted so that the ablated circuit's output is as close as possible to the full model's (Li & Janson 2024)",
 }
-
-WHOLE = 2**62
-"""A budget that never cuts: all rows that are differentiated at once are one pass."""
 
 
 @dataclass(frozen=True)
@@ -49,122 +43,55 @@ class OptimalFit:
             raise CircuitError(f"a fit needs at least one step and a positive learning rate; got {self}.")
 
 
-@dataclass(frozen=True)
-class Ablation:
-    """An ablation that is ready to use on the batches of a task: :meth:`of` gives the ablated contributions.
+@dataclass(frozen=True, eq=False)
+class Fitting:
+    """What constants are fitted from.
 
-    ``losses`` collects, per fitted circuit, KL to the full model in nats (mean over training examples) at the means and at the best step,
-    and whether the last quarter of the steps still lowered it by more than a tenth.
+    Args:
+        options: the budget.
+        train: the examples to fit on.
+        mean: what the writers write on average, where a fit starts.
+        spread: their root mean square deviation from it, the unit of its steps.
+    """
+
+    options: OptimalFit
+    train: Task
+    mean: Contributions
+    spread: Float[Tensor, "writer one one one"]
+
+
+@dataclass(frozen=True, eq=False)
+class Ablation:
+    """An ablation that is ready to use.
+
+    Args:
+        kind: one of :data:`ABLATIONS`.
+        constants: what the writers are ablated to; None where they write what they do on the corrupted prompts, or constants are fitted.
+        train: the examples behind the constants, if there are any.
+        post_norm: what heads write where a norm follows the attention.
+        fitting: how constants are fitted to each circuit; None where one set is for all.
+
+    Raises:
+        CircuitError: optimal ablation without a fit, or another with one.
     """
 
     kind: str
-    model: Model
-    constants: Contributions | None
-    train: Task | None
-    fit: OptimalFit
+    constants: Contributions | None = None
+    train: Task | None = None
     post_norm: str = "renormalised"
-    spread: Float[Tensor, "writer one one one"] | None = None
-    losses: dict[bytes, tuple[float, float, bool]] = field(default_factory=dict, repr=False)
+    fitting: Fitting | None = None
 
-    def of(self, batch: Batch) -> Contributions:
-        """What every writer is ablated to on the prompts of a batch."""
-        return contributions(self.model, batch.corrupted, self.post_norm) if self.constants is None else self.constants
-
-    def measure(
-        self,
-        circuits: Sequence[Circuit],
-        task: Task,
-        *,
-        batch_size: int | None = None,
-        max_bytes: int | float | None = None,
-        done: Progress | None = None,
-    ) -> Float[np.ndarray, "circuit example"]:
-        """The task's metric of every circuit on every example; equal circuits are run once."""
-        unlike, places = distinct(circuits)
-        values = np.zeros((len(unlike), len(task)))
-        budget = pass_bytes(self.model) if max_bytes is None else max_bytes
-        batches = task.batches(batch_size or rows_per_pass(self.model, task, budget), self.model.device)
-        for some in slices(len(unlike), self._fitted_at_once(budget)):
-            constants = self.fitted_to(unlike[some], max_bytes) if self.kind == "optimal" else None
-            for batch in batches:
-                ablated = self.of(batch) if constants is None else constants
-                program, columns = with_full_logits(self.model, batch, task.metric), batch.examples.cpu().numpy()
-                for part in slices(len(unlike[some]), _masked_at_once(unlike, batch, budget)):
-                    keep = masks_on(unlike[some][part], task, batch)
-                    with torch.no_grad():
-                        found = run_circuits(self.model, program, ablated.circuits(part), keep, max_bytes=max_bytes)
-                    values[some.start + part.start : some.start + part.stop, columns] = found.double().cpu().numpy()
-                    if done is not None:
-                        done(found.numel())
-        return values[places]
-
-    def losses_of(self, circuits: Mapping[str, Circuit]) -> dict[str, Any]:
-        """How far the fit of each circuit's constants got, for the provenance; nothing for ablations that are not fitted."""
-        found = {name: self.losses[key_of(circuit)] for name, circuit in circuits.items() if key_of(circuit) in self.losses}
-        names = ("at_mean", "final", "still_falling")
-        return {"optimal_losses": {name: dict(zip(names, values, strict=True)) for name, values in found.items()}} if found else {}
-
-    def provenance(self) -> dict[str, Any]:
-        """What it is, as JSON: the examples, and for fitted constants the budget."""
-        record: dict[str, Any] = {"ablation": self.kind, "ablation_is": ABLATIONS[self.kind], **post_norm_record(self.model, self.post_norm)}
-        if self.train is not None:
-            record["ablation_examples"] = f"{self.train.name}[{len(self.train)}]"
-        if self.kind == "optimal":
-            record["optimal_fit"] = asdict(self.fit)
-        return record
-
-    def fitted_to(self, circuits: Sequence[Circuit], max_bytes: int | float | None = None) -> Contributions:
-        """Constants for each of some circuits, fitted on the training examples at once; their losses go to :attr:`losses`.
-
-        Raises:
-            CircuitError: an ablation without training examples, or circuits whose positions the examples lack.
-        """
-        if self.train is None or self.constants is None or self.spread is None:
-            raise CircuitError("optimal ablation is fitted on training examples; make it with ablation_for(..., 'optimal', train=task).")
-        for circuit in circuits:
-            checked(circuit, self.model, self.train)
-        mean, spread, model = self.constants.values, self.spread, self.model
-        budget = (pass_bytes(model) if max_bytes is None else max_bytes) / 4  # a backward pass keeps about that many times more
-        length = max(len(pair) for pair in self.train.pairs)
-        rows = max(1, int(budget // (row_bytes(model, length) * len(circuits))))
-        parts = []
-        for batch in self.train.batches(rows, model.device):
-            program = with_full_logits(model, batch, full_divergence(self.train.metric.reads))
-            parts.append((program, masks_on(circuits, self.train, batch)))
-        with torch.enable_grad():
-            shift = torch.zeros(len(circuits), *mean.shape, dtype=torch.promote_types(mean.dtype, torch.float32), device=mean.device)
-            optimizer = torch.optim.Adam([shift.requires_grad_()], lr=self.fit.lr)
-            best, history = shift.detach().clone(), []
-            for _ in range(self.fit.steps + 1):
-                optimizer.zero_grad()
-                loss = torch.zeros(len(circuits), device=mean.device)
-                for program, keep in parts:
-                    constants = Contributions((mean + spread * shift).to(mean.dtype), self.post_norm)
-                    divergence = -run_circuits(model, program, constants, keep, max_bytes=WHOLE).sum(1) / len(self.train)
-                    divergence.sum().backward()
-                    loss += divergence.detach()
-                better = loss < torch.stack(history).amin(0) if history else torch.ones_like(loss, dtype=torch.bool)
-                best[better] = shift.detach()[better]
-                history.append(loss)
-                optimizer.step()
-        final, before = (torch.stack(history[:steps]).amin(0) for steps in (len(history), 1 + 3 * self.fit.steps // 4))
-        ends = zip(history[0].tolist(), final.tolist(), (final < 0.9 * before).tolist(), strict=True)
-        self.losses.update(zip(map(key_of, circuits), ends, strict=True))
-        return Contributions((mean + spread * best).to(mean.dtype), self.post_norm)
-
-    def _fitted_at_once(self, budget: int | float) -> int:
-        """How many circuits get their constants fitted together."""
-        if self.kind != "optimal" or self.train is None:
-            return 2**62
-        return max(1, int(budget // (4 * row_bytes(self.model, max(len(pair) for pair in self.train.pairs)))))
+    def __post_init__(self) -> None:
+        if (self.kind == "optimal") != (self.fitting is not None):
+            raise CircuitError(
+                f"optimal ablation, and no other, is fitted on training examples; got {self.kind!r} {'with' if self.fitting else 'without'} a fit. "
+                f"Make it with ablation_for(..., 'optimal', train=task)."
+            )
 
 
-def _masked_at_once(circuits: Sequence[Circuit], batch: Batch, budget: int | float) -> int:
-    """How many circuits' masks are set up together."""
-    each = circuits[0].graph.allowed.size
-    if any(circuit.n_positions for circuit in circuits):
-        each *= batch.clean.numel()
-    return max(1, int(budget // each))
+def rows_per_pass(model: Model, task: Task, budget: int | float) -> int:
+    """Examples of a task whose run as one circuit fits into the memory of a forward pass, in bytes."""
+    return max(1, int(budget // row_bytes(model, max(len(pair) for pair in task.pairs))))
 
 
 def ablation_for(
@@ -199,18 +126,18 @@ def ablation_for(
     if (problem := post_norm_problem(model, post_norm)) is not None:
         raise CircuitError(problem)
     source = None if kind in ("resample", "zero") else train or task
-    fit = fit or OptimalFit()
     if source is None:
         zeros = torch.zeros(len(model.arch.graph.writers), 1, 1, model.arch.d_model, dtype=model.dtype, device=model.device)
-        return Ablation(kind, model, Contributions(zeros, post_norm) if kind == "zero" else None, None, fit, post_norm)
+        return Ablation(kind, Contributions(zeros, post_norm) if kind == "zero" else None, post_norm=post_norm)
     if kind == "mean_positional":
         _check_lengths(task, source)
     mean = _mean(model, source, lambda values: values, post_norm, positional=kind == "mean_positional")
-    spread = None
+    constants = Contributions(mean.to(model.dtype), post_norm)
     if kind == "optimal":
         spread = _mean(model, source, lambda values: (values - mean).pow(2).mean(-1, keepdim=True), post_norm, positional=False)
-        spread = spread.sqrt().clamp_min(1e-6).to(model.dtype)
-    return Ablation(kind, model, Contributions(mean.to(model.dtype), post_norm), source, fit, post_norm, spread)
+        fitting = Fitting(fit or OptimalFit(), source, constants, spread.sqrt().clamp_min(1e-6).to(model.dtype))
+        return Ablation(kind, None, source, post_norm, fitting)
+    return Ablation(kind, constants, source, post_norm)
 
 
 def _mean(model: Model, task: Task, of: Callable[[Tensor], Tensor], post_norm: str, *, positional: bool) -> Float[Tensor, "writer one own_pos width"]:

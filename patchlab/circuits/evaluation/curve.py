@@ -11,8 +11,8 @@ import pandas as pd
 from jaxtyping import Float, Int
 
 from patchlab.circuits.circuit import Circuit
-from patchlab.circuits.evaluation.ablations import ABLATIONS, OptimalFit, ablation_for, still_falling
-from patchlab.circuits.evaluation.runner import checked, described, full_metric
+from patchlab.circuits.evaluation.ablations import ABLATIONS, OptimalFit, still_falling
+from patchlab.circuits.evaluation.runner import Runner, checked
 from patchlab.circuits.evaluation.scale import Scale
 from patchlab.circuits.formats.mib import MIB_FRACTIONS
 from patchlab.circuits.heldout import check_disjoint
@@ -20,7 +20,6 @@ from patchlab.circuits.select import BY, greedy, top_n
 from patchlab.errors import CircuitError, unknown
 from patchlab.graph import Graph
 from patchlab.models import Model
-from patchlab.progress import progress_bar
 from patchlab.scores import ScoreMap
 from patchlab.scores.arrays import plain
 from patchlab.sites import parse_site
@@ -93,7 +92,7 @@ class FaithfulnessCurve:
         return self.table.copy()
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
-        """Write tables and provenance as JSON; the circuits have files of their own (:meth:`Circuit.save`).
+        """Write tables and provenance as JSON; the circuits have files of their own (:func:`patchlab.circuits.write`).
 
         Raises:
             OutputError: the file exists, or cannot be written.
@@ -226,12 +225,19 @@ def faithfulness_curve(
     ]
     draws = [[_random(graph, n, total, seed + draw, how) for n, _, total in plan] for draw in range(random)]
     runs = [Circuit.empty(graph), *(c for some in circuits.values() for c in some), *(c for some in draws for c in some)]
-    way = ablation_for(model, task, ablation, train=train, fit=fit, post_norm=post_norm)
-    if ablation == "optimal" and train is not None:
-        check_disjoint({"task_pairs": train.pair_fingerprints}, task, "train=", allow_overlap=allow_overlap)
-    with progress_bar(f"circuits ({ablation})", "run", len(runs) * len(task), show=progress) as bar:
-        found = way.measure(runs, task, batch_size=batch_size, max_bytes=max_memory, done=bar.update)
-    scale, level = Scale(full_metric(model, task, batch_size), found[0], n_boot, seed), float(level)
+    runner = Runner.of(
+        model,
+        task,
+        ablation,
+        train=train,
+        fit=fit,
+        post_norm=post_norm,
+        allow_overlap=allow_overlap,
+        batch_size=batch_size,
+        max_memory=max_memory,
+    )
+    measured = runner.metric(runs, progress=progress)
+    found, scale, level = measured.metric, Scale(runner.full(), measured.metric[0], n_boot, seed), float(level)
     rows, areas, start = [], [], 1
     for name, some in circuits.items():
         part = found[None, start : start + len(some)]
@@ -240,8 +246,8 @@ def faithfulness_curve(
     if random:
         part = found[start:].reshape(random, len(plan), -1)
         _add(rows, areas, RANDOM, plan, np.array([[c.n_edges for c in some] for some in draws]), part, scale, level)
-    named = {f"{name} {size[0]}": c for name, some in circuits.items() for size, c in zip(sizing[name], some, strict=True)}
-    about = {**described(model, task), **way.provenance(), **way.losses_of({"no edges": runs[0], **named})}
+    named = [f"{name} {n}" for name in circuits for n, _, _ in sizing[name]]
+    about = {**runner.provenance(), **measured.record(["no edges", *named])}
     choice = {"how": how, "by": by, "random_draws": random, "level": level, "n_boot": n_boot, "seed": seed, "selection": selection}
     return FaithfulnessCurve(pd.DataFrame(rows), pd.DataFrame(areas), circuits, plain({**about, **choice}))
 

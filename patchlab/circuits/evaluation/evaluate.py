@@ -9,13 +9,12 @@ import pandas as pd
 from jaxtyping import Float
 
 from patchlab.circuits.circuit import Circuit
-from patchlab.circuits.evaluation.ablations import OptimalFit, ablation_for, still_falling
-from patchlab.circuits.evaluation.runner import checked, described, full_metric, of_other_weights
+from patchlab.circuits.evaluation.ablations import OptimalFit, still_falling
+from patchlab.circuits.evaluation.runner import Runner, checked
 from patchlab.circuits.evaluation.scale import Scale
 from patchlab.circuits.heldout import check_disjoint
 from patchlab.errors import CircuitError, unknown
 from patchlab.models import Model
-from patchlab.progress import progress_bar
 from patchlab.scores.arrays import plain
 from patchlab.stats.bootstrap import interval
 from patchlab.tasks.task import Task
@@ -140,17 +139,25 @@ def evaluate(
                 f"circuit {name!r} has no edges, so its faithfulness is 0 by definition. Choose more edges: pruning leaves none where "
                 f"the chosen ones do not connect the input with the logits."
             )
-    notes = [note for name, c in circuits.items() if (note := of_other_weights(c, model, f"circuit {name!r}"))]
+    notes = [note for name, c in circuits.items() if (note := _of_other_weights(c, model, f"circuit {name!r}"))]
     selection = {name: check_disjoint(c.provenance, task, f"circuit {name!r}", allow_overlap=allow_overlap) for name, c in circuits.items()}
-    way = ablation_for(model, task, ablation, train=train, fit=fit, post_norm=post_norm)
-    if ablation == "optimal" and train is not None:
-        check_disjoint({"task_pairs": train.pair_fingerprints}, task, "train=", allow_overlap=allow_overlap)
+    runner = Runner.of(
+        model,
+        task,
+        ablation,
+        train=train,
+        fit=fit,
+        post_norm=post_norm,
+        allow_overlap=allow_overlap,
+        batch_size=batch_size,
+        max_memory=max_memory,
+    )
     left_out = [(name, part, rest) for name, c in circuits.items() for part, rest in _without_parts(c, minimality)]
     named = {"no edges": Circuit.empty(model.arch.graph), **circuits}
     runs = [*named.values(), *(~c for c in circuits.values() if completeness), *(rest for *_, rest in left_out)]
-    with progress_bar(f"circuits ({ablation})", "run", len(runs) * len(task), show=progress) as bar:
-        found = way.measure(runs, task, batch_size=batch_size, max_bytes=max_memory, done=bar.update)
-    scale = Scale(full_metric(model, task, batch_size), found[0], n_boot, seed)
+    measured = runner.metric(runs, progress=progress)
+    found = measured.metric
+    scale = Scale(runner.full(), found[0], n_boot, seed)
     n = len(circuits)
     complements = found[1 + n : 1 + 2 * n] if completeness else None
     rest = found[len(runs) - len(left_out) :]
@@ -165,15 +172,24 @@ def evaluate(
         parts,
         plain(
             {
-                **described(model, task),
-                **way.provenance(),
-                **way.losses_of(named),
+                **runner.provenance(),
+                **measured.record(named),
                 "selection": selection,
                 "n_boot": n_boot,
                 "seed": seed,
                 "notes": notes,
             }
         ),
+    )
+
+
+def _of_other_weights(circuit: Circuit, model: Model, what: str) -> str | None:
+    """A sentence, if the circuit was found on other weights than the model's."""
+    found = circuit.provenance.get("model_fingerprint")
+    if found is None or found == model.fingerprint:
+        return None
+    return (
+        f"{what} was found on {circuit.provenance.get('model', '?')} with other weights ({found}); those of {model.name} here are {model.fingerprint}"
     )
 
 

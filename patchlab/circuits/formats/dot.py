@@ -39,9 +39,10 @@ def to_dot(circuit: Circuit) -> str:
     if circuit.n_positions is not None:
         lines.append(f"  // {circuit.n_positions} positions collapsed: an edge is there if it is kept at any, its score is the sum")
     lines.append('  rankdir=BT; node [shape=box, fontname="Helvetica"]; edge [fontname="Helvetica", fontsize=9];')
-    rows: dict[str, list[str]] = {}
-    for node in circuit.nodes:
-        rows.setdefault(node.partition(".h")[0], []).append(node)
+    rows: dict[tuple[str, int | None], list[str]] = {}
+    for node, kept in zip(graph.node_table, circuit.node_mask, strict=True):
+        if kept:
+            rows.setdefault((node.kind, node.layer), []).append(node.name)
     for row in rows.values():
         lines.append("  { rank=same; " + " ".join(f'"{node}";' for node in row) + " }")
     for (writer, reader), score in zip(pairs.tolist(), scores.tolist(), strict=True):

@@ -2,6 +2,7 @@
 
 import json
 import math
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from patchlab.circuits.circuit import Circuit
-from patchlab.circuits.formats.parts import OWN, assemble, cfg_of, graph_from, needed, own_record, record_of
+from patchlab.circuits.formats.header import OWN, assemble, cfg_of, graph_from, needed, own_record, record_of
 from patchlab.errors import CircuitError
 from patchlab.graph import Graph
 
@@ -60,16 +61,13 @@ def save(circuit: Circuit, path: Path) -> None:
 
 def _order(graph: Graph) -> list[tuple[int, int]]:
     """Edges by block, then writer, then head, then q, k, v, as EAP-IG lists them."""
-    pairs = []
-    for layer in range(graph.n_layers):
-        start = graph.reader_slice(layer).start
-        heads = [start + letter * graph.n_heads + head for head in range(graph.n_heads) for letter in range(3)]
-        mlp = [start + 3 * graph.n_heads] if graph.mlps else []
-        groups = [heads + mlp] if graph.parallel else [heads, mlp]
-        for group in groups:
-            before = np.flatnonzero(graph.allowed[:, group[0]]).tolist() if group else []
-            pairs += [(writer, reader) for writer in before for reader in group]
-    return pairs + [(writer, len(graph.readers) - 1) for writer in range(len(graph.writers))]
+    layer, head, before = graph.reader_layer, graph.reader_head, graph.writers_before
+    readers = sorted(range(len(graph.readers)), key=lambda reader: (layer[reader], head[reader] < 0, head[reader]))
+    pairs: list[tuple[int, int]] = []
+    for (_, n), group in groupby(readers, key=lambda reader: (layer[reader], before[reader])):
+        alike = list(group)
+        pairs += [(writer, reader) for writer in range(n) for reader in alike]
+    return pairs
 
 
 def _no_constant(name: str) -> None:

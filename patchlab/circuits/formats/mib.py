@@ -1,14 +1,12 @@
-"""Folders as the MIB circuit track takes them: one per task and model, with edge importances or with a circuit per size; conversion."""
+"""Folders as the MIB circuit track takes them: one per task and model, with edge importances or with a circuit per size."""
 
 import os
-import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from patchlab.circuits.circuit import Circuit
-from patchlab.circuits.formats.files import SUFFIXES, read, write
-from patchlab.errors import CircuitError, OutputError, unknown
+from patchlab.circuits.files import SUFFIXES, read, write_folder
+from patchlab.errors import CircuitError, unknown
 
 MIB_FRACTIONS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 """Shares of the edges at which MIB evaluates; a submission of circuits has one for each but the last, which is the whole graph."""
@@ -68,35 +66,7 @@ def write_submission(circuits: Submission, folder: str | os.PathLike[str], *, su
         files |= {f"{name}/{stem}{suffix}": circuit for stem, circuit in zip(names, entry, strict=True)}
     if not files:
         raise CircuitError("there is nothing to submit; give circuits by '<task>_<model>'.")
-    return _write_folder(files, Path(folder))
-
-
-def convert(src: str | os.PathLike[str], dst: str | os.PathLike[str], *, suffix: str | None = None, overwrite: bool = False) -> list[Path]:
-    """Convert a circuit file to the format that the suffix of ``dst`` names, or all circuit files below a folder into a new folder.
-
-    Every file is read and checked on the way. Of a folder, files keep their names and take ``suffix``; without one, each changes from
-    ``.json`` to ``.pt`` or the other way round. Returns the files written.
-
-    Raises:
-        CircuitError: a file that :func:`read` refuses, a suffix that is neither, or a folder without circuit files.
-        OutputError: the destination exists (a folder is never overwritten), or it cannot be written.
-    """
-    src, dst = Path(src), Path(dst)
-    if not src.is_dir():
-        if suffix is not None:
-            raise CircuitError(f"the suffix of a single file is part of its name; got {dst} and suffix={suffix!r}. Leave suffix out.")
-        write(read(src), dst, overwrite=overwrite)
-        return [dst]
-    if suffix not in (None, *SUFFIXES):
-        raise CircuitError(unknown("kind of circuit file", suffix, SUFFIXES))
-    other = {".json": ".pt", ".pt": ".json"}
-    paths = sorted(path for path in src.rglob("*") if path.suffix in SUFFIXES and path.is_file())
-    if not paths:
-        raise CircuitError(f"{src} holds no circuit files ({' or '.join(SUFFIXES)}).")
-    files = {path.relative_to(src).with_suffix(suffix or other[path.suffix]).as_posix(): path for path in paths}
-    if len(files) < len(paths):
-        raise CircuitError(f"{src} holds files that differ only in their suffix; convert them one by one.")
-    return _write_folder({name: read(path) for name, path in files.items()}, dst)
+    return write_folder(files, Path(folder))
 
 
 def _check_name(name: str) -> None:
@@ -123,25 +93,3 @@ def _check_entry(where: str, circuits: Sequence[Circuit]) -> None:
                 f"{where}: the circuit for {100 * fraction:g} % of the edges has {circuit.n_edges:,} of {graph.n_edges:,}, "
                 f"more than {int(fraction * graph.n_edges):,}. Choose a smaller one."
             )
-
-
-def _write_folder(files: Mapping[str, Circuit], folder: Path) -> list[Path]:
-    """Write the files to a hidden folder beside the target, then rename it."""
-    if folder.exists():
-        raise OutputError(f"{folder} exists and is not overwritten; choose another folder.")
-    if not folder.parent.is_dir():
-        raise OutputError(f"cannot write {folder}: there is no folder {folder.parent}. Create it first.")
-    staging = None
-    try:
-        staging = Path(tempfile.mkdtemp(prefix=".patchlab-", dir=folder.parent))
-        for name, circuit in files.items():
-            path = staging / "whole" / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write(circuit, path)
-        (staging / "whole").rename(folder)
-    except OSError as error:
-        raise OutputError(f"cannot write {folder}: {error.strerror or error}. Choose a folder that you may write to.") from error
-    finally:
-        if staging is not None:
-            shutil.rmtree(staging, ignore_errors=True)
-    return [folder / name for name in files]

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float
 
 from patchlab.circuits.circuit import Circuit
-from patchlab.circuits.formats.parts import OWN, assemble, cfg_of, graph_from, needed, own_record, record_of
+from patchlab.circuits.formats.header import OWN, assemble, cfg_of, graph_from, needed, own_record, record_of
 from patchlab.errors import CircuitError
 from patchlab.graph import Graph
 

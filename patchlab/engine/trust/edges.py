@@ -38,9 +38,8 @@ def edge_mask(model: BridgedModel, edge: Int[np.ndarray, "2"], *, grouped: bool 
     writer, reader = map(int, edge)
     mask = torch.zeros(graph.allowed.shape, dtype=torch.bool, device=model.device)
     if grouped and graph.reader_kind[reader] in ("k", "v"):
-        head = (reader - graph.reader_slice(reader // (3 * graph.n_heads + graph.mlps)).start) % graph.n_heads
-        first = reader - head % graph.copies
-        mask[writer, first : first + graph.copies] = True
+        alike = graph.readers_of(int(graph.reader_layer[reader]), graph.reader_kind[reader])
+        mask[writer, alike][graph.sharing(int(graph.reader_head[reader]))] = True
     else:
         mask[writer, reader] = True
     return mask
@@ -126,7 +125,7 @@ def _trial(model: BridgedModel) -> tuple[Program, Int[np.ndarray, "edge 2"], Dif
     own, other = (run(model, Program(ids, examples, keep=keep)).activations for ids in (tokens, donor))
     readers = [len(graph.readers) - 1]
     for layer in sorted({0, arch.n_layers // 2, arch.n_layers - 1}):
-        first = graph.reader_slice(layer).start
-        readers += [first + i * graph.n_heads + layer % graph.n_heads for i in range(3)] + [first + 3 * graph.n_heads] * graph.mlps
+        readers += [graph.readers_of(layer, letter).start + layer % graph.n_heads for letter in "qkv"]
+        readers += [graph.readers_of(layer, "mlp").start] if graph.mlps else []
     edges = np.array([(int(np.flatnonzero(graph.allowed[:, reader])[-1]), reader) for reader in readers])
     return prompts.program(), edges, Differences.of(model, own, Kept(other, examples), examples)

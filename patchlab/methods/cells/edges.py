@@ -66,13 +66,12 @@ class Edges:
         written = np.tile(prefix, (len(graph.writers), 1))
         written[0] = changed
         if arch.parallel and graph.mlps:
-            written[graph.n_heads + 1] = changed  # the first MLP reads the input alone
+            written[graph.mlp_of(0)] = changed  # the first MLP reads the input alone
         last = np.arange(length) == length - 1
         read = np.ones((len(graph.readers), length), dtype=bool)
-        crossing = np.isin(graph.reader_kind, ("k", "v"))
+        crossing, late = np.isin(graph.reader_kind, ("k", "v")), graph.reader_layer >= graph.n_layers - 1
         if reads_answer:
-            late = [*range(graph.reader_slice(graph.n_layers - 1).start, len(graph.readers))]
-            read[[reader for reader in late if not crossing[reader]]] = last
+            read[late & ~crossing] = last
         if "dest" not in site.axes:
             by_pos = written[:, None, :] & read[None, :, :]
             if "pos" not in site.axes:
@@ -80,7 +79,7 @@ class Edges:
             return graph.allowed[:, :, None] & (by_pos if index is None else by_pos.take(index, axis=2))
         pairs = np.where(crossing[:, None, None], np.tri(length, dtype=bool), np.eye(length, dtype=bool) & read[:, :, None])
         if reads_answer:
-            pairs[graph.reader_slice(graph.n_layers - 1).start :] &= last[:, None]
+            pairs[late] &= last[:, None]
         if index is not None:
             pairs, written = pairs.take(index, axis=1).take(index, axis=2), written.take(index, axis=1)
         return graph.allowed[:, :, None, None] & written[:, None, None, :] & pairs[None]
@@ -391,11 +390,7 @@ class EdgeScores:
 
     def add(self, point: Result, weight: float, moved: Target | None = None) -> None:
         """Add the scores at one point of the path; of the writers of one group only, where one is named."""
-        group = moved
-        rows = slice(None) if group is None else self.graph.writer_slice(group[1])
-        if group is not None and group[0] != "input":
-            heads = rows.start + self.graph.n_heads
-            rows = slice(rows.start, heads) if group[0] == "z" else slice(heads, rows.stop)
+        rows = slice(0, len(self.graph.writers)) if moved is None else self._writers_of(moved)
         n = len(self.total)
         step = max(1, int(_chunk_bytes(self.setting) // _writer_bytes(self.setting, 1, self.span)))
         for first in range(0, n, step):
@@ -403,8 +398,8 @@ class EdgeScores:
             scores, off = self.total.new_zeros(2, *self.total[chunk].shape).unbind(0)
             written = self._written(point, chunk)
             sizes = self._sizes(written, chunk).unsqueeze(-1)
-            for readers, before, coefficients in self._readers(point, chunk):
-                low, high = rows.start or 0, before if rows.stop is None else min(rows.stop, before)
+            for readers, coefficients in self._readers(point, chunk):
+                low, high = rows.start, min(rows.stop, int(self.graph.writers_before[readers.start]))
                 if low < high:
                     self._contract(scores[:, low:high, readers], written[:, low:high], coefficients)
                     slopes = coefficients.to(written.dtype).square().sum(-1, keepdim=True)
@@ -444,13 +439,12 @@ class EdgeScores:
         written = embedded.new_empty(n, len(self.graph.writers), span, width)
         written[:, 0] = embedded
         for layer, part in enumerate(self.parts):
-            where = self.graph.writer_slice(layer)
             heads = torch.einsum("bphk,hkd->bphd", self.differences["z", layer][chunk], part.write.to(written.dtype))
             if part.post is not None:
                 heads = norm_jvp(self.composite.norm, part.post, *self._norm_inputs(point, part.post, chunk), heads)
-            written[:, where.start : where.start + self.graph.n_heads] = heads.transpose(1, 2)
+            written[:, self.graph.heads_of(layer)] = heads.transpose(1, 2)
             if self.graph.mlps:
-                written[:, where.stop - 1] = self.differences["mlp_out", layer][chunk]
+                written[:, self.graph.mlp_of(layer)] = self.differences["mlp_out", layer][chunk]
         return written
 
     def _sizes(self, written: Float[Tensor, "batch writer pos d_model"], chunk: slice) -> Float[Tensor, "batch writer pos"]:
@@ -465,31 +459,32 @@ class EdgeScores:
             moved = difference[chunk].square().sum(-1)
             lengths = (own.square() + (own + difference[chunk]).square()).sum(-1)
             share = torch.where(moved > 0, lengths / torch.where(moved > 0, moved, 1.0), 0.0)
-            where = self.graph.writer_slice(layer)
-            if kind == "z":
-                shares[:, where.start : where.start + self.graph.n_heads] = share.transpose(1, 2)
-            else:
-                shares[:, where.stop - 1] = share
+            shares[:, self._writers_of((kind, layer))] = share.transpose(1, 2) if kind == "z" else share[:, None]
         return change * (1 + shares)
 
-    def _readers(self, point: Result, chunk: slice) -> Iterator[tuple[slice, int, Tensor]]:
-        """Readers, the number of writers before them, and their coefficients ``[batch, pos, reader, d_model]`` (or with dest first)."""
-        heads, arch = self.graph.n_heads, self.setting.model.arch
+    def _writers_of(self, target: Target) -> slice:
+        """Where the writers of an activation are."""
+        kind, layer = target
+        if kind == "z" and layer is not None:
+            return self.graph.heads_of(layer)
+        own = 0 if layer is None else self.graph.mlp_of(layer)
+        return slice(own, own + 1)
+
+    def _readers(self, point: Result, chunk: slice) -> Iterator[tuple[slice, Tensor]]:
+        """Readers and their coefficients ``[batch, pos, reader, d_model]`` (or with dest first)."""
+        graph = self.graph
         letters = [letter for letter in "qkv" if letter not in self.composite.not_scored]
         for layer, part in enumerate(self.parts):
-            first, before = self.graph.reader_slice(layer).start, self.graph.writer_slice(layer).start
             found = {letter: self._head_readers(part, letter, point.gradients[letter, layer], point, chunk) for letter in letters}
             if "dest" not in self.axes:  # one product for all
-                yield slice(first + 3 * heads - len(letters) * heads, first + 3 * heads), before, torch.cat(list(found.values()), 2)
-            for i, letter in enumerate("qkv"):
-                if "dest" in self.axes and letter in found:
-                    yield slice(first + i * heads, first + (i + 1) * heads), before, found[letter]
-            if self.graph.mlps:
+                yield graph.readers_of(layer, *letters), torch.cat(list(found.values()), 2)
+            else:
+                yield from ((graph.readers_of(layer, letter), part) for letter, part in found.items())
+            if graph.mlps:
                 gradient = point.hook_gradients[f"blocks.{layer}.mlp.hook_in"][chunk, -self.span :].unsqueeze(2)
-                earlier = before if self.graph.parallel else before + heads
-                yield slice(first + 3 * heads, first + 3 * heads + 1), earlier, self._through(part.mlp, point, chunk, gradient)
-        final = point.gradients["resid_post", arch.n_layers - 1][chunk, -self.span :].unsqueeze(2)
-        yield self.graph.reader_slice(None), len(self.graph.writers), final
+                yield graph.readers_of(layer, "mlp"), self._through(part.mlp, point, chunk, gradient)
+        final = point.gradients["resid_post", graph.n_layers - 1][chunk, -self.span :].unsqueeze(2)
+        yield graph.readers_of(None), final
 
     def _head_readers(self, part: Layer, letter: str, gradient: Tensor, point: Result, chunk: slice) -> Tensor:
         split = gradient.ndim == 5
@@ -528,11 +523,7 @@ class EdgeScores:
         found = torch.zeros_like(self.nodes)
         for (kind, layer), difference in self.differences.items():
             product = difference * point.gradients[kind, layer][:, -self.span :].to(difference.dtype)
-            where = self.graph.writer_slice(layer)
-            if kind == "z":
-                found[:, where.start : where.start + self.graph.n_heads] = product.sum((1, 3))
-            else:
-                found[:, where.stop - 1] = product.sum((1, 2))
+            found[:, self._writers_of((kind, layer))] = product.sum((1, 3)) if kind == "z" else product.sum((1, 2))[:, None]
         self.nodes[:, rows] += weight * found[:, rows]
 
 

@@ -1,4 +1,4 @@
-"""What the two kinds of circuit files share: the model's shape, the key of patchlab's own, and how a circuit is put together from them."""
+"""What every circuit file says besides its edges: whose graph it is (``cfg``), and the entry of patchlab's own."""
 
 import math
 from collections.abc import Mapping
@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float
 
-from patchlab.circuits.circuit import Circuit
-from patchlab.circuits.shape import common_graph
+from patchlab.circuits.circuit import Circuit, common_graph
 from patchlab.errors import CircuitError, SiteError
 from patchlab.graph import Graph
 
@@ -25,7 +24,7 @@ def needed(data: Any, keys: tuple[str, ...], what: str) -> None:
     if not isinstance(data, dict) or (missing := [key for key in keys if key not in data]):
         got = ", ".join(map(str, list(data)[:8])) or "nothing" if isinstance(data, dict) else type(data).__name__
         lacking = f" without {', '.join(missing)}" if isinstance(data, dict) else ""
-        raise CircuitError(f"not {what}{lacking}: it has {got}; expected {', '.join(keys)}. Write it with EAP-IG, or with Circuit.save.")
+        raise CircuitError(f"not {what}{lacking}: it has {got}; expected {', '.join(keys)}. Write it with EAP-IG, or with patchlab.circuits.write.")
 
 
 def own_record(record: Any) -> dict[str, Any]:
