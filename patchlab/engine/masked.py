@@ -28,6 +28,7 @@ from patchlab.adapters import BridgedModel
 from patchlab.engine.contributions import Contributions, Layer, contributions, has_post_norm, layers_of, norm_over_heads
 from patchlab.engine.hooks import canonical, hooked
 from patchlab.engine.literal import evaluate, forward, run
+from patchlab.engine.memory import block_numbers, itemsize
 from patchlab.engine.program import Program
 from patchlab.engine.session import exclusive, found_once, session_of
 from patchlab.engine.trust.precision import in_single_precision
@@ -99,8 +100,7 @@ def row_bytes(model: BridgedModel, length: int) -> int:
     arch = model.arch
     read = 12 if has_post_norm(model) else 4  # the norm of what each reader reads of one attention, beside the sum so far
     width = (len(arch.graph.writers) + read * arch.n_heads) * arch.d_model
-    block = 12 * arch.d_model + 4 * (arch.d_mlp or 0) + 3 * length * arch.n_heads
-    return length * (width + arch.graph.copies * block) * torch.empty(0, dtype=model.dtype).element_size()
+    return length * (width + arch.graph.copies * block_numbers(model, length)) * itemsize(model)
 
 
 @dataclass

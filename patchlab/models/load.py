@@ -4,11 +4,12 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 from transformer_lens.model_bridge import TransformerBridge
+from transformers import PreTrainedModel
 
 from patchlab.errors import ModelError, unknown
 from patchlab.models.hub import hub_folder
@@ -79,10 +80,10 @@ def _taken_over(module: nn.Module, tokenizer: Any, device: torch.device | None, 
     except (ValueError, AttributeError) as error:
         raise ModelError(f"{name}: its attention cannot be made eager, which hooks need: {_first_line(error)}") from error
     module.to(device=device, dtype=dtype)
-    return _with_bridge(module, name, tokenizer)
+    return _with_bridge(cast(PreTrainedModel, module), name, tokenizer)
 
 
-def bridge_module(module: Any, name: str, tokenizer: Any = None) -> Any:
+def bridge_module(module: PreTrainedModel, name: str, tokenizer: Any = None) -> TransformerBridge:
     """A TransformerLens bridge of a Hugging Face model, which it changes, after a look at whether it still computes the same.
 
     Raises:
@@ -96,7 +97,8 @@ def bridge_module(module: Any, name: str, tokenizer: Any = None) -> Any:
         raise ModelError(f"{name}: this {kind} has been bridged before, which changes it; load or build it again, or use the first Model.")
     _check_weights(module, name)
     length = min(6, int(getattr(module.config, "max_position_embeddings", None) or 6))
-    tokens = torch.arange(length)[None] % int(module.get_input_embeddings().num_embeddings)
+    embeddings: Any = module.get_input_embeddings()
+    tokens = torch.arange(length)[None] % int(embeddings.num_embeddings)
     tokens = tokens.to(next(module.parameters()).device)
     where, errors = "", (ValueError, KeyError, NotImplementedError, AttributeError, RuntimeError)
     with torch.no_grad():
@@ -140,7 +142,7 @@ def _check_weights(module: nn.Module, name: str) -> None:
         )
 
 
-def _with_bridge(module: Any, name: str, tokenizer: Any) -> Model:
+def _with_bridge(module: PreTrainedModel, name: str, tokenizer: Any) -> Model:
     # the Bridge gives its tokenizer special tokens that the model was not trained with, so it gets a copy
     return Model(bridge_module(module, name, copy.deepcopy(tokenizer)), name, tokenizer)
 

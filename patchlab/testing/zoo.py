@@ -9,6 +9,8 @@ from functools import cache
 from typing import Any
 
 import torch
+from transformer_lens.model_bridge import TransformerBridge
+from transformers import PreTrainedModel
 
 from patchlab.errors import ModelError, unknown
 from patchlab.models import Model, bridge_module, wrap_bridge
@@ -150,7 +152,7 @@ def _layers_of(name: str, layers: int) -> dict[str, Any]:
     return {option: layers}
 
 
-def zoo_module(name: str, dtype: torch.dtype = torch.float32, layers: int = LAYERS, seed: int = 0) -> Any:
+def zoo_module(name: str, dtype: torch.dtype = torch.float32, layers: int = LAYERS, seed: int = 0) -> PreTrainedModel:
     """A Hugging Face model of a family, in eval mode, whose weights leave no non-linearity idle.
 
     Raises:
@@ -174,7 +176,7 @@ def zoo_module(name: str, dtype: torch.dtype = torch.float32, layers: int = LAYE
     return module.eval()
 
 
-def zoo_bridge(module: Any) -> Any:
+def zoo_bridge(module: PreTrainedModel) -> TransformerBridge:
     """A Hugging Face model as a TransformerLens bridge, without a tokenizer."""
     from transformer_lens.model_bridge.sources import build_bridge_from_module
 

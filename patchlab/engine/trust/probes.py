@@ -8,7 +8,7 @@ only at the positions and heads that were touched.
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -158,7 +158,7 @@ class _Received:
 
     def __init__(self, model: BridgedModel, where: Iterable[Target]) -> None:
         self.inputs: dict[Target, Tensor] = {}
-        components: Iterable[Any] = (module for module in model.bridge.modules() if hasattr(module, "hook_in"))
+        components = [module for module in cast(Iterable[Any], model.bridge.modules()) if hasattr(module, "hook_in")]
         maps = {str(component.hook_in.name): component.original_component for component in components}
         hosts = {target: canonical(model, model.arch.accessors[target[0]].host(target[1])) for target in where}
         self.maps = {target: maps[host] for target, host in hosts.items() if maps.get(host) is not None}
