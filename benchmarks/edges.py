@@ -67,7 +67,7 @@ class Trial:
         groups = {"heads": np.isin(kinds, ("q", "k", "v")), "mlp": kinds == "mlp"}
         for layer in range(self.graph.n_layers):
             here = np.zeros(len(kinds), dtype=bool)
-            here[self.graph.reader_slice(layer)] = True
+            here[self.graph.readers_of(layer)] = True
             for name, chosen in groups.items():
                 edges = np.argwhere(self.graph.allowed & chosen & here)
                 writers = sorted(set(edges[:, 0].tolist()))

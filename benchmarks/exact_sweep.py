@@ -169,7 +169,7 @@ class Trial:
 
         def cells(first: int) -> list[tuple[Edit, ...]]:
             where = [(layer, pos, head) for layer in range(arch.n_layers) for pos in range(first, batch.clean.shape[1]) for head in heads]
-            return [(Edit(Site(kind, (), layer=layer, head=head, pos=(pos,)), source),) for layer, pos, head in where]
+            return [(Edit(Site(kind, (), layer=layer, index=head, pos=(pos,)), source),) for layer, pos, head in where]
 
         program = Program(batch.corrupted, batch.examples, metric=task.metric, answers=batch.answers)
         return Trial(model, program, source, cells(start), cells(0), start)

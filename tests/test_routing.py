@@ -18,6 +18,7 @@ from patchlab.engine.contributions import Contributions, contributions
 from patchlab.engine.masked import run_circuits
 from patchlab.errors import InterventionError, ModelError
 from patchlab.models import Model
+from patchlab.sources import Kept
 
 
 def literal(model: Model, clean: Tensor, ablated: Tensor, keep: Tensor, form: str = "renormalised") -> Tensor:
@@ -31,10 +32,7 @@ def literal(model: Model, clean: Tensor, ablated: Tensor, keep: Tensor, form: st
     def patched(edits: dict[str, Tensor], keep: str) -> Tensor:
         kind = keep.rpartition(".")[2]
         layer = int(keep[1 : keep.index(".")])
-        sources = [
-            pl.Edit(name, pl.interventions.Kept({(name.rpartition(".")[2], int(name[1 : name.index(".")])): value}, rows))
-            for name, value in edits.items()
-        ]
+        sources = [pl.Edit(name, Kept({(name.rpartition(".")[2], int(name[1 : name.index(".")])): value}, rows)) for name, value in edits.items()]
         return run(model, Program(clean, rows, edits=tuple(sources), keep=((kind, layer),))).activations[kind, layer]
 
     plain = run(model, Program(clean, rows, keep=(("input", None), ("resid_pre", 0)))).activations
@@ -79,7 +77,7 @@ def literal(model: Model, clean: Tensor, ablated: Tensor, keep: Tensor, form: st
             else:
                 current[out + HEADS] = patched({f"L{layer}.resid_mid": reads(reader)}, f"L{layer}.mlp_out")
     last = graph.n_layers - 1
-    value = pl.interventions.Kept({("resid_post", last): reads(len(graph.readers) - 1)}, rows)
+    value = Kept({("resid_post", last): reads(len(graph.readers) - 1)}, rows)
     return run(model, Program(clean, rows, edits=(pl.Edit(f"L{last}.resid_post", value),), logits="answer")).logits
 
 

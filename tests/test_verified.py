@@ -550,11 +550,11 @@ def test_only_cells_in_groups_that_matter_are_candidates() -> None:
     screen = np.random.default_rng(0).random(effects.shape)
     screen[2, 3] = 2
     search, patcher = searched(effects, screen, joint=_grouped(effects), k=4, hierarchical=True, max_share=1)
-    places = {(cell[0], cell[1]) for i in np.flatnonzero(search.candidates) for cell in [search.cells.index[i]]}
+    places = {(cell[0], cell[1]) for i in np.flatnonzero(search.candidates) for cell in [search.cells.where[i][1]]}
     assert places == {(2, 3), (2, 7)}
     assert {"L0.z", "L1.z", "L2.z", "L3.z", "L2.z@0", "L2.z@7"} <= set(patcher.asked)
     assert "L1.z@0" not in patcher.asked  # its layer does not matter
-    assert set(search.verified) >= {i for i, cell in enumerate(search.cells.index) if (cell[0], cell[1]) == (2, 7)}
+    assert set(search.verified) >= {i for i, cell in enumerate(cell for _, cell in search.cells.where) if (cell[0], cell[1]) == (2, 7)}
     kept = {group["address"] for group in search.groups if group["kept"]}
     assert kept == {"L2.z", "L2.z@3", "L2.z@7"}
     assert len(search.verified) + len(search.groups) + len(search.drawn) == len(patcher.asked)
@@ -572,7 +572,7 @@ def test_cancellation_hides_a_group_from_the_search_but_not_from_the_sample() ->
         hierarchical=True,
         sample=60,
     )
-    hidden = {i for i, cell in enumerate(search.cells.index) if cell[0] == 1}
+    hidden = {i for i, cell in enumerate(cell for _, cell in search.cells.where) if cell[0] == 1}
     assert hidden.isdisjoint(np.flatnonzero(search.candidates))
     assert search.bound is not None
     assert search.bound.exceeding > 0
