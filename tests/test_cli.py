@@ -206,7 +206,7 @@ def test_repeating_the_recorded_command_is_the_same_job(done):
 def test_existing_results_stay_without_force_and_nothing_is_computed(done, monkeypatch):
     out, _, _ = done
     before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
-    monkeypatch.setattr(report, "run", lambda *_, **__: pytest.fail("computed before the folder was checked"))
+    monkeypatch.setattr(jobs, "run", lambda *_, **__: pytest.fail("computed before the folder was checked"))
     assert re.search(r"already holds results; choose another folder with --out, or .*--force", error_of(*ARGUMENTS, "--out", out))
     assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == before
 
@@ -214,14 +214,14 @@ def test_existing_results_stay_without_force_and_nothing_is_computed(done, monke
 @pytest.fixture
 def captured(monkeypatch):
     """Jobs as the commands make them; running one ends there."""
-    jobs = []
+    made = []
 
     def run(job, **_):
-        jobs.append(job)
+        made.append(job)
         raise PatchlabError("stop\nhere")
 
-    monkeypatch.setattr(report, "run", run)
-    return jobs
+    monkeypatch.setattr(jobs, "run", run)
+    return made
 
 
 def test_demo_begins_with_ioi_on_the_first_packaged_model(captured, tmp_path, monkeypatch):

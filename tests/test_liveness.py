@@ -14,7 +14,7 @@ from patchlab.methods.cells import cells_of
 from patchlab.methods.cells.nodes import addresses
 from patchlab.methods.setting.liveness import live_cells, without_path
 from patchlab.methods.setting.setting import Setting
-from patchlab.metrics import Metric
+from patchlab.metrics import METRICS, Metric
 from patchlab.models import Model
 from patchlab.sites import POSITION_AXES, parse_site
 from patchlab.sources import Average, Kept
@@ -91,7 +91,7 @@ def test_dead_cells_have_no_effect_when_patched_for_real(family: str, direction:
 def test_dead_cells_have_no_effect_with_changes_that_differ_between_examples() -> None:
     pairs = (pair(5, (2,), 1), pair(5, (1,), 2), pair(5, (1, 4), 3))
     for family in ("gpt2", "neox"):
-        worst, number = _dead_effects(model_of(family), Task("several", pairs, pl.methods.base.METRICS["logit_diff"]), "denoising")
+        worst, number = _dead_effects(model_of(family), Task("several", pairs, METRICS["logit_diff"]), "denoising")
         assert max(worst.values()) < 1e-5
         assert sum(number.values()) > 0
 

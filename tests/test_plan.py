@@ -7,7 +7,7 @@ import pytest
 from families import mixed_task, model_of, swap_task
 from typer.testing import CliRunner
 
-from patchlab import cli, report
+from patchlab import cli
 from patchlab.comparison import job as jobs
 from patchlab.methods import SecondOrder, get_method
 from patchlab.methods.plan import forward_seconds
@@ -67,14 +67,14 @@ def test_a_forward_pass_is_timed() -> None:
 def test_long_work_is_announced_and_short_work_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     model, task = model_of("gpt2"), swap_task()
     monkeypatch.setattr(jobs, "forward_seconds", lambda *_: 0.01)
-    assert report.cost_line(["exact", "ig:5"], model, task, ["z"]) is None
-    line = report.cost_line(["exact", "ig:999999"], model, task, ["z"])
+    assert jobs.cost_line(["exact", "ig:5"], model, task, ["z"]) is None
+    line = jobs.cost_line(["exact", "ig:999999"], model, task, ["z"])
     assert line is not None
     assert line.startswith("about 8 h 20 min: 1,000,0")
     assert "999,999 backward passes (ig:999999 8 h 20 min, exact 0 s)" in line
     assert line.endswith("Less is computed with fewer pairs (--n), fewer --sites, or fewer points (ig:5 instead of ig:999999).")
-    assert "fewer points" not in (report.announced({"exact": 1e5}, model, task, lower="Less.", passes="many") or "")
-    assert report.cost_line([], model, task, ["z"]) is None
+    assert "fewer points" not in (jobs.announced({"exact": 1e5}, model, task, lower="Less.", passes="many") or "")
+    assert jobs.cost_line([], model, task, ["z"]) is None
 
 
 @pytest.mark.parametrize(

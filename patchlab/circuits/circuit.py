@@ -296,7 +296,7 @@ def kv_view(graph: Graph, edges: Bool[np.ndarray, "writer reader"], scores: Floa
         [0, 2, 0, 0]
     """
     copies = np.flatnonzero(np.isin(graph.reader_kind, ("k", "v"))).reshape(-1, graph.copies)
-    names = [graph.kv_name(first) for first in copies[:, 0]]
+    names = [graph.kv_name(first) for first in copies[:, 0].tolist()]
     values = np.full(edges.shape, np.nan) if scores is None else scores
     dims = ("writer", "kv_reader")
     return xr.Dataset(

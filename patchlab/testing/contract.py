@@ -187,6 +187,12 @@ def _check_map(method: Method, model: Model, task: Task, sites: tuple[Site, ...]
             _require(len(scores.provenance["not_scored"][name]) > 10, f"{name} is not scored and nothing says why")
             continue
         there = scores.scored(name).to_numpy()
+        if kinds := scores.provenance.get("readers_not_scored"):
+            cut = np.isin(scores.graph.reader_kind, list(kinds))
+            _require(bool(np.isnan(values[:, :, cut]).all()), f"{name} has values for readers that are not scored")
+            _require(bool(there[scores.graph.allowed & ~cut].all()), f"{name} lacks values for readers that are scored")
+        else:
+            _require(bool(there[scores.exists(name).to_numpy()].all()), f"{name} has scores that are not finite")
         values, live = values[:, there], live[there]
         _require(bool(np.isfinite(values).all()), f"{name} has scores that are not finite")
         noise = None if scores.noise is None else scores.noise[name].to_numpy()
