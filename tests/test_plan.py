@@ -94,6 +94,6 @@ def test_commands_say_the_cost_before_they_begin(command, monkeypatch, tmp_path)
         raise KeyboardInterrupt
 
     monkeypatch.setattr("patchlab.methods.method.Method._run", begun)
-    result = CliRunner().invoke(cli.app, [*command, "--model", "demo-gpt2-4l", "--task", "ioi", "--n", "4"], prog_name="patchlab")
+    result = CliRunner().invoke(cli.app, [*command, "--model", "demo-gpt2-4l", "--task", "ioi", "--n", "8"], prog_name="patchlab")
     assert result.exit_code != 0
     assert re.search(r"^about \d+ \S+.*: .* passes.*Less is computed with", result.stderr, re.M), result.stderr
