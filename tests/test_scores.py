@@ -333,10 +333,10 @@ def test_patterns_that_do_not_fit_are_refused(of, cells, message):
 
 
 def test_a_map_of_a_newer_version_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("patchlab.scores.score_map.FORMAT", 3)
+    monkeypatch.setattr("patchlab.scores.score_map.FORMAT", 4)
     random_map("z").save(tmp_path / "a.nc")
     monkeypatch.undo()
-    with pytest.raises(ScoreError, match="has the format 3 and this patchlab reads up to 2"):
+    with pytest.raises(ScoreError, match="has the format 4 and this patchlab reads up to 3"):
         ScoreMap.load(tmp_path / "a.nc")
 
 

@@ -178,7 +178,7 @@ class ScoreMap:
             check_no_path(no_path, live)
         for name, values in scores.items():
             axes, own = axes_of(name), names.get(name, CellNames())
-            about = {"units": str(record.get("metric_unit", "")), "noun": own.noun, "names": own.joined}
+            about = {"units": str(record.get("metric_unit", "")), **({"noun": own.noun, "names": own.joined} if own.noun else {})}
             if isinstance(values, Sparse):
                 named |= {f"{name}.{axis}": (cell_dim(name), values.index[:, i].astype(np.int64)) for i, axis in enumerate(axes)}
                 places = [] if task_axis is None else [axis for axis in axes if axis in POSITION_AXES]
@@ -292,7 +292,7 @@ class ScoreMap:
         words = np.full(live.shape, "structural zero" if self.no_path is None else SAME, dtype=f"<U{len(SAME)}")
         if self.no_path is not None:
             words[self.no_path[name].to_numpy()] = NO_PATH
-        words[~self.exists(name).to_numpy()] = f"no {self.data[name].attrs['noun']}"
+        words[~self.exists(name).to_numpy()] = f"no {self.data[name].attrs.get('noun', 'cell')}"
         words[live.to_numpy()] = ""
         return live.copy(data=words)
 
