@@ -6,13 +6,14 @@ whole vocabulary; the clean run's logits), so that an engine can compute just th
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from patchlab.errors import MetricError, unknown
+from patchlab.grammar import enter
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,29 @@ class Metric:
                 )
 
 
+METRICS: dict[str, Metric] = {}
+
+
+def register_metric(name: str, **options: Any) -> Callable[[MetricFunction], MetricFunction]:
+    """Decorator that registers a function of ``(logits, answers)`` as a metric, with the other arguments of :class:`Metric`.
+
+    >>> @register_metric("margin", unit="logits")
+    ... def margin(logits, answers):
+    ...     return logits.amax(-1)
+    >>> get_metric("margin") is METRICS.pop("margin")
+    True
+
+    Raises:
+        MetricError: the name is taken or malformed.
+    """
+
+    def register(function: MetricFunction) -> MetricFunction:
+        enter(METRICS, "metric", name, Metric(name, function, **options), MetricError)
+        return function
+
+    return register
+
+
 def _gathered(logits: Float[Tensor, "batch columns"], ids: Tensor, mask: Tensor, fill: float) -> Float[Tensor, "batch n"]:
     return logits.gather(-1, ids).masked_fill(~mask, fill)
 
@@ -130,22 +154,26 @@ def _mean(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
     return _gathered(logits, ids, mask, 0.0).sum(-1) / mask.sum(-1)
 
 
+@register_metric("logit_diff", columns="answers")
 def _logit_diff(logits: Float[Tensor, "batch columns"], a: Answers) -> Float[Tensor, " batch"]:
     return _mean(logits, a.correct, a.correct_mask) - _mean(logits, a.incorrect, a.incorrect_mask)
 
 
+@register_metric("logprob_diff", unit="nats", columns="answers")
 def _logprob_diff(logits: Float[Tensor, "batch columns"], a: Answers) -> Float[Tensor, " batch"]:
     # the normaliser of the softmax is the same in both terms and cancels
     correct = _gathered(logits, a.correct, a.correct_mask, -torch.inf).logsumexp(-1)
     return correct - _gathered(logits, a.incorrect, a.incorrect_mask, -torch.inf).logsumexp(-1)
 
 
+@register_metric("prob_diff", unit="probability")
 def _prob_diff(logits: Float[Tensor, "batch columns"], a: Answers) -> Float[Tensor, " batch"]:
     probabilities = logits.softmax(-1)
     correct = _gathered(probabilities, a.correct, a.correct_mask, 0.0).sum(-1)
     return correct - _gathered(probabilities, a.incorrect, a.incorrect_mask, 0.0).sum(-1)
 
 
+@register_metric("neg_kl", unit="nats", needs_clean=True, vanishes_at_clean=True)
 def _neg_kl(logits: Float[Tensor, "batch columns"], a: Answers) -> Float[Tensor, " batch"]:
     if a.clean_logits is None:
         raise MetricError("neg_kl compares with the clean run, whose logits are missing; evaluate it through a task.")
@@ -153,15 +181,8 @@ def _neg_kl(logits: Float[Tensor, "batch columns"], a: Answers) -> Float[Tensor,
     return -(clean.exp() * (clean - patched)).sum(-1)
 
 
-METRICS: dict[str, Metric] = {
-    metric.name: metric
-    for metric in (
-        Metric("logit_diff", _logit_diff, "logits", columns="answers"),
-        Metric("logprob_diff", _logprob_diff, "nats", columns="answers"),
-        Metric("prob_diff", _prob_diff, "probability"),
-        Metric("neg_kl", _neg_kl, "nats", needs_clean=True, vanishes_at_clean=True),
-    )
-}
+PACKAGED = frozenset(METRICS.values())
+"""The metrics that patchlab comes with: they are known to treat examples apart."""
 
 
 def get_metric(metric: str | Metric | MetricFunction) -> Metric:

@@ -238,7 +238,7 @@ def test_norms_are_differentiated_as_autograd_does(family: str, rule: NormRule |
         (pl.AttributionPatching(qk_fix=True), "edges", "QK-fix and GradDrop are not defined for edges"),
         (pl.AttributionPatching(grad_drop=True), "edges", "QK-fix and GradDrop are not defined for edges"),
         (pl.AttributionPatching(), ["edges", "z"], "got them together with 1 other sites"),
-        (LinearizedPatching(rules=Composite("eps", linear=EpsilonRule())), "edges", "edges need the 0-rule on linear maps"),
+        (LinearizedPatching(rules=Composite(linear=EpsilonRule())), "edges", "edges need the 0-rule on linear maps"),
         (get_method("eap-ig-activations:2"), "z", "over='groups' averages over the readers of edges; for nodes use over='activations'"),
     ],
 )

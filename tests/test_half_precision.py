@@ -20,7 +20,8 @@ from patchlab.engine.trust.precision import in_single_precision
 from patchlab.errors import ModelError
 from patchlab.metrics import METRICS
 from patchlab.models import Model
-from patchlab.rules import graft
+from patchlab.rules import PRESETS, graft
+from patchlab.rules.composites import DESCRIPTIONS
 from patchlab.rules.linear import EpsilonRule, GammaRule
 from patchlab.rules.nonlinear import IdentityRule, LNRule, TemperatureRule
 
@@ -154,9 +155,11 @@ class _Steep(LNRule):
         return 1e4 * super().surrogate(place, x, scale)
 
 
-def test_a_gradient_that_overflows_is_an_error() -> None:
+def test_a_gradient_that_overflows_is_an_error(request: pytest.FixtureRequest) -> None:
     half, _ = _pair("gpt2", torch.float16)
     steep = pl.rules.Composite("steep", norm=_Steep())
+    pl.rules.register_preset("steep")(lambda: steep)
+    request.addfinalizer(lambda: (PRESETS.pop("steep"), DESCRIPTIONS.pop("steep")))
     with pytest.raises(ModelError, match=r"the gradient at L0.resid_pre of gpt2 overflows in float16. Load it with dtype='bfloat16' or 'float32'"):
         scores_of(pl.RelevancePatching(steep), half, swap_task(), "resid_pre")
 

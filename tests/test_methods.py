@@ -21,7 +21,8 @@ from patchlab.errors import InterventionError, MethodError, MetricError, ModelEr
 from patchlab.methods import METHODS, LinearizedPatching, get_method
 from patchlab.metrics import METRICS, Answers, Metric
 from patchlab.models import Model
-from patchlab.rules import AHRule, Composite
+from patchlab.rules import PRESETS, AHRule, Composite, register_preset
+from patchlab.rules.composites import DESCRIPTIONS
 from patchlab.sites import KINDS, Site, parse_site
 from patchlab.tasks.task import Pair, Task
 
@@ -543,8 +544,10 @@ def test_queries_and_keys_are_not_scored_under_a_constant_pattern() -> None:
     assert set(alone.not_scored) == {"q"}
 
 
-def test_user_composites_and_names() -> None:
+def test_user_composites_and_names(request: pytest.FixtureRequest) -> None:
     mine = Composite("mine", pattern=AHRule())
+    register_preset("mine")(lambda: mine)
+    request.addfinalizer(lambda: (PRESETS.pop("mine"), DESCRIPTIONS.pop("mine")))
     assert pl.RelevancePatching(mine).name == "mine"
     assert pl.IntegratedGradients(4, rules=mine).name == "mine+ig:4"
     assert pl.IntegratedGradients(4, "activations").name == "ig-activations:4"

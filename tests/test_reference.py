@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 import patchlab as pl
 from patchlab.engine import Program, run
-from patchlab.rules import AHRule, Composite, HalfRule, IdentityRule, LNRule
+from patchlab.rules import get_composite
 
 CASES = [
     ("gpt2-random", "swap1"),
@@ -41,13 +41,14 @@ SITES = {
     "pattern_head": "pattern",
     "mlp_post_neuron": "mlp_post",
 }
-RULES = {
-    "grad": Composite("gradient"),
-    "ln": Composite("ln", norm=LNRule()),
-    "ln_id": Composite("ln_id", norm=LNRule(), activation=IdentityRule()),
-    "ln_id_half": Composite("ln_id_half", norm=LNRule(), activation=IdentityRule(), product=HalfRule()),
-    "ln_id_half_ah": Composite("ln_id_half_ah", norm=LNRule(), activation=IdentityRule(), product=HalfRule(), pattern=AHRule()),
+NAMES = {
+    "grad": "gradient",
+    "ln": "lrp[ln]",
+    "ln_id": "lrp[ln,identity]",
+    "ln_id_half": "lrp[ln,identity,half]",
+    "ln_id_half_ah": "lrp[ln,identity,half,ah]",
 }
+RULES = {key: get_composite(name) for key, name in NAMES.items()}
 
 
 @pytest.fixture(scope="module", params=CASES, ids=["-".join(case) for case in CASES])

@@ -301,6 +301,8 @@ def test_edges_keep_the_contract_of_methods(method: str, site: str) -> None:
 class FillsGaps(LinearizedPatching):
     """Gives the readers that its rules cut off a score."""
 
+    name = "fills-gaps"
+
     def score(self, setting: Setting, runs: Runs, meter: Meter, notes: dict[str, Any]) -> Scored:
         found = super().score(setting, runs, meter, notes)
         return replace(found, effects={name: np.nan_to_num(values) for name, values in found.effects.items()})

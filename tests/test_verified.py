@@ -1008,7 +1008,7 @@ def test_hierarchical_joint_effects_are_the_coarse_sweeps() -> None:
 def test_the_result_reads_well_and_is_json() -> None:
     result = found(sample=4, k=5)
     text = repr(result)
-    assert text.startswith("verified(relp), denoising, logit_diff, gpt2 × ")
+    assert text.startswith("verified[relp], denoising, logit_diff, gpt2 × ")
     assert "With 95 % confidence at most" in text
     assert "how large a missed effect may be is not bounded" in text
     assert "With 95 % confidence at least 0 of the true top 5 on these prompts are among those returned." in text
@@ -1029,7 +1029,7 @@ def test_the_result_reads_well_and_is_json() -> None:
     assert values["price"]["statement"] == str(result.price)
     assert values["speaks_of"] == result.speaks_of
     assert [row["address"] for row in values["table"]] == result.table["address"].tolist()
-    assert values["provenance"]["method"] == "verified(relp)"
+    assert values["provenance"]["method"] == "verified[relp]"
     assert not result.effects.flags.writeable
     assert not {"low", "high"} & set(result.table.columns)  # nothing is uncertain about an effect on these prompts
     assert sorted(result.table["place"]) == sorted(set(result.table["place"]))
@@ -1083,7 +1083,7 @@ def test_confidence_of_a_bound() -> None:
 
 def test_a_public_name() -> None:
     assert pl.VerifiedPatching is VerifiedPatching
-    assert pl.VerifiedPatching().name == "verified(relp)"
+    assert pl.VerifiedPatching().name == "verified[relp]"
     assert VerifiedPatching() == VerifiedPatching()
 
 

@@ -87,14 +87,14 @@ def find(
     from patchlab.circuits.select import BY
     from patchlab.comparison.job import cost_line
     from patchlab.errors import CircuitError, OutputError, unknown
-    from patchlab.methods import get_method
+    from patchlab.methods.names import scoring_method
 
     for what, got, valid in (("way to choose edges", how, HOW), ("importance", by, BY), ("kind of circuit file", out.suffix, SUFFIXES)):
         if got not in valid:
             raise CircuitError(unknown(what, got, valid))
     if out.exists() and not force:
         raise OutputError(f"{out} exists and is not overwritten; choose another name with --out, or replace it with --force.")
-    scorer = get_method(method.strip())
+    scorer = scoring_method(method.strip())
     loaded, first, second = _load(model, task, n, seed, options, device, dtype, whole)
     if (line := cost_line([scorer.name], loaded, first or second, ["edges"], direction=direction, batch_size=batch_size, lower=FEWER)) is not None:
         say(line)
@@ -265,10 +265,11 @@ def _curve(out: Path, methods: str, where: tuple[Any, ...], settings: dict[str, 
     from patchlab import __version__, circuits, report
     from patchlab.circuits.evaluation.curve import RANDOM, check_plan
     from patchlab.comparison import job as jobs
-    from patchlab.methods import get_method
+    from patchlab.grammar import split
+    from patchlab.methods.names import scoring_method
     from patchlab.store import result_folder
 
-    names = tuple(get_method(name.strip()).name for name in methods.split(","))
+    names = tuple(scoring_method(name).name for name in split(methods))
 
     # what the scores depend on: the sizes and the ablation of the curve may be others when it is drawn again
     job = {"patchlab": __version__, "curve": list(names), "of": list(where), "batch_size": settings["batch_size"]}
@@ -278,7 +279,7 @@ def _curve(out: Path, methods: str, where: tuple[Any, ...], settings: dict[str, 
         held_out = circuits.split(pairs, seed=settings["seed"])[1]
         say(f"{loaded.name}, {pairs.name}: {sets}")
         plan = {key: settings[key] for key in ("how", "by", "ablation")}
-        check_plan(loaded.arch.graph, {name: get_method(name) for name in names}, settings["sizes"], **plan)
+        check_plan(loaded.arch.graph, {name: scoring_method(name) for name in names}, settings["sizes"], **plan)
         run = {"direction": "noising", "batch_size": settings["batch_size"]}
         maps = jobs.scored(names, loaded, sets.choosing, ["edges"], folder=folder, say=say, **run)
         train = None if settings["ablation"] in ("resample", "zero") else sets.choosing

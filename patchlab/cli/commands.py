@@ -143,13 +143,14 @@ def verify(
     from transformers.utils.logging import disable_progress_bar
 
     from patchlab.comparison.job import announced, named_task
-    from patchlab.methods import VerifiedPatching, get_method
+    from patchlab.methods import VerifiedPatching
+    from patchlab.methods.names import scoring_method
     from patchlab.models import load_model
     from patchlab.sites import parse_sites
 
     disable_progress_bar()  # for files that load in a second
     method = VerifiedPatching(
-        screen=get_method(screen.strip()), k=k, target=target, recall=recall, sample=sample, confidence=confidence, subsets=subsets,
+        screen=scoring_method(screen.strip()), k=k, target=target, recall=recall, sample=sample, confidence=confidence, subsets=subsets,
         hierarchical=hierarchical, population=population, seed=seed,
     )  # fmt: skip
     wanted = parse_sites(sites)
@@ -172,13 +173,14 @@ def _demo(out: Path, n: int, *, force: bool, as_json: bool) -> None:
 
     from patchlab import report
     from patchlab.comparison import job as jobs
+    from patchlab.grammar import split
     from patchlab.store import result_folder
     from patchlab.tables import prose, table, terminal_width
 
     disable_progress_bar()  # for files that load in a second
     target, sites = out.expanduser().resolve(), tuple(SITES.split(","))
     wanted = {
-        f"{model}-{task}": jobs.Job(model, task, tuple(METHODS.split(",")), sites, n=n, options=options)
+        f"{model}-{task}": jobs.Job(model, task, tuple(split(METHODS)), sites, n=n, options=options)
         for model in ("demo-gpt2", "demo-llama")
         for task, options in DEMO
     }
@@ -217,12 +219,13 @@ def _compare(
 
     from patchlab import report
     from patchlab.comparison import job as jobs
+    from patchlab.grammar import split
     from patchlab.sites import parse_sites
     from patchlab.store import result_folder
     from patchlab.tables import terminal_width
 
     disable_progress_bar()  # for files that load in a second
-    job = jobs.Job(model, task, tuple(methods.split(",")), tuple(map(str, parse_sites(sites))), n=n, **settings)
+    job = jobs.Job(model, task, tuple(split(methods)), tuple(map(str, parse_sites(sites))), n=n, **settings)
     with result_folder(out, force=force, job={"patchlab": __version__, **job.as_dict()}, say=say) as folder:
         results = jobs.run(job, folder=folder, say=say, progress=True)
         say("writing tables and plots")
@@ -272,7 +275,7 @@ def models(json_: Json = False) -> None:
 
 @app.command(cls=Command)
 def methods(json_: Json = False) -> None:
-    """The methods."""
+    """The methods: [RULES+]WORD[:N][[OPTION=VALUE,...]][+qk][+drop][@SOURCE], in this order, without what is left at its default."""
     from patchlab.methods import METHODS
 
     _listing(METHODS.items(), json_)

@@ -3,13 +3,14 @@
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from patchlab.comparison.compare import Comparison, compare
 from patchlab.errors import MethodError, TaskError
-from patchlab.methods import get_method
+from patchlab.methods.linearized import LinearizedPatching
+from patchlab.methods.names import scoring_method
 from patchlab.methods.plan import LONG, Plan, forward_seconds
 from patchlab.models import Model, load_model
 from patchlab.progress import duration
@@ -47,7 +48,7 @@ class Job:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        names = tuple(get_method(name.strip()).name for name in self.methods)
+        names = tuple(scoring_method(name).name for name in self.methods)
         if repeated := sorted({name for name in names if names.count(name) > 1}):
             raise MethodError(f"the method {repeated[0]} is named twice; name it once.")
         if REFERENCE not in names or len(names) < 2:
@@ -177,12 +178,12 @@ def cost_line(
         MethodError, SiteError: what the methods refuse.
     """
     names = list(methods)
-    plans = {name: get_method(name).plan(model, task, sites, direction=direction, batch_size=batch_size) for name in names}
+    plans = {name: scoring_method(name).plan(model, task, sites, direction=direction, batch_size=batch_size) for name in names}
     if not plans:
         return None
     whole = Plan(*(sum(getattr(plan, part) for plan in plans.values()) for part in ("forwards", "backwards", "work")))
-    many = [name for name in names if (getattr(get_method(name), "n_steps", None) or 0) > FEW_POINTS]
-    points = f", or fewer points ({re.sub(r'[0-9]+', str(FEW_POINTS), many[0])} instead of {many[0]})" if many else ""
+    many = [one for one in map(scoring_method, names) if isinstance(one, LinearizedPatching) and (one.n_steps or 0) > FEW_POINTS]
+    points = f", or fewer points ({replace(many[0], n_steps=FEW_POINTS).name} instead of {many[0].name})" if many else ""
     work = {name: plan.work for name, plan in plans.items()}
     return announced(work, model, task, lower=f"Less is computed with {lower}{points}.", passes=str(whole))
 
@@ -190,10 +191,10 @@ def cost_line(
 def scores_file(method: str) -> str:
     """File name of a method's score map.
 
-    >>> scores_file("relp+ig:5")
-    'scores.relp-ig-5.nc'
+    >>> scores_file("relp+ig:5"), scores_file("lrp[ln,identity]@mean")
+    ('scores.relp-ig-5.nc', 'scores.lrp-ln-identity-mean.nc')
     """
-    return f"scores.{method.replace(':', '-').replace('+', '-')}.nc"
+    return f"scores.{re.sub(r'[:+@,=[]', '-', method).replace(']', '')}.nc"
 
 
 def scored(
@@ -213,6 +214,8 @@ def scored(
     """
     maps: dict[str, ScoreMap] = {}
     names = list(methods)
+    if folder is not None and len({scores_file(name) for name in names}) < len(names):
+        raise MethodError(f"two of {', '.join(names)} would be written to one file; register methods or rules under names that differ in letters.")
     left = [name for name in names if folder is None or not (folder / scores_file(name)).exists()]
     planned = {key: settings[key] for key in ("direction", "batch_size") if key in settings}
     if (line := cost_line(left, model, task, sites, **planned)) is not None:
@@ -224,7 +227,7 @@ def scored(
             say(f"{name}: finished before, {found.cost.seconds:.1f} s then")
             continue
         checkpoint = None if file is None else file.with_name(f".{file.stem}.checkpoint")
-        maps[name] = get_method(name).run(model, task, sites, checkpoint=checkpoint, **settings)
+        maps[name] = scoring_method(name).run(model, task, sites, checkpoint=checkpoint, **settings)
         if file is not None:
             maps[name].save(file, overwrite=True)
         if len(maps) == 1 and (warning := maps[name].reversed_gap()) is not None:

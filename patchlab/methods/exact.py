@@ -8,11 +8,18 @@ from patchlab.engine.contributions import POST_NORMS
 from patchlab.errors import MethodError, unknown
 from patchlab.methods.cells.kind import Exactly, gathered, parts, shifted
 from patchlab.methods.method import Method
+from patchlab.methods.registry import register_method
 from patchlab.methods.setting.meter import Meter
 from patchlab.methods.setting.setting import Setting
 from patchlab.methods.setting.unpatched import Runs, Scored
 
 
+@register_method(
+    "exact-frozen",
+    "edges only: exact, but a head's share of a norm after its attention in the baseline's denominator (Gemma 2)",
+    post_norm="frozen",
+)
+@register_method("exact", "activation patching: one patched forward pass per cell; the ground truth")
 @dataclass(frozen=True)
 class ActivationPatching(Method):
     """Patch every cell and read the metric: effect = patched metric − baseline metric.
@@ -42,10 +49,6 @@ class ActivationPatching(Method):
             raise MethodError(unknown("engine", self.engine, ("auto", "literal")))
         if self.post_norm not in POST_NORMS:
             raise MethodError(unknown("form of the norm after attention (post_norm)", self.post_norm, POST_NORMS))
-
-    @property
-    def name(self) -> str:
-        return "exact" if self.post_norm == "renormalised" else f"exact-{self.post_norm}"
 
     @property
     def how(self) -> Exactly:

@@ -7,7 +7,7 @@ corrections go with any of them: QK-fix takes one more forward pass each for q a
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -22,22 +22,14 @@ from patchlab.methods.cells.nodes import INPUT
 from patchlab.methods.corrections import dropping
 from patchlab.methods.method import Method
 from patchlab.methods.quadrature import n_points, points_and_weights
+from patchlab.methods.registry import register_method
 from patchlab.methods.setting.meter import Meter
 from patchlab.methods.setting.setting import Setting
 from patchlab.methods.setting.unpatched import Runs, Scored, program
 from patchlab.rules import Composite, get_composite
+from patchlab.rules.composites import PACKAGED, PRESETS, rules_name
 from patchlab.sites import Site, address
 from patchlab.sources import Blend, Own
-
-PATHS: dict[tuple[Path, str], str] = {
-    ("inputs", "midpoint"): "ig",
-    ("inputs", "left"): "ig-left",
-    ("inputs", "right"): "ig-right",
-    ("inputs", "trapezoid"): "ig-trapezoid",
-    ("activations", "midpoint"): "ig-activations",
-    ("groups", "left"): "eap-ig-activations",
-}
-"""What the usual paths are called."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +37,8 @@ class LinearizedPatching(Method):
     """The one implementation; the named methods fix some of its fields.
 
     Args:
-        rules: backward rules, a preset's name or a composite; ``gradient`` has none.
+        rules: backward rules, by name or as a composite that has a name (see :class:`patchlab.rules.Composite`), and kept by name;
+            ``gradient`` has none.
         n_steps: points on the path from baseline to source; None takes the gradient at the baseline alone.
         over: what moves along the path: ``inputs`` (all token embeddings), ``activations`` (each layer's site alone, all
             positions and heads, the rest at baseline) or, for edges, ``groups`` (as ``activations``, with the coefficients of all
@@ -62,15 +55,19 @@ class LinearizedPatching(Method):
     n_steps: int | None = None
     over: Path = "inputs"
     quadrature: str = "midpoint"
-    qk_fix: bool = False
-    grad_drop: bool = False
+    qk_fix: bool = field(default=False, metadata={"plus": "qk"})
+    grad_drop: bool = field(default=False, metadata={"plus": "drop"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _ = self.composite
+        object.__setattr__(self, "rules", rules_name(self.composite))
         n_points(self.quadrature, 1 if self.n_steps is None else self.n_steps)
         if self.over not in ("inputs", "activations", "groups"):
             raise MethodError(f"over is {self.over!r}; valid: 'inputs', 'activations', 'groups'.")
+        if self.n_steps is None and (self.over, self.quadrature) != ("inputs", "midpoint"):
+            raise MethodError(
+                f"over={self.over!r} and quadrature={self.quadrature!r} describe a path, but there is one point only; give n_steps as well."
+            )
         if self.qk_fix and self.n_steps is not None and self.over != "inputs":
             raise MethodError(
                 f"QK-fix needs the coefficient of the pattern, which has no path of its own when q or k moves alone; got over={self.over!r}. "
@@ -81,26 +78,6 @@ class LinearizedPatching(Method):
     def composite(self) -> Composite:
         """The backward rules as an object."""
         return get_composite(self.rules)
-
-    @property
-    def name(self) -> str:
-        rules = self.composite.name
-        steps = f"{PATHS.get((self.over, self.quadrature), f'ig-{self.over}-{self.quadrature}')}:{self.n_steps}"
-        steps = "clean-corrupted" if steps == "ig-trapezoid:1" else steps
-        parts = [] if rules == "gradient" else [rules]
-        parts += [] if self.n_steps is None else [steps]
-        if self.qk_fix and self.grad_drop and not parts:
-            return "atp*"
-        return "+".join([*(parts or ["atp"]), *(["qk"] if self.qk_fix else []), *(["drop"] if self.grad_drop else [])])
-
-    def corrected(self, *, qk_fix: bool = False, grad_drop: bool = False) -> "LinearizedPatching":
-        """The same method with corrections added.
-
-        >>> RelevancePatching().corrected(qk_fix=True).name
-        'relp+qk'
-        """
-        values = {field.name: getattr(self, field.name) for field in fields(LinearizedPatching)}
-        return LinearizedPatching(**{**values, "qk_fix": self.qk_fix or qk_fix, "grad_drop": self.grad_drop or grad_drop})
 
     def check(self, setting: Setting) -> None:
         if setting.task.metric.vanishes_at_clean and setting.direction == "noising" and self.n_steps is None:
@@ -215,6 +192,8 @@ class LinearizedPatching(Method):
 
     def _provenance(self, setting: Setting, skipped: dict[str, str]) -> dict[str, Any]:
         record = super()._provenance(setting, skipped)
+        if self.composite.name in PRESETS and self.composite.name not in PACKAGED:
+            record["method_options"] = {**record["method_options"], "rules": repr(self.composite)}  # what the name stands for is not in patchlab
         notes = list(record["notes"])
         if self.grad_drop:
             notes.append("GradDrop: mean of absolute scores, one layer's backward contribution dropped at a time; the scores are unsigned")
@@ -232,3 +211,38 @@ class LinearizedPatching(Method):
         if drop is not None:
             return dropping(self.composite, setting, drop)
         return None if self.composite.plain else self.composite
+
+
+def _named(form: str, what: str, **options: Any) -> None:
+    register_method(form, what, number="n_steps" if form.endswith(":N") else None, **options)(LinearizedPatching)
+
+
+_named("atp", "attribution patching: gradient at the baseline", implied=True)
+_named("eap", "atp, under its name for edges", alias=True, rules="gradient")
+_named(
+    "atp*",
+    "AtP*: atp with QK-fix (softmax recomputed for q and k) and GradDrop (one backward per layer; unsigned)",
+    rules="gradient",
+    qk_fix=True,
+    grad_drop=True,
+)
+_named("ig:N", "integrated gradients over the inputs, N points (midpoint rule)")
+_named("ig-left:N", "the same with the baseline's end of the path, not the source's", quadrature="left")
+_named("ig-right:N", "the same with the source's end, not the baseline's", quadrature="right")
+_named("ig-trapezoid:N", "the same with both ends", quadrature="trapezoid")
+_named("eap-ig:N", "EAP-IG over inputs, with its own points when noising; results show it as ig-right:N", alias=True, quadrature="right")
+_named("eap-ig-inputs:N", "the same, by its longer name", alias=True, quadrature="right")
+_named("clean-corrupted", "mean of the coefficients at the clean and at the corrupted run", n_steps=1, quadrature="trapezoid")
+_named("ig-activations:N", "integrated gradients over activations: each layer's site moves alone", over="activations")
+_named("ig-activations-left:N", "the same with the baseline's end", over="activations", quadrature="left")
+_named("ig-activations-right:N", "the same with the source's end", over="activations", quadrature="right")
+_named("ig-activations-trapezoid:N", "the same with both ends", over="activations", quadrature="trapezoid")
+_named(
+    "eap-ig-activations:N",
+    "EAP-IG over activations, for edges: coefficients averaged over all groups that move",
+    over="groups",
+    quadrature="left",
+)
+_named("ig-groups:N", "the same at midpoints", over="groups")
+_named("ig-groups-right:N", "the same with the source's end", over="groups", quadrature="right")
+_named("ig-groups-trapezoid:N", "the same with both ends", over="groups", quadrature="trapezoid")

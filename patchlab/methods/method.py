@@ -20,13 +20,14 @@ from patchlab.engine.memory import free_bytes
 from patchlab.errors import MethodError, unknown
 from patchlab.methods.cells import CellKind, cells_of, parts
 from patchlab.methods.plan import Plan
+from patchlab.methods.registry import name_of
 from patchlab.methods.setting.checkpoint import Finished, Work, batch_rows, described, joined, keeping
 from patchlab.methods.setting.fingerprint import identify
 from patchlab.methods.setting.liveness import live_cells, live_patterns, pattern_cells, without_path
 from patchlab.methods.setting.meter import Meter
 from patchlab.methods.setting.setting import DIRECTIONS, SOURCES, Setting
 from patchlab.methods.setting.unpatched import Runs, Scored, check_metric, mean_source, unpatched
-from patchlab.metrics import METRICS
+from patchlab.metrics import PACKAGED
 from patchlab.models import Model
 from patchlab.progress import progress_bar
 from patchlab.scores import Cost, ScoreMap
@@ -51,9 +52,9 @@ class Method(ABC):
             raise MethodError(unknown("source", self.source, SOURCES))
 
     @property
-    @abstractmethod
     def name(self) -> str:
-        """How results refer to the method."""
+        """How results refer to the method: its name in the registry."""
+        return name_of(self)
 
     @abstractmethod
     def forwards(self, setting: Setting) -> int:
@@ -231,7 +232,7 @@ class Method(ABC):
             if self.source.startswith("mean"):
                 mean = mean_source(setting, batches, meter, at=self.source_targets(setting), positional=self.source == "mean_positional")
                 setting = replace(setting, mean=mean)
-            trusted = METRICS.get(task.metric.name) is task.metric or any(len(batch) > 1 for batch in batches[: len(work.batches)])
+            trusted = task.metric in PACKAGED or any(len(batch) > 1 for batch in batches[: len(work.batches)])
             for number in range(len(work.batches), len(batches)):
                 batch, notes = batches[number], {}
                 meter.cells = work.cells_of(number)

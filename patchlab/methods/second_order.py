@@ -17,6 +17,7 @@ from patchlab.interventions import Edit
 from patchlab.methods.cells import parts
 from patchlab.methods.cells.nodes import addresses, patched
 from patchlab.methods.method import Method
+from patchlab.methods.registry import register_method
 from patchlab.methods.setting.meter import Meter
 from patchlab.methods.setting.rounding import product_variance
 from patchlab.methods.setting.setting import Setting
@@ -37,6 +38,8 @@ FIXED = 4.0
 the whole prompt, where exact patching may run the rest only, and one such run more to patch from."""
 
 
+@register_method("second-order:N", "the same from N random sign patterns for every layer and example", number="probes")
+@register_method("second-order", "second-order terms, not effects: what linearised patching leaves out first, with their standard errors")
 @dataclass(frozen=True)
 class SecondOrder(Method):
     """``½ δᵀHδ`` of every cell: what linearised patching leaves out first. Not an effect, but how far to trust one.
@@ -85,10 +88,6 @@ class SecondOrder(Method):
             raise MethodError(f"probes is {self.probes}; at least 1 sign pattern is needed, or None for as many as the tolerance takes.")
         if not 0 < self.tolerance < 1:
             raise MethodError(f"tolerance is {self.tolerance}; it must be above 0 and below 1 (0.1: a standard error of 10 %).")
-
-    @property
-    def name(self) -> str:
-        return "second-order" if self.probes is None else f"second-order:{self.probes}"
 
     def check(self, setting: Setting) -> None:
         for kind, part in parts(setting):

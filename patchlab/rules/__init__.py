@@ -1,6 +1,6 @@
 """Backward rules for layer-wise relevance propagation, and composites that say which rule goes where."""
 
-from patchlab.rules.composites import PRESETS, Composite, get_composite
+from patchlab.rules.composites import PRESETS, RULES, Composite, get_composite, register_preset, register_rule
 from patchlab.rules.coverage import Coverage, SoftCap, Uncovered, coverage
 from patchlab.rules.linear import EpsilonRule, GammaRule
 from patchlab.rules.nonlinear import AHRule, ConstantGateRule, HalfRule, IdentityRule, LNRule, TemperatureRule, UniformRule
@@ -8,6 +8,7 @@ from patchlab.rules.rule import ActivationRule, LinearRule, NormRule, PatternRul
 
 __all__ = [
     "PRESETS",
+    "RULES",
     "AHRule",
     "ActivationRule",
     "Composite",
@@ -29,5 +30,7 @@ __all__ = [
     "coverage",
     "get_composite",
     "graft",
+    "register_preset",
+    "register_rule",
     "scale_gradient",
 ]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from patchlab.errors import TaskError, unknown
-from patchlab.metrics import METRICS, Answers, Metric, get_metric
+from patchlab.metrics import PACKAGED, Answers, Metric, get_metric
 from patchlab.tasks.files.read import SUFFIXES, TaskFile, load_file, read_pairs
 from patchlab.tasks.generators.lexicon import Lexicon
 from patchlab.tasks.registry import GENERATORS, Generator
@@ -191,7 +191,7 @@ def _checked(task: Task, model: TaskModel) -> Task:
             raise TaskError(
                 f"pair {i} of {task.name} has no incorrect answer, and {task.metric.name} compares with it; give one or use another metric."
             )
-    if METRICS.get(task.metric.name) is not task.metric:
+    if task.metric not in PACKAGED:
         first = task.select(_of_one_length(task)).batches(device=model.device)[0]
         with torch.no_grad():
             logits = model.run(first.clean).logits

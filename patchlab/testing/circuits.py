@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 
 from patchlab.circuits import Circuit, roc
-from patchlab.methods import get_method
+from patchlab.methods.names import scoring_method
 from patchlab.metrics import METRICS
 from patchlab.models import Model
 from patchlab.tasks.task import Pair, Task
@@ -188,7 +188,7 @@ def auc_table(methods: Iterable[str] = AUC_METHODS, *, toys: Mapping[str, ToyCir
         toys = {f"{name}, sharpness {sharpness:g}": make(sharpness=sharpness) for sharpness in (12.0, 24.0) for name, make in TOY_CIRCUITS.items()}
     rows = {}
     for name in methods:
-        maps = {title: get_method(name).run(toy.model, toy.task, "edges", direction="noising", progress=False) for title, toy in toys.items()}
+        maps = {title: scoring_method(name).run(toy.model, toy.task, "edges", direction="noising", progress=False) for title, toy in toys.items()}
         rows[name] = {title: roc(scores, toys[title].circuit, not_scored="worst").auc for title, scores in maps.items()}
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("method")
 

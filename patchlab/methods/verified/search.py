@@ -20,6 +20,7 @@ from patchlab.methods.cells.kind import listed
 from patchlab.methods.exact import ActivationPatching
 from patchlab.methods.method import Method
 from patchlab.methods.named import RelevancePatching
+from patchlab.methods.registry import name_of, register_method
 from patchlab.methods.setting.meter import Meter
 from patchlab.methods.setting.setting import Setting
 from patchlab.methods.verified.bound import Bound, Price, Recall, half_widths, look_sizes, missable
@@ -37,6 +38,7 @@ SAMPLE = 30
 _ROUNDING = 1e-9
 
 
+@register_method("verified", "the cells with the largest exact effects, found with the method in brackets as a screen; no score map", inner="screen")
 @dataclass(frozen=True)
 class VerifiedPatching:
     """The cells with the largest exact effects, found with a screen, and a bound on how many were missed.
@@ -128,7 +130,7 @@ class VerifiedPatching:
                 raise MethodError(f"{name} is {value}; it must be between 0 and 1.")
         if self.subsets and self.subsets < FEWEST:
             raise MethodError(f"subsets is {self.subsets}; give 0 for none, or at least {FEWEST}.")
-        if self.group_fraction < 0:
+        if not self.group_fraction >= 0:
             raise MethodError(f"group_fraction is {self.group_fraction}; give a share of the k-th |effect|, 0 or more.")
         if isinstance(self.screen, ActivationPatching):
             raise MethodError("the screen is exact patching itself, so there is nothing to verify; give a cheap one such as RelevancePatching().")
@@ -137,7 +139,7 @@ class VerifiedPatching:
     @property
     def name(self) -> str:
         """How results refer to the method."""
-        return f"verified({self.screen.name})"
+        return name_of(self)
 
     @property
     def _exact(self) -> ActivationPatching:
