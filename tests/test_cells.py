@@ -5,8 +5,8 @@ that are active in one prompt or the other.
 """
 
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -17,8 +17,9 @@ from torch import Tensor
 
 import patchlab as pl
 from patchlab.adapters import Accessor
-from patchlab.engine import Result, Target
-from patchlab.errors import MethodError, ScoreError, SiteError
+from patchlab.comparison.job import cost_line
+from patchlab.engine import Result, Target, node_sweep, session_of, support
+from patchlab.errors import MethodError, ModelError, ScoreError, SiteError
 from patchlab.methods import get_method
 from patchlab.methods.cells import CELLS, add_cells
 from patchlab.methods.cells.kind import Index, Linear, Linearly
@@ -121,8 +122,8 @@ def model() -> Iterator[pl.Model]:
     plain = model.arch
     add_kind(KIND)
     add_cells(Features())
-    model.arch = plain.with_site(Dictionary(encoder=encoder, decoder=decoder), {"feature": N_FEATURES})
     try:
+        model.add_site(Dictionary(encoder=encoder, decoder=decoder), {"feature": N_FEATURES})
         yield model
     finally:
         model.arch = plain
@@ -136,6 +137,21 @@ def task() -> Any:
 
 def run(method: Any, model: pl.Model, task: Any, sites: Any = BOTH, **options: Any) -> pl.ScoreMap:
     return method.run(model, task, sites, direction="denoising", progress=False, **options)
+
+
+def stop_after_one(monkeypatch: pytest.MonkeyPatch, call: Callable[[], Any]) -> None:
+    """Interrupt a call when it patches its second batch of features."""
+    real, seen = Features.patch, []
+
+    def stopped(*arguments: Any, **options: Any) -> Any:
+        seen.append(1)
+        if len(seen) > 1:
+            raise KeyboardInterrupt
+        return real(*arguments, **options)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Features, "patch", stopped)
+        call()
 
 
 def by_hand(model: pl.Model, task: Any) -> dict[tuple[int, int, int, int], float]:
@@ -241,20 +257,8 @@ def test_verified_patching_finds_what_a_sweep_finds(model: pl.Model, task: Any) 
 
 
 def test_an_interrupted_run_goes_on(model: pl.Model, task: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = run(pl.ActivationPatching(), model, task, batch_size=2)
-    path, real = tmp_path / "work.npz", Features.patch
-    seen: list[int] = []
-
-    def stopped(*arguments: Any, **options: Any) -> Any:
-        seen.append(1)
-        if len(seen) > 1:
-            raise KeyboardInterrupt
-        return real(*arguments, **options)
-
-    monkeypatch.setattr(Features, "patch", stopped)
-    with pytest.raises(KeyboardInterrupt):
-        run(pl.ActivationPatching(), model, task, batch_size=2, checkpoint=path)
-    monkeypatch.setattr(Features, "patch", real)
+    whole, path = run(pl.ActivationPatching(), model, task, batch_size=2), tmp_path / "work.npz"
+    stop_after_one(monkeypatch, lambda: run(pl.ActivationPatching(), model, task, batch_size=2, checkpoint=path))
     assert path.is_file()
     again = run(pl.ActivationPatching(), model, task, batch_size=2, checkpoint=path)
     for name in BOTH:
@@ -314,13 +318,83 @@ def test_features_go_beside_nodes(model: pl.Model, task: Any) -> None:
     np.testing.assert_allclose(exact.data["z"].to_numpy(), run(pl.ActivationPatching(), model, task, "z").data["z"].to_numpy(), atol=1e-6)
 
 
+def test_an_accessor_that_does_not_do_what_it_says_is_refused(model: pl.Model) -> None:
+    own, plain = model.arch.accessors["features"], model.arch
+    model.arch = replace(plain, accessors={kind: one for kind, one in plain.accessors.items() if kind != "features"}, sizes={})
+    before = model.arch
+
+    def made(**methods: Any) -> Dictionary:
+        kind = dataclass(frozen=True)(type("Other", (Dictionary,), methods))
+        return kind(encoder=own.encoder, decoder=own.decoder)
+
+    def ahead(self: Any, host: Tensor, companion: Any = None) -> Tensor:
+        return Dictionary.read(self, host.flip(1))
+
+    for accessor, said in (
+        (made(host=lambda self, layer: f"blocks.{layer}.hook_nothing"), "the model has no hook blocks.0.hook_nothing"),
+        (made(read=lambda self, host, companion=None: host), r"has the shape \[2, \d+, 16\] in layer 0 where \[2, \d+, 24\] is expected"),
+        (made(read=ahead), "the last token changes it at earlier positions"),
+        (made(write=lambda self, host, companion, value: host + value.sum() * 1e-3), "a run patched with its own features differs"),
+        (made(write=lambda self, host, companion, value: host.clone()), "an edit in layer 0 changes the logits by 0 where the gradient says"),
+        (made(pull=lambda self, host, gradient: gradient @ self.encoder), "an edit in layer 0 changes the logits by .* where the gradient says"),
+        (made(identity=None), "holds something that cannot be told from another"),
+    ):
+        with pytest.raises(ModelError, match=f"gets no site features: .*({said})"):
+            model.add_site(accessor, {"feature": N_FEATURES})
+        assert model.arch is before
+
+
+def test_the_fast_engine_is_checked_at_the_new_site(model: pl.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert support(model).mode == "prefix"
+    right = node_sweep.sweep
+
+    def wrong(model: Any, program: Any, cells: Any, **options: Any) -> Tensor:
+        found = right(model, program, cells, **options)
+        for row, cell in enumerate(cells):
+            found[row] += 0.1 * found.abs().max() * (cell[0].address.kind == "features")
+        return found
+
+    monkeypatch.setattr("patchlab.engine.trust.nodes.sweep", wrong)
+    session_of(model).found.pop(("node sweep", *model.arch.sites))
+    try:
+        found = support(model)
+        assert (found.mode, "L0.features@" in found.reason) == ("literal", True)
+    finally:
+        session_of(model).found.pop(("node sweep", *model.arch.sites))
+
+
+def test_results_of_two_dictionaries_are_kept_apart(model: pl.Model, task: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    mine, path = run(get_method("relp"), model, task), tmp_path / "work.npz"
+    stop_after_one(monkeypatch, lambda: run(pl.ActivationPatching(), model, task, batch_size=2, checkpoint=path))
+    own = model.arch.accessors["features"]
+    other = replace(own, decoder=own.decoder.flip(0))
+    assert replace(own).identity == own.identity != other.identity
+    model.arch = replace(model.arch, accessors={**model.arch.accessors, "features": other})
+    with pytest.raises(MethodError, match="added_sites is 'features "):
+        run(pl.ActivationPatching(), model, task, batch_size=2, checkpoint=path)
+    with pytest.raises(ScoreError, match="the sites that were added to the model differ .* score the same dictionary with both"):
+        pl.compare(mine, {"other": run(get_method("atp"), model, task)}, n_boot=20)
+    assert "added_sites" not in run(get_method("relp"), model, task, "z").provenance
+
+
+def test_cells_that_nobody_has_counted_are_not_priced_as_none(model: pl.Model, task: Any) -> None:
+    plan = pl.ActivationPatching().plan(model, task, ["z", *BOTH])
+    assert plan.uncounted == tuple(BOTH)
+    assert f"and one for each cell of {', '.join(BOTH)}, of which the unpatched runs show how many there are" in str(plan)
+    assert pl.ActivationPatching().plan(model, task, "z").uncounted == get_method("relp").plan(model, task, BOTH).uncounted == ()
+    line = cost_line(["exact", "relp"], model, task, BOTH)
+    assert line is not None
+    assert line.startswith("at least ")
+    assert cost_line(["relp"], model, task, BOTH) is None
+
+
 def test_kinds_are_added_once(model: pl.Model) -> None:
     with pytest.raises(SiteError, match="there is a site kind 'features' already"):
         add_kind(KIND)
     with pytest.raises(MethodError, match="there is a kind of cells 'features' already"):
         add_cells(Features())
     with pytest.raises(SiteError, match="has a site features already"):
-        model.arch.with_site(model.arch.accessors["features"])
+        model.add_site(model.arch.accessors["features"])
     with pytest.raises(SiteError, match=r"names feature 99, but this model has 24 \(feature 0 to 23\)"):
         model.arch.check(pl.parse_site("L0.F99.features"))
     with pytest.raises(SiteError, match="z has no features; drop F3. The site with features is features"):

@@ -18,12 +18,12 @@ from families import mixed_task, model_of, native_model, swap_task
 from torch import Tensor
 
 import patchlab as pl
+from patchlab.digest import digest
 from patchlab.engine import node_sweep, session_of, support
 from patchlab.errors import MethodError, OutputError
 from patchlab.methods import get_method
 from patchlab.methods.setting import checkpoint
 from patchlab.methods.setting.checkpoint import KEPT, Finished, Work, batch_rows, described
-from patchlab.methods.setting.fingerprint import digest
 from patchlab.methods.setting.meter import Meter
 from patchlab.methods.setting.unpatched import Scored
 from patchlab.metrics import METRICS, Metric

@@ -1,4 +1,4 @@
-"""Lenses: how a site is read from, and written to, the hook that hosts it.
+"""Accessors: how a site is read from, and written to, the hook that hosts it.
 
 Every site lives in the tensor of one hook of the Bridge. Most are that tensor; heads are a slice of its last axis; the
 residual stream between attention and MLP is reached through the attention output, because the hook named
@@ -6,10 +6,12 @@ residual stream between attention and MLP is reached through the attention outpu
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from jaxtyping import Float
 from torch import Tensor
 
+from patchlab.digest import digest
 from patchlab.sites import KINDS
 
 HOSTS = {
@@ -38,6 +40,14 @@ class Accessor:
 
     kind: str
     heads: int | None = None
+
+    @cached_property
+    def identity(self) -> str | None:
+        """What tells the accessor from others of its kind: a hash of its fields and, outside patchlab, of what it does; None if it has no such.
+
+        Results of a site that was added to a model keep it: two dictionaries are two sites.
+        """
+        return digest(self, self.kind)
 
     @staticmethod
     def _name(layer: int | None, hook: str) -> str:

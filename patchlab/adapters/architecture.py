@@ -41,7 +41,7 @@ class Architecture:
     sizes: dict[str, int] = field(default_factory=dict)
 
     def with_site(self, accessor: Accessor, sizes: Mapping[str, int] = MappingProxyType({})) -> "Architecture":
-        """The same with one more site kind, and the lengths of axes that only it has.
+        """The same with one more site kind, and the lengths of axes that only it has. :meth:`patchlab.models.Model.add_site` also tests it.
 
         Raises:
             SiteError: a kind that the model has already, or that the grammar does not know; a length that differs from the one known.

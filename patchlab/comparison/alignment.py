@@ -65,6 +65,9 @@ def check_alike(reference_name: str, reference: ScoreMap, name: str, other: Scor
         raise refuse("the sources", sources[0], sources[1], "patch in the same thing with both")
     if here.get("ambient", []) != there.get("ambient", []):
         raise refuse("the surrounding interventions", _shortened(here.get("ambient", [])), _shortened(there.get("ambient", [])), "run both alike")
+    added = [record.get("added_sites", {}) for record in (here, there)]
+    if added[0] != added[1]:
+        raise refuse("the sites that were added to the model", *(_shortened(one.values()) for one in added), "score the same dictionary with both")
     forms = [record.get("post_norm", "renormalised") for record in (here, there)]  # what a linearised score estimates
     if forms[0] != forms[1]:
         raise refuse("what edges out of heads carry through the norm after the attention", forms[0], forms[1], "take one form with both (post_norm=)")

@@ -143,7 +143,7 @@ def run(
     return Results(job, model, task, accuracy, maps, comparison, seconds)
 
 
-def announced(work: Mapping[str, float], model: Model, task: Task, *, lower: str, passes: str) -> str | None:
+def announced(work: Mapping[str, float], model: Model, task: Task, *, lower: str, passes: str, least: bool = False) -> str | None:
     """A line on how long work will take, from one timed forward pass; None where that is below a minute.
 
     Args:
@@ -152,14 +152,15 @@ def announced(work: Mapping[str, float], model: Model, task: Task, *, lower: str
         task: the prompts.
         lower: what takes less.
         passes: what is computed, in words.
+        least: more comes on top that is not known yet, so that the line is written whatever is known.
     """
     once = forward_seconds(model, task)
     seconds = {name: count * once for name, count in work.items()}
-    if (total := sum(seconds.values())) < LONG:
+    if (total := sum(seconds.values())) < LONG and not least:
         return None
     parts = sorted(seconds.items(), key=lambda part: -part[1])
     listed = f" ({', '.join(f'{name} {duration(value)}' for name, value in parts)})" if len(parts) > 1 else ""
-    return f"about {duration(total)}: {passes}{listed}. {lower}"
+    return f"{'at least' if least else 'about'} {duration(total)}: {passes}{listed}. {lower}"
 
 
 def cost_line(
@@ -181,11 +182,12 @@ def cost_line(
     plans = {name: scoring_method(name).plan(model, task, sites, direction=direction, batch_size=batch_size) for name in names}
     if not plans:
         return None
-    whole = Plan(*(sum(getattr(plan, part) for plan in plans.values()) for part in ("forwards", "backwards", "work")))
+    counts = (sum(getattr(plan, part) for plan in plans.values()) for part in ("forwards", "backwards", "work"))
+    whole = Plan(*counts, tuple(dict.fromkeys(site for plan in plans.values() for site in plan.uncounted)))
     many = [one for one in map(scoring_method, names) if isinstance(one, LinearizedPatching) and (one.n_steps or 0) > FEW_POINTS]
     points = f", or fewer points ({replace(many[0], n_steps=FEW_POINTS).name} instead of {many[0].name})" if many else ""
     work = {name: plan.work for name, plan in plans.items()}
-    return announced(work, model, task, lower=f"Less is computed with {lower}{points}.", passes=str(whole))
+    return announced(work, model, task, lower=f"Less is computed with {lower}{points}.", passes=str(whole), least=bool(whole.uncounted))
 
 
 def scores_file(method: str) -> str:

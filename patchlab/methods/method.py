@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Int
 
+from patchlab.adapters.accessors import HOSTS
 from patchlab.engine import Target, session_of
 from patchlab.engine.memory import free_bytes
 from patchlab.errors import MethodError, unknown
@@ -213,7 +214,8 @@ class Method(ABC):
         setting, batches, _ = self.prepared(model, task, sites, direction=direction, batch_size=batch_size, max_memory=max_memory)
         means = self.source.startswith("mean")
         forwards = (self.forwards(setting) + (2 if self.unit == "cell" else 0) + means) * len(batches)
-        return Plan(forwards, self.backwards(setting) * len(batches), self.work(setting) + means)
+        uncounted = tuple(site for site, live in setting.live.items() if live is None and self.unit == "cell")
+        return Plan(forwards, self.backwards(setting) * len(batches), self.work(setting) + means, uncounted)
 
     def _identity(self, setting: Setting, batches: list[Batch]) -> dict[str, str | None]:
         return identify(self._provenance(setting, {}), setting, described([len(batch) for batch in batches]))
@@ -225,7 +227,8 @@ class Method(ABC):
             torch.cuda.reset_peak_memory_stats(model.device)
         steps, means = self.forwards(setting), self.source.startswith("mean") and self.unit == "forward"
         before = len(work.batches) * steps + len(work.cells_of(len(work.batches)))
-        total = len(batches) * (steps + means)
+        unknown = self.unit == "cell" and any(live is None for live in setting.live.values())
+        total = None if unknown else len(batches) * (steps + means)
         with progress_bar(self.name, self.unit, total, done=before, show=progress) as bar:
             meter = Meter(bar, self.unit)
             work.begin(meter)
@@ -325,6 +328,7 @@ class Method(ABC):
             "versions": {"patchlab": _own_version(), **{name.replace("-", "_"): version for name, version in packages.items()}},
             "device": str(model.device),
             "dtype": str(model.dtype).removeprefix("torch."),
+            **_added(setting),
             "not_scored": skipped,
             "ambient": ambient,
             **{name: value for kind, part in parts(setting) for name, value in kind.record(part).items()},
@@ -349,6 +353,13 @@ def _check_tokens(model: Model, task: Task) -> None:
     longest = max(len(pair) for pair in task.pairs)
     if model.arch.n_positions is not None and longest > model.arch.n_positions:
         raise MethodError(f"task {task.name} has prompts of {longest} tokens, but {model.name} reads {model.arch.n_positions} at most.")
+
+
+def _added(setting: Setting) -> dict[str, Any]:
+    """What tells the site kinds that are not part of the model itself."""
+    accessors = setting.model.arch.accessors
+    found = {site.kind: accessors[site.kind].identity for site in setting.sites if site.kind in accessors and site.kind not in HOSTS}
+    return {"added_sites": found} if found else {}
 
 
 def _plain(value: Any) -> Any:

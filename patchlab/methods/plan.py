@@ -21,15 +21,20 @@ class Plan:
         backwards: backward passes of a batch.
         work: all of it, in forward passes of every prompt of one side: a backward pass counts as two, an exactly patched cell as the share of the
             model that is computed again.
+        uncounted: sites whose cells only the unpatched runs show; patching them comes on top.
     """
 
     forwards: int
     backwards: int
     work: float
+    uncounted: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         backwards = f" and {self.backwards:,} backward" if self.backwards else ""
-        return f"{self.forwards:,} forward{backwards} passes"
+        more = (
+            f", and one for each cell of {', '.join(self.uncounted)}, of which the unpatched runs show how many there are" if self.uncounted else ""
+        )
+        return f"{self.forwards:,} forward{backwards} passes{more}"
 
 
 def forward_seconds(model: Model, task: Task, rows: int = 32) -> float:

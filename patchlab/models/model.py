@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -9,12 +10,12 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 
-from patchlab.adapters import BridgedModel, describe
+from patchlab.adapters import Accessor, BridgedModel, describe
 from patchlab.engine import Program, Result, continues, run, session_of
 from patchlab.engine.hook_points import points_of
 from patchlab.engine.program import row_numbers, targets
 from patchlab.engine.trust.conservation import check_rules, soft_caps, uncovered
-from patchlab.engine.trust.self_test import self_test
+from patchlab.engine.trust.self_test import add_site, self_test
 from patchlab.errors import InterventionError, ModelError
 from patchlab.interventions import Edit, as_edits
 from patchlab.rules import Composite, SoftCap, Uncovered
@@ -113,6 +114,19 @@ class Model(BridgedModel):
             logits="all",
         )
         return run(self, program)
+
+    def add_site(self, accessor: Accessor, sizes: Mapping[str, int] = MappingProxyType({})) -> None:
+        """Give the model a site kind of its own, such as the features of a dictionary; it is tested first.
+
+        Args:
+            accessor: reads the site from a hook's tensor and writes it there. Its kind is known to :func:`patchlab.sites.add_kind`.
+            sizes: lengths of the axes that only this kind has, such as ``{"feature": 16384}``.
+
+        Raises:
+            SiteError: an unknown kind, one that the model has already, or an axis of another length.
+            ModelError: the accessor does not read and write what the kind says.
+        """
+        add_site(self, accessor, sizes)
 
     def check_rules(self, rules: Composite) -> None:
         """Check that backward rules cover this model, by a conservation test that is run once per model and kind of composite.

@@ -34,11 +34,11 @@ class Support:
 
 
 def support(model: BridgedModel) -> Support:
-    """The fastest way that agrees with the literal engine on this model; found out once per model.
+    """The fastest way that agrees with the literal engine on this model; found out once for its sites.
 
     Random prompts are patched at every site kind, in the first, middle and last layer, at one position and at all.
     """
-    return found_once(model, "node sweep", lambda: _find(model))
+    return found_once(model, ("node sweep", *model.arch.sites), lambda: _find(model))
 
 
 def _find(model: BridgedModel) -> Support:

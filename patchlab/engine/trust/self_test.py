@@ -9,15 +9,16 @@ rounding.
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from patchlab.adapters import Architecture, BridgedModel
+from patchlab.adapters import Accessor, Architecture, BridgedModel
 from patchlab.engine.literal import run
 from patchlab.engine.program import Program, Result, Target, row_numbers, targets
 from patchlab.engine.session import exclusive
@@ -55,6 +56,87 @@ def self_test(model: BridgedModel) -> Architecture:
                 f"{model.name} ({model.arch.family}, {model.dtype}) cannot be trusted: the self-test of its sites does not run, "
                 f"{type(error).__name__}: {why}. TransformerLens may not run this architecture, or not in this dtype."
             ) from error
+
+
+@exclusive
+def add_site(model: BridgedModel, accessor: Accessor, sizes: Mapping[str, int] = MappingProxyType({})) -> None:
+    """Give a model one more site kind, read and written by an accessor, once it passes the tests that need not know what it means.
+
+    Its hooks fire once; its activation has the shape of its axes and does not look ahead; a run patched with itself is the same run; and edits
+    change the logits as the gradients say that come back. The fast engine is compared with the literal one at the new kind as well before it is
+    used again.
+
+    Raises:
+        SiteError: as :meth:`patchlab.adapters.Architecture.with_site`.
+        ModelError: it fails a test, or it cannot be told from another accessor.
+    """
+
+    def refuse(why: str) -> ModelError:
+        return ModelError(f"{model.name} gets no site {accessor.kind}: {why}.")
+
+    arch = model.arch.with_site(accessor, sizes)
+    where = targets(accessor.kind, arch.n_layers)
+    if missing := [host for _, layer in where if (host := accessor.host(layer)) not in model.hooks]:
+        raise refuse(f"the model has no hook {missing[0]}, where its accessor reads")
+    if accessor.identity is None:
+        raise refuse(
+            f"{type(accessor).__name__} holds something that cannot be told from another, so no result could say what it is of; let its fields be "
+            f"numbers, texts and tensors, or give it an attribute `identity`"
+        )
+    alone = _with(model, replace(arch, accessors={accessor.kind: accessor}, absent={}))
+    length = _length(arch)
+    tokens = trial(model, length, seed=0).tokens
+    tokens[1] = torch.cat([tokens[0, :-1], (tokens[0, -1:] + 1) % arch.vocab_size])
+    with in_single_precision(model):
+        problems = _silent(alone, tokens) or _shapeless(alone, tokens) or _changed_by_itself(alone, tokens)
+    problems = problems or _dropped(alone, tokens) or _of_other_slope(alone, tokens)
+    if problems:
+        raise refuse(problems[accessor.kind].removesuffix("."))
+    model.arch = arch
+
+
+def _shapeless(model: BridgedModel, tokens: Int[Tensor, "two pos"]) -> dict[str, str]:
+    """A site kind whose activation has other axes than it says, or changes before the last token, in which the rows differ."""
+    (kind,) = model.arch.sites
+    about = KINDS[kind]
+    rows, length = tokens.shape
+    unit = [] if about.unit is None else [model.arch.size(about.unit)]
+    expected = [rows, *unit, length, length] if about.source is not None else [rows, length, *unit]
+    for layer, value in ((layer, value) for (_, layer), value in run(model, _program(tokens, keep=_every(model))).activations.items()):
+        shape = list(value.shape)
+        if shape[: len(expected)] != expected or len(shape) != len(expected) + (about.width is not None):
+            width = [] if about.width is None else [about.width]
+            return {kind: f"its activation has the shape {shape} in layer {layer} where {[*expected, *width]} is expected"}
+        before = value.narrow(about.dim(about.position), 0, length - 1)
+        if (worst := _difference(before[1], before[0])) > tolerance():
+            return {kind: f"the last token changes it at earlier positions (by {worst:.2g} of its scale)"}
+    return {}
+
+
+def _of_other_slope(model: BridgedModel, tokens: Int[Tensor, "two pos"]) -> dict[str, str]:
+    """A site kind where a small edit does not change the logits as the gradient says: it writes something else than it reads, or pulls wrongly."""
+    (kind,) = model.arch.sites
+    where, metric = targets(kind, model.arch.n_layers), every_logit("all")
+    ids, answers = tokens[:1], trial(model, tokens.shape[1]).answers
+    answers = answers.rows(torch.zeros(1, dtype=torch.long, device=model.device))
+    gradients = run(model, _program(ids, gradients=where, metric=metric, answers=answers)).gradients
+    own_rounding = model.dtype not in (torch.float32, torch.float64)
+    with in_single_precision(model):
+        values = run(model, _program(ids, keep=where)).activations
+        for target, value in values.items():
+            slope = gradients[target].to(value)
+            if not bool(slope.any()):
+                continue  # a dead part, which no edit changes
+            step = slope * (0.01 * float(value.norm() if bool(value.any()) else 1.0) / float(slope.norm()))
+            ends = [
+                run(model, _program(ids, edits=(Edit(address(*target), sign * step, "add"),), metric=metric, answers=answers)) for sign in (-1, 1)
+            ]
+            changed = (_value(ends[1]) - _value(ends[0])) / 2
+            expected = float((slope * step).sum())
+            if abs(changed - expected) > (0.3 if own_rounding else 0.1) * abs(expected):
+                where_to = "" if target[1] is None else f" in layer {target[1]}"
+                return {kind: f"an edit{where_to} changes the logits by {changed:.3g} where the gradient says {expected:.3g} (write, or pull?)"}
+    return {}
 
 
 def _tested_architecture(model: BridgedModel) -> Architecture:
@@ -297,6 +379,12 @@ def _logits(result: Result) -> Tensor:
     if result.logits is None:
         raise ModelError("the run returned no logits.")
     return result.logits
+
+
+def _value(result: Result) -> float:
+    if result.values is None:
+        raise ModelError("the run returned no metric.")
+    return float(result.values)
 
 
 def _difference(got: Tensor, expected: Tensor) -> float:
