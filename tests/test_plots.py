@@ -435,7 +435,14 @@ def test_a_method_has_one_colour_whatever_the_company_and_order():
     assert len(set(together.values())) == len(known) >= 16
     assert {name: together[name] for name in _METHODS} == {name: alone[name] for name in _METHODS} == dict(_METHODS)
     assert method_colours(known[::-1]) == together
-    for mine, ours in {"EAP": "atp", "AtP": "atp", "IG-5": "ig:5", "EAP-IG-5": "ig:5", "edge-RelP": "relp", "edge-RelP+IG-5": "relp+ig:5"}.items():
+    for mine, ours in {
+        "EAP": "atp",
+        "AtP": "atp",
+        "IG-5": "ig:5",
+        "EAP-IG-5": "ig-right:5",
+        "edge-RelP": "relp",
+        "edge-RelP+IG-5": "relp+ig:5",
+    }.items():
         assert method_colours([mine])[mine] == _METHODS[ours], mine
     assert len(set(method_colours(["EAP", "atp", "AtP"]).values())) == 3, "on one page they are told apart"
     assert len(set(method_colours([f"own {i}" for i in range(25)]).values())) == 25

@@ -200,7 +200,7 @@ def _demo(out: Path, n: int, *, force: bool, as_json: bool) -> None:
             records[name] = report.write(kept[name], done[name], images=False, say=say)
     report.write_overview(target, done)
     say(f"done: open {target / 'index.html'}")
-    found = {name: report.findings(one.comparison, one.maps["exact"]) for name, one in done.items()}
+    found = {name: report.findings(one.comparison, one.maps[one.job.reference]) for name, one in done.items()}
     if as_json:
         comparisons = {name: {**record, "findings": found[name]} for name, record in records.items()}
         typer.echo(json.dumps({"out": str(target), "comparisons": comparisons}, allow_nan=False))

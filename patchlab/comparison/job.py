@@ -9,6 +9,7 @@ from typing import Any
 
 from patchlab.comparison.compare import Comparison, compare
 from patchlab.errors import MethodError, TaskError
+from patchlab.methods.exact import ActivationPatching
 from patchlab.methods.linearized import LinearizedPatching
 from patchlab.methods.names import scoring_method
 from patchlab.methods.plan import LONG, Plan, forward_seconds
@@ -18,7 +19,6 @@ from patchlab.scores import ScoreMap
 from patchlab.sites import parse_sites
 from patchlab.tasks import GENERATORS, Task, load_task
 
-REFERENCE = "exact"
 DEFAULT_N = 32
 FEW_POINTS = 5
 OWN_FIELDS = {"model", "n", "seed", "task"}
@@ -31,8 +31,8 @@ class Job:
     ``n`` None means 32 pairs of a generator, and all rows of a file; ``options`` go to the task.
 
     Raises:
-        PatchlabError: an unknown method or site, a method named twice, no method beside ``exact`` to compare with it, or
-            an option that is a setting of its own.
+        PatchlabError: an unknown method or site, a method named twice, no method beside exact patching to compare with it, methods of
+            different sources, or an option that is a setting of its own.
     """
 
     model: str
@@ -51,14 +51,27 @@ class Job:
         names = tuple(scoring_method(name).name for name in self.methods)
         if repeated := sorted({name for name in names if names.count(name) > 1}):
             raise MethodError(f"the method {repeated[0]} is named twice; name it once.")
-        if REFERENCE not in names or len(names) < 2:
+        methods = [scoring_method(name) for name in names]
+        exact = [method.name for method in methods if isinstance(method, ActivationPatching)]
+        if not exact or len(names) < 2:
             raise MethodError(
-                f"a comparison needs {REFERENCE} (the reference) and at least one other method; got {', '.join(names)}. "
-                f"For instance: {REFERENCE},atp,relp."
+                f"a comparison needs exact patching (the reference) and at least one other method; got {', '.join(names)}. "
+                f"For instance: exact,atp,relp."
+            )
+        sources = {method.name: method.source for method in methods}
+        if unlike := [name for name in names if sources[name] != sources[exact[0]]]:
+            raise MethodError(
+                f"{exact[0]} patches in the source {sources[exact[0]]!r} and {unlike[0]} the source {sources[unlike[0]]!r}, which cannot be "
+                f"compared; name methods of one source, such as exact@mean,relp@mean."
             )
         _check_options(self.options)
-        object.__setattr__(self, "methods", (REFERENCE, *(name for name in names if name != REFERENCE)))
+        object.__setattr__(self, "methods", (exact[0], *(name for name in names if name != exact[0])))
         object.__setattr__(self, "sites", tuple(map(str, parse_sites(self.sites))))
+
+    @property
+    def reference(self) -> str:
+        """The method that the others are compared with: exact patching, of any source; it stands first."""
+        return self.methods[0]
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for a file."""
@@ -138,7 +151,7 @@ def run(
     maps = scored(job.methods, model, task, list(job.sites), folder=folder, say=say, done=done, **settings)
     for note in dict.fromkeys(note for scores in maps.values() for note in scores.provenance.get("notes", ())):
         say(f"note: {note}")
-    comparison = compare(maps[REFERENCE], {name: maps[name] for name in job.methods if name != REFERENCE})
+    comparison = compare(maps[job.reference], {name: maps[name] for name in job.methods[1:]})
     done("compare")
     return Results(job, model, task, accuracy, maps, comparison, seconds)
 

@@ -30,7 +30,7 @@ _METHODS = {
     "relp+ig:5": "#999933",
     "atp*": "#9500ff",
     "ig:10": "#6c3b01",
-    "eap-ig-inputs:5": "#fe046c",
+    "ig-right:5": "#fe046c",
     "eap-ig-activations:5": "#0e5300",
     "ig-activations:5": "#06c801",
     "clean-corrupted": "#665674",
@@ -43,7 +43,7 @@ _METHODS = {
 }
 """The first eight are Okabe and Ito's palette (2008), told apart with colour-blind eyes, extended by two of Tol's; the others keep their distance."""
 _OTHERS = ("#ee7cfc", "#3c65f5", "#ad0305", "#fe8d7e", "#dd41aa", "#5502e2", "#9f5854", "#0e36b5", "#6a6907", "#905bb3", "#b3a3e3", "#008201")
-_ALIASES = {"eap": "atp", "eap-ig:5": "ig:5", "eap-ig:10": "ig:10", "ig-right:5": "eap-ig-inputs:5", "gradient": "atp"}
+_ALIASES = {"eap": "atp", "eap-ig:5": "ig-right:5", "eap-ig-inputs:5": "ig-right:5", "gradient": "atp"}
 
 
 def method_colours(names: Iterable[str]) -> dict[str, str]:

@@ -11,7 +11,7 @@ from typing import Any
 import plotly.graph_objects as go
 
 from patchlab import __version__, plots
-from patchlab.comparison.job import REFERENCE, Job, Results, scores_file
+from patchlab.comparison.job import Job, Results, scores_file
 from patchlab.errors import OutputError
 from patchlab.report.page import render
 from patchlab.store.folder import INDEX, JOB
@@ -38,10 +38,10 @@ def write(folder: Path, results: Results, *, images: bool = True, say: Callable[
     if len(results.comparison.differences):
         results.comparison.to_csv(folder / "differences.csv", what="differences", overwrite=True)
     results.comparison.to_json(folder / "comparison.json", overwrite=True)
-    methods = {name: scores for name, scores in results.maps.items() if name != REFERENCE}
+    methods = {name: scores for name, scores in results.maps.items() if name != results.job.reference}
     figures = {
         "comparison": plots.comparison(results.comparison),
-        "agreement": plots.agreement(results.maps[REFERENCE], methods),
+        "agreement": plots.agreement(results.maps[results.job.reference], methods),
         "heatmaps": plots.heatmaps(results.maps),
     }
     if len(results.comparison.differences):
@@ -79,7 +79,7 @@ def _images(figures: dict[str, go.Figure], folder: Path) -> str:
 
 
 def _record(results: Results, files: list[str]) -> dict[str, Any]:
-    provenance = results.maps[REFERENCE].provenance
+    provenance = results.maps[results.job.reference].provenance
     return {
         "patchlab": __version__,
         "command": command(results.job),

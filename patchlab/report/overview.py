@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from patchlab.comparison.job import REFERENCE, Results
+from patchlab.comparison.job import Results
 from patchlab.errors import OutputError
 from patchlab.plots import DARK
 from patchlab.report.findings import FORMS, findings, with_interval
@@ -62,7 +62,7 @@ def write_overview(folder: Path, comparisons: Mapping[str, Results]) -> None:
     css = files("patchlab.report").joinpath("page.css").read_text(encoding="utf-8")
     body = [f"<h1>{escape(' and '.join(dict.fromkeys(one.model.name for one in comparisons.values())))}: patching methods compared</h1>"]
     for name, results in comparisons.items():
-        lines = "".join(f"<li>{escape(line)}</li>" for line in findings(results.comparison, results.maps[REFERENCE]))
+        lines = "".join(f"<li>{escape(line)}</li>" for line in findings(results.comparison, results.maps[results.job.reference]))
         body.append(f'<section><h3><a href="{escape(name)}/index.html">{escape(headline(results))}</a></h3><ul>{lines}</ul></section>')
     table = agreement_table(comparisons).to_html(index=False, border=0)
     body.append(f'<h2>Pearson correlation with exact patching, live cells, 95 % intervals</h2><div class="scroll">{table}</div>')

@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from patchlab.comparison.compare import CELLS, FORMS, QUARTILES, STATISTICS, Comparison
-from patchlab.comparison.job import REFERENCE, Results
+from patchlab.comparison.job import Results
 from patchlab.plots import DARK
 from patchlab.report.findings import findings
 
@@ -76,7 +76,7 @@ def render(results: Results, figures: Mapping[str, str], written: Iterable[str],
             '<script src="plotly.min.js"></script></head>',
             f"<body><main><h1>{escape(title)}</h1>",
             _introduction(results),
-            *(_paragraph(line) for line in findings(results.comparison, results.maps[REFERENCE])),
+            *(_paragraph(line) for line in findings(results.comparison, results.maps[results.job.reference])),
             "<nav>" + "".join(f'<a href="#{anchor}">{name}</a>' for name, anchor in anchors.items()) + "</nav>",
             *(f'<section id="{anchors[name]}"><h2>{name}</h2>{body}</section>' for name, body in sections.items()),
             f"</main><script>{FIT}</script></body></html>\n",
@@ -85,10 +85,10 @@ def render(results: Results, figures: Mapping[str, str], written: Iterable[str],
 
 
 def _introduction(results: Results) -> str:
-    job, exact, about = results.job, results.maps[REFERENCE], results.comparison.setting
+    job, exact, about = results.job, results.maps[results.job.reference], results.comparison.setting
     clean, corrupted = (float(exact.data[name].mean()) for name in ("metric_clean", "metric_corrupted"))
     unit = f" {about['metric_unit']}" if about["metric_unit"] else ""
-    others = [name for name in results.maps if name != REFERENCE]
+    others = [name for name in results.maps if name != results.job.reference]
     return _paragraph(
         f"{len(results.task)} pairs of a clean and a corrupted prompt; {results.model.name} prefers the clean answer on "
         f"{results.accuracy['clean']:.0%} of the clean and {results.accuracy['corrupted']:.0%} of the corrupted prompts. "
@@ -185,7 +185,7 @@ def _verified_recall(results: Results) -> str:
 
 
 def _provenance(results: Results, run: Mapping[str, Any]) -> str:
-    exact = results.maps[REFERENCE].provenance
+    exact = results.maps[results.job.reference].provenance
     facts = {
         "command": run["command"],
         "model": f"{results.model.name} (fingerprint {exact.get('model_fingerprint', '?')})",
