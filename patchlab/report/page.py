@@ -18,6 +18,11 @@ DIRECTIONS = {
     "denoising": "clean activations are moved into the corrupted run",
     "noising": "corrupted activations are moved into the clean run",
 }
+SOURCES = {
+    "zero": "zeros are",
+    "mean": "means over all positions and examples of the other prompts are",
+    "mean_positional": "means over all examples of the other prompts, position by position, are",
+}
 COSTS = {
     "forwards": "forward passes",
     "backwards": "backward passes",
@@ -89,10 +94,13 @@ def _introduction(results: Results) -> str:
     clean, corrupted = (float(exact.data[name].mean()) for name in ("metric_clean", "metric_corrupted"))
     unit = f" {about['metric_unit']}" if about["metric_unit"] else ""
     others = [name for name in results.maps if name != results.job.reference]
+    source = str(exact.provenance["method_options"].get("source", "paired"))
+    run = "corrupted" if job.direction == "denoising" else "clean"
+    moved = DIRECTIONS.get(job.direction, "") if source == "paired" else f"{SOURCES[source]} put into the {run} run"
     return _paragraph(
         f"{len(results.task)} pairs of a clean and a corrupted prompt; {results.model.name} prefers the clean answer on "
         f"{results.accuracy['clean']:.0%} of the clean and {results.accuracy['corrupted']:.0%} of the corrupted prompts. "
-        f"Direction {job.direction}: {DIRECTIONS.get(job.direction, '')}, one cell at a time, and a score is the effect of that on "
+        f"Direction {job.direction}: {moved}, one cell at a time, and a score is the effect of that on "
         f"{about['metric']}, whose mean is {clean:.2f}{unit} on clean and {corrupted:.2f}{unit} on corrupted prompts. "
         f"Exact patching is the reference; the approximations are {', '.join(others)}."
     )
