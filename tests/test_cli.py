@@ -510,6 +510,20 @@ def test_a_file_gives_all_its_rows_and_its_name_is_escaped(results, tmp_path):
     assert "<b>bold" not in (tmp_path / "index.html").read_text().partition("<script")[0]
 
 
+@pytest.mark.usefixtures("no_images")
+def test_the_page_says_what_is_patched_in(results, tmp_path):
+    job = jobs.Job("demo-gpt2-4l", results.job.task, ("relp@mean", "exact@mean"), ("z",))
+    found = jobs.run(job, model=results.model)
+    report.write(tmp_path, found)
+    text = " ".join(parsed(tmp_path / "index.html").text)
+    assert "means over all positions and examples of the other prompts are put into the corrupted run, one cell at a time" in text
+    assert "Exact patching is the reference; the approximations are relp@mean." in text
+    assert found.job.reference == "exact@mean"
+    (tmp_path / "paired").mkdir()
+    report.write(tmp_path / "paired", results)
+    assert "clean activations are moved into the corrupted run, one cell at a time" in " ".join(parsed(tmp_path / "paired" / "index.html").text)
+
+
 def test_a_browser_that_hangs_is_ended_and_the_rest_is_written(results, tmp_path, monkeypatch):
     monkeypatch.setattr("patchlab.plots._save._DRAW", "import time; time.sleep(600)")
     save = plots.save
