@@ -1008,7 +1008,7 @@ def test_hierarchical_joint_effects_are_the_coarse_sweeps() -> None:
 def test_the_result_reads_well_and_is_json() -> None:
     result = found(sample=4, k=5)
     text = repr(result)
-    assert text.startswith("verified[relp], denoising, logit_diff, gpt2 × ")
+    assert text.startswith("verified[relp,k=5,sample=4], denoising, logit_diff, gpt2 × ")
     assert "With 95 % confidence at most" in text
     assert "how large a missed effect may be is not bounded" in text
     assert "With 95 % confidence at least 0 of the true top 5 on these prompts are among those returned." in text

@@ -65,46 +65,50 @@ def attachments(place: Place, *rules: Any) -> list[Attachment]:
 
 @attaching(NormPlace)
 def _norm(place: NormPlace, rule: NormRule) -> list[Attachment]:
-    def apply(value: Tensor, seen: Recorded) -> Tensor:
-        x, scale = (seen[name] for name in place.reads)
-        return graft(value, rule.surrogate(place, x, scale).to(value.dtype))
+    return [Attachment(place.at, place.reads, partial(_normed, place, rule))]
 
-    return [Attachment(place.at, place.reads, apply)]
+
+def _normed(place: NormPlace, rule: NormRule, value: Tensor, seen: Recorded) -> Tensor:
+    x, scale = (seen[name] for name in place.reads)
+    return graft(value, rule.surrogate(place, x, scale).to(value.dtype))
 
 
 @attaching(MLPPlace)
 def _mlp(place: MLPPlace, activation: ActivationRule | None, product: ProductRule | None = None) -> list[Attachment]:
-    def apply(value: Tensor, seen: Recorded) -> Tensor:
-        g, f = seen[place.pre], place.activation
-        if f is None:
-            return value
-        try:
-            surrogate = f(g) if activation is None else activation.surrogate(f, g)
-        except RuleError as error:
-            raise RuleError(f"{place.name}: {error}") from error
-        if place.linear is not None:
-            u = seen[place.linear]
-            surrogate = surrogate * u if product is None else product.surrogate(surrogate, u)
-        return graft(value, surrogate)
+    return [Attachment(place.at, place.reads, partial(_neurons, place, activation, product))]
 
-    return [Attachment(place.at, place.reads, apply)]
+
+def _neurons(place: MLPPlace, activation: ActivationRule | None, product: ProductRule | None, value: Tensor, seen: Recorded) -> Tensor:
+    g, f = seen[place.pre], place.activation
+    if f is None:
+        return value
+    try:
+        surrogate = f(g) if activation is None else activation.surrogate(f, g)
+    except RuleError as error:
+        raise RuleError(f"{place.name}: {error}") from error
+    if place.linear is not None:
+        u = seen[place.linear]
+        surrogate = surrogate * u if product is None else product.surrogate(surrogate, u)
+    return graft(value, surrogate)
 
 
 @attaching(AttentionPlace)
 def _attention(place: AttentionPlace, pattern: PatternRule | None, bilinear: UniformRule | None) -> list[Attachment]:
     """At the pattern, or at queries and keys where the pattern cannot be reached."""
-
-    def share(value: Tensor, seen: Recorded) -> Tensor:
-        return value if bilinear is None else scale_gradient(value, bilinear.share)
-
-    def at_pattern(value: Tensor, seen: Recorded) -> Tensor:
-        return share(value if pattern is None else graft(value, pattern.surrogate(value)), seen)
-
+    share = partial(_shared, bilinear)
     found = [] if bilinear is None else [Attachment(place.z, (), share)]
     if place.open:
-        return [Attachment(place.at, (), at_pattern), *found]
+        return [Attachment(place.at, (), partial(_pattern, pattern, bilinear)), *found]
     apply = share if pattern is None else _hold
     return [*(Attachment(name, (), apply, after=True) for name in place.scores), *found]
+
+
+def _shared(bilinear: UniformRule | None, value: Tensor, seen: Recorded) -> Tensor:
+    return value if bilinear is None else scale_gradient(value, bilinear.share)
+
+
+def _pattern(pattern: PatternRule | None, bilinear: UniformRule | None, value: Tensor, seen: Recorded) -> Tensor:
+    return _shared(bilinear, value if pattern is None else graft(value, pattern.surrogate(value)), seen)
 
 
 @attaching(GatePlace)
@@ -119,12 +123,13 @@ def _hold(value: Tensor, seen: Recorded) -> Tensor:
 
 @attaching(ClipPlace)
 def _clip(place: ClipPlace, rule: ActivationRule) -> list[Attachment]:
-    def apply(value: Tensor, seen: Recorded) -> Tensor:
-        # what the model clamps next is clamped already, and passes the gradient as it is
-        f = place.activation
-        return graft(f(value), rule.surrogate(f, value))
+    return [Attachment(place.at, (), partial(_clipped, place, rule), after=True)]
 
-    return [Attachment(place.at, (), apply, after=True)]
+
+def _clipped(place: ClipPlace, rule: ActivationRule, value: Tensor, seen: Recorded) -> Tensor:
+    # what the model clamps next is clamped already, and passes the gradient as it is
+    f = place.activation
+    return graft(f(value), rule.surrogate(f, value))
 
 
 @attaching(CapPlace)
@@ -150,8 +155,9 @@ def _score_cap(place: CapPlace, rule: ActivationRule, value: Tensor, seen: Recor
 
 @attaching(LinearPlace)
 def _linear(place: LinearPlace, rule: LinearRule) -> list[Attachment]:
-    def apply(value: Tensor, seen: Recorded) -> Tensor:
-        (x,) = place.reads
-        return graft(value, rule.surrogate(place, seen[x], value))
+    return [Attachment(place.at, place.reads, partial(_mapped, place, rule))]
 
-    return [Attachment(place.at, place.reads, apply)]
+
+def _mapped(place: LinearPlace, rule: LinearRule, value: Tensor, seen: Recorded) -> Tensor:
+    (x,) = place.reads
+    return graft(value, rule.surrogate(place, seen[x], value))

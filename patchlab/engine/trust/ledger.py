@@ -61,14 +61,7 @@ class Ledger:
             return None
         entry = Entry(module, self.open[-1])
         self.open.append(entry)
-
-        def own(tensor: Tensor) -> Tensor:
-            if tensor.requires_grad:
-                # a tensor of its own, to tell this use of it from others
-                tensor = tensor.view_as(tensor)
-                entry.inputs.append(tensor)
-            return tensor
-
+        own = partial(self._own, entry)
         return mapped(args, own), mapped(kwargs, own)
 
     def after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
@@ -85,6 +78,14 @@ class Ledger:
             output = mapped(output, lambda tensor: tensor if tensor is first or not tensor.requires_grad else tensor.view_as(tensor))
         entry.outputs += [value for value in tensors_in(output) if value.requires_grad]
         return output
+
+    @staticmethod
+    def _own(entry: Entry, tensor: Tensor) -> Tensor:
+        """A tensor of its own, to tell this use of it from others."""
+        if tensor.requires_grad:
+            tensor = tensor.view_as(tensor)
+            entry.inputs.append(tensor)
+        return tensor
 
     @staticmethod
     def _constant(entry: Entry, tensor: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from patchlab.methods.setting.rounding import product_variance
 from patchlab.methods.setting.setting import Setting
 from patchlab.methods.setting.unpatched import Runs, Scored, first_difference, program, reduced, required
 from patchlab.scores.arrays import CellNames
-from patchlab.sites import KINDS, POSITION_AXES, Position, Site, address
+from patchlab.sites import KINDS, POSITION_AXES, Site, address
 from patchlab.sources import Kept
 from patchlab.tasks.task import PositionAxis
 
@@ -278,20 +278,11 @@ def cell_address(setting: Setting, site: Site, cell: Index) -> Site:
     """A cell as the address of an edit."""
     kind, names = KINDS[site.kind], None if setting.axis is None else setting.axis.names
     index = dict(zip(site.axes, cell, strict=True))
-
-    def position(axis: str | None) -> tuple[Position, ...] | None:
-        if axis is None or axis not in index:
-            return None
-        return (index[axis] if names is None else names[index[axis]],)
-
-    return Site(
-        site.kind,
-        (),
-        layer=index.get("layer"),
-        index=None if kind.unit is None else index.get(kind.unit),
-        pos=position(kind.position),
-        src=position(kind.source),
+    pos, src = (
+        (index[axis] if names is None else names[index[axis]],) if axis is not None and axis in index else None
+        for axis in (kind.position, kind.source)
     )
+    return Site(site.kind, (), layer=index.get("layer"), index=None if kind.unit is None else index.get(kind.unit), pos=pos, src=src)
 
 
 def shares(
