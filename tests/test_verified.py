@@ -286,6 +286,9 @@ def test_prompts_needed(share: float) -> None:
 # the search, on given effects
 
 
+LABELS: dict[tuple[Site, Any], str] = {}
+
+
 class Given:
     """Effects from a table in place of a model; a table of one prompt, or ``[..., example]``."""
 
@@ -299,8 +302,14 @@ class Given:
         self.asked: list[str] = []
         self.together: Callable[[list[Any]], Any] = sum
 
+    def name(self, site: Site, index: Any) -> str:
+        """The label of a cell, asked for once: simulations ask for thousands."""
+        if (site, index) not in LABELS:
+            LABELS[site, index] = cells_of(site).label(self.setting, site, index)
+        return LABELS[site, index]
+
     def joint(self, sets: Sequence[Sequence[Any]]) -> np.ndarray:
-        named = [[cells_of(site).label(self.setting, site, index) for site, index in cells] for cells in sets]
+        named = [[self.name(site, index) for site, index in cells] for cells in sets]
         self.asked += ["+".join(names) for names in named]
         return np.stack([np.atleast_1d(self.together([self.table[name] for name in names])) for names in named])
 
@@ -1029,7 +1038,7 @@ def test_the_result_reads_well_and_is_json() -> None:
     assert values["price"]["statement"] == str(result.price)
     assert values["speaks_of"] == result.speaks_of
     assert [row["address"] for row in values["table"]] == result.table["address"].tolist()
-    assert values["provenance"]["method"] == "verified[relp]"
+    assert values["provenance"]["method"] == "verified[relp,k=5,sample=4]"
     assert not result.effects.flags.writeable
     assert not {"low", "high"} & set(result.table.columns)  # nothing is uncertain about an effect on these prompts
     assert sorted(result.table["place"]) == sorted(set(result.table["place"]))
