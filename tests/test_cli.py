@@ -464,6 +464,19 @@ def test_listings_name_and_describe(listing, name):
     assert [line.split(maxsplit=1) for line in text.stdout.splitlines()] == [[key, what] for key, what in described.items()]
 
 
+@pytest.mark.parametrize("width", [44, 80, 200])
+@pytest.mark.parametrize("command", [("methods",), ("sites",), ("tasks",), ("tasks", "ioi"), tuple(VERIFY)], ids=" ".join)
+def test_what_is_printed_fits_the_terminal(command, width, monkeypatch):
+    plain = patchlab(*command)
+    monkeypatch.setenv("COLUMNS", str(width))
+    result = patchlab(*command)
+    assert result.exit_code == 0, result.output
+    for text, whole in ((result.stdout, plain.stdout), (result.stderr, plain.stderr)):
+        assert text.split() == whole.split(), "nothing is lost"
+        longest = max(text.splitlines(), key=len, default="")
+        assert len(longest) <= width or len(longest.split()) == 1, longest
+
+
 def test_version_and_help():
     import patchlab as pl
 

@@ -88,6 +88,7 @@ def find(
     from patchlab.comparison.job import cost_line
     from patchlab.errors import CircuitError, OutputError, unknown
     from patchlab.methods.names import scoring_method
+    from patchlab.tables import fitted, terminal_width
 
     for what, got, valid in (("way to choose edges", how, HOW), ("importance", by, BY), ("kind of circuit file", out.suffix, SUFFIXES)):
         if got not in valid:
@@ -112,7 +113,7 @@ def find(
         counts = {"n_edges": found.n_edges, "n_nodes": len(found.nodes), "graph_edges": found.graph.n_edges, "graph_nodes": len(found.graph.nodes)}
         _say_json({"out": str(out), **counts, "edges": found.edge_names, "provenance": found.provenance})
     else:
-        typer.echo(f"{scores}\n{found.summary()}\nwrote {out}")
+        typer.echo(fitted(f"{scores}\n{found.summary()}\nwrote {out}", terminal_width()))
 
 
 @circuit.command(cls=Command)
@@ -170,6 +171,7 @@ def evaluate(
         return
     from patchlab import circuits
     from patchlab.errors import CircuitError
+    from patchlab.tables import fitted, table, terminal_width
 
     paths = list(files or [])
     named = {path.stem: circuits.read(path) for path in paths}
@@ -183,9 +185,11 @@ def evaluate(
 
         _say_json({"table": records(result.table), "minimality": records(result.minimality), "provenance": result.provenance})
         return
-    typer.echo(repr(result))
+    width = terminal_width()
+    typer.echo(fitted(repr(result), width))
     if len(result.minimality):
-        typer.echo(result.minimality.sort_values("minimality", ascending=False).to_string(index=False, float_format="%.4f"))
+        ranked = result.minimality.sort_values("minimality", ascending=False)
+        typer.echo(table(ranked.assign(**{name: ranked[name].map("{:.4f}".format) for name in ranked.select_dtypes("float")}), width))
 
 
 @circuit.command(cls=Command)
@@ -268,6 +272,7 @@ def _curve(out: Path, methods: str, where: tuple[Any, ...], settings: dict[str, 
     from patchlab.grammar import split
     from patchlab.methods.names import scoring_method
     from patchlab.store import result_folder
+    from patchlab.tables import fitted, terminal_width
 
     names = tuple(scoring_method(name).name for name in split(methods))
 
@@ -300,7 +305,7 @@ def _curve(out: Path, methods: str, where: tuple[Any, ...], settings: dict[str, 
     if as_json:
         _say_json({"out": str(target), **record})
     else:
-        typer.echo(report.summary(found, smallest))
+        typer.echo(fitted(report.summary(found, smallest), terminal_width()))
 
 
 def _numbers(text: str) -> list[int]:

@@ -147,6 +147,7 @@ def verify(
     from patchlab.methods.names import scoring_method
     from patchlab.models import load_model
     from patchlab.sites import parse_sites
+    from patchlab.tables import fitted, terminal_width
 
     disable_progress_bar()  # for files that load in a second
     method = VerifiedPatching(
@@ -163,7 +164,7 @@ def verify(
     result = method.run(loaded, pairs, wanted, direction=direction, batch_size=batch_size, say=say)
     if (warning := result.screen.reversed_gap()) is not None:
         say(f"warning: {warning}")
-    typer.echo(json.dumps(result.to_dict(), allow_nan=False) if json_ else result.summary())
+    typer.echo(json.dumps(result.to_dict(), allow_nan=False) if json_ else fitted(result.summary(), terminal_width()))
 
 
 def _demo(out: Path, n: int, *, force: bool, as_json: bool) -> None:
@@ -256,10 +257,15 @@ def tasks(
     if json_:
         typer.echo(json.dumps({"name": name, "description": one.description, "metric": one.metric, "options": dict(one.defaults)}))
         return
-    typer.echo(f"{one.help}\n\nMetric: {one.metric}. Options, with their defaults:")
+    from patchlab.tables import fitted, prose, terminal_width
+
+    paragraphs = (" ".join(paragraph.split()) for paragraph in one.help.split("\n\n"))
+    width = terminal_width()
+    lines = [f"Metric: {one.metric}. Options, with their defaults:"]
     for option, default in one.defaults.items():
         others = ", ".join(value for value in one.values.get(option, ()) if value != default)
-        typer.echo(f"  --option {option}={json.dumps(default) if isinstance(default, bool) else default}" + (f"  (or {others})" if others else ""))
+        lines.append(f"  --option {option}={json.dumps(default) if isinstance(default, bool) else default}" + (f"  (or {others})" if others else ""))
+    typer.echo("\n\n".join([*(prose(paragraph, width) for paragraph in paragraphs), fitted("\n".join(lines), width)]))
 
 
 @app.command(cls=Command)
@@ -296,13 +302,13 @@ def _described(folder: Path) -> str:
 
 
 def _listing(rows: Iterable[tuple[str, str]], as_json: bool) -> None:
-    described = dict(rows)
+    entries = dict(rows)
     if as_json:
-        typer.echo(json.dumps(described))
+        typer.echo(json.dumps(entries))
         return
-    width = max(map(len, described), default=0)
-    for name, what in described.items():
-        typer.echo(f"{name:<{width}}  {what}")
+    from patchlab.tables import described, terminal_width
+
+    typer.echo(described(entries, terminal_width()))
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -94,7 +95,9 @@ def as_options(message: str) -> str:
 
 def say(line: str) -> None:
     """A line on stderr, in which arguments of functions are options."""
-    typer.echo(as_options(line), err=True)
+    from patchlab.tables import fitted, terminal_width
+
+    typer.echo(fitted(as_options(line), terminal_width(sys.stderr)), err=True)
 
 
 def task_options(texts: list[str] | None) -> dict[str, Any]:
