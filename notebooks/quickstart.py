@@ -92,7 +92,7 @@ print(f"{site}: {before:.3f} before, {after:.3f} after, effect {after - before:.
 # Inside `with pl.intervene(...)` edits surround everything, methods included: a silenced head has no score, and the others change.
 
 # %%
-with pl.intervene(model, pl.Edit(site, pl.zero())):
+with pl.intervene(model, pl.Edit(site, pl.sources.zero())):
     silenced = pl.RelevancePatching().run(model, task, ["z"], progress=False)
 for name, scores in {"as it is": relp, f"{site} silenced": silenced}.items():
     layers = scores.mean("z").sum("head").to_numpy()

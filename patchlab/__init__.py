@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from patchlab import methods as methods
     from patchlab import plots as plots
     from patchlab import rules as rules
+    from patchlab import sources as sources
     from patchlab.circuits import Circuit as Circuit
     from patchlab.comparison import Comparison as Comparison
     from patchlab.comparison import compare as compare
@@ -30,11 +31,6 @@ if TYPE_CHECKING:
     from patchlab.models import wrap_bridge as wrap_bridge
     from patchlab.scores import ScoreMap as ScoreMap
     from patchlab.sites import Site as Site
-    from patchlab.sites import parse_site as parse_site
-    from patchlab.sources import blend as blend
-    from patchlab.sources import mean_of as mean_of
-    from patchlab.sources import noise as noise
-    from patchlab.sources import zero as zero
     from patchlab.tasks import Task as Task
     from patchlab.tasks import load_task as load_task
 
@@ -43,6 +39,7 @@ _HOMES = {
     "methods": "",
     "plots": "",
     "rules": "",
+    "sources": "",
     "Circuit": "circuits",
     "Comparison": "comparison",
     "compare": "comparison",
@@ -60,11 +57,6 @@ _HOMES = {
     "wrap_bridge": "models",
     "ScoreMap": "scores",
     "Site": "sites",
-    "parse_site": "sites",
-    "blend": "sources",
-    "mean_of": "sources",
-    "noise": "sources",
-    "zero": "sources",
     "Task": "tasks",
     "load_task": "tasks",
 }

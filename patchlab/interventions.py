@@ -1,7 +1,7 @@
 """Interventions: an edit puts values from a source into a site of a run.
 
     >>> import patchlab as pl
-    >>> edit = pl.Edit("L9.H6.z@END", pl.zero())
+    >>> edit = pl.Edit("L9.H6.z@END", pl.sources.zero())
     >>> str(edit.address)
     'L9.H6.z@END'
 
@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from patchlab.errors import InterventionError
-from patchlab.sites import KINDS, Position, Site, address, parse_site
+from patchlab.sites import KINDS, Position, Site, address
 from patchlab.sources import Source, as_source, fitted
 
 Operation = Literal["replace", "add", "scale"]
@@ -31,7 +31,7 @@ class Edit:
 
     Args:
         site: an address such as ``"L9.H6.z@END"`` or ``"L3.resid_pre"`` (all positions).
-        source: a run with kept activations, ``pl.zero()``, ``pl.noise(...)``, ``pl.mean_of(...)``, a tensor or a number.
+        source: a run with kept activations, ``pl.sources.zero()``, ``pl.sources.noise(...)``, ``pl.sources.mean_of(...)``, a tensor or a number.
         op: ``replace`` the value, ``add`` to it, or ``scale`` it.
         rows: which rows of the run it applies to (boolean, one per row); None means all.
     """
@@ -49,7 +49,7 @@ class Edit:
     @cached_property
     def address(self) -> Site:
         """The parsed address."""
-        site = parse_site(self.site)
+        site = Site.parse(self.site)
         if not site.narrowed and not KINDS[site.kind].layered and KINDS[site.kind].granularities is None:
             site = address(site.kind, None)
         if not site.narrowed:

@@ -147,7 +147,7 @@ class Site:
     """An activation kind at a granularity, or narrowed to one part of one layer.
 
     ``axes`` are the axes that get a score each; the other axes are taken jointly. ``layer``, ``index`` (of the head, the KV head for ``k`` and
-    ``v``, or the neuron), ``pos`` (the destination for ``pattern``) and ``src`` narrow it; None means all. Make one with :func:`parse_site`.
+    ``v``, or the neuron), ``pos`` (the destination for ``pattern``) and ``src`` narrow it; None means all. Make one with :meth:`parse`.
     """
 
     kind: str
@@ -182,6 +182,47 @@ class Site:
             raise SiteError(f"{self.kind} has no heads, neurons or the like to choose {self.index} of; leave it out.")
         if self.src is not None and kind.source is None:
             raise SiteError(f"{self.kind} has no source positions; the '<' belongs to pattern, as in L5.H1.pattern@END<S1.")
+
+    @staticmethod
+    def parse(text: "str | Site") -> "Site":
+        """The site that a text is: a kind, a kind with its axes in brackets, an address, or the name of a node.
+
+        >>> Site.parse("z").axes
+        ('layer', 'head')
+        >>> Site.parse("L9.H6.z@END").index
+        6
+        >>> str(Site.parse("a9.h6"))
+        'L9.H6.z'
+
+        Raises:
+            SiteError: unknown kind or axis, or text that is not a site.
+        """
+        if isinstance(text, Site):
+            return text
+        if not isinstance(text, str):
+            raise SiteError(f"a site is a string such as 'resid_pre' or 'L9.H6.z@END'; got {text!r}.")
+        compact = _as_address(text.replace(" ", ""))
+        if match := _SCORED.fullmatch(compact):
+            kind = match["kind"]
+            if kind not in KINDS:
+                raise SiteError(unknown("site", kind, KINDS))
+            axes = KINDS[kind].default if match["axes"] is None else tuple(match["axes"].split(","))
+            return Site(kind, axes)
+        if match := re.fullmatch(_NARROWED.replace("{letters}", "".join(sorted(_nouns()))), compact):
+            if match["layer"] is None and match["kind"] in KINDS and KINDS[match["kind"]].layered:
+                raise SiteError(f"the address {text!r} lacks its layer; write L0.{compact} (or another layer).")
+            _check_letter(match["kind"], match["letter"], match["index"])
+            return Site(
+                match["kind"],
+                (),
+                layer=None if match["layer"] is None else int(match["layer"]),
+                index=None if match["index"] is None else int(match["index"]),
+                pos=_positions(match["pos"]),
+                src=_positions(match["src"]),
+            )
+        raise SiteError(
+            f"cannot read the site {text!r}. Write a kind ({', '.join(KINDS)}), a kind with axes (z[layer,pos,head]) or an address (L9.H6.z@END)."
+        )
 
     @property
     def narrowed(self) -> bool:
@@ -227,47 +268,6 @@ def _positions(text: str | None) -> tuple[Position, ...] | None:
     return tuple(int(part) if re.fullmatch(r"-?\d+", part) else part for part in text.split(","))
 
 
-def parse_site(text: "str | Site") -> Site:
-    """Parse one site name.
-
-    >>> parse_site("z").axes
-    ('layer', 'head')
-    >>> parse_site("L9.H6.z@END").index
-    6
-    >>> str(parse_site("a9.h6"))
-    'L9.H6.z'
-
-    Raises:
-        SiteError: unknown kind or axis, or text that is not a site.
-    """
-    if isinstance(text, Site):
-        return text
-    if not isinstance(text, str):
-        raise SiteError(f"a site is a string such as 'resid_pre' or 'L9.H6.z@END'; got {text!r}.")
-    compact = _as_address(text.replace(" ", ""))
-    if match := _SCORED.fullmatch(compact):
-        kind = match["kind"]
-        if kind not in KINDS:
-            raise SiteError(unknown("site", kind, KINDS))
-        axes = KINDS[kind].default if match["axes"] is None else tuple(match["axes"].split(","))
-        return Site(kind, axes)
-    if match := re.fullmatch(_NARROWED.replace("{letters}", "".join(sorted(_nouns()))), compact):
-        if match["layer"] is None and match["kind"] in KINDS and KINDS[match["kind"]].layered:
-            raise SiteError(f"the address {text!r} lacks its layer; write L0.{compact} (or another layer).")
-        _check_letter(match["kind"], match["letter"], match["index"])
-        return Site(
-            match["kind"],
-            (),
-            layer=None if match["layer"] is None else int(match["layer"]),
-            index=None if match["index"] is None else int(match["index"]),
-            pos=_positions(match["pos"]),
-            src=_positions(match["src"]),
-        )
-    raise SiteError(
-        f"cannot read the site {text!r}. Write a kind ({', '.join(KINDS)}), a kind with axes (z[layer,pos,head]) or an address (L9.H6.z@END)."
-    )
-
-
 def _nouns() -> dict[str, str]:
     """What the letters of addresses stand for: H for a head, N for a neuron."""
     return {kind.letter: kind.unit.removeprefix("kv_") for kind in KINDS.values() if kind.unit is not None}
@@ -302,7 +302,7 @@ def parse_sites(sites: "str | Site | Iterable[str | Site]") -> tuple[Site, ...]:
         sites = re.split(r",(?![^\[]*\])", sites)
     elif not isinstance(sites, Iterable):
         raise SiteError(f"sites are a name such as 'resid_pre', or a list of names; got {sites!r}.")
-    parsed = tuple(parse_site(site) for site in sites)
+    parsed = tuple(Site.parse(site) for site in sites)
     if not parsed:
         raise SiteError(f"no sites given. Name at least one of: {', '.join(KINDS)}.")
     for site in parsed:

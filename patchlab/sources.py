@@ -194,7 +194,9 @@ def as_source(value: Any) -> Source:
         return value.as_source()
     if isinstance(value, Source) and not isinstance(value, (type, Mapping)):  # a dict has values() too
         return value
-    raise InterventionError(f"a source is a run with kept activations, pl.zero(), pl.noise(...), a tensor or a number; got {type(value).__name__}.")
+    raise InterventionError(
+        f"a source is a run with kept activations, pl.sources.zero(), pl.sources.noise(...), a tensor or a number; got {type(value).__name__}."
+    )
 
 
 def _listed(activations: Mapping[tuple[str, int | None], Tensor]) -> str:

@@ -160,7 +160,7 @@ def ambient(model: pl.Model, task: Any) -> Callable[[], Record]:
     """Methods inside surrounding edits."""
 
     def found() -> Record:
-        with pl.intervene(model, pl.Edit("L0.attn_out", pl.zero())):
+        with pl.intervene(model, pl.Edit("L0.attn_out", pl.sources.zero())):
             return {
                 name: of_map(pl.methods.get_method(name).run(model, task, ["resid_pre", "z"], direction="noising", progress=False))
                 for name in ("exact", "relp")
@@ -252,8 +252,8 @@ def errors() -> Iterator[tuple[str, Callable[[], Any]]]:
     yield "groups on nodes", lambda: get("eap-ig-activations:2").run(model, task, "z", progress=False)
     yield "mean of a pattern", lambda: methods.AttributionPatching(source="mean").run(model, task, "pattern", progress=False)
     yield "other model's task", lambda: relp.run(zoo_model("mamba", torch.float32, 2), task, "z", progress=False)
-    yield "edit without layer", lambda: model.run(torch.tensor([[1, 2, 3]]), edits=[pl.Edit("z", pl.zero())])
-    yield "edit op", lambda: pl.Edit("L0.z", pl.zero(), "multiply")
+    yield "edit without layer", lambda: model.run(torch.tensor([[1, 2, 3]]), edits=[pl.Edit("z", pl.sources.zero())])
+    yield "edit op", lambda: pl.Edit("L0.z", pl.sources.zero(), "multiply")
     yield "edit source", lambda: pl.Edit("L0.z", {})
     yield "edit shape", lambda: model.run(torch.tensor([[1, 2, 3]]), edits=[pl.Edit("L0.z", torch.ones(5))])
     yield "kept nothing", lambda: model.run(torch.tensor([[1, 2, 3]]), keep=["z"])["L0.q"]

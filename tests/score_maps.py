@@ -9,7 +9,7 @@ import numpy as np
 from patchlab.graph import Graph
 from patchlab.scores import Cost, ScoreMap
 from patchlab.scores.arrays import CellNames, Patterns
-from patchlab.sites import parse_site
+from patchlab.sites import Site
 
 COST = Cost(2, 1, 60, 0.5)
 TOKENS = ("<bos>", " the", " cat", " saw", " the", " dog")
@@ -69,7 +69,7 @@ def make_map(
         provenance=provenance(**changes),
         cost=cost,
         patterns=patterns,
-        names={site: edge_names(changes) for site in scores if parse_site(site).kind == "edges"},
+        names={site: edge_names(changes) for site in scores if Site.parse(site).kind == "edges"},
         no_path={site: np.zeros_like(mask) for site, mask in live.items()} | dict(no_path or {}),
         noise=noise,
     )
@@ -81,7 +81,7 @@ def random_map(*sites: str, n: int = 8, seed: int = 0, n_layers: int = 3, n_pos:
     sizes = {"layer": n_layers, "pos": n_pos, "dest": n_pos, "src": n_pos, "head": 4, "kv_head": 2, "neuron": 40}
     scores, live = {}, {}
     for site in sites:
-        axes = parse_site(site).axes
+        axes = Site.parse(site).axes
         shape = tuple(sizes[axis] for axis in axes)
         live[site] = np.ones(shape, dtype=bool)
         if "pos" in axes:

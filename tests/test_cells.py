@@ -396,6 +396,6 @@ def test_kinds_are_added_once(model: pl.Model) -> None:
     with pytest.raises(SiteError, match="has a site features already"):
         model.add_site(model.arch.accessors["features"])
     with pytest.raises(SiteError, match=r"names feature 99, but this model has 24 \(feature 0 to 23\)"):
-        model.arch.check(pl.parse_site("L0.F99.features"))
+        model.arch.check(pl.Site.parse("L0.F99.features"))
     with pytest.raises(SiteError, match="z has no features; drop F3. The site with features is features"):
-        pl.parse_site("L0.F3.z")
+        pl.Site.parse("L0.F3.z")

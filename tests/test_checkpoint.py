@@ -195,7 +195,7 @@ def test_other_errors_keep_the_work_too(monkeypatch: pytest.MonkeyPatch) -> None
 def test_surrounding_edits_are_part_of_what_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of("gpt2")
     kept = model.run([[1, 2, 3, 4, 5]], keep="attn_out")
-    edits = [pl.Edit("L1.attn_out@2", kept, op="add"), pl.Edit("L0.H1.z", 2.0, op="scale"), pl.Edit("L2.mlp_out", pl.noise(0.1), op="add")]
+    edits = [pl.Edit("L1.attn_out@2", kept, op="add"), pl.Edit("L0.H1.z", 2.0, op="scale"), pl.Edit("L2.mlp_out", pl.sources.noise(0.1), op="add")]
     with pl.intervene(model, edits):
         whole = scores()
         interrupted(monkeypatch, 8, scores)

@@ -16,7 +16,7 @@ import patchlab as pl
 from patchlab.errors import MethodError, ScoreError
 from patchlab.methods import LinearizedPatching, get_method
 from patchlab.models import Model
-from patchlab.sites import KINDS, parse_site
+from patchlab.sites import KINDS, Site
 from patchlab.tasks.task import Pair, Task
 from patchlab.testing import check_method, linear_toy, toy_task
 
@@ -78,7 +78,7 @@ def queries_and_keys(family: str, tokens: tuple[int, ...]) -> dict[tuple[str, in
 
 def literal_qk(family: str, task: Task, name: str, *, queries_for_keys: bool = False) -> np.ndarray:
     """One prompt, one cell, one forward pass: change of that layer's attentions times their gradient."""
-    module, site = plain(family), parse_site(name)
+    module, site = plain(family), Site.parse(name)
     kind, per_pos = site.kind, "pos" in site.axes
     heads = HEADS if kind == "q" else KV_HEADS[family]
     rows = []
@@ -141,7 +141,7 @@ def test_keys_are_fixed_with_keys() -> None:
 
 def literal_drop(raw: RawModel, task: Task, name: str) -> np.ndarray:
     """Prompt by prompt, layer by layer: what the layer adds is cut out of the graph, and everything inside it scores nothing."""
-    site, kind = parse_site(name), parse_site(name).kind
+    site, kind = Site.parse(name), Site.parse(name).kind
     inside = kind not in ("input", "resid_pre", "resid_mid", "resid_post")
     rows = []
     for one in task.pairs:
@@ -251,7 +251,7 @@ def test_positions_by_name_are_direct_indices() -> None:
 def test_surrounding_edits_are_honoured() -> None:
     """Freezing a layer's attention to zero from outside: queries and keys there no longer matter, those before it still do."""
     model, task = _double("gpt2"), swap_task(n=2)
-    with pl.intervene(model, pl.Edit("L1.attn_out", pl.zero())):
+    with pl.intervene(model, pl.Edit("L1.attn_out", pl.sources.zero())):
         fixed, exact = (scores_of(get_method(name), model, task, ["q", "k"]) for name in ("atp+qk", "exact"))
     for site in ("q", "k"):
         for scores in (fixed, exact):

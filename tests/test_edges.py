@@ -249,7 +249,7 @@ def test_what_edges_do_not_go_with(method: Any, sites: Any, message: str) -> Non
 
 
 def test_edges_are_not_scored_inside_intervene() -> None:
-    with pl.intervene(model_of("gpt2"), pl.Edit("L0.attn_out", pl.zero())), pytest.raises(MethodError, match="got them inside intervene"):
+    with pl.intervene(model_of("gpt2"), pl.Edit("L0.attn_out", pl.sources.zero())), pytest.raises(MethodError, match="got them inside intervene"):
         pl.AttributionPatching().run(model_of("gpt2"), swap_task(), "edges", progress=False)
 
 

@@ -90,7 +90,7 @@ def test_two_sites_that_share_a_hook_are_edited_in_program_order() -> None:
     keep = ["L1.resid_pre", "L1.attn_out", "L1.resid_mid"]
     before = model.run(TOKENS, keep=keep)["L1.resid_pre"]
     shift = torch.randn(before.shape[-1], dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    attention, stream = pl.Edit("L1.attn_out", shift, op="add"), pl.Edit("L1.resid_mid", pl.zero())
+    attention, stream = pl.Edit("L1.attn_out", shift, op="add"), pl.Edit("L1.resid_mid", pl.sources.zero())
     first = model.run(TOKENS, edits=[attention, stream], keep=keep)
     torch.testing.assert_close(first["L1.resid_mid"], torch.zeros_like(before), atol=1e-12, rtol=0)
     torch.testing.assert_close(first["L1.attn_out"], -before, atol=1e-12, rtol=0)
@@ -125,7 +125,9 @@ class _BoomRule(ActivationRule):
 
 
 def test_nothing_stays_after_success(untouched: Model) -> None:
-    result = _gradients(untouched, ("z", 1), ("resid_mid", 0), keep=(("q", 2),), edits=(pl.Edit("L0.v", pl.zero()),), rules=pl.rules.PRESETS["relp"])
+    result = _gradients(
+        untouched, ("z", 1), ("resid_mid", 0), keep=(("q", 2),), edits=(pl.Edit("L0.v", pl.sources.zero()),), rules=pl.rules.PRESETS["relp"]
+    )
     assert not result.gradients["z", 1].requires_grad
     assert not result.activations["q", 2].requires_grad
     assert result.values is not None

@@ -498,7 +498,7 @@ def test_what_cannot_be_patched_exactly() -> None:
     edges, changes = np.array([model.arch.graph.edge("m0->m1")]), differences(model, program, other)
     with pytest.raises(InterventionError, match="a sweep evaluates a metric"):
         edge_sweep(model, replace(program, metric=None), edges, changes)
-    with pl.intervene(model, pl.Edit("L0.attn_out", pl.zero())):
+    with pl.intervene(model, pl.Edit("L0.attn_out", pl.sources.zero())):
         with pytest.raises(InterventionError, match="single edges are patched on the model as it is; leave the intervene block"):
             edge_sweep(model, program, edges, changes)
         with pytest.raises(MethodError, match="got them inside intervene"):

@@ -88,7 +88,7 @@ def test_a_bridge_that_computes_something_else_is_refused() -> None:
 
 def _edited(model: Model, site: str, tokens: Tensor, keep: str) -> tuple[Tensor, Tensor]:
     plain = model.run(tokens, keep=keep)
-    edited = model.run(tokens, edits=[pl.Edit(site, pl.zero())], keep=keep)
+    edited = model.run(tokens, edits=[pl.Edit(site, pl.sources.zero())], keep=keep)
     return plain[f"L0.{keep}"][0], edited[f"L0.{keep}"][0]
 
 
@@ -139,7 +139,7 @@ def test_sizes_are_those_of_the_activations(name: str) -> None:
     model = zoo_model(name, layers=2)
     assert model.arch.d_mlp == model.run([1, 2, 3], keep="mlp_post")["L0.mlp_post"].shape[-1] == 12
     with pytest.raises(SiteError, match="neuron 12, but this model has 12"):
-        model.run([1, 2, 3], edits=[pl.Edit("L0.N12.mlp_post", pl.zero())])
+        model.run([1, 2, 3], edits=[pl.Edit("L0.N12.mlp_post", pl.sources.zero())])
 
 
 def test_dead_parts_are_no_dropped_edits() -> None:

@@ -90,7 +90,7 @@ def test_an_edit_equals_the_same_change_of_the_hugging_face_model(site: str, mod
 
 
 def test_zeroing_the_scaled_embedding_of_gemma() -> None:
-    got = model_of("gemma2").run(TOKENS, edits=[pl.Edit("input@2", pl.zero())]).logits
+    got = model_of("gemma2").run(TOKENS, edits=[pl.Edit("input@2", pl.sources.zero())]).logits
     _close(got, _native("model.embed_tokens", _set((EVERY, 2), 0.0), of="output", family="gemma2"))
 
 
@@ -108,7 +108,7 @@ def test_an_edit_of_the_pattern_touches_one_entry(model: Model) -> None:
 def test_rows_and_columns_of_the_pattern(site: str, index: Any, model: Model) -> None:
     expected = model.run(TOKENS, keep="L1.pattern")["L1.pattern"].clone()
     expected[index] = 0.0
-    assert torch.equal(model.run(TOKENS, edits=[pl.Edit(site, pl.zero())], keep="L1.pattern")["L1.pattern"], expected)
+    assert torch.equal(model.run(TOKENS, edits=[pl.Edit(site, pl.sources.zero())], keep="L1.pattern")["L1.pattern"], expected)
 
 
 # --- operations, rows, positions -----------------------------------------------------------------------------------------
@@ -129,8 +129,8 @@ def test_operations(op: str, expected: Callable[[Tensor], Tensor], model: Model)
 
 def test_rows_select(model: Model) -> None:
     plain = model.run(TOKENS).logits
-    edit = pl.Edit("L1.resid_pre", pl.zero(), rows=torch.tensor([True, False, True]))
-    got, everywhere = model.run(TOKENS, edits=[edit]).logits, model.run(TOKENS, edits=[pl.Edit("L1.resid_pre", pl.zero())]).logits
+    edit = pl.Edit("L1.resid_pre", pl.sources.zero(), rows=torch.tensor([True, False, True]))
+    got, everywhere = model.run(TOKENS, edits=[edit]).logits, model.run(TOKENS, edits=[pl.Edit("L1.resid_pre", pl.sources.zero())]).logits
     assert torch.equal(got[1], plain[1])
     _close(got[::2], everywhere[::2])
 
@@ -172,7 +172,7 @@ def test_end_can_be_moved(model: Model) -> None:
 )
 def test_positions_that_are_not_there(site: str, positions: dict[str, Any], message: str, model: Model) -> None:
     with pytest.raises(InterventionError, match=message):
-        model.run(TOKENS, edits=[pl.Edit(site, pl.zero())], positions=positions)
+        model.run(TOKENS, edits=[pl.Edit(site, pl.sources.zero())], positions=positions)
 
 
 @pytest.mark.parametrize("index", [torch.tensor([0, 1]), torch.tensor([0.0, 1.0, 2.0]), 1.5])
@@ -218,7 +218,7 @@ def test_rows_of_the_wrong_number(model: Model) -> None:
 )
 def test_a_tensor_may_leave_out_the_axes_that_the_address_fixes(site: str, shape: tuple[int, ...], model: Model) -> None:
     value = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    address = pl.parse_site(site)
+    address = pl.Site.parse(site)
     whole = f"L1.{address.kind}"
     before = model.run(TOKENS, keep=whole)[whole]
     after = model.run(TOKENS, edits=[pl.Edit(site, value)], keep=whole)[whole]
@@ -257,7 +257,7 @@ def test_the_other_dtype_of_a_tensor_is_converted(model: Model) -> None:
 
 def _noisy(model: Model, examples: list[int], seed: int = 0, site: str = "L1.resid_pre") -> Tensor:
     index = torch.tensor(examples)
-    kept = run(model, Program(TOKENS[index], index, edits=(pl.Edit(site, pl.noise(0.5, seed)),), keep=(("resid_pre", 1), ("resid_pre", 2))))
+    kept = run(model, Program(TOKENS[index], index, edits=(pl.Edit(site, pl.sources.noise(0.5, seed)),), keep=(("resid_pre", 1), ("resid_pre", 2))))
     return kept[site]
 
 
@@ -280,7 +280,7 @@ def test_noise_leaves_the_global_generator_alone(model: Model) -> None:
 
 def test_the_mean_is_over_rows_and_positions_but_never_over_heads(model: Model) -> None:
     kept = model.run(OTHER, keep=["L1.z", "L1.mlp_post", "L1.v"])
-    edits = [pl.Edit(f"L1.{kind}", pl.mean_of(kept)) for kind in ("z", "v", "mlp_post")]
+    edits = [pl.Edit(f"L1.{kind}", pl.sources.mean_of(kept)) for kind in ("z", "v", "mlp_post")]
     after = model.run(TOKENS, edits=edits, keep=["L1.z", "L1.v", "L1.mlp_post"])
     for kind in ("z", "v", "mlp_post"):
         expected = kept[f"L1.{kind}"].double().mean((0, 1)).float()
@@ -291,7 +291,7 @@ def test_the_mean_is_over_rows_and_positions_but_never_over_heads(model: Model) 
 
 def test_the_positional_mean_is_over_rows_only(model: Model) -> None:
     kept = model.run(OTHER, keep=["L1.z", "L1.pattern"])
-    mean = pl.mean_of(kept, positional=True)
+    mean = pl.sources.mean_of(kept, positional=True)
     after = model.run(TOKENS, edits=[pl.Edit("L1.H1.z", mean), pl.Edit("L1.pattern", mean)], keep=["L1.z", "L1.pattern"])
     assert torch.equal(after["L1.H1.z"], kept["L1.H1.z"].double().mean(0).float().expand(3, -1, -1))
     assert torch.equal(after["L1.pattern"], kept["L1.pattern"].double().mean(0).float().expand(3, -1, -1, -1))
@@ -300,24 +300,24 @@ def test_the_positional_mean_is_over_rows_only(model: Model) -> None:
 def test_means_that_do_not_fit(model: Model) -> None:
     kept = model.run(OTHER, keep=["L1.z", "L1.pattern"])
     with pytest.raises(InterventionError, match="the mean of a pattern over positions is not an attention pattern; use positional=True"):
-        pl.mean_of(kept)
+        pl.sources.mean_of(kept)
     with pytest.raises(InterventionError, match="mean_of takes a run with kept activations; got float"):
-        pl.mean_of(1.0)
+        pl.sources.mean_of(1.0)
     kept = model.run(OTHER, keep="L1.z")
     with pytest.raises(InterventionError, match=r"the mean has no L2.z; it has L1.z. Add it to keep=\[...\] of the run"):
-        model.run(TOKENS, edits=[pl.Edit("L2.z", pl.mean_of(kept))])
+        model.run(TOKENS, edits=[pl.Edit("L2.z", pl.sources.mean_of(kept))])
     with pytest.raises(InterventionError, match=r"the positional mean of z has shape \[5, 4, 4\] and does not fit this run's \[3, 4, 4\] per row"):
-        model.run(TOKENS[:, :3], edits=[pl.Edit("L1.z", pl.mean_of(kept, positional=True))])
+        model.run(TOKENS[:, :3], edits=[pl.Edit("L1.z", pl.sources.mean_of(kept, positional=True))])
     with pytest.raises(InterventionError, match=r"the mean of v has shape \[1, 4, 4\] and does not fit this run's \[5, 2, 4\] per row"):
-        model.run(TOKENS, edits=[pl.Edit("L1.v", pl.mean_of(model_of("gpt2").run(TOKENS, keep="L1.v")))])
+        model.run(TOKENS, edits=[pl.Edit("L1.v", pl.sources.mean_of(model_of("gpt2").run(TOKENS, keep="L1.v")))])
 
 
 def test_a_blend_is_a_weighted_sum(model: Model) -> None:
     other, own = model.run(OTHER, keep="L1.z"), model.run(TOKENS, keep="L1.z")
     for weight in (0.0, 0.25, 1.0):
-        after = model.run(TOKENS, edits=[pl.Edit("L1.z", pl.blend(Own(), other, weight))], keep="L1.z")["L1.z"]
+        after = model.run(TOKENS, edits=[pl.Edit("L1.z", pl.sources.blend(Own(), other, weight))], keep="L1.z")["L1.z"]
         _close(after, (1 - weight) * own["L1.z"] + weight * other["L1.z"])
-    after = model.run(TOKENS, edits=[pl.Edit("L1.z", pl.blend(pl.zero(), 4.0, 0.5))], keep="L1.z")["L1.z"]
+    after = model.run(TOKENS, edits=[pl.Edit("L1.z", pl.sources.blend(pl.sources.zero(), 4.0, 0.5))], keep="L1.z")["L1.z"]
     assert torch.equal(after, torch.full_like(after, 2.0))
 
 
@@ -375,9 +375,9 @@ def test_a_source_of_ones_own(model: Model) -> None:
         model.run(TOKENS, edits=[pl.Edit("L1.z", _TooWide())])
 
 
-@pytest.mark.parametrize("value", [{}, {"z": 1}, "zero", None, pl.zero, _Twice, [1.0]])
+@pytest.mark.parametrize("value", [{}, {"z": 1}, "zero", None, pl.sources.zero, _Twice, [1.0]])
 def test_things_that_are_no_source(value: Any) -> None:
-    message = r"a source is a run with kept activations, pl.zero\(\), pl.noise\(...\), a tensor or a number; got "
+    message = r"a source is a run with kept activations, pl.sources.zero\(\), pl.sources.noise\(...\), a tensor or a number; got "
     with pytest.raises(InterventionError, match=message):
         pl.Edit("L1.z", value)
 
@@ -401,7 +401,7 @@ def test_a_source_is_a_source() -> None:
 )
 def test_addresses_that_cannot_be_edited(site: str, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        pl.Edit(site, pl.zero())
+        pl.Edit(site, pl.sources.zero())
 
 
 def test_unknown_operations() -> None:
@@ -496,10 +496,11 @@ def test_exact_scores_inside_a_block_are_runs_with_both_edits(model: Model) -> N
 
 
 def test_public_names_are_reachable() -> None:
-    assert str(pl.Edit("L9.H6.z@END", pl.noise(0.1, 3)).address) == "L9.H6.z@END"
-    for name in ("Edit", "intervene", "zero", "noise", "mean_of", "blend", "wrap_bridge"):
-        assert name in dir(pl)
-        assert callable(getattr(pl, name))
+    assert str(pl.Edit("L9.H6.z@END", pl.sources.noise(0.1, 3)).address) == "L9.H6.z@END"
+    for home, names in ((pl, ("Edit", "intervene", "wrap_bridge")), (pl.sources, ("zero", "noise", "mean_of", "blend"))):
+        for name in names:
+            assert name in dir(home)
+            assert callable(getattr(home, name))
 
 
 def test_wrong_shapes_raise_under_the_shape_checks() -> None:

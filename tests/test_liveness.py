@@ -16,7 +16,7 @@ from patchlab.methods.setting.liveness import live_cells, without_path
 from patchlab.methods.setting.setting import Setting
 from patchlab.metrics import METRICS, Metric
 from patchlab.models import Model
-from patchlab.sites import POSITION_AXES, parse_site
+from patchlab.sites import POSITION_AXES, Site
 from patchlab.sources import Average, Kept
 from patchlab.tasks.task import Pair, Task
 
@@ -45,7 +45,7 @@ def _dead_effects(model: Model, task: Task, direction: str, source: str = "paire
     everything = tuple((kind, layer) for kind in model.arch.sites for layer in ([None] if kind == "input" else range(model.arch.n_layers)))
     worst, number = {}, {}
     for name in SITES:
-        site = parse_site(name)
+        site = Site.parse(name)
         if site.kind in model.arch.absent:
             continue
         axis = task.position_axis() if set(site.axes) & set(POSITION_AXES) else None
@@ -134,7 +134,7 @@ BY_POSITION = {
 
 
 def _mask(model: Model, name: str, task: Task, *, paired: bool = True) -> list:
-    site = parse_site(name)
+    site = Site.parse(name)
     axis = task.position_axis() if set(site.axes) & set(POSITION_AXES) else None
     return live_cells(model.arch, site, task, axis, paired=paired).tolist()
 
@@ -162,8 +162,8 @@ def test_mask_of_the_input_and_of_attention_edges() -> None:
         assert by_edge[2, dest].tolist() == (expected if dest == 4 else NOWHERE)
     # jointly over positions a head is alive as soon as one of its positions is
     assert np.array(_mask(model, "z", task)).all()
-    assert cells_of(parse_site("k")).shape(model.arch, parse_site("k[layer,pos,kv_head]"), task.position_axis()) == (3, 5, 4)
-    assert cells_of(parse_site("k")).shape(model_of("llama").arch, parse_site("k"), None) == (3, 2)
+    assert cells_of(Site.parse("k")).shape(model.arch, Site.parse("k[layer,pos,kv_head]"), task.position_axis()) == (3, 5, 4)
+    assert cells_of(Site.parse("k")).shape(model_of("llama").arch, Site.parse("k"), None) == (3, 2)
 
 
 def test_prefix_counts_over_all_examples() -> None:
@@ -181,13 +181,13 @@ def test_each_example_has_the_live_cells_it_has_alone(sites: tuple[str, ...], so
     several = Task("several", (pair(5, (2,), 1), pair(5, (1,), 2), pair(5, (2,), 3), pair(5, (1, 4), 4)), swap_task().metric)
     for task in (several, mixed_task()):
         scores = scores_of(pl.AttributionPatching(source=source), model_of("gpt2"), task, sites)
-        axis = task.position_axis() if any(set(parse_site(site).axes) & set(POSITION_AXES) for site in sites) else None
+        axis = task.position_axis() if any(set(Site.parse(site).axes) & set(POSITION_AXES) for site in sites) else None
         for site in scores.sites:
             found = scores.live_per_example(site)
             assert (found.any(0) == scores.live[site].to_numpy()).all()
             for e in range(len(task)):
                 alone = axis if axis is None else replace(axis, index=axis.index[[e]])
-                expected = live_cells(model_of("gpt2").arch, parse_site(site), task.select([e]), alone, paired=source == "paired")
+                expected = live_cells(model_of("gpt2").arch, Site.parse(site), task.select([e]), alone, paired=source == "paired")
                 np.testing.assert_array_equal(found[e], expected)
             assert not scores.data[site].to_numpy()[~found].any()
         if source == "paired":  # examples with the same changes share a pattern
@@ -230,7 +230,7 @@ def test_a_metric_that_reads_all_positions_keeps_the_last_layer_alive() -> None:
 def test_surrounding_edits_switch_structural_zeros_off() -> None:
     """An edit of the unchanged prefix may make any cell matter: everything is run."""
     model, task = model_of("gpt2"), swap_task(n=1)
-    with pl.intervene(model, pl.Edit("L0.attn_out", pl.noise(1.0), op="add")):
+    with pl.intervene(model, pl.Edit("L0.attn_out", pl.sources.noise(1.0), op="add")):
         scores = scores_of(pl.ActivationPatching(engine="literal"), model, task, "resid_pre")
     assert scores.live["resid_pre"].to_numpy().all()
     assert scores.cost.forwards == 2 + LAYERS * 5
@@ -277,7 +277,7 @@ def test_no_path_holds_in_every_example_and_the_same_wherever_there_is_a_path() 
     pairs = (pair(5, (0,), 1, template="a", A=2), pair(3, (0,), 2, template="b", A=2))
     for some, place in ((pairs, 0), (pairs[:1], 2), (pairs[1:], 2)):  # by name where lengths differ (A, END), else by index
         task = Task("roles", some, metric)
-        axis, site = task.position_axis(), parse_site("q[layer,pos]")
+        axis, site = task.position_axis(), Site.parse("q[layer,pos]")
         live, cut = live_cells(model.arch, site, task, axis, paired=True), without_path(model.arch, site, task, axis)
         assert np.where(live, L, np.where(cut, P, S))[0, place] == (P if some == pairs[:1] else S)
 
@@ -293,7 +293,7 @@ def test_kinds_of_edges() -> None:
 @pytest.mark.parametrize("family", ["gpt2", "neox", "llama"])
 def test_cells_without_a_path_never_matter_and_cells_that_are_the_same_do_when_something_else_is_put_there(family: str) -> None:
     model, task = model_of(family, torch.float64), swap_task(n=2)
-    sites = [site for site in ("resid_pre", "resid_post", "mlp_out", "v[layer,pos]") if parse_site(site).kind not in model.arch.absent]
+    sites = [site for site in ("resid_pre", "resid_post", "mlp_out", "v[layer,pos]") if Site.parse(site).kind not in model.arch.absent]
     why = scores_of(pl.AttributionPatching(), model, task, sites)
     zeroed = scores_of(pl.ActivationPatching(source="zero", engine="literal"), model, task, sites)
     for site in sites:
@@ -305,7 +305,7 @@ def test_cells_without_a_path_never_matter_and_cells_that_are_the_same_do_when_s
 
 def test_surrounding_edits_leave_no_kind() -> None:
     model = model_of("gpt2")
-    with pl.intervene(model, pl.Edit("L0.attn_out", pl.noise(1.0), op="add")):
+    with pl.intervene(model, pl.Edit("L0.attn_out", pl.sources.noise(1.0), op="add")):
         scores = scores_of(pl.AttributionPatching(), model, swap_task(n=1), "resid_post")
     assert set(scores.zeros("resid_post").to_numpy().ravel()) == {""}
 

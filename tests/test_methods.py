@@ -23,7 +23,7 @@ from patchlab.metrics import METRICS, Answers, Metric
 from patchlab.models import Model
 from patchlab.rules import PRESETS, AHRule, Composite, register_preset
 from patchlab.rules.composites import DESCRIPTIONS
-from patchlab.sites import KINDS, Site, parse_site
+from patchlab.sites import KINDS, Site
 from patchlab.tasks.task import Pair, Task
 
 LAYERS = 3
@@ -72,7 +72,7 @@ def _sizes(raw: RawModel, kind: str, value: Tensor) -> dict[str, int]:
 
 def literal_exact(raw: RawModel, task: Task, name: str, direction: str, source: str = "paired") -> np.ndarray:
     """One prompt, one cell, one forward pass."""
-    site, kind = parse_site(name), parse_site(name).kind
+    site, kind = Site.parse(name), Site.parse(name).kind
     rows = []
     for one, other in zip(task.pairs, _patched_in(raw, task, direction, source), strict=True):
         base_tokens, _ = _sides(one, direction)
@@ -99,7 +99,7 @@ def literal_linear(
     raw: RawModel, task: Task, name: str, direction: str, source: str, points: Callable[[], list[float]], over: str = "inputs"
 ) -> np.ndarray:
     """Difference times gradient, prompt by prompt, averaged over the points of the path."""
-    site, kind = parse_site(name), parse_site(name).kind
+    site, kind = Site.parse(name), Site.parse(name).kind
     rows = []
     for one, other in zip(task.pairs, _patched_in(raw, task, direction, source), strict=True):
         base_tokens, _ = _sides(one, direction)
@@ -303,7 +303,7 @@ METHOD_NAMES = ("exact", "atp", "ig:2", "relp", "relp-ah", "gim", "relp+ig:2")
 def test_surrounding_edits_are_honoured_by_every_method(name: str, direction: str) -> None:
     """Zeroing an attention layer by an edit, or in the weights: the same scores."""
     model, task, method = model_of("gpt2", torch.float64), swap_task(n=2), get_method(name)
-    with pl.intervene(model, pl.Edit("L1.attn_out", pl.zero())):
+    with pl.intervene(model, pl.Edit("L1.attn_out", pl.sources.zero())):
         scores = scores_of(method, model, task, ["resid_pre", "z"], direction)
     expected = scores_of(method, _zeroed(), task, ["resid_pre", "z"], direction)
     plain = scores_of(method, model, task, ["resid_pre", "z"], direction)
@@ -360,7 +360,7 @@ def test_nested_edits_compose_outer_first(name: str) -> None:
 @pytest.mark.parametrize("name", ["exact", "atp", "ig:2"])
 def test_noise_does_not_depend_on_batches(name: str) -> None:
     model, task = model_of("gpt2", torch.float64), swap_task(n=4)
-    with pl.intervene(model, pl.Edit("L0.resid_pre@2", pl.noise(1.0, seed=3), op="add")):
+    with pl.intervene(model, pl.Edit("L0.resid_pre@2", pl.sources.noise(1.0, seed=3), op="add")):
         whole, parts = (scores_of(get_method(name), model, task, "resid_pre", batch_size=size) for size in (None, 3))
     plain = scores_of(get_method(name), model, task, "resid_pre")
     _agree(parts.data["resid_pre"].to_numpy(), whole.data["resid_pre"].to_numpy(), 1e-9, "batch size")

@@ -129,7 +129,7 @@ def test_prompts_of_a_task_bring_their_positions(demo_gpt2_4l: pl.Model) -> None
     part = task.select([3, 1]).prompts("clean")
     assert demo_gpt2_4l.run(part).examples.tolist() == [0, 1]
     with pytest.raises(InterventionError, match=r"names the position 'S9'; this run knows"):
-        demo_gpt2_4l.run(part, edits=[pl.Edit("L2.resid_pre@S9", pl.zero())])
+        demo_gpt2_4l.run(part, edits=[pl.Edit("L2.resid_pre@S9", pl.sources.zero())])
     with pytest.raises(InterventionError, match=r"the prompts have 65 tokens, and demo-gpt2-4l reads 64 at most"):
         demo_gpt2_4l.run([[1] * 65])
 

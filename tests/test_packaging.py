@@ -21,7 +21,7 @@ HEAVY = ("torch", "pandas", "plotly", "transformers", "transformer_lens", "xarra
 # Imports point from right to left: a module may import those of its own rank and of the ranks before it.
 RANKS = (
     {"errors"},
-    {"store", "progress", "tables", "grammar"},
+    {"store", "progress", "tables", "terminal", "grammar", "digest"},
     {"sites", "graph", "metrics", "stats"},
     {"scores"},
     {"adapters"},
@@ -190,6 +190,7 @@ def test_public_names_resolve_and_are_listed():
     import patchlab as pl
 
     assert set(pl.__all__) == set(dir(pl))
+    assert len(pl.__all__) <= 25
     for name in pl.__all__:
         assert getattr(pl, name) is not None
     assert pl.__version__ == metadata.version("patchlab")

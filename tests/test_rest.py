@@ -100,7 +100,7 @@ def test_the_clean_run_as_reference_when_it_is_the_source(monkeypatch) -> None:
 
 def test_surrounding_edits_run_in_the_whole(monkeypatch) -> None:
     model = model_of("gpt2")
-    with pl.intervene(model, [pl.Edit("L0.attn_out@0", pl.zero())]):
+    with pl.intervene(model, [pl.Edit("L0.attn_out@0", pl.sources.zero())]):
         found, whole = both(monkeypatch, pl.AttributionPatching(), model, swap_task(changed=(3,)))
     assert found.cost.positions == whole.cost.positions
     assert_equal(found, whole, 1e-6)

@@ -228,7 +228,7 @@ def test_refuses_what_does_not_fit() -> None:
         run_circuits(model, program, Contributions(ablated.values[None].repeat(2, 1, 1, 1, 1)), keep)
     with pytest.raises(InterventionError, match="give the program a metric and answers"):
         run_circuits(model, replace(program, metric=None), ablated, keep)
-    with pytest.raises(InterventionError, match="on the model as it is"), pl.intervene(model, pl.Edit("L0.z", pl.zero())):
+    with pytest.raises(InterventionError, match="on the model as it is"), pl.intervene(model, pl.Edit("L0.z", pl.sources.zero())):
         run_circuits(model, program, ablated, keep)
 
 

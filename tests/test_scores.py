@@ -14,7 +14,7 @@ from patchlab.comparison.compare import compare
 from patchlab.errors import OutputError, ScoreError
 from patchlab.scores import Cost, ScoreMap
 from patchlab.scores.arrays import Patterns
-from patchlab.sites import parse_site
+from patchlab.sites import Site
 from patchlab.stats.bootstrap import interval, resampling_weights
 
 ALL_SITES = ("resid_pre", "z", "z[layer,pos,head]", "k[layer,pos,kv_head]", "pattern[layer,head,dest,src]", "mlp_post")
@@ -24,8 +24,8 @@ def test_a_map_has_one_variable_per_site_with_named_axes_and_integer_indices():
     scores = random_map(*ALL_SITES)
     assert scores.sites == ALL_SITES
     for site in ALL_SITES:
-        assert scores.data[site].dims == ("example", *parse_site(site).axes)
-        assert scores.live[site].dims == parse_site(site).axes
+        assert scores.data[site].dims == ("example", *Site.parse(site).axes)
+        assert scores.live[site].dims == Site.parse(site).axes
         assert scores.live[site].dtype == bool
     for axis in ("example", "layer", "pos", "head", "kv_head", "neuron", "dest", "src"):
         assert scores.data.indexes[axis].dtype == np.int64

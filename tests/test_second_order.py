@@ -16,14 +16,14 @@ from patchlab.errors import MethodError, ScoreError
 from patchlab.methods import SecondOrder
 from patchlab.methods.second_order import _affordable, _worth_more
 from patchlab.scores import ScoreMap
-from patchlab.sites import KINDS, parse_site
+from patchlab.sites import KINDS, Site
 from patchlab.tasks.task import Task
 from patchlab.testing import check_method
 
 
 def literal(task: Task, name: str) -> np.ndarray:
     """Half the second derivative of the metric along each cell's own way from the corrupted to the clean value."""
-    raw, site = RawModel(hf_module("gpt2", torch.float64), HEADS, HEADS), parse_site(name)
+    raw, site = RawModel(hf_module("gpt2", torch.float64), HEADS, HEADS), Site.parse(name)
     rows = []
     for one in task.pairs:
         own, other = raw.run(one.corrupted_ids)[1], raw.run(one.clean_ids)[1]

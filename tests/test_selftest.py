@@ -54,8 +54,8 @@ def test_the_parallel_block_has_no_middle_and_says_so() -> None:
     with pytest.raises(SiteError, match=message):
         model.run([1, 2, 3], keep="resid_mid")
     with pytest.raises(SiteError, match=message):
-        model.run([1, 2, 3], edits=[pl.Edit("L0.resid_mid", pl.zero())])
-    with pytest.raises(SiteError, match=message), pl.intervene(model, pl.Edit("L0.resid_mid", pl.zero())):
+        model.run([1, 2, 3], edits=[pl.Edit("L0.resid_mid", pl.sources.zero())])
+    with pytest.raises(SiteError, match=message), pl.intervene(model, pl.Edit("L0.resid_mid", pl.sources.zero())):
         pass
 
 

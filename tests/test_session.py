@@ -71,7 +71,7 @@ def fresh() -> Model:
         lambda model: pl.ActivationPatching().run(model, swap_task(), "z", progress=False),
         lambda model: pl.RelevancePatching().run(model, swap_task(), "edges", progress=False),
         lambda model: contributions(model, TOKENS),
-        lambda model: pl.intervene(model, pl.Edit("L0.z", pl.zero())).__enter__(),
+        lambda model: pl.intervene(model, pl.Edit("L0.z", pl.sources.zero())).__enter__(),
         support,
         edge_support,
         lambda model: model.check_rules(get_composite("relp")),
@@ -92,7 +92,7 @@ def test_threads_take_turns() -> None:
     model = model_of("gpt2")
     plain = model.run(TOKENS).logits
     assert torch.equal(elsewhere(lambda: model.run(TOKENS).logits), plain)
-    with pl.intervene(model, pl.Edit("L0.z", pl.zero())), pl.intervene(model, pl.Edit("L1.z", pl.zero())):
+    with pl.intervene(model, pl.Edit("L0.z", pl.sources.zero())), pl.intervene(model, pl.Edit("L1.z", pl.sources.zero())):
         edited = model.run(TOKENS).logits
         with pytest.raises(ModelError, match=r"in use by the thread 'MainThread' \(a run, or an intervene block\), and 'other_0' would"):
             elsewhere(lambda: model.run(TOKENS))
@@ -110,7 +110,7 @@ def test_a_model_is_free_after_an_exception(error: type[BaseException]) -> None:
     handle = model.bridge.blocks[1].register_forward_pre_hook(fail)
     try:
         for use in (lambda: model.run(TOKENS), lambda: pl.ActivationPatching().run(model, swap_task(), "z", progress=False)):
-            with pytest.raises(error), pl.intervene(model, pl.Edit("L0.z", pl.zero())):
+            with pytest.raises(error), pl.intervene(model, pl.Edit("L0.z", pl.sources.zero())):
                 use()
     finally:
         handle.remove()
@@ -124,7 +124,7 @@ def test_models_of_one_bridge_take_turns_and_share_nothing_else() -> None:
     session_of(one).found["node sweep"] = Support("literal", "set by hand")
     assert support(one).reason == "set by hand"
     assert support(two).mode == "replay"
-    with pl.intervene(one, pl.Edit("L0.z", pl.zero())):
+    with pl.intervene(one, pl.Edit("L0.z", pl.sources.zero())):
         assert not session_of(two).surrounding
         with pytest.raises(ModelError, match="two is in use by the thread 'MainThread'"):
             elsewhere(lambda: two.run(TOKENS))

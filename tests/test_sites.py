@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import patchlab as pl
 from patchlab.errors import SiteError
-from patchlab.sites import KINDS, Site, SiteKind, parse_site, parse_sites
+from patchlab.sites import KINDS, Site, SiteKind, parse_sites
 
 ACTIVATIONS = [kind for kind in KINDS.values() if kind.name != "edges"]
 LAYERED = [kind for kind in KINDS if "layer" in KINDS[kind].axes]
@@ -24,7 +24,7 @@ NUMBER = st.none() | st.integers(0, 99)
 @given(kind=st.sampled_from(ACTIVATIONS), kept=st.tuples(*[st.booleans()] * 4))
 def test_a_printed_sweep_is_read_back(kind: SiteKind, kept: tuple[bool, ...]) -> None:
     site = Site(kind.name, (kind.axes[0], *(axis for axis, keep in zip(kind.axes[1:], kept, strict=False) if keep)))
-    assert parse_site(str(site)) == site
+    assert Site.parse(str(site)) == site
 
 
 @settings(deadline=None)
@@ -40,7 +40,7 @@ def test_a_printed_address_is_read_back(kind: SiteKind, layer: int, index: int |
         src=src if "src" in axes else None,
     )
     # the bare input prints as the sweep over its positions: it has no layer to tell them apart
-    assert parse_site(str(site)) == (Site("input", ("pos",)) if site == Site("input", ()) else site)
+    assert Site.parse(str(site)) == (Site("input", ("pos",)) if site == Site("input", ()) else site)
 
 
 @pytest.mark.parametrize(
@@ -66,12 +66,12 @@ def test_a_printed_address_is_read_back(kind: SiteKind, layer: int, index: int |
     ],
 )
 def test_read(text: str, expected: Site) -> None:
-    assert parse_site(text) == expected
-    assert parse_site(expected) is expected
+    assert Site.parse(text) == expected
+    assert Site.parse(expected) is expected
 
 
 def test_default_granularity_is_not_printed_but_others_are() -> None:
-    assert [str(parse_site(text)) for text in ("z[layer,head]", "z[layer]", "L3.resid_pre@*")] == ["z", "z[layer]", "L3.resid_pre"]
+    assert [str(Site.parse(text)) for text in ("z[layer,head]", "z[layer]", "L3.resid_pre@*")] == ["z", "z[layer]", "L3.resid_pre"]
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_default_granularity_is_not_printed_but_others_are() -> None:
 )
 def test_messages(text: str, message: str) -> None:
     with pytest.raises(SiteError, match=message):
-        parse_site(text)
+        Site.parse(text)
 
 
 def test_sites_built_by_hand_are_checked_too() -> None:
@@ -115,8 +115,8 @@ def test_sites_built_by_hand_are_checked_too() -> None:
 
 def test_lists_of_sites() -> None:
     assert [str(site) for site in parse_sites("resid_pre, z[layer,pos,head],z")] == ["resid_pre", "z[layer,pos,head]", "z"]
-    assert parse_sites(["z", parse_site("v")]) == (parse_site("z"), parse_site("v"))
-    assert parse_sites(parse_site("v")) == (parse_site("v"),)
+    assert parse_sites(["z", Site.parse("v")]) == (Site.parse("z"), Site.parse("v"))
+    assert parse_sites(Site.parse("v")) == (Site.parse("v"),)
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_messages_about_lists(sites, message: str) -> None:
 def test_things_that_are_no_sites() -> None:
     # unwrapped: the shape checks of the test run would be faster than the message
     with pytest.raises(SiteError, match=r"a site is a string such as 'resid_pre' or 'L9.H6.z@END'; got 3"):
-        inspect.unwrap(parse_site)(3)
+        inspect.unwrap(Site.parse)(3)
     with pytest.raises(SiteError, match=r"sites are a name such as 'resid_pre', or a list of names; got 3"):
         inspect.unwrap(parse_sites)(3)
 
@@ -146,34 +146,34 @@ def test_things_that_are_no_sites() -> None:
 def test_absent_parts_of_a_model_are_refused(kind: str) -> None:
     arch = model_of("llama").arch
     with pytest.raises(SiteError, match=r"names layer 3, but this model has 3 \(layer 0 to 2\)"):
-        arch.check(parse_site(f"L3.{kind}"))
+        arch.check(Site.parse(f"L3.{kind}"))
     axes = set(KINDS[kind].axes)
     if "head" in axes:
         with pytest.raises(SiteError, match=r"names head 4, but this model has 4 \(head 0 to 3\)"):
-            arch.check(parse_site(f"L0.H4.{kind}"))
+            arch.check(Site.parse(f"L0.H4.{kind}"))
     if "kv_head" in axes:
         with pytest.raises(SiteError, match=r"names head 2, but this model has 2 \(kv_head 0 to 1\)"):
-            arch.check(parse_site(f"L0.H2.{kind}"))
+            arch.check(Site.parse(f"L0.H2.{kind}"))
     if "neuron" in axes:
         with pytest.raises(SiteError, match=r"names neuron 12, but this model has 12 \(neuron 0 to 11\)"):
-            arch.check(parse_site(f"L0.N12.{kind}"))
-    arch.check(parse_site(f"L2.{kind}"))
+            arch.check(Site.parse(f"L0.N12.{kind}"))
+    arch.check(Site.parse(f"L2.{kind}"))
 
 
 @pytest.mark.parametrize("axes", KINDS["edges"].granularities or ())
 def test_edges_are_scored_at_three_granularities(axes: tuple[str, ...]) -> None:
-    assert parse_site(str(Site("edges", axes))).axes == axes
+    assert Site.parse(str(Site("edges", axes))).axes == axes
 
 
 @pytest.mark.parametrize("text", ["edges[writer]", "edges[writer,reader,dest]", "edges@3", "edges<3"])
 def test_edges_have_no_other_granularity_and_no_address(text: str) -> None:
     with pytest.raises(SiteError, match="scored as a whole, as one of edges\\[writer,reader\\], |cannot read"):
-        parse_site(text)
+        Site.parse(text)
 
 
 def test_public_names() -> None:
     assert pl.Site is Site
-    assert pl.parse_site is parse_site
+    assert pl.Site.parse is Site.parse
 
 
 @pytest.mark.parametrize(
@@ -184,11 +184,11 @@ def test_public_names() -> None:
     ],
 )  # fmt: skip
 def test_names_of_nodes_are_addresses(text, address):
-    assert str(parse_site(text)) == address
-    assert parse_site(text) == parse_site(address)
+    assert str(Site.parse(text)) == address
+    assert Site.parse(text) == Site.parse(address)
 
 
 @pytest.mark.parametrize("text", ["a9", "h6", "a9.h", "m", "a9.m3", "a9.h6.resid_pre", "L9.H6.h"])
 def test_half_names_of_nodes_are_refused(text):
     with pytest.raises(SiteError):
-        parse_site(text)
+        Site.parse(text)

@@ -73,11 +73,11 @@ def test_several_lengths_named_positions_and_different_first_differences() -> No
 @pytest.mark.parametrize(
     "edits",
     [
-        [Edit("L1.resid_pre", pl.noise(0.3), op="add")],
-        [Edit("L2.attn_out@2", pl.noise(0.3), op="add"), Edit("L0.H1.z", 2.0, op="scale")],
+        [Edit("L1.resid_pre", pl.sources.noise(0.3), op="add")],
+        [Edit("L2.attn_out@2", pl.sources.noise(0.3), op="add"), Edit("L0.H1.z", 2.0, op="scale")],
         [Edit("L1.pattern@END", 0.1)],
-        [Edit("input@1", pl.zero())],
-        [Edit("L2.resid_mid", 0.5, op="scale"), Edit("L2.mlp_out@END", pl.zero())],
+        [Edit("input@1", pl.sources.zero())],
+        [Edit("L2.resid_mid", 0.5, op="scale"), Edit("L2.mlp_out@END", pl.sources.zero())],
     ],
     ids=lambda edits: "+".join(str(edit.address) for edit in edits),
 )
@@ -103,7 +103,7 @@ def test_cells_of_several_edits_in_any_order() -> None:
     model = model_of("llama")
     program, source = _program(model, swap_task())
     cells = [
-        (Edit("L2.H0.z@4", source), Edit("L0.attn_out@2", pl.zero())),
+        (Edit("L2.H0.z@4", source), Edit("L0.attn_out@2", pl.sources.zero())),
         (Edit("L1.resid_pre@1,3", source, op="add"),),
         (Edit("L0.mlp_out@3", source), Edit("L0.attn_out@3", source)),
         (Edit("L1.mlp_out", 0.5, op="scale"), Edit("L2.resid_pre@END", source), Edit("L2.resid_pre@END", 2.0, op="scale")),
@@ -126,18 +126,18 @@ def _work(cells: list[tuple[Edit, ...]], **options: Any) -> Work:
 def test_only_what_a_patch_can_change_is_computed() -> None:
     rows, length = 3, 5
     # a residual patch at position 3 of layer 1: layers 1 and 2, positions 3 and 4
-    assert _work([(Edit("L1.resid_pre@3", pl.zero()),)]).block_positions == 2 * rows * 2
+    assert _work([(Edit("L1.resid_pre@3", pl.sources.zero()),)]).block_positions == 2 * rows * 2
     # an MLP output changes its own layer at its own position only, then everything after it
-    assert _work([(Edit("L1.mlp_out@3", pl.zero()),)]).block_positions == rows * (1 + 2)
+    assert _work([(Edit("L1.mlp_out@3", pl.sources.zero()),)]).block_positions == rows * (1 + 2)
     # all positions of a head: everything from its layer on, but for the part of the prompt that is known not to differ
-    assert _work([(Edit("L1.H0.z", pl.zero()),)]).block_positions == 2 * rows * length
-    assert _work([(Edit("L1.H0.z", pl.zero()),)], start=3).block_positions == 2 * rows * 2
+    assert _work([(Edit("L1.H0.z", pl.sources.zero()),)]).block_positions == 2 * rows * length
+    assert _work([(Edit("L1.H0.z", pl.sources.zero()),)], start=3).block_positions == 2 * rows * 2
     # without keys and values of the baseline, whole sequences
-    assert _work([(Edit("L1.resid_pre@3", pl.zero()),)], prefix=False).block_positions == 2 * rows * length
+    assert _work([(Edit("L1.resid_pre@3", pl.sources.zero()),)], prefix=False).block_positions == 2 * rows * length
 
 
 def test_a_sweep_is_one_forward_pass_and_its_cells() -> None:
-    work = _work([(Edit(f"L{layer}.resid_pre@{pos}", pl.zero()),) for layer in range(LAYERS) for pos in range(5)])
+    work = _work([(Edit(f"L{layer}.resid_pre@{pos}", pl.sources.zero()),) for layer in range(LAYERS) for pos in range(5)])
     assert (work.forwards, work.cells) == (1, 15)
     assert work.block_positions == 3 * sum((LAYERS - layer) * (5 - pos) for layer in range(LAYERS) for pos in range(5))
 
@@ -175,9 +175,9 @@ def test_a_cell_needs_a_layer_and_a_sweep_a_metric() -> None:
     model = model_of("gpt2")
     program, _ = _program(model, swap_task())
     with pytest.raises(InterventionError, match="needs edits in layers; the input is patched by the literal engine"):
-        sweep(model, program, [(Edit("input@2", pl.zero()),)])
+        sweep(model, program, [(Edit("input@2", pl.sources.zero()),)])
     with pytest.raises(InterventionError, match="a sweep evaluates a metric"):
-        sweep(model, replace(program, metric=None), [(Edit("L0.z", pl.zero()),)])
+        sweep(model, replace(program, metric=None), [(Edit("L0.z", pl.sources.zero()),)])
     with pytest.raises(MethodError, match="unknown engine 'fast'.*auto, literal"):
         pl.ActivationPatching(engine="fast")
 

@@ -40,7 +40,7 @@ def test_on_a_linear_model_attribution_is_exact(linear, source: str, direction: 
 def test_the_linear_model_stays_in_its_linear_region(linear) -> None:
     model, task = linear
     (batch,) = task.batches()
-    for edits in ([], [pl.Edit("L0.resid_pre", pl.zero())], [pl.Edit("L1.attn_out", pl.zero())]):
+    for edits in ([], [pl.Edit("L0.resid_pre", pl.sources.zero())], [pl.Edit("L1.attn_out", pl.sources.zero())]):
         neurons = model.run(torch.cat([batch.clean, batch.corrupted]), keep="mlp_post", edits=edits)
         assert min(float(neurons[f"L{layer}.mlp_post"].min()) for layer in range(3)) > 1
 

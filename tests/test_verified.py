@@ -28,7 +28,7 @@ from patchlab.methods.verified.result import VerifiedResult
 from patchlab.methods.verified.search import VerifiedPatching, _levels, _Search
 from patchlab.methods.verified.subsets import largest_effect, memberships, most_exceeding_additive, t_quantile
 from patchlab.scores import ScoreMap
-from patchlab.sites import Site, parse_site
+from patchlab.sites import Site
 from patchlab.stats.bootstrap import interval, resampling_weights
 
 HEADS = "z[layer,pos,head]"
@@ -292,7 +292,7 @@ LABELS: dict[tuple[Site, Any], str] = {}
 class Given:
     """Effects from a table in place of a model; a table of one prompt, or ``[..., example]``."""
 
-    def __init__(self, effects: np.ndarray, joint: dict[str, float] | None = None, sites: tuple[Site, ...] = (parse_site(HEADS),)) -> None:
+    def __init__(self, effects: np.ndarray, joint: dict[str, float] | None = None, sites: tuple[Site, ...] = (Site.parse(HEADS),)) -> None:
         rows = effects.reshape(-1, effects.shape[-1]) if effects.ndim == 4 else effects.reshape(-1, 1)
         self.table: dict[str, Any] = dict(zip(map(str, _addresses(effects[..., 0] if effects.ndim == 4 else effects)), rows, strict=True))
         self.table |= joint or {}
@@ -333,7 +333,7 @@ def searched(
 ) -> tuple[_Search, Given]:
     patcher = Given(effects, joint)
     patcher.together = together
-    where = [(parse_site(HEADS), cell) for cell in np.ndindex(*screen.shape)]
+    where = [(Site.parse(HEADS), cell) for cell in np.ndindex(*screen.shape)]
     cells = Cells(np.zeros(screen.size, dtype=np.int64), where, screen.ravel().astype(float), patcher.setting)
     search = _Search(VerifiedPatching(**options), patcher.setting, cells, patcher.joint)
     search.run(target)
@@ -588,12 +588,12 @@ def test_cancellation_hides_a_group_from_the_search_but_not_from_the_sample() ->
 
 
 def test_levels_go_from_layers_over_positions() -> None:
-    assert _levels(parse_site(HEADS)) == [("layer",), ("layer", "pos")]
-    assert _levels(parse_site("z")) == [("layer",)]
-    assert _levels(parse_site("resid_pre")) == [("layer",)]
-    assert _levels(parse_site("pattern[layer,head,dest,src]")) == [("layer",), ("layer", "dest")]
-    assert _levels(parse_site("mlp_post[layer,pos,neuron]")) == [("layer",), ("layer", "pos")]
-    assert _levels(parse_site("input")) == []
+    assert _levels(Site.parse(HEADS)) == [("layer",), ("layer", "pos")]
+    assert _levels(Site.parse("z")) == [("layer",)]
+    assert _levels(Site.parse("resid_pre")) == [("layer",)]
+    assert _levels(Site.parse("pattern[layer,head,dest,src]")) == [("layer",), ("layer", "dest")]
+    assert _levels(Site.parse("mlp_post[layer,pos,neuron]")) == [("layer",), ("layer", "pos")]
+    assert _levels(Site.parse("input")) == []
 
 
 # subsets
@@ -799,7 +799,7 @@ def found(task: Any = None, sites: Any = (HEADS, "mlp_out"), **options: Any) -> 
 def _check_effects(result: VerifiedResult, exact: ScoreMap) -> None:
     """Every row is the cell of the full sweep, per example."""
     for row, effects in zip(result.table.to_dict("records"), result.effects, strict=True):
-        axes = {axis: int(row[axis]) for axis in parse_site(row["site"]).axes}
+        axes = {axis: int(row[axis]) for axis in Site.parse(row["site"]).axes}
         expected = exact.data[row["site"]].isel(axes)
         np.testing.assert_allclose(effects, expected.to_numpy(), rtol=1e-4, atol=2e-5, err_msg=row["address"])
         assert row["effect"] == pytest.approx(effects.mean())
@@ -918,7 +918,7 @@ def test_a_run_that_costs_more_than_the_sweep_runs_the_sweep() -> None:
     assert result.table["screen"].isna().all()
     assert result.table["place"].isna().all()
     for row, effects in zip(result.table.to_dict("records"), result.effects, strict=True):
-        axes = {axis: int(row[axis]) for axis in parse_site(row["site"]).axes}
+        axes = {axis: int(row[axis]) for axis in Site.parse(row["site"]).axes}
         np.testing.assert_allclose(effects, exact.data[row["site"]].isel(axes).to_numpy())
     text = result.summary()
     assert "20 cells were asked for; all 55 live cells were patched, so this is the whole ranking:" in text
@@ -1002,7 +1002,7 @@ def test_hierarchical_joint_effects_are_the_coarse_sweeps() -> None:
     coarse = exact_map(("z[layer]", "z[layer,pos]", "mlp_out[layer]"))
     levels = set()
     for row in result.groups.to_dict("records"):
-        address = parse_site(row["address"])
+        address = Site.parse(row["address"])
         at = {"layer": address.layer} if address.pos is None else {"layer": address.layer, "pos": address.pos[0]}
         expected = float(coarse.mean(f"{address.kind}[{','.join(at)}]").isel(at))
         assert row["effect"] == pytest.approx(expected, rel=1e-4, abs=1e-5)

@@ -12,7 +12,7 @@ from patchlab.circuits.circuit import Circuit
 from patchlab.errors import CircuitError, unknown
 from patchlab.graph import Graph
 from patchlab.scores import ScoreMap
-from patchlab.sites import parse_site
+from patchlab.sites import Site
 
 BY = ("abs", "signed")
 """Importance of an edge: the size of its effect, or the effect with its sign (turned for noising, where what helps has a negative effect)."""
@@ -181,8 +181,8 @@ def mean_effects(scores: ScoreMap) -> tuple[Float[np.ndarray, "writer reader *po
     Raises:
         CircuitError: a map without edge scores, or with more than one site of them.
     """
-    names = [name for name in scores.sites if parse_site(name).kind == "edges"]
-    usable = [name for name in names if parse_site(name).axes in (("writer", "reader"), ("writer", "reader", "pos"))]
+    names = [name for name in scores.sites if Site.parse(name).kind == "edges"]
+    usable = [name for name in names if Site.parse(name).axes in (("writer", "reader"), ("writer", "reader", "pos"))]
     if len(usable) != 1:
         raise CircuitError(
             f"a circuit is chosen from one site of edges, 'edges' or 'edges[writer,reader,pos]'; this map has {', '.join(usable or scores.sites)}. "

@@ -87,7 +87,7 @@ def _grid(largest: int) -> list[int]:
     """Whole numbers up to the largest, in steps of at most 1.1, or of one.
 
     >>> _grid(25)[-8:]
-    [17, 18, 19, 20, 22, 24, 25]
+    [16, 17, 18, 19, 20, 22, 24, 25]
     """
     sizes = [1]
     while sizes[-1] < largest:

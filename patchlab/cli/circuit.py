@@ -88,7 +88,7 @@ def find(
     from patchlab.comparison.job import cost_line
     from patchlab.errors import CircuitError, OutputError, unknown
     from patchlab.methods.names import scoring_method
-    from patchlab.tables import fitted, terminal_width
+    from patchlab.terminal import fitted, terminal_width
 
     for what, got, valid in (("way to choose edges", how, HOW), ("importance", by, BY), ("kind of circuit file", out.suffix, SUFFIXES)):
         if got not in valid:
@@ -171,7 +171,8 @@ def evaluate(
         return
     from patchlab import circuits
     from patchlab.errors import CircuitError
-    from patchlab.tables import fitted, table, terminal_width
+    from patchlab.tables import table
+    from patchlab.terminal import fitted, terminal_width
 
     paths = list(files or [])
     named = {path.stem: circuits.read(path) for path in paths}
@@ -272,7 +273,7 @@ def _curve(out: Path, methods: str, where: tuple[Any, ...], settings: dict[str, 
     from patchlab.grammar import split
     from patchlab.methods.names import scoring_method
     from patchlab.store import result_folder
-    from patchlab.tables import fitted, terminal_width
+    from patchlab.terminal import fitted, terminal_width
 
     names = tuple(scoring_method(name).name for name in split(methods))
 

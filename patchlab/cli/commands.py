@@ -147,7 +147,7 @@ def verify(
     from patchlab.methods.names import scoring_method
     from patchlab.models import load_model
     from patchlab.sites import parse_sites
-    from patchlab.tables import fitted, terminal_width
+    from patchlab.terminal import fitted, terminal_width
 
     disable_progress_bar()  # for files that load in a second
     method = VerifiedPatching(
@@ -176,7 +176,8 @@ def _demo(out: Path, n: int, *, force: bool, as_json: bool) -> None:
     from patchlab.comparison import job as jobs
     from patchlab.grammar import split
     from patchlab.store import result_folder
-    from patchlab.tables import prose, table, terminal_width
+    from patchlab.tables import table
+    from patchlab.terminal import prose, terminal_width
 
     disable_progress_bar()  # for files that load in a second
     target, sites = out.expanduser().resolve(), tuple(SITES.split(","))
@@ -223,7 +224,7 @@ def _compare(
     from patchlab.grammar import split
     from patchlab.sites import parse_sites
     from patchlab.store import result_folder
-    from patchlab.tables import terminal_width
+    from patchlab.terminal import terminal_width
 
     disable_progress_bar()  # for files that load in a second
     job = jobs.Job(model, task, tuple(split(methods)), tuple(map(str, parse_sites(sites))), n=n, **settings)
@@ -257,7 +258,7 @@ def tasks(
     if json_:
         typer.echo(json.dumps({"name": name, "description": one.description, "metric": one.metric, "options": dict(one.defaults)}))
         return
-    from patchlab.tables import fitted, prose, terminal_width
+    from patchlab.terminal import fitted, prose, terminal_width
 
     paragraphs = (" ".join(paragraph.split()) for paragraph in one.help.split("\n\n"))
     width = terminal_width()
@@ -306,7 +307,7 @@ def _listing(rows: Iterable[tuple[str, str]], as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(entries))
         return
-    from patchlab.tables import described, terminal_width
+    from patchlab.terminal import described, terminal_width
 
     typer.echo(described(entries, terminal_width()))
 

@@ -95,7 +95,7 @@ def as_options(message: str) -> str:
 
 def say(line: str) -> None:
     """A line on stderr, in which arguments of functions are options."""
-    from patchlab.tables import fitted, terminal_width
+    from patchlab.terminal import fitted, terminal_width
 
     typer.echo(fitted(as_options(line), terminal_width(sys.stderr)), err=True)
 

@@ -29,7 +29,8 @@ from patchlab.stats.agreement import (
 )
 from patchlab.stats.bootstrap import interval, resampling_weights
 from patchlab.store.files import writing
-from patchlab.tables import prose, table
+from patchlab.tables import table
+from patchlab.terminal import prose
 
 FORMS = {"pearson": "Pearson of means", "pearson_per_prompt": "Pearson per prompt", "pearson_pooled": "Pearson pooled"}
 """Agreement in three forms: of example-mean maps, of each prompt's effects (mean over prompts), of all prompts' effects concatenated."""

@@ -12,7 +12,7 @@ from patchlab.errors import InterventionError
 from patchlab.interventions import Edit
 from patchlab.metrics import Answers, Metric
 from patchlab.rules import Composite
-from patchlab.sites import KINDS, Site, address, parse_site
+from patchlab.sites import KINDS, Site, address
 from patchlab.sources import Kept
 
 Target = tuple[str, int | None]
@@ -87,7 +87,7 @@ class Result:
         >>> result["L9.H6.z"].shape  # doctest: +SKIP
         torch.Size([4, 15, 64])
         """
-        wanted = parse_site(site)
+        wanted = Site.parse(site)
         key = (wanted.kind, wanted.layer)
         if key not in self.activations:
             kept = ", ".join(str(address(*k)) for k in self.activations) or "nothing"
@@ -114,7 +114,7 @@ def targets(sites: str | Site | list[str | Site] | tuple[str | Site, ...], n_lay
         sites = [sites]
     found: list[Target] = []
     for name in sites:
-        site = parse_site(name)
+        site = Site.parse(name)
         if site.layer is not None or not KINDS[site.kind].layered:
             found.append((site.kind, site.layer))
         else:

@@ -119,7 +119,7 @@ def intervene(model: BridgedModel, edits: Edit | Iterable[Edit]) -> Iterator[Non
         ModelError: another thread runs the model.
 
     Example:
-        >>> with pl.intervene(model, pl.Edit("L0.attn_out", pl.zero())):  # doctest: +SKIP
+        >>> with pl.intervene(model, pl.Edit("L0.attn_out", pl.sources.zero())):  # doctest: +SKIP
         ...     scores = pl.ActivationPatching().run(model, task, "resid_pre")
     """
     new, session = as_edits(edits), session_of(model)

@@ -14,7 +14,7 @@ from patchlab.errors import ScoreError
 from patchlab.plots._style import Pixels, heading_height, shown, sparse_ticks
 from patchlab.scores import NO_EDGE, NO_PATH, SAME, ScoreMap
 from patchlab.scores.arrays import label_of
-from patchlab.sites import KINDS, POSITION_AXES, parse_site
+from patchlab.sites import KINDS, POSITION_AXES, Site
 
 TOP_NEURONS = 32
 MOST_CELLS = 5000
@@ -152,7 +152,7 @@ def facets_of(
     shape = "position" if axes[-1] in POSITION_AXES else "neuron" if "neuron" in axes else "head"
     group = shape if len(axes) <= 2 else site
     unsigned = bool(scores.provenance.get("unsigned"))
-    what = KINDS[parse_site(site).kind].what + ("; sizes without sign" if unsigned else "")
+    what = KINDS[Site.parse(site).kind].what + ("; sizes without sign" if unsigned else "")
     facets = []
     for name, note, index, rows, columns in _layout(cells, size, most):
         title = " · ".join(part for part in (heading, site + name) if part)

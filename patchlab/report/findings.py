@@ -9,7 +9,7 @@ import numpy as np
 from patchlab.comparison.compare import Comparison
 from patchlab.errors import ScoreError
 from patchlab.scores import ScoreMap
-from patchlab.sites import parse_site
+from patchlab.sites import Site
 
 FORMS = {"pearson_per_prompt": "per prompt", "pearson": "on the mean map"}
 FAILS = 0.8
@@ -94,14 +94,14 @@ def _failures(comparison: Comparison) -> str:
 def _strongest(exact: ScoreMap) -> Iterator[str]:
     """The components with the largest exact effects, by name."""
     names, means, shares = [], [], []
-    kinds = {parse_site(site).kind for site in exact.sites}
+    kinds = {Site.parse(site).kind for site in exact.sites}
     wanted = {"edges", "z", "mlp_out"} | (set() if "z" in kinds else {"attn_out"})
     try:
         share = exact.normalised()
     except ScoreError:  # no gap to take a share of
         share = None
     for site in exact.sites:
-        if parse_site(site).kind not in wanted or site in exact.not_scored:
+        if Site.parse(site).kind not in wanted or site in exact.not_scored:
             continue
         mean = exact.mean(site).to_numpy()
         for cell in map(tuple, np.argwhere(exact.live[site].to_numpy()).tolist()):
@@ -122,7 +122,7 @@ def _strongest(exact: ScoreMap) -> Iterator[str]:
 
 def _component(exact: ScoreMap, site: str, cell: tuple[int, ...]) -> str:
     """The name of a cell as people say it: ``head L9.H6``, ``MLP m11 at END``."""
-    parsed = parse_site(site)
+    parsed = Site.parse(site)
     at = dict(zip(parsed.axes, cell, strict=True))
     if parsed.kind == "edges":
         name = f"edge {exact.graph.name(*cell[:2])}"

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 
 from patchlab.errors import ScoreError
 from patchlab.graph import Graph
-from patchlab.sites import POSITION_AXES, parse_site
+from patchlab.sites import POSITION_AXES, Site
 
 
 @runtime_checkable
@@ -113,7 +113,7 @@ def plain(provenance: Mapping[str, Any]) -> dict[str, Any]:
 
 def axes_of(name: str) -> tuple[str, ...]:
     """The axes of a site name that may key a score map."""
-    site = parse_site(name)
+    site = Site.parse(name)
     short = site.kind if site.narrowed else str(site)
     if short != name:
         raise ScoreError(f"score maps are keyed by whole sites in their short form; got {name!r}, expected {short!r}.")

@@ -38,7 +38,7 @@ from patchlab.scores.arrays import (
     upgraded,
     values_of,
 )
-from patchlab.sites import POSITION_AXES, Site, parse_site
+from patchlab.sites import POSITION_AXES, Site
 from patchlab.stats.bootstrap import interval, resampling_weights
 from patchlab.store.files import writing
 
@@ -403,7 +403,7 @@ class ScoreMap:
             ScoreError: the map has no such site.
         """
         try:
-            name = str(parse_site(site))
+            name = str(Site.parse(site))
         except SiteError:
             name = str(site)
         if name not in self.data.data_vars:
@@ -525,7 +525,7 @@ class ScoreMap:
         for site in self.sites:
             shape = ", ".join(f"{axis} {self.live.sizes[axis]}" for axis in self.live[site].dims)
             shape = f"{self.live[site].size} cells of {', '.join(self.axes(site))}" if self.is_sparse(site) else shape
-            sites.append(f"{parse_site(site).kind}[{shape}]" + (" (not scored)" if site in skipped else ""))
+            sites.append(f"{Site.parse(site).kind}[{shape}]" + (" (not scored)" if site in skipped else ""))
         head = ", ".join(str(about.get(key, "?")) for key in ("method", "direction", "metric"))
         check = about.get("self_check")
         sums = f"; edges add up to node scores within {max(check['mismatch']) / max(*check['largest_node_score'], 1e-300):.0e}" if check else ""

@@ -45,7 +45,7 @@ def result_folder(
             another run is writing there.
 
     Example:
-        >>> with result_folder("out") as folder:
+        >>> with result_folder("out") as folder:  # doctest: +SKIP
         ...     (folder / "comparison.csv").write_text("site,method")
     """
     target = Path(path).expanduser().resolve()

@@ -52,8 +52,7 @@ def check_method(
         AssertionError: naming the part of the contract that is broken.
 
     Example:
-        >>> model = linear_toy(1)
-        >>> check_method(pl.AttributionPatching(), model, toy_task(model))  # doctest: +SKIP
+        >>> check_method(pl.AttributionPatching(), model, task)  # doctest: +SKIP
     """
     parsed = parse_sites(sites if isinstance(sites, str) else list(sites))
     names = [str(site) for site in parsed]

@@ -22,7 +22,7 @@ from patchlab.graph import Graph
 from patchlab.models import Model
 from patchlab.scores import ScoreMap
 from patchlab.scores.arrays import plain
-from patchlab.sites import parse_site
+from patchlab.sites import Site
 from patchlab.stats.bootstrap import TAILS, interval, resampling_weights
 from patchlab.store.files import writing
 from patchlab.tasks.task import Task
@@ -280,7 +280,7 @@ Size = tuple[int, float, int]
 
 
 def _sizes(name: str, scores: ScoreMap, sizes: Sequence[int] | None) -> list[Size]:
-    by_position = any("pos" in parse_site(site).axes for site in scores.sites)
+    by_position = any("pos" in Site.parse(site).axes for site in scores.sites)
     return _sizes_of(name, scores.graph.n_edges * (scores.data.sizes["pos"] if by_position else 1), sizes)
 
 

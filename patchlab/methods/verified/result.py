@@ -10,7 +10,7 @@ from jaxtyping import Float
 from patchlab.methods.verified.bound import Bound, Price, Recall, prompts_needed
 from patchlab.methods.verified.subsets import SubsetBound, t_quantile
 from patchlab.scores import Cost, ScoreMap
-from patchlab.sites import KINDS, parse_site
+from patchlab.sites import KINDS, Site
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,7 +183,7 @@ class VerifiedResult:
 
 def cell_columns(screen: ScoreMap, site: str, cells: Float[np.ndarray, "cell axis"]) -> dict[str, Any]:
     """Columns that say where the cells of one site are: its axes, and names and shared tokens of positions."""
-    axes = parse_site(site).axes
+    axes = Site.parse(site).axes
     columns: dict[str, Any] = {axis: pd.array(cells[:, i].astype(np.int64), dtype="Int64") for i, axis in enumerate(axes)}
     for i, axis in enumerate(axes):
         if axis not in ("pos", "dest", "src"):

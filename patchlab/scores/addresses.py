@@ -1,0 +1,116 @@
+"""Addresses of cells in score maps: ``L9.H6.z@END``, ``a9.h6``, ``a0.h0->m3``."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from patchlab.errors import ScoreError, unknown
+from patchlab.scores.arrays import axes_of, cell_dim, graph_of, label_of
+from patchlab.sites import KINDS, POSITION_AXES, Position, Site
+
+
+def located(data: xr.Dataset, provenance: Mapping[str, Any], text: str | Site) -> tuple[str, dict[str, int]]:
+    """The site of a map that holds what an address names, and the numbers along the axes that the address narrows.
+
+    Of several sites that do, the one with the fewest other axes: ``L9.H6.z`` is a cell of ``z``, and a row of ``z[layer,pos,head]`` where there is no
+    ``z``. The name of a site narrows nothing.
+
+    Raises:
+        ScoreError: the map has no site with these axes, or no such layer, head, position or edge.
+        SiteError: a text that is no address, or no edge.
+    """
+    kind, wanted = _edge(data, provenance, text) if isinstance(text, str) and "->" in text else _node(data, text)
+    sites = [str(name) for name in data.data_vars if Site.parse(str(name)).kind == kind]
+    if isinstance(text, Site) and text.axes or not wanted and str(text) in sites:
+        sites = [str(text)]
+    fitting = [name for name in sites if str(name) in data.data_vars and set(wanted) <= set(axes_of(name))]
+    if not fitting:
+        names = ", ".join(map(str, data.data_vars))
+        needs = f"needs a site {kind} with the axes {', '.join(wanted)}" if wanted else "is no site of this score map"
+        raise ScoreError(f"{text} {needs}; the map has {names}. Score it first.")
+    site = min(fitting, key=lambda name: len(axes_of(name)))
+    return site, {axis: _number(data, site, axis, value, text) for axis, value in wanted.items()}
+
+
+def _edge(data: xr.Dataset, provenance: Mapping[str, Any], text: str) -> tuple[str, dict[str, Any]]:
+    name, _, where = text.replace(" ", "").partition("@")
+    if "graph" not in provenance:
+        raise ScoreError(f"{text} is an edge, and the map scores none; it has {', '.join(map(str, data.data_vars))}.")
+    writer, reader = graph_of(provenance).edge(name)
+    pos, _, src = where.partition("<")
+    found: dict[str, Any] = {"writer": writer, "reader": reader}
+    found |= {"dest" if src else "pos": _position(pos)} if pos else {}
+    return "edges", found | ({"src": _position(src)} if src else {})
+
+
+def _node(data: xr.Dataset, text: str | Site) -> tuple[str, dict[str, Any]]:
+    site = Site.parse(text)
+    about, found = KINDS[site.kind], {}
+    found |= {} if site.layer is None else {"layer": site.layer}
+    found |= {} if site.index is None or about.unit is None else {about.unit: site.index}
+    for axis, positions in ((about.position, site.pos), (about.source, site.src)):
+        if axis is not None and positions is not None:
+            if len(positions) > 1:
+                raise ScoreError(f"{text} names {len(positions)} positions, and a cell is at one; name one of {', '.join(map(str, positions))}.")
+            found[axis] = positions[0]
+    return site.kind, found
+
+
+def _position(text: str) -> Position:
+    return int(text) if text.lstrip("-").isdigit() else text
+
+
+def _number(data: xr.Dataset, site: str, axis: str, value: Position, text: str | Site) -> int:
+    """The number along an axis; of a position its number or its name."""
+    names = data[label_of("position", axis)].to_numpy().tolist() if axis in POSITION_AXES and label_of("position", axis) in data.coords else []
+    if isinstance(value, str):
+        if value not in names:
+            named = [name for name in names if name]
+            raise ScoreError(unknown(f"position of {text}", value, named) if named else f"{text}: no position of this map has a name; give its number.")
+        return names.index(value)
+    if names and all(names) and len(set(names)) == len(names) and names != [""]:
+        raise ScoreError(f"{text}: the positions of this map are those with names; write {names[0]!r} or another of {', '.join(names)}.")
+    size = data.sizes[axis] if axis in data.sizes else None
+    if value < 0 or (size is not None and value >= size):
+        last = "" if size is None else f" 0 to {size - 1}"
+        raise ScoreError(f"{text}: there is no {axis} {value} in {site}; it has{last}.")
+    return int(value)
+
+
+def selected(data: xr.Dataset, site: str, numbers: Mapping[str, int]) -> xr.DataArray:
+    """The effects of a site at some numbers along its axes; of a site that holds some cells, at those cells.
+
+    Raises:
+        ScoreError: none of the cells that the map holds is there.
+    """
+    array = data[site]
+    if cell_dim(site) not in array.dims:
+        return array.isel(dict(numbers))
+    hit = np.ones(array.sizes[cell_dim(site)], dtype=bool)
+    for axis, number in numbers.items():
+        hit &= array[f"{site}.{axis}"].to_numpy() == number
+    if not hit.any():
+        raise ScoreError(f"no cell of {site} that this map holds is at {', '.join(f'{axis} {number}' for axis, number in numbers.items())}.")
+    found = array.isel({cell_dim(site): np.flatnonzero(hit)})
+    return found.isel({cell_dim(site): 0}) if set(numbers) == set(axes_of(site)) else found
+
+
+def address_of(data: xr.Dataset, provenance: Mapping[str, Any], site: str, cell: tuple[int, ...]) -> str:
+    """The address of a cell, with which :func:`located` finds it again."""
+    parsed = Site.parse(site)
+    about, at = KINDS[parsed.kind], dict(zip(axes_of(site), cell, strict=True))
+    where = {axis: _label(data, axis, at[axis]) for axis in POSITION_AXES if axis in at}
+    if "writer" in at:
+        ends = f"@{where['dest']}<{where['src']}" if "dest" in where else f"@{where['pos']}" if where else ""
+        return graph_of(provenance).name(at["writer"], at["reader"]) + ends
+    pos, src = ((where[axis],) if axis is not None and axis in where else None for axis in (about.position, about.source))
+    return str(Site(parsed.kind, (), layer=at.get("layer"), index=None if about.unit is None else at.get(about.unit), pos=pos, src=src))
+
+
+def _label(data: xr.Dataset, axis: str, number: int) -> Position:
+    """The name of a position where all have one, else its number."""
+    label = label_of("position", axis)
+    names = data[label].to_numpy().tolist() if label in data.coords else []
+    return names[number] if names and all(names) and len(set(names)) == len(names) else number
