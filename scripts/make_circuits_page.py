@@ -49,7 +49,7 @@ def measure(name: str, n: int, seed: int) -> dict[str, Any]:
     """All that the page says of one model."""
     model = pl.load_model(name)
     task = pl.load_task("ioi", model, n=n, seed=seed, only_correct=True)
-    sets, second = circuits.three_sets(task, seed=seed), circuits.split(task, seed=seed)[1]
+    sets, second = circuits.three_sets(task, seed=seed), task.split(seed=seed)[1]
     first = sets.choosing
     maps = {label: get_method(method).run(model, first, "edges", direction="noising", progress=False) for label, method in METHODS.items()}
     options: dict[str, Any] = {"seed": seed, "progress": False}

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 import patchlab as pl
 from patchlab import cli
-from patchlab.circuits import Circuit, FaithfulnessCurve, read, split, write
+from patchlab.circuits import Circuit, FaithfulnessCurve, read, write
 from patchlab.circuits.heldout import shared_examples
 
 WHERE = ["--model", "demo-gpt2-4l", "--task", "ioi", "--n", "12", "--device", "cpu"]
@@ -41,7 +41,7 @@ def error_of(*arguments: object) -> str:
 @pytest.fixture(scope="module")
 def halves():
     model = pl.load_model("demo-gpt2-4l", device="cpu")
-    return model, *split(pl.load_task("ioi", model, n=12))
+    return model, *pl.load_task("ioi", model, n=12).split()
 
 
 @pytest.fixture(scope="module")

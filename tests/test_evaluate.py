@@ -21,7 +21,6 @@ from patchlab.circuits import (
     faithfulness_curve,
     greedy,
     random_circuit,
-    split,
     top_n,
 )
 from patchlab.circuits.evaluation.ablations import Ablation, ablation_for
@@ -31,7 +30,7 @@ from patchlab.circuits.heldout import check_disjoint
 from patchlab.engine import Program
 from patchlab.engine.contributions import contributions
 from patchlab.engine.masked import run_circuits
-from patchlab.errors import CircuitError, ScoreError
+from patchlab.errors import CircuitError, ScoreError, TaskError
 from patchlab.graph import Graph
 from patchlab.tasks.task import Task
 
@@ -336,24 +335,24 @@ class TestHeldOut:
         task = swap_task(10)
         twice = replace(task, pairs=task.pairs + task.pairs)
         for seed in range(5):
-            first, second = split(twice, seed=seed)
+            first, second = twice.split(seed=seed)
             assert len(first) + len(second) == 20
             assert not set(first.pair_fingerprints) & set(second.pair_fingerprints)
             assert len(first) == 10
-        assert len(split(task, 0.3)[0]) == 3
-        assert split(task, seed=1)[0].pair_fingerprints != split(task, seed=2)[0].pair_fingerprints
+        assert len(task.split(0.3)[0]) == 3
+        assert task.split(seed=1)[0].pair_fingerprints != task.split(seed=2)[0].pair_fingerprints
         for share in (0, 1):
-            with pytest.raises(CircuitError, match="a part would be empty"):
-                split(task, share)
+            with pytest.raises(TaskError, match="a part would be empty"):
+                task.split(share)
 
     def test_scores_and_the_circuits_they_give_remember_their_examples(self) -> None:
         task, model = gap_task(6), model_of(*MODEL)
-        select, held_out = split(task)
+        select, held_out = task.split()
         scores = scores_of(pl.AttributionPatching(), model, select, "edges", "noising")
         circuit = top_n(scores, 60)
         result = evaluate(model, circuit, held_out, progress=False)
         assert result.provenance["selection"] == {"circuit": "disjoint"}
-        with pytest.raises(CircuitError, match=r"circuit 'circuit' comes from 3 of the 6 examples of swap .*circuits.split\(task\)"):
+        with pytest.raises(CircuitError, match=r"circuit 'circuit' comes from 3 of the 6 examples of swap .*task.split\(\)"):
             evaluate(model, circuit, task, progress=False)
         allowed = evaluate(model, circuit, task, progress=False, allow_overlap=True)
         assert allowed.provenance["selection"] == {"circuit": "3 of 6 examples shared"}
@@ -370,13 +369,13 @@ class TestHeldOut:
 class TestCurves:
     def curve(self, **options) -> FaithfulnessCurve:
         model = model_of(*MODEL)
-        select, held_out = split(gap_task(12))
+        select, held_out = gap_task(12).split()
         scores = scores_of(pl.AttributionPatching(), model, select, "edges", "noising")
         return faithfulness_curve(model, {"AtP": scores}, held_out, progress=False, **options)
 
     def test_rows_are_evaluations_of_the_circuits(self) -> None:
         curve = self.curve(random=3)
-        held_out = split(gap_task(12))[1]
+        held_out = gap_task(12).split()[1]
         table = curve.table
         assert table["method"].unique().tolist() == ["AtP", "random"]
         n = model_of(*MODEL).arch.graph.n_edges
@@ -400,7 +399,7 @@ class TestCurves:
     @pytest.mark.parametrize("by", ["abs", "signed"])
     def test_other_ways_to_choose(self, by: str) -> None:
         curve = self.curve(how="greedy", by=by, sizes=[30, 60], random=1)
-        scores = scores_of(pl.AttributionPatching(), model_of(*MODEL), split(gap_task(12))[0], "edges", "noising")
+        scores = scores_of(pl.AttributionPatching(), model_of(*MODEL), gap_task(12).split()[0], "edges", "noising")
         for circuit, n in zip(curve.circuits["AtP"], (30, 60), strict=True):
             assert circuit.equals(greedy(scores, n, by=by))
             assert circuit.provenance["how"].startswith(f"greedy {n} by {'|effect|' if by == 'abs' else 'signed'}")
@@ -419,7 +418,7 @@ class TestCurves:
     def test_random_circuits_are_as_large_before_pruning_and_averaged_over_draws(self) -> None:
         curve = self.curve(sizes=[150, 200], random=2)
         rows = curve.table[curve.table["method"] == "random"]
-        graph, held_out = model_of(*MODEL).arch.graph, split(gap_task(12))[1]
+        graph, held_out = model_of(*MODEL).arch.graph, gap_task(12).split()[1]
         for i, n in enumerate((150, 200)):
             drawn = [random_circuit(graph, n, seed=seed) for seed in (0, 1)]
             assert rows["n_edges"].iloc[i] == np.mean([circuit.n_edges for circuit in drawn])
@@ -464,7 +463,7 @@ class TestCurves:
 
     def test_positions_scored_apart_are_chosen_apart(self) -> None:
         model = model_of(*MODEL)
-        select, held_out = split(gap_task(8))
+        select, held_out = gap_task(8).split()
         scores = scores_of(pl.AttributionPatching(), model, select, "edges[writer,reader,pos]", "noising")
         curve = faithfulness_curve(model, scores, held_out, progress=False, random=1)
         total = 5 * model.arch.graph.n_edges
@@ -476,7 +475,7 @@ class TestCurves:
 
     def test_edges_without_scores_do_not_stand_in_the_way_of_the_whole_graph(self) -> None:
         model = model_of(*MODEL)
-        select, held_out = split(gap_task(8))
+        select, held_out = gap_task(8).split()
         scores = scores_of(pl.methods.get_method("relp-ah"), model, select, "edges", "noising")
         curve = faithfulness_curve(model, scores, held_out, progress=False, sizes=[10, model.arch.graph.n_edges], random=0)
         assert curve.table["faithfulness"].iloc[-1] == pytest.approx(1)

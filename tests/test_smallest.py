@@ -10,7 +10,7 @@ from families import model_of, scores_of
 from test_evaluate import gap_task
 
 import patchlab as pl
-from patchlab.circuits import evaluate, size_grid, smallest_faithful, split, three_sets, top_n
+from patchlab.circuits import evaluate, size_grid, smallest_faithful, three_sets, top_n
 from patchlab.errors import CircuitError
 
 METHODS = {"AtP": pl.AttributionPatching(), "RelP": pl.RelevancePatching()}
@@ -38,7 +38,7 @@ def test_three_sets_share_no_pair_and_the_first_is_that_of_split():
     parts = [set(part.pair_fingerprints) for part in (sets.choosing, sets.finding, sets.reporting)]
     assert [len(part) for part in parts] == [8, 4, 4]
     assert set.union(*parts) == set(task.pair_fingerprints)
-    assert sets.choosing.pair_fingerprints == split(task, seed=5)[0].pair_fingerprints
+    assert sets.choosing.pair_fingerprints == task.split(seed=5)[0].pair_fingerprints
     assert sets.as_dict()["finding"] == {"n": 4, "pairs": list(sets.finding.pair_fingerprints)}
     assert repr(sets) == "8 pairs for choosing, 4 for finding the size, 4 for reporting"
     assert three_sets(task, seed=6).choosing.pair_fingerprints != sets.choosing.pair_fingerprints

@@ -8,7 +8,7 @@ from patchlab.circuits.evaluation.evaluate import Evaluation, evaluate
 from patchlab.circuits.files import convert, read, write
 from patchlab.circuits.formats.dot import to_dot
 from patchlab.circuits.formats.mib import MIB_FRACTIONS, read_submission, write_submission
-from patchlab.circuits.heldout import Sets, split, three_sets
+from patchlab.circuits.heldout import Sets, three_sets
 from patchlab.circuits.roc import ROC, overlap, roc
 from patchlab.circuits.select import greedy, threshold, top_n
 from patchlab.circuits.smallest import SmallestFaithful, size_grid, smallest_faithful
@@ -36,7 +36,6 @@ __all__ = [
     "roc",
     "size_grid",
     "smallest_faithful",
-    "split",
     "three_sets",
     "threshold",
     "to_dot",

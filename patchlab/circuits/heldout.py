@@ -4,43 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from patchlab.errors import CircuitError
 from patchlab.tasks.task import Task
-
-
-def split(task: Task, share: float | int = 0.5, *, seed: int = 0) -> tuple[Task, Task]:
-    """Cut a task into examples to select circuits on and examples to evaluate them on; equal pairs of prompts stay together.
-
-    Args:
-        task: the task.
-        share: of the examples that go into the first part, between 0 and 1.
-        seed: of the draw.
-
-    Raises:
-        CircuitError: a share that leaves a part empty, or fewer than two distinct pairs.
-
-    Example:
-        >>> select, held_out = split(task)  # doctest: +SKIP
-    """
-    groups: dict[str, list[int]] = {}
-    for i, name in enumerate(task.pair_fingerprints):
-        groups.setdefault(name, []).append(i)
-    order = np.random.default_rng(seed).permutation(len(groups))
-    members = list(groups.values())
-    wanted = round(share * len(task))
-    first: list[int] = []
-    for group in order:
-        if len(first) + len(members[group]) / 2 <= wanted:
-            first += members[group]
-    rest = sorted(set(range(len(task))) - set(first))
-    if not first or not rest:
-        raise CircuitError(
-            f"cannot cut {task.name} with {len(task)} examples, {len(groups)} of them distinct, at share {share}: a part would be empty. "
-            f"Use more examples, or a share between 0 and 1."
-        )
-    return task.select(sorted(first)), task.select(rest)
 
 
 @dataclass(frozen=True)
@@ -68,8 +33,8 @@ class Sets:
 def three_sets(task: Task, *, seed: int = 0) -> Sets:
     """Cut a task into pairs for choosing circuits, for finding the smallest faithful one, and for reporting how faithful it is.
 
-    The first is the first part of :func:`split`; its second part is cut once more. What is found smallest on some pairs is lucky on them,
-    so its faithfulness is reported on others.
+    The first is the first part of :meth:`patchlab.Task.split`; its second part is cut once more. What is found smallest on some pairs is lucky on
+    them, so its faithfulness is reported on others.
 
     Args:
         task: the task.
@@ -83,9 +48,9 @@ def three_sets(task: Task, *, seed: int = 0) -> Sets:
     """
     distinct = len(set(task.pair_fingerprints))
     if distinct >= _LEAST:
-        choosing, rest = split(task, seed=seed)
+        choosing, rest = task.split(seed=seed)
         if len(set(rest.pair_fingerprints)) > 1:
-            sets = Sets(choosing, *split(rest, seed=seed))
+            sets = Sets(choosing, *rest.split(seed=seed))
             if all(len(set(part.pair_fingerprints)) > 1 for part in vars(sets).values()):
                 return sets
     raise CircuitError(
@@ -118,6 +83,6 @@ def check_disjoint(provenance: Mapping[str, Any], task: Task, what: str, *, allo
     if shared and not allow_overlap:
         raise CircuitError(
             f"{what} comes from {shared} of the {len(task)} examples of {task.name} that it would be evaluated on, which favours it. "
-            f"Select and evaluate on disjoint examples (circuits.split(task) gives two parts), or pass allow_overlap=True to accept that."
+            f"Select and evaluate on disjoint examples (task.split() gives two parts), or pass allow_overlap=True to accept that."
         )
     return f"{shared} of {len(task)} examples shared" if shared else "disjoint"

@@ -255,14 +255,13 @@ def _load(
     """The model, the half that circuits are chosen on (None with ``whole``), and the half that they are evaluated on (with ``whole`` all pairs)."""
     from transformers.utils.logging import disable_progress_bar
 
-    from patchlab.circuits import split
     from patchlab.comparison.job import named_task
     from patchlab.models import load_model
 
     disable_progress_bar()  # for files that load in a second
     loaded = load_model(model, device=device, dtype=dtype)
     pairs = named_task(task, loaded, n=n, seed=seed, options=options)
-    first, second = (None, pairs) if whole else split(pairs, seed=seed)
+    first, second = (None, pairs) if whole else pairs.split(seed=seed)
     return loaded, first, second
 
 
@@ -282,7 +281,7 @@ def _curve(out: Path, methods: str, where: tuple[Any, ...], settings: dict[str, 
     with result_folder(out, force=force, job=job, say=say) as folder:
         loaded, _, pairs = _load(*where, whole=True)
         sets = circuits.three_sets(pairs, seed=settings["seed"])
-        held_out = circuits.split(pairs, seed=settings["seed"])[1]
+        held_out = pairs.split(seed=settings["seed"])[1]
         say(f"{loaded.name}, {pairs.name}: {sets}")
         plan = {key: settings[key] for key in ("how", "by", "ablation")}
         check_plan(loaded.arch.graph, {name: scoring_method(name) for name in names}, settings["sizes"], **plan)

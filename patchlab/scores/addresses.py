@@ -21,15 +21,16 @@ def located(data: xr.Dataset, provenance: Mapping[str, Any], text: str | Site) -
         ScoreError: the map has no site with these axes, or no such layer, head, position or edge.
         SiteError: a text that is no address, or no edge.
     """
-    kind, wanted = _edge(data, provenance, text) if isinstance(text, str) and "->" in text else _node(data, text)
-    sites = [str(name) for name in data.data_vars if Site.parse(str(name)).kind == kind]
-    if isinstance(text, Site) and text.axes or not wanted and str(text) in sites:
-        sites = [str(text)]
-    fitting = [name for name in sites if str(name) in data.data_vars and set(wanted) <= set(axes_of(name))]
+    sites = [str(name) for name in data.data_vars]
+    edge = isinstance(text, str) and "->" in text
+    if not edge and not (parsed := Site.parse(text)).narrowed:
+        if str(parsed) not in sites:
+            raise ScoreError(unknown("site of this score map", str(parsed), sites))
+        return str(parsed), {}
+    kind, wanted = _edge(data, provenance, str(text)) if edge else _node(Site.parse(text))
+    fitting = [site for site in sites if Site.parse(site).kind == kind and set(wanted) <= set(axes_of(site))]
     if not fitting:
-        names = ", ".join(map(str, data.data_vars))
-        needs = f"needs a site {kind} with the axes {', '.join(wanted)}" if wanted else "is no site of this score map"
-        raise ScoreError(f"{text} {needs}; the map has {names}. Score it first.")
+        raise ScoreError(f"{text} needs a site {kind} with the axes {', '.join(wanted)}; this map has {', '.join(sites)}. Score it first.")
     site = min(fitting, key=lambda name: len(axes_of(name)))
     return site, {axis: _number(data, site, axis, value, text) for axis, value in wanted.items()}
 
@@ -45,15 +46,14 @@ def _edge(data: xr.Dataset, provenance: Mapping[str, Any], text: str) -> tuple[s
     return "edges", found | ({"src": _position(src)} if src else {})
 
 
-def _node(data: xr.Dataset, text: str | Site) -> tuple[str, dict[str, Any]]:
-    site = Site.parse(text)
-    about, found = KINDS[site.kind], {}
-    found |= {} if site.layer is None else {"layer": site.layer}
+def _node(site: Site) -> tuple[str, dict[str, Any]]:
+    about = KINDS[site.kind]
+    found: dict[str, Any] = {} if site.layer is None else {"layer": site.layer}
     found |= {} if site.index is None or about.unit is None else {about.unit: site.index}
     for axis, positions in ((about.position, site.pos), (about.source, site.src)):
         if axis is not None and positions is not None:
             if len(positions) > 1:
-                raise ScoreError(f"{text} names {len(positions)} positions, and a cell is at one; name one of {', '.join(map(str, positions))}.")
+                raise ScoreError(f"{site} names {len(positions)} positions, and a cell is at one; name one of {', '.join(map(str, positions))}.")
             found[axis] = positions[0]
     return site.kind, found
 
@@ -68,11 +68,13 @@ def _number(data: xr.Dataset, site: str, axis: str, value: Position, text: str |
     if isinstance(value, str):
         if value not in names:
             named = [name for name in names if name]
-            raise ScoreError(unknown(f"position of {text}", value, named) if named else f"{text}: no position of this map has a name; give its number.")
+            raise ScoreError(
+                unknown(f"position of {text}", value, named) if named else f"{text}: no position of this map has a name; give its number."
+            )
         return names.index(value)
     if names and all(names) and len(set(names)) == len(names) and names != [""]:
         raise ScoreError(f"{text}: the positions of this map are those with names; write {names[0]!r} or another of {', '.join(names)}.")
-    size = data.sizes[axis] if axis in data.sizes else None
+    size = data.sizes.get(axis)
     if value < 0 or (size is not None and value >= size):
         last = "" if size is None else f" 0 to {size - 1}"
         raise ScoreError(f"{text}: there is no {axis} {value} in {site}; it has{last}.")

@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int
 
 from patchlab.errors import ScoreError, SiteError, unknown
 from patchlab.graph import Graph
+from patchlab.scores.addresses import address_of, located, selected
 from patchlab.scores.arrays import (
     CellNames,
     Effects,
@@ -38,6 +39,7 @@ from patchlab.scores.arrays import (
     upgraded,
     values_of,
 )
+from patchlab.scores.cost import Cost
 from patchlab.sites import POSITION_AXES, Site
 from patchlab.stats.bootstrap import interval, resampling_weights
 from patchlab.store.files import writing
@@ -47,31 +49,6 @@ _ATTRIBUTE = "patchlab_scoremap"
 NO_PATH, SAME, NO_EDGE = "no path", "same in both prompts", "no edge"
 """Why a cell cannot matter."""
 _BESIDE = ("patterns", "no_path", "noise", "standard_error")
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What a result cost to compute.
-
-    Args:
-        forwards: forward passes of a batch.
-        backwards: backward passes of a batch.
-        positions: rows × token positions that went through the model.
-        seconds: wall time.
-        predicted_bytes: the memory that was predicted before the run, where it was.
-        cuda_peak_bytes: the most memory allocated on the CUDA device, where there is one.
-    """
-
-    forwards: int
-    backwards: int
-    positions: int
-    seconds: float
-    predicted_bytes: int | None = None
-    cuda_peak_bytes: int | None = None
-
-    def __str__(self) -> str:
-        parts = [_counted(self.forwards, "forward"), _counted(self.backwards, "backward"), f"{self.seconds:.1f} s"]
-        return ", ".join(parts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -268,6 +245,55 @@ class ScoreMap:
             f"it are negative. Are correct and incorrect answers swapped, or clean and corrupted prompts? To patch the other way round, use "
             f"direction={'noising' if self.provenance.get('direction') == 'denoising' else 'denoising'!r}."
         )
+
+    def sel(self, address: str | Site) -> xr.DataArray:
+        """The effects of a cell per example, by its address: ``L9.H6.z@END``, ``a9.h6``, ``a0.h0->m3``, ``m3@END``; in metric units.
+
+        Axes that the address leaves open stay: ``L9.z`` is the heads of layer 9, and the name of a site all of it. Of several sites of its kind
+        the one with the fewest other axes is read, so ``L9.H6.z`` is the joint effect of a head at all positions where ``z`` was scored.
+
+        Raises:
+            ScoreError: the map has no such site, layer, head, position or edge.
+            SiteError: a text that is no address.
+
+        Example:
+            >>> float(scores.sel("L9.H6.z").mean())  # doctest: +SKIP
+        """
+        site, numbers = located(self.data, self.provenance, address)
+        return selected(self.data, site, numbers)
+
+    def top(self, n: int = 10, site: str | Site | None = None, *, n_boot: int = 1000, seed: int = 0) -> pd.DataFrame:
+        """The cells with the largest mean effects, by size, largest first.
+
+        Args:
+            n: how many; fewer where there are fewer live cells.
+            site: of one site; None compares those of all.
+            n_boot: bootstrap draws.
+            seed: of the draws.
+
+        Returns:
+            Columns ``address`` (which :meth:`sel` reads), ``site``, ``effect`` (mean over examples, metric units), ``low`` and ``high`` (95 %
+            bootstrap interval over examples of each cell alone; NaN with one example).
+
+        Raises:
+            ScoreError: ``n`` below 1, the map has no such site.
+        """
+        if n < 1:
+            raise ScoreError(f"n is {n}; ask for at least 1 cell.")
+        found: list[tuple[float, str, int]] = []
+        for name in [self.site_name(site)] if site is not None else [one for one in self.sites if one not in self.not_scored]:
+            mean = self.mean(name).to_numpy().ravel()
+            ranked = np.flatnonzero((self.live[name] & self.scored(name)).to_numpy().ravel())
+            ranked = ranked[np.argsort(-np.abs(mean[ranked]), kind="stable")][:n]
+            found += [(float(mean[place]), name, int(place)) for place in ranked]
+        found = sorted(found, key=lambda one: -abs(one[0]))[:n]
+        weights, rows = self._draws(n_boot, seed), []
+        for value, name, place in found:
+            effects = self.data[name].to_numpy().reshape(self.data.sizes["example"], -1)[:, place].astype(np.float64)
+            low, high = interval(weights @ effects)
+            address = address_of(self.data, self.provenance, name, tuple(self.cells(name)[place].tolist()))
+            rows.append({"address": address, "site": name, "effect": value, "low": float(low), "high": float(high)})
+        return pd.DataFrame(rows, columns=["address", "site", "effect", "low", "high"])
 
     def mean(self, site: str | Site) -> xr.DataArray:
         """Mean effect over examples, dims = the site's axes, in metric units (NaN where the site was not scored).
@@ -544,10 +570,6 @@ class ScoreMap:
             text += f"; {site}: {sum(counts)} of {live} terms patched exactly, where probes would cost more" if sum(counts) else ""
             text += f"; {site}: {above} of {live} terms above the tolerance, where patching would have cost more than a sweep" if above else ""
         return text
-
-
-def _counted(number: int, noun: str) -> str:
-    return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
 def _parts(cells: int, draws: int, limit: int = 4_000_000) -> Iterator[slice]:

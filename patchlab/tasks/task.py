@@ -163,8 +163,12 @@ class Task:
     Make one with :func:`patchlab.load_task` or :meth:`from_pairs`. ``provenance`` is JSON-able: generator or file, options, seed, bos, tokenizer.
     ``scored_positions`` are the named positions that sites are scored at (None: all that line up); see :meth:`at_positions`.
 
+    Args:
+        metric: a Metric, or the name of one.
+
     Raises:
         TaskError: no pairs.
+        MetricError: unknown name.
     """
 
     name: str
@@ -175,6 +179,7 @@ class Task:
     scored_positions: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "metric", get_metric(self.metric))
         if not self.pairs:
             raise TaskError(f"task {self.name} has no pairs; it needs at least one.")
 
@@ -360,6 +365,35 @@ class Task:
         if bad := [i for i in chosen if not 0 <= i < len(self)]:
             raise TaskError(f"pairs {bad} are not in {self.name}, which has the pairs 0 to {len(self) - 1}.")
         return replace(self, pairs=tuple(self.pairs[i] for i in chosen))
+
+    def split(self, share: float | int = 0.5, *, seed: int = 0) -> "tuple[Task, Task]":
+        """Two parts of the task, to choose something on the one and to measure it on the other; equal pairs of prompts stay together.
+
+        Args:
+            share: of the examples that go into the first part, between 0 and 1.
+            seed: of the draw.
+
+        Raises:
+            TaskError: a share that leaves a part empty, or fewer than two distinct pairs.
+
+        Example:
+            >>> choosing, held_out = task.split()  # doctest: +SKIP
+        """
+        groups: dict[str, list[int]] = {}
+        for i, name in enumerate(self.pair_fingerprints):
+            groups.setdefault(name, []).append(i)
+        order = np.random.default_rng(seed).permutation(len(groups))
+        members, wanted, first = list(groups.values()), round(share * len(self)), []
+        for group in order:
+            if len(first) + len(members[group]) / 2 <= wanted:
+                first += members[group]
+        rest = sorted(set(range(len(self))) - set(first))
+        if not first or not rest:
+            raise TaskError(
+                f"cannot cut {self.name} with {len(self)} examples, {len(groups)} of them distinct, at share {share}: a part would be empty. "
+                f"Use more examples, or a share between 0 and 1."
+            )
+        return self.select(sorted(first)), self.select(rest)
 
     def with_metric(self, metric: str | Metric | Callable[[Tensor, Answers], Tensor]) -> "Task":
         """The task with another metric: a name, a Metric, or a function of (logits, answers).

@@ -120,7 +120,7 @@ def ablation_for(
     if kind not in ABLATIONS:
         raise CircuitError(unknown("ablation", kind, ABLATIONS))
     if kind == "optimal" and train is None:
-        raise CircuitError("optimal ablation fits its constants on examples of their own; pass train=, another part of the task (circuits.split).")
+        raise CircuitError("optimal ablation fits its constants on examples of their own; pass train=, another part of the task (task.split()).")
     if kind != "optimal" and fit is not None:
         raise CircuitError(f"fit= is the budget of optimal ablation, and {kind!r} fits nothing; leave it out, or pass ablation='optimal'.")
     if (problem := post_norm_problem(model, post_norm)) is not None:
