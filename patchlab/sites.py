@@ -131,6 +131,15 @@ for _kind in (
         granularities=(("writer", "reader"), ("writer", "reader", "pos"), ("writer", "reader", "dest", "src")),
         cells="edges",
     ),
+    SiteKind(
+        "sets",
+        ("set",),
+        ("set",),
+        None,
+        "sets of edges, each patched at once (patchlab.methods.patch_edges)",
+        granularities=(("set",),),
+        cells="sets",
+    ),
 ):
     add_kind(_kind)
 

@@ -174,9 +174,9 @@ def paths(model: pl.Model, task: Any) -> Callable[[], Record]:
 
     def found() -> Record:
         names = ["a0.h1->m1", "a1.h0->logits"]
-        sets = pl.methods.patch_edges(model, task, {"one": names[:1], "two": names}, progress=False)
-        shared = pl.methods.kv_effects(model, task, progress=False)
-        return {"sets": digest(sets.to_numpy()), "shared": digest(shared.to_numpy()), "edges": shared["edge"].values.tolist()[:5]}
+        sets = pl.methods.patch_edges(model, task, {"one": names[:1], "two": names}, direction="noising", progress=False).sel("sets")
+        shared = pl.methods.kv_effects(model, task, direction="noising", progress=False).sel("sets")
+        return {"sets": digest(sets.to_numpy().T), "shared": digest(shared.to_numpy().T), "edges": shared["set_name"].values.tolist()[:5]}
 
     return found
 

@@ -91,7 +91,7 @@ def test_threshold_includes_its_level() -> None:
         values[SMALL.edge(name)] = value
     made = threshold(values, 0.25, graph=SMALL)
     assert made.edge_names == ["input->m0", "m0->logits"]
-    assert made.provenance == {"direction": "noising", "how": "|effect| at least 0.25", "level": 0.25, "by": "abs", "pruned": True}
+    assert made.provenance == {"how": "|effect| at least 0.25", "level": 0.25, "by": "abs", "pruned": True}
     assert threshold(values, 0, graph=SMALL).n_edges == SMALL.n_edges
     assert threshold(values, 9, graph=SMALL).n_edges == 0
 
@@ -110,13 +110,21 @@ def test_ties_go_to_the_first_edge_and_to_the_node_that_came_in_first() -> None:
 def test_signed_importance_turns_with_the_direction(choose) -> None:
     values = np.where(SMALL.mask(["input->logits"]), -1.0, 0.1)
     values[SMALL.edge("m1->logits")] = 0.9
-    assert choose(values, 1, graph=SMALL, by="signed", prune=False).edge_names == ["input->logits"], "noising it hurts, so it helps"
+    noised = choose(values, 1, graph=SMALL, by="signed", direction="noising", prune=False)
+    assert noised.edge_names == ["input->logits"], "noising it hurts, so it helps"
+    assert noised.provenance["direction"] == "noising"
+    with pytest.raises(CircuitError, match="signed importance depends on the direction, and an array of effects does not say it"):
+        choose(values, 1, graph=SMALL, by="signed", prune=False)
     assert choose(values, 1, graph=SMALL, by="signed", direction="denoising", prune=False).edge_names == ["m1->logits"]
     assert choose(values, 1, graph=SMALL, prune=False).edge_names == ["input->logits"]
     assert threshold(values, 0.5, graph=SMALL, by="signed", direction="denoising", prune=False).edge_names == ["m1->logits"]
     for direction, expected in (("noising", "input->logits"), ("denoising", "m1->logits")):
         scores = edge_map(values, direction=direction)
-        assert choose(scores, 1, by="signed", direction="noising", prune=False).edge_names == [expected], "a map knows its own direction"
+        assert choose(scores, 1, by="signed", prune=False).edge_names == [expected], "a map knows its own direction"
+        assert choose(scores, 1, by="signed", direction=direction, prune=False).edge_names == [expected]
+        other = {"noising": "denoising", "denoising": "noising"}[direction]
+        with pytest.raises(CircuitError, match=f"the scores are of {direction}; got direction={other!r}. Leave it out"):
+            choose(scores, 1, by="signed", direction=other, prune=False)
 
 
 def test_a_map_gives_its_mean_and_where_it_comes_from() -> None:
@@ -213,7 +221,7 @@ def test_other_mistakes() -> None:
     for level in (-0.1, float("nan")):
         with pytest.raises(CircuitError, match=f"at least 0 for importance 'abs'; got {level}"):
             threshold(values, level, graph=SMALL)
-    assert threshold(values, -0.1, graph=SMALL, by="signed").n_edges > 0
+    assert threshold(values, -0.1, graph=SMALL, by="signed", direction="noising").n_edges > 0
     with pytest.raises(CircuitError, match=r"one site of edges, .* this map has z\. Score the edges"):
         top_n(make_map({"z": np.zeros((2, 2, 2))}), 1)
 

@@ -258,20 +258,21 @@ def test_the_edges_of_a_hand_made_circuit_stand_out(name: str) -> None:
 def test_a_key_or_value_for_all_heads_that_share_it(family: str) -> None:
     model, task = model_of(family, torch.float64), swap_task()
     graph, (program, other) = model.arch.graph, asked(model, task)
-    found = kv_effects(model, task, progress=False)
-    base = found.metric_clean.to_numpy()
+    found = kv_effects(model, task, direction="noising", progress=False)
+    base = found.data.metric_clean.to_numpy()
     for name in ("m0->a1.kv1<k>", "a0.h2->a2.kv1<v>", "a1.h3->a2.kv0<k>"):
         writer, _, reader = name.partition("->")
         layer, _, rest = reader.partition(".kv")
         edge = graph.edge(f"{writer}->{layer}.h{int(rest[0]) * graph.copies}{rest[1:]}")
         expected = literal(model, program, other, edge, grouped=True).numpy() - base
-        np.testing.assert_allclose(found.sel(edge=name), expected, rtol=0, atol=SINGLE_PRECISION.get(family, 1e-10))
+        np.testing.assert_allclose(found.sel(name), expected, rtol=0, atol=SINGLE_PRECISION.get(family, 1e-10))
     scores = scores_of(pl.ActivationPatching(), model, task, "edges", "noising").data["edges"].to_numpy()
     copies = sum(scores[:, *graph.edge(f"m0->a1.h{graph.copies + i}<k>")] for i in range(graph.copies))
-    alike = np.abs(found.sel(edge="m0->a1.kv1<k>").to_numpy() - copies).max()
+    alike = np.abs(found.sel("m0->a1.kv1<k>").to_numpy() - copies).max()
     assert alike > 1e-3 if family in GROUPED else alike < 1e-12
-    assert json.loads(found.attrs["provenance"])["direction"] == "noising"
-    np.testing.assert_allclose(kv_effects(model, task, engine="literal", progress=False), found, rtol=0, atol=SINGLE_PRECISION.get(family, 1e-10))
+    assert found.provenance["direction"] == "noising"
+    literally = kv_effects(model, task, engine="literal", direction="noising", progress=False)
+    np.testing.assert_allclose(literally.sel("sets"), found.sel("sets"), rtol=0, atol=SINGLE_PRECISION.get(family, 1e-10))
 
 
 # ---------- sets of edges ----------
@@ -286,18 +287,18 @@ def test_sets_of_edges(family: str, direction: str) -> None:
     sets = {"head": from_head, "all": everything, "one": ["m0->a2.h1<k>"], "another": "a0.h1->m1"}
     found = patch_edges(model, task, sets, direction=direction, progress=False)
     heads = scores_of(pl.ActivationPatching(), model, task, "z", direction).data["z"].to_numpy()
-    np.testing.assert_allclose(found.sel(set="head"), heads[:, 1, 2], rtol=0, atol=atol)
-    gap = found.metric_corrupted - found.metric_clean
-    np.testing.assert_allclose(found.sel(set="all"), gap if direction == "noising" else -gap, rtol=0, atol=atol)
+    np.testing.assert_allclose(found.sel("head"), heads[:, 1, 2], rtol=0, atol=atol)
+    gap = found.data.metric_corrupted - found.data.metric_clean
+    np.testing.assert_allclose(found.sel("all"), gap if direction == "noising" else -gap, rtol=0, atol=atol)
     edges = scores_of(pl.ActivationPatching(), model, task, "edges", direction).data["edges"].to_numpy()
     for name in ("one", "another"):
-        np.testing.assert_allclose(found.sel(set=name), edges[:, *graph.edge(np.atleast_1d(sets[name])[0])], rtol=0, atol=atol)
+        np.testing.assert_allclose(found.sel(name), edges[:, *graph.edge(np.atleast_1d(sets[name])[0])], rtol=0, atol=atol)
 
 
 def test_a_writer_between_two_edges_of_a_set_changes_along_the_others() -> None:
     model, task = model_of("gpt2", torch.float64), swap_task()
     program, other = asked(model, task)
-    found = patch_edges(model, task, [["a0.h1->m1", "m1->a2.h0<v>"]], progress=False)
+    found = patch_edges(model, task, [["a0.h1->m1", "m1->a2.h0<v>"]], direction="noising", progress=False)
     into = partial(plus, written(model, program.tokens, other, "a0.h1"))
     block, stream, z = "blocks.2", "blocks.2.hook_resid_pre", "blocks.2.attn.hook_z"
     (before, plain) = kept(model, program.tokens, [stream, "blocks.1.hook_mlp_out"])
@@ -311,8 +312,8 @@ def test_a_writer_between_two_edges_of_a_set_changes_along_the_others() -> None:
     usual, routed = (value.reshape(*program.tokens.shape, HEADS, -1).clone() for value in (usual, routed))
     usual[:, :, 0] = routed[:, :, 0]
     logits = watched(model, program.tokens, {**here, z: partial(put, usual)})
-    expected = program.metric(logits[:, -1], program.answers).numpy() - found.metric_clean.to_numpy()
-    np.testing.assert_allclose(found[0], expected, rtol=0, atol=1e-10)
+    expected = program.metric(logits[:, -1], program.answers).numpy() - found.data.metric_clean.to_numpy()
+    np.testing.assert_allclose(found.sel("0"), expected, rtol=0, atol=1e-10)
     torch.testing.assert_close(changed - before, moved - plain)
 
 
@@ -322,19 +323,20 @@ def test_sets_by_position() -> None:
     mask = np.zeros((*graph.allowed.shape, 5), dtype=bool)
     mask[*graph.edge("m0->a1.h1<v>"), 3] = True
     scores = scores_of(pl.ActivationPatching(), model, task, BY_POSITION, "noising").data[BY_POSITION].to_numpy()
-    alone = patch_edges(model, task, [mask], progress=False)[0]
+    alone = patch_edges(model, task, [mask], direction="noising", progress=False).sel("0")
     np.testing.assert_allclose(alone, scores[:, *graph.edge("m0->a1.h1<v>"), 3], atol=1e-10)
-    whole = patch_edges(model, task, [np.repeat(mask.any(2)[..., None], 5, 2)], progress=False)
-    np.testing.assert_allclose(whole, patch_edges(model, task, {"named": ["m0->a1.h1<v>"]}, progress=False), atol=1e-12)
+    whole = patch_edges(model, task, [np.repeat(mask.any(2)[..., None], 5, 2)], direction="noising", progress=False)
+    named = patch_edges(model, task, {"named": ["m0->a1.h1<v>"]}, direction="noising", progress=False)
+    np.testing.assert_allclose(whole.sel("0"), named.sel("named"), atol=1e-12)
 
 
 def test_sets_of_several_batches_come_in_the_order_of_the_examples() -> None:
     model, task = model_of("gpt2", torch.float64), mixed_task()
-    found = patch_edges(model, task, {"a": ["m0->a1.h1<v>", "input->m1"]}, batch_size=1, progress=False)
+    found = patch_edges(model, task, {"a": ["m0->a1.h1<v>", "input->m1"]}, batch_size=1, direction="noising", progress=False)
     for example in range(len(task)):
-        alone = patch_edges(model, task.select([example]), {"a": ["m0->a1.h1<v>", "input->m1"]}, progress=False)
-        np.testing.assert_allclose(found[0, example], alone[0, 0], atol=1e-10)
-        assert found.metric_clean[example] == pytest.approx(float(alone.metric_clean[0]))
+        alone = patch_edges(model, task.select([example]), {"a": ["m0->a1.h1<v>", "input->m1"]}, direction="noising", progress=False)
+        np.testing.assert_allclose(found.sel("a")[example], alone.sel("a")[0], atol=1e-10)
+        assert found.data.metric_clean[example] == pytest.approx(float(alone.data.metric_clean[0]))
 
 
 # ---------- verified patching ----------
@@ -502,7 +504,7 @@ def test_what_cannot_be_patched_exactly() -> None:
         with pytest.raises(InterventionError, match="single edges are patched on the model as it is; leave the intervene block"):
             edge_sweep(model, program, edges, changes)
         with pytest.raises(MethodError, match="got them inside intervene"):
-            patch_edges(model, task, [["m0->m1"]], progress=False)
+            patch_edges(model, task, [["m0->m1"]], direction="noising", progress=False)
 
 
 @pytest.mark.parametrize(
@@ -517,15 +519,15 @@ def test_what_cannot_be_patched_exactly() -> None:
 )
 def test_sets_that_cannot_be(sets: Any, message: str) -> None:
     with pytest.raises(MethodError, match=message):
-        patch_edges(model_of("gpt2"), swap_task(), sets, progress=False)
+        patch_edges(model_of("gpt2"), swap_task(), sets, direction="noising", progress=False)
 
 
 def test_sets_by_position_that_do_not_fit() -> None:
     model = model_of("gpt2")
     mask = model.arch.graph.mask(["m0->m1"])
     with pytest.raises(MethodError, match=r"the set '0' has the shape \[16, 40, 4\]; edges of gpt2 on swap have \[16, 40, 5\]"):
-        patch_edges(model, swap_task(), [np.repeat(mask[..., None], 4, 2)], progress=False)
+        patch_edges(model, swap_task(), [np.repeat(mask[..., None], 4, 2)], direction="noising", progress=False)
     with pytest.raises(MethodError, match="some sets are masks by position and others are not"):
-        patch_edges(model, swap_task(), [mask, np.repeat(mask[..., None], 5, 2)], progress=False)
+        patch_edges(model, swap_task(), [mask, np.repeat(mask[..., None], 5, 2)], direction="noising", progress=False)
     with pytest.raises(SiteError, match="a node does not feed itself"):
-        patch_edges(model, swap_task(), [["m1->m1"]], progress=False)
+        patch_edges(model, swap_task(), [["m1->m1"]], direction="noising", progress=False)

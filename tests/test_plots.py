@@ -6,11 +6,13 @@ import numpy as np
 import plotly.graph_objects as go
 import plotly.io
 import pytest
+from families import model_of, swap_task
 from score_maps import COST, Labels, altered, make_map, random_map
 
 from patchlab import plots
 from patchlab.comparison.compare import FORMS, STATISTICS, compare
 from patchlab.errors import OutputError, ScoreError
+from patchlab.methods import patch_edges
 from patchlab.plots import _save
 from patchlab.plots._agreement import STRUCTURAL, _prepare_agreement
 from patchlab.plots._comparison import _prepare_comparison
@@ -124,6 +126,20 @@ def test_a_site_that_was_not_scored_says_why():
     figure = plots.heatmaps(scores)
     assert any("not scored" in note.text and "pattern is constant" in note.text for note in figure.layout.annotations)
     assert sum(isinstance(trace, go.Heatmap) for trace in figure.data) == 2  # resid_pre and its structural zeros
+
+
+def test_sites_of_one_axis_are_columns():
+    by_position = random_map("input")
+    facet = only(_prepare_heatmaps(by_position))
+    np.testing.assert_array_equal(facet.values[:, 0], by_position.mean("input"))
+    assert (facet.rows.title, facet.columns.names) == ("position", ("effect",))
+    assert facet.rows.names[2] == "cat"
+    model, task = model_of("gpt2"), swap_task(n=2)
+    sets = patch_edges(model, task, {"through m0": ["input->m0", "m0->logits"], "direct": ["input->logits"]}, progress=False)
+    facet = only(_prepare_heatmaps(sets))
+    np.testing.assert_array_equal(facet.values[:, 0], sets.mean("sets"))
+    assert facet.rows.names == ("through m0", "direct")
+    assert only(_prepare_heatmaps(random_map("z[layer]"))).columns.names == ("all positions",)
 
 
 def test_normalised_heatmaps_are_shares_of_the_gap():

@@ -63,7 +63,10 @@ def test_perfect_and_reversed_scores() -> None:
     perfect = np.where(reference().edges, -1.0, 0.1)
     assert roc(perfect, reference()).auc == 1
     assert roc(perfect, reference()).average_precision == 1
-    assert roc(-perfect, reference(), by="signed").auc == 0
+    assert roc(-perfect, reference(), by="signed", direction="noising").auc == 0
+    assert roc(-perfect, reference(), by="signed", direction="denoising").auc == 1
+    with pytest.raises(CircuitError, match="signed importance depends on the direction"):
+        roc(perfect, reference(), by="signed")
     assert roc(np.zeros(GRAPH.allowed.shape), reference()).auc == 0.5
 
 

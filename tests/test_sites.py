@@ -12,7 +12,7 @@ import patchlab as pl
 from patchlab.errors import SiteError
 from patchlab.sites import KINDS, Site, SiteKind, parse_sites
 
-ACTIVATIONS = [kind for kind in KINDS.values() if kind.name != "edges"]
+ACTIVATIONS = [kind for kind in KINDS.values() if kind.granularities is None]
 LAYERED = [kind for kind in KINDS if "layer" in KINDS[kind].axes]
 
 

@@ -8,7 +8,7 @@ import pandas as pd
 from jaxtyping import Bool, Float
 
 from patchlab.circuits.circuit import Circuit, common_graph
-from patchlab.circuits.select import BY, DIRECTIONS, Scores, mean_effects
+from patchlab.circuits.select import BY, Scores, check_direction, direction_of, mean_effects
 from patchlab.errors import CircuitError, unknown
 from patchlab.graph import Graph
 from patchlab.scores import ScoreMap
@@ -52,7 +52,7 @@ def roc(
     by: str = "abs",
     level: str = "edge",
     not_scored: str = "error",
-    direction: str = "noising",
+    direction: str | None = None,
 ) -> ROC:
     """Receiver operating characteristic and precision against recall of edge scores.
 
@@ -64,7 +64,7 @@ def roc(
         by: ``abs`` or ``signed`` importance.
         level: ``edge``; or ``node``, where a writer's score is the sum of its edges' effects and it is in the reference if it has an edge there.
         not_scored: edges without a score (NaN) are an ``error``, or count as ``worst``: below all others.
-        direction: what an array of effects estimates; a map knows it.
+        direction: what an array of effects estimates, for ``signed`` importance; a map knows it.
 
     Raises:
         CircuitError: circuits of unlike graphs, edges without a score, a reference with all edges or none.
@@ -80,11 +80,10 @@ def roc(
             raise CircuitError(unknown(what, got, valid))
     graph, effects, provenance = reference.graph, scores, {}
     if isinstance(scores, ScoreMap):
-        graph, direction = common_graph(scores.graph, graph, "the scores", "the reference"), str(scores.provenance.get("direction"))
+        graph, direction = common_graph(scores.graph, graph, "the scores", "the reference"), direction_of(scores, direction)
         effects, provenance = mean_effects(scores)
     effects = np.asarray(effects)
-    if direction not in DIRECTIONS:
-        raise CircuitError(unknown("direction", direction, DIRECTIONS))
+    check_direction(direction, by)
     if effects.shape != reference.edges.shape:
         raise CircuitError(
             f"the scores have the shape {list(effects.shape)} and the reference {list(reference.edges.shape)}; compare like with like "

@@ -28,7 +28,7 @@ def top_n(
     by: str = "abs",
     prune: bool = True,
     graph: Graph | None = None,
-    direction: str = "noising",
+    direction: str | None = None,
 ) -> Circuit:
     """The ``n`` most important edges. Of equally important ones the first in the order of the graph (by writer, then reader) are taken.
 
@@ -39,7 +39,7 @@ def top_n(
         by: ``abs`` (as MIB does) or ``signed`` importance.
         prune: drop what dangles afterwards (:meth:`Circuit.pruned`), so that fewer than ``n`` may be left.
         graph: the graph of an array of effects; a map knows its own.
-        direction: what an array of effects estimates; a map knows that, too.
+        direction: what an array of effects estimates, for ``signed`` importance; a map knows that, too.
 
     Raises:
         CircuitError: ``n`` below 1 or beyond the edges that are scored or that there are, or scores that are not edge scores.
@@ -65,7 +65,7 @@ def threshold(
     by: str = "abs",
     prune: bool = True,
     graph: Graph | None = None,
-    direction: str = "noising",
+    direction: str | None = None,
 ) -> Circuit:
     """The edges whose importance is at least ``level``, in metric units. Edges that were not scored stay outside.
 
@@ -87,7 +87,7 @@ def greedy(
     by: str = "abs",
     prune: bool = True,
     graph: Graph | None = None,
-    direction: str = "noising",
+    direction: str | None = None,
 ) -> Circuit:
     """``n`` edges from the logits upwards: always the most important edge into a node that is already in; its writer is then in, too.
 
@@ -127,22 +127,21 @@ class _Ranked:
     provenance: dict[str, Any]
 
     @staticmethod
-    def of(scores: Scores, by: str, graph: Graph | None, direction: str) -> "_Ranked":
+    def of(scores: Scores, by: str, graph: Graph | None, direction: str | None) -> "_Ranked":
         if by not in BY:
             raise CircuitError(unknown("importance", by, BY))
         if isinstance(scores, ScoreMap):
             effects, provenance = mean_effects(scores)
-            graph, direction = scores.graph, str(scores.provenance.get("direction"))
+            graph, direction = scores.graph, direction_of(scores, direction)
         else:
-            effects, provenance = scores, {"direction": direction}
+            effects, provenance = scores, {} if direction is None else {"direction": direction}
         if graph is None:
             raise CircuitError("an array of edge effects does not say whose edges they are; pass graph=model.arch.graph, or a ScoreMap.")
         if effects.shape[:2] != graph.allowed.shape or effects.ndim > 3:
             raise CircuitError(
                 f"the effects have the shape {list(effects.shape)} and {graph} the edges {list(graph.allowed.shape)} [writer, reader]."
             )
-        if direction not in DIRECTIONS:
-            raise CircuitError(unknown("direction", direction, DIRECTIONS))
+        check_direction(direction, by)
         edges = np.broadcast_to(graph.allowed if effects.ndim == 2 else graph.allowed[:, :, None], effects.shape)
         if np.isinf(effects[edges]).any():
             raise CircuitError(
@@ -173,6 +172,32 @@ class _Ranked:
     def circuit(self, mask: Bool[np.ndarray, "writer reader *pos"], how: str, prune: bool, **choice: Any) -> Circuit:
         made = Circuit(self.graph, mask, self.effects, self.provenance | {"how": how} | choice)
         return made.pruned() if prune else made
+
+
+def direction_of(scores: ScoreMap, given: str | None) -> str:
+    """The direction that a map's effects have.
+
+    Raises:
+        CircuitError: another one is given.
+    """
+    own = str(scores.provenance.get("direction"))
+    if given not in (None, own):
+        raise CircuitError(f"the scores are of {own}; got direction={given!r}. Leave it out, or score the edges in that direction.")
+    return own
+
+
+def check_direction(direction: str | None, by: str) -> None:
+    """Check that it is known in which direction importance is signed.
+
+    Raises:
+        CircuitError: signed importance without a direction, or an unknown one.
+    """
+    if direction is None and by == "signed":
+        raise CircuitError(
+            "signed importance depends on the direction, and an array of effects does not say it; pass direction='denoising' or 'noising'."
+        )
+    if direction is not None and direction not in DIRECTIONS:
+        raise CircuitError(unknown("direction", direction, DIRECTIONS))
 
 
 def mean_effects(scores: ScoreMap) -> tuple[Float[np.ndarray, "writer reader *pos"], dict[str, Any]]:

@@ -1,14 +1,14 @@
 """Exact patches beyond single edges: sets of edges at once, and keys and values for all query heads that share them."""
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-import xarray as xr
 from jaxtyping import Bool, Float
 
+from patchlab.digest import digest
 from patchlab.errors import MethodError
 from patchlab.graph import Graph
 from patchlab.methods.cells.edges import edge_effects, set_effects
@@ -18,9 +18,11 @@ from patchlab.methods.setting.unpatched import Runs, required
 from patchlab.methods.verified.patcher import Patcher
 from patchlab.models import Model
 from patchlab.progress import progress_bar
+from patchlab.scores import Cost, ScoreMap
+from patchlab.scores.arrays import CellNames
 from patchlab.tasks.task import Task
 
-BY_POSITION = "edges[writer,reader,pos]"
+BY_POSITION, SETS = "edges[writer,reader,pos]", "sets"
 
 
 def patch_edges(
@@ -28,13 +30,13 @@ def patch_edges(
     task: Task,
     edge_sets: Mapping[str, Any] | Sequence[Any],
     *,
-    direction: str = "noising",
+    direction: str = "denoising",
     source: str = "paired",
     post_norm: str = "renormalised",
     batch_size: int | None = None,
     progress: bool = True,
     max_memory: int | float | None = None,
-) -> xr.DataArray:
+) -> ScoreMap:
     """The exact effect of patching each set of edges at once, per example (path patching).
 
     Along the edges of a set readers get what the writers hold in the other run, along all other edges what they hold in this very run:
@@ -47,7 +49,7 @@ def patch_edges(
         task: prompt pairs, answers and metric.
         edge_sets: by name or in order; each a list of edge names, a mask ``[writer, reader]`` over the model's graph, a mask
             ``[writer, reader, pos]`` by the position (of the task's position axis) at which the reader reads, or a circuit.
-        direction: ``noising`` (corrupted outputs into the clean run) or ``denoising``.
+        direction: ``denoising`` (clean outputs into the corrupted run) or ``noising``.
         source: as for methods: ``paired``, ``zero``, ``mean``, ``mean_positional``.
         post_norm: see :class:`patchlab.ActivationPatching`; all edges out of a head are the head where it is ``renormalised``.
         batch_size: examples per batch.
@@ -55,8 +57,7 @@ def patch_edges(
         max_memory: most bytes to use for activations.
 
     Returns:
-        Effects in metric units, dims ``set`` and ``example``, with ``metric_clean`` and ``metric_corrupted`` beside them and
-        the provenance as JSON among the attributes.
+        A map with the site ``sets``, whose one axis is the sets by name: ``scores.sel("S-inhibition")``.
 
     Raises:
         MethodError: no sets, an empty one, a mask of another graph, and as every method.
@@ -64,7 +65,7 @@ def patch_edges(
 
     Example:
         >>> sets = {"S-inhibition": ["a7.h3->a9.h6<q>", "a7.h9->a9.h6<q>"]}  # doctest: +SKIP
-        >>> patch_edges(model, task, sets).mean("example")  # doctest: +SKIP
+        >>> patch_edges(model, task, sets).top()  # doctest: +SKIP
     """
     named = dict(edge_sets) if isinstance(edge_sets, Mapping) else {str(i): one for i, one in enumerate(edge_sets)}
     if not named:
@@ -80,21 +81,23 @@ def patch_edges(
         for name, mask in zip(named, masks, strict=True):
             if mask.shape != places:
                 raise MethodError(f"the set {name!r} has the shape {list(mask.shape)}; edges of {model.name} on {task.name} have {list(places)}.")
-        return _collected(patcher, list(named), lambda runs: set_effects(patcher.setting, runs, patcher.meter, masks, post_norm=post_norm))
+        live = required(patcher.setting.live[str(patcher.setting.sites[0])])
+        cells = {name: mask & live for name, mask in zip(named, masks, strict=True)}
+        return _collected(patcher, cells, lambda runs: set_effects(patcher.setting, runs, patcher.meter, masks, post_norm=post_norm))
 
 
 def kv_effects(
     model: Model,
     task: Task,
     *,
-    direction: str = "noising",
+    direction: str = "denoising",
     source: str = "paired",
     engine: str = "auto",
     post_norm: str = "renormalised",
     batch_size: int | None = None,
     progress: bool = True,
     max_memory: int | float | None = None,
-) -> xr.DataArray:
+) -> ScoreMap:
     """The exact effect of every edge into a key-value head: the changed key or value is seen by all query heads that share it.
 
     Scores of edges into ``a3.h7<k>`` change what that query head alone sees. Under grouped queries the effect of changing the key
@@ -103,7 +106,7 @@ def kv_effects(
     Args:
         model: the model.
         task: prompt pairs, answers and metric.
-        direction: ``noising`` or ``denoising``.
+        direction: ``denoising`` or ``noising``.
         source: what is patched in; see :class:`patchlab.methods.Method`.
         engine: see :class:`patchlab.ActivationPatching`.
         post_norm: see there.
@@ -112,7 +115,7 @@ def kv_effects(
         max_memory: most bytes to use for activations.
 
     Returns:
-        Effects in metric units, dims ``edge`` (named ``m0->a1.kv0<k>``) and ``example``.
+        A map with the site ``sets``: each is the copies of one edge, named ``m0->a1.kv0<k>``.
 
     Raises:
         MethodError: as every method.
@@ -124,7 +127,8 @@ def kv_effects(
         cells = np.argwhere(required(patcher.setting.live["edges"]) & first)
         names = [f"{graph.writers[writer]}->{graph.kv_name(reader)}" for writer, reader in cells.tolist()]
         options = {"engine": engine, "grouped": True, "post_norm": post_norm}
-        return _collected(patcher, names, lambda runs: edge_effects(patcher.setting, runs, patcher.meter, cells, **options), "edge")
+        masks = {name: _alone(graph, cell) for name, cell in zip(names, cells.tolist(), strict=True)}
+        return _collected(patcher, masks, lambda runs: edge_effects(patcher.setting, runs, patcher.meter, cells, **options))
 
 
 def _mask(graph: Graph, name: str, edges: Any) -> Bool[np.ndarray, "writer reader *pos"]:
@@ -152,24 +156,35 @@ def _patching(
         yield Patcher(exact, setting, batches, predicted, Meter(bar, "cell"))
 
 
-def _collected(patcher: Patcher, names: list[str], effects: Any, dim: str = "set") -> xr.DataArray:
-    """Effects of all batches, in the order of the examples."""
-    parts: list[Float[np.ndarray, "set batch"]] = []
-    metrics: list[tuple[np.ndarray, np.ndarray]] = []
+def _alone(graph: Graph, cell: Sequence[int]) -> Bool[np.ndarray, "writer reader"]:
+    """The copies of an edge into a key or value, in all query heads that share it."""
+    writer, reader = cell
+    mask = np.zeros(graph.allowed.shape, dtype=bool)
+    alike = graph.readers_of(int(graph.reader_layer[reader]), graph.reader_kind[reader])
+    mask[writer, alike][graph.sharing(int(graph.reader_head[reader]))] = True
+    return mask
+
+
+def _collected(patcher: Patcher, sets: Mapping[str, np.ndarray], effects: Callable[[Runs], Float[np.ndarray, "set batch"]]) -> ScoreMap:
+    """The effects of all batches; ``sets`` are the live edges of each."""
+    started = time.perf_counter()
+    parts, clean, corrupted, rounding = [], [], [], []
     for runs in patcher.runs():
-        parts.append(effects(runs))
-        metrics.append(_values(runs))
-    clean, corrupted = (np.concatenate([pair[i] for pair in metrics])[patcher.order] for i in (0, 1))
-    metric = patcher.setting.task.metric
-    provenance = {**patcher.exact._provenance(patcher.setting, {}), "engine": patcher.meter.engine}
-    return xr.DataArray(
-        np.concatenate(parts, axis=1)[:, patcher.order],
-        dims=(dim, "example"),
-        coords={dim: names, "metric_clean": ("example", clean), "metric_corrupted": ("example", corrupted)},
-        attrs={"units": metric.unit, "provenance": json.dumps(provenance)},
+        parts.append(effects(runs).T)
+        clean.append(runs.clean.double().cpu().numpy())
+        corrupted.append(runs.corrupted.double().cpu().numpy())
+        rounding.append(np.sqrt(2) * runs.rounding.metric)
+    setting, meter = patcher.setting, patcher.meter
+    what = digest({name: (list(mask.shape), mask.tobytes()) for name, mask in sets.items()}, "sets")
+    return ScoreMap.build(
+        {SETS: np.concatenate(parts)},
+        {SETS: np.array([mask.any() for mask in sets.values()])},
+        task_axis=None,
+        examples=np.concatenate([batch.examples.cpu().numpy() for batch in patcher.batches]),
+        metric_clean=np.concatenate(clean),
+        metric_corrupted=np.concatenate(corrupted),
+        provenance={**patcher.exact._provenance(setting, {}), "engine": meter.engine, "added_sites": {SETS: what}},
+        cost=Cost(meter.forwards, meter.backwards, meter.positions, time.perf_counter() - started),
+        noise={SETS: np.concatenate(rounding)},
+        names={SETS: CellNames({"set": list(sets)}, "set", "{set}")},
     )
-
-
-def _values(runs: Runs) -> tuple[np.ndarray, np.ndarray]:
-    clean, corrupted = (value.double().cpu().numpy() for value in (runs.clean, runs.corrupted))
-    return clean, corrupted

@@ -200,7 +200,10 @@ def _layout(cells: "_Cells", size: np.ndarray, most: int) -> Iterator[_Panel]:
         ranks = Axis(f"rank among the layer's {size.shape[1]}", places, tuple(str(i + 1) for i in places))
         yield "", ", by |effect| in their layer", np.take_along_axis(index, order, axis=1), cells.axis("layer", down=True), ranks
     elif len(axes) == 1:
-        yield "", "", index[:, None], cells.axis("layer", down=True), Axis("all positions", (), (), names=("all positions",))
+        named = f"{axes[0]}_name" in cells.mean.coords
+        rows = cells.ends(axes[0], np.arange(len(index))) if named else cells.axis(axes[0], down=True)
+        whole = "all positions" if axes[0] == "layer" else "effect"
+        yield "", "", index[:, None], rows, Axis(whole, (), (), names=(whole,))
     elif len(axes) == 2:
         yield "", "", index, cells.axis("layer", down=True), cells.axis(axes[1])
     else:

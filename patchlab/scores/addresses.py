@@ -22,6 +22,10 @@ def located(data: xr.Dataset, provenance: Mapping[str, Any], text: str | Site) -
         SiteError: a text that is no address, or no edge.
     """
     sites = [str(name) for name in data.data_vars]
+    for site in sites:
+        axes = axes_of(site)
+        if len(axes) == 1 and f"{axes[0]}_name" in data[site].coords and text in data[f"{axes[0]}_name"].to_numpy():
+            return site, {axes[0]: data[f"{axes[0]}_name"].to_numpy().tolist().index(text)}
     edge = isinstance(text, str) and "->" in text
     if not edge and not (parsed := Site.parse(text)).narrowed:
         if str(parsed) not in sites:
@@ -104,6 +108,8 @@ def address_of(data: xr.Dataset, provenance: Mapping[str, Any], site: str, cell:
     parsed = Site.parse(site)
     about, at = KINDS[parsed.kind], dict(zip(axes_of(site), cell, strict=True))
     where = {axis: _label(data, axis, at[axis]) for axis in POSITION_AXES if axis in at}
+    if data[site].attrs.get("names") and len(at) == 1:
+        return data[site].attrs["names"].format(**{axis: data[f"{axis}_name"].to_numpy()[number] for axis, number in at.items()})
     if "writer" in at:
         ends = f"@{where['dest']}<{where['src']}" if "dest" in where else f"@{where['pos']}" if where else ""
         return graph_of(provenance).name(at["writer"], at["reader"]) + ends

@@ -213,7 +213,9 @@ def cells_of(site: Site) -> CellKind:
     """
     name = KINDS[site.kind].cells
     if name not in CELLS:
-        raise MethodError(f"{site}: {unknown('kind of cells', name, CELLS, more='Add it with patchlab.methods.cells.add_cells.')}")
+        raise MethodError(
+            f"{site} ({KINDS[site.kind].what}): {unknown('kind of cells', name, CELLS, more='Add it with patchlab.methods.cells.add_cells.')}"
+        )
     return CELLS[name]
 
 
