@@ -32,6 +32,7 @@ from patchlab.engine.contributions import contributions
 from patchlab.engine.masked import run_circuits
 from patchlab.errors import CircuitError, ScoreError, TaskError
 from patchlab.graph import Graph
+from patchlab.metrics import Metric
 from patchlab.tasks.task import Task
 
 MODEL = ("gpt2", torch.float64)
@@ -59,7 +60,9 @@ def some(share: float = 0.6, seed: int = 0, family: str = "gpt2", positions: int
     return Circuit(graph, draw & (graph.allowed if positions is None else graph.allowed[:, :, None]))
 
 
-def measured(circuit: Circuit, task: Task, ablation: str = "resample", family: str = "gpt2", **options) -> pl.circuits.Evaluation:
+def measured(
+    circuit: Circuit | dict[str, Circuit], task: Task, ablation: str = "resample", family: str = "gpt2", **options
+) -> pl.circuits.Evaluation:
     return evaluate(model_of(family, torch.float64), circuit, task, ablation=ablation, progress=False, **options)
 
 
@@ -304,6 +307,32 @@ def test_no_faithfulness_without_a_behaviour() -> None:
         Scale(noise, np.zeros(20))
     with pytest.raises(ScoreError, match="one example, no CI"):
         Scale(np.array([1.0]), np.array([1.0]))
+
+
+def test_metrics_are_there_where_faithfulness_is_not_defined() -> None:
+    task = swap_task(4, metric=Metric("flat", lambda logits, answers: 0 * logits.amax(-1) + 0.5))
+    result = measured({"some": some(), "all": Circuit.full(some().graph)}, task, minimality="node")
+    with pytest.raises(ScoreError, match="faithfulness is not defined: full and fully ablated model differ by 0"):
+        result.faithfulness("some")
+    assert result.metric["some"].tolist() == result.metric_full.tolist() == [0.5] * 4
+    assert len(result.to_dataframe()) == 8
+    assert result.table[["faithfulness", "lo", "hi", "completeness"]].isna().all(axis=None)
+    assert len(result.minimality)
+    assert result.minimality[["minimality", "lo", "hi"]].isna().all(axis=None)
+    assert "some: " in repr(result)
+    assert "edges, flat 0.500" in repr(result)
+    assert "faithfulness is not defined" in repr(result)
+    assert json.dumps(result.provenance)
+
+
+def test_an_empty_circuit_does_not_stop_the_others() -> None:
+    task = gap_task(8)
+    both = measured({"none": Circuit.empty(some().graph), "some": some()}, task)
+    assert both.faithfulness("none") == 0
+    assert both.faithfulness("some") == measured(some(), task).faithfulness()
+    (note,) = both.provenance["notes"]
+    assert note.startswith("circuit 'none' has no edges, so its faithfulness is 0 by definition")
+    assert note in repr(both)
 
 
 def test_circuits_of_another_model_empty_ones_and_none() -> None:

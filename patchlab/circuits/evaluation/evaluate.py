@@ -13,7 +13,7 @@ from patchlab.circuits.evaluation.ablations import OptimalFit, still_falling
 from patchlab.circuits.evaluation.runner import Runner, checked
 from patchlab.circuits.evaluation.scale import Scale
 from patchlab.circuits.heldout import check_disjoint
-from patchlab.errors import CircuitError, unknown
+from patchlab.errors import CircuitError, ScoreError, unknown
 from patchlab.models import Model
 from patchlab.scores.arrays import plain
 from patchlab.stats.bootstrap import interval
@@ -32,7 +32,8 @@ class Evaluation:
         metric_full: of the full model.
         metric_empty: with every edge ablated.
         table: one row per circuit: ``circuit``, ``n_edges``, ``n_nodes``, ``metric`` (mean), ``faithfulness`` with its 95 % interval ``lo``, ``hi``
-            over examples, and ``completeness`` = faithfulness of the full graph without the circuit (low is good), with its interval.
+            over examples, and ``completeness`` = faithfulness of the full graph without the circuit (low is good), with its interval. All NaN
+            where the full model cannot be told from the fully ablated one; ``provenance["faithfulness_not_defined"]`` then says so.
         minimality: one row per circuit and part left out: ``circuit``, ``part`` (name of the edge or node), ``minimality`` = faithfulness lost
             without it, ``lo``, ``hi``; empty unless it was asked for.
         provenance: model, task, ablation, examples, JSON-able.
@@ -50,11 +51,14 @@ class Evaluation:
 
         Raises:
             CircuitError: no such circuit.
+            ScoreError: the full model cannot be told from the fully ablated one.
         """
         names = list(self.metric)
         name = names[0] if circuit is None and len(names) == 1 else circuit
         if name not in names:
             raise CircuitError(unknown("circuit", name, names))
+        if why := self.provenance.get("faithfulness_not_defined"):
+            raise ScoreError(why)
         return float(self.table["faithfulness"].to_numpy()[names.index(str(name))])
 
     def to_dataframe(self) -> pd.DataFrame:
@@ -68,11 +72,15 @@ class Evaluation:
     def __repr__(self) -> str:
         about = self.provenance
         head = f"Evaluation({about['model']} × {about['task']}, {about['metric']}, {about['ablation']} ablation)"
-        rows = [
-            f"  {row['circuit']}: {row['n_edges']:,} edges, faithfulness {row['faithfulness']:.3f} [{row['lo']:.3f}, {row['hi']:.3f}]"
-            + (f", completeness {row['completeness']:.3f}" if np.isfinite(row["completeness"]) else "")
-            for row in self.table.to_dict("records")
-        ]
+        if why := about.get("faithfulness_not_defined"):
+            rows = [f"  {row['circuit']}: {row['n_edges']:,} edges, {about['metric']} {row['metric']:.3f}" for row in self.table.to_dict("records")]
+            rows.append(f"  {why}")
+        else:
+            rows = [
+                f"  {row['circuit']}: {row['n_edges']:,} edges, faithfulness {row['faithfulness']:.3f} [{row['lo']:.3f}, {row['hi']:.3f}]"
+                + (f", completeness {row['completeness']:.3f}" if np.isfinite(row["completeness"]) else "")
+                for row in self.table.to_dict("records")
+            ]
         measured = np.isfinite(self.table["completeness"].to_numpy()).any()
         low = ["  completeness: faithfulness of the model without the circuit's edges; low is good"] if measured else []
         return "\n".join([head, *rows, *low, *still_falling(about), *(f"  note: {note}" for note in about.get("notes", ()))])
@@ -119,8 +127,7 @@ def evaluate(
         progress: show a progress bar on stderr; without a terminal, a line every ten seconds.
 
     Raises:
-        CircuitError: a circuit of another model or without edges, selection on the same examples, an ablation that does not fit.
-        ScoreError: the full model cannot be told from the fully ablated one.
+        CircuitError: a circuit of another model, no circuit with edges, selection on the same examples, an ablation that does not fit.
 
     Example:
         >>> evaluate(model, top_n(scores, 100), held_out).faithfulness()  # doctest: +SKIP
@@ -134,12 +141,15 @@ def evaluate(
         raise CircuitError(unknown("part for minimality", minimality, PARTS))
     for name in circuits:
         circuits[name] = checked(circuits[name], model, task, f"circuit {name!r}")
-        if not circuits[name].n_edges:
-            raise CircuitError(
-                f"circuit {name!r} has no edges, so its faithfulness is 0 by definition. Choose more edges: pruning leaves none where "
-                f"the chosen ones do not connect the input with the logits."
-            )
-    notes = [note for name, c in circuits.items() if (note := _of_other_weights(c, model, f"circuit {name!r}"))]
+    bare = [
+        f"circuit {name!r} has no edges, so its faithfulness is 0 by definition. Choose more edges: pruning leaves none where "
+        f"the chosen ones do not connect the input with the logits."
+        for name, one in circuits.items()
+        if not one.n_edges
+    ]
+    if len(bare) == len(circuits):
+        raise CircuitError(bare[0])
+    notes = bare + [note for name, c in circuits.items() if (note := _of_other_weights(c, model, f"circuit {name!r}"))]
     selection = {name: check_disjoint(c.provenance, task, f"circuit {name!r}", allow_overlap=allow_overlap) for name, c in circuits.items()}
     runner = Runner.of(
         model,
@@ -157,7 +167,8 @@ def evaluate(
     runs = [*named.values(), *(~c for c in circuits.values() if completeness), *(rest for *_, rest in left_out)]
     measured = runner.metric(runs, progress=progress)
     found = measured.metric
-    scale = Scale(runner.full(), found[0], n_boot, seed)
+    full, empty = runner.full(), found[0]
+    scale, undefined = _scale(full, empty, n_boot, seed)
     n = len(circuits)
     complements = found[1 + n : 1 + 2 * n] if completeness else None
     rest = found[len(runs) - len(left_out) :]
@@ -166,8 +177,8 @@ def evaluate(
     parts[["minimality", "lo", "hi"]] = _lost(scale, own, rest)
     return Evaluation(
         {name: _frozen(values) for name, values in zip(circuits, found[1 : 1 + n], strict=True)},
-        _frozen(scale.full),
-        _frozen(scale.empty),
+        _frozen(full),
+        _frozen(empty),
         _table(circuits, scale, found[1 : 1 + n], complements),
         parts,
         plain(
@@ -178,6 +189,7 @@ def evaluate(
                 "n_boot": n_boot,
                 "seed": seed,
                 "notes": notes,
+                **undefined,
             }
         ),
     )
@@ -212,16 +224,24 @@ def _without_parts(circuit: Circuit, kind: str | None) -> list[tuple[str, Circui
     return found
 
 
-def _lost(scale: Scale, own: Float[np.ndarray, "part example"], rest: Float[np.ndarray, "part example"]) -> Float[np.ndarray, "part three"]:
-    if not len(own):
-        return np.zeros((0, 3))
+def _scale(full: Float[np.ndarray, " example"], empty: Float[np.ndarray, " example"], n_boot: int, seed: int) -> tuple[Scale | None, dict[str, str]]:
+    """The scale of faithfulness; or what provenance says where there is none."""
+    try:
+        return Scale(full, empty, n_boot, seed), {}
+    except ScoreError as error:
+        return None, {"faithfulness_not_defined": str(error)}
+
+
+def _lost(scale: Scale | None, own: Float[np.ndarray, "part example"], rest: Float[np.ndarray, "part example"]) -> Float[np.ndarray, "part three"]:
+    if not len(own) or scale is None:
+        return np.full((len(own), 3), np.nan)
     low, high = interval(scale.resampled(own) - scale.resampled(rest))
     return np.stack([scale.value(own) - scale.value(rest), low, high], 1)
 
 
 def _table(
     circuits: Mapping[str, Circuit],
-    scale: Scale,
+    scale: Scale | None,
     metric: Float[np.ndarray, "circuit example"],
     complements: Float[np.ndarray, "circuit example"] | None,
 ) -> pd.DataFrame:
@@ -235,8 +255,9 @@ def _table(
     )
     for name, values in (("", metric), ("completeness", complements)):
         column = name or "faithfulness"
-        table[column] = np.nan if values is None else scale.value(values)
-        low, high = (np.nan, np.nan) if values is None else interval(scale.resampled(values))
+        known = values is not None and scale is not None
+        table[column] = scale.value(values) if known else np.nan
+        low, high = interval(scale.resampled(values)) if known else (np.nan, np.nan)
         table[f"{name}_lo".strip("_")], table[f"{name}_hi".strip("_")] = low, high
     return table
 
