@@ -17,9 +17,8 @@ from typer.testing import CliRunner
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
-PAGES = [
-    path.relative_to(ROOT).as_posix() for path in (ROOT / "README.md", DOCS / "index.md", DOCS / "concepts.md", *sorted(DOCS.glob("howto/*.md")))
-]
+FILES = (ROOT / "README.md", DOCS / "index.md", DOCS / "concepts.md", *sorted(DOCS.glob("howto/*.md")))
+PAGES = [path.relative_to(ROOT).as_posix() for path in FILES]
 BLOCK = re.compile(r"^(?P<mark><!-- not run -->\n)?```python\n(?P<code>.*?)^```$", re.M | re.S)
 NOT_RUN = {("docs/howto/own.md", 'model = pl.load_model("gpt2", dtype="float32", device="cpu")'): "a hub model: tests have no network"}
 """Blocks that are shown and not run, by page and first line, with the reason."""
