@@ -1,5 +1,6 @@
 """The README and the documentation site: every block of Python on a page runs, in order, and nothing that exists is left out."""
 
+import importlib.util
 import re
 import shlex
 import sys
@@ -118,6 +119,35 @@ def test_the_reference_lists_the_public_names():
 
     listed = re.findall(r"^\| `pl\.(\w+)`", (DOCS / "reference" / "index.md").read_text(encoding="utf-8"), re.M)
     assert sorted(listed) == sorted(set(pl.__all__) - {"__version__"})
+
+
+@pytest.mark.parametrize(
+    ("text", "loads"),
+    [
+        ('<script src="https://a.example/x.js"></script>', True),
+        ("<link rel=stylesheet href=//a.example/x.css>", True),
+        ('<link rel="preconnect" href="https://fonts.example" crossorigin>', True),
+        ('<img alt="a" src="http://a.example/x.png">', True),
+        ("@font-face { src: url(https://a.example/x.woff2) }", True),
+        ('@import "https://a.example/x.css";', True),
+        ('<link rel="canonical" href="https://a.example/">', False),
+        ('<a href="https://arxiv.org/abs/2508.21258">RelP</a>', False),
+        ('<script src="../assets/x.js"></script><link rel="stylesheet" href="site.css"><img src="figures/a.svg">', False),
+        ("background: url(data:image/svg+xml;base64,AAAA)", False),
+    ],
+)
+def test_what_a_page_of_the_site_loads_is_seen(text, loads):
+    assert bool(offline().loaded(text)) is loads
+
+
+def offline() -> Any:
+    """The hook of the site's build that refuses such pages."""
+    spec = importlib.util.spec_from_file_location("offline", ROOT / "scripts" / "pages" / "offline.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def test_the_citation_names_the_version():
