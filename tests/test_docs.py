@@ -109,6 +109,18 @@ def test_the_readme_is_short_and_begins_with_one_picture():
     assert re.findall(r"^make \w+", text, re.M) == ["make demo", "make test"]
 
 
+PLACES = re.compile(r"\b(?:benchmarks|datasets|docs|notebooks|patchlab|scripts|tests)/[\w*./-]*\w")
+
+
+@pytest.mark.parametrize(
+    "page", [path.relative_to(ROOT).as_posix() for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md")))]
+)
+def test_files_that_pages_name_are_there(page):
+    spans = re.findall(r"`([^`\n]+)`", (ROOT / page).read_text(encoding="utf-8"))
+    named = {place for span in spans for place in PLACES.findall(span) if "NAME" not in place}
+    assert not [place for place in named if not list(ROOT.glob(place))]
+
+
 def test_every_package_and_every_module_beside_them_has_a_place_in_the_reference():
     package = ROOT / "patchlab"
     folders = {path.parent.name for path in package.glob("*/__init__.py")} - {"cli"}  # the page on the command line
