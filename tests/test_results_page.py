@@ -134,3 +134,8 @@ def test_rows_of_the_readme_are_those_of_the_comparison(found, monkeypatch):
     low, high = (readme.number(apart[f"pearson_per_prompt_{end}"], signed=True) for end in ("lo", "hi"))
     values = [readme.number(live.loc[name, "pearson_per_prompt"]) for name in ("atp", "relp")]
     assert first[3].startswith(f"{values[0]} → {values[1]} [{low}, {high}]")
+
+
+def test_marks_are_counted_by_site_and_form():
+    body = [["m", "per prompt", "a ▲", "b ▼"], ["", "of means", "c", "d ▼"], ["l", "per prompt", "e ▲", "f"], ["", "of means", "g ▲", "h ▼"]]
+    assert readme.counts(body) == [["all 2", "per prompt", "**2 ▲, 0 ▼**", "**0 ▲, 1 ▼**"], ["", "of means", "**1 ▲, 0 ▼**", "**0 ▲, 2 ▼**"]]

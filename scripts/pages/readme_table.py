@@ -44,6 +44,16 @@ def rows(model: str, task: str, comparison: Comparison) -> list[list[str]]:
     ]
 
 
+def counts(body: list[list[str]]) -> list[list[str]]:
+    """In how many settings each site is surely better and worse, a row per form."""
+    found = []
+    for i, words in enumerate(FORMS.values()):
+        columns = zip(*(row[2:] for row in body[i :: len(FORMS)]), strict=True)
+        cells = [f"**{sum('▲' in one for one in column)} ▲, {sum('▼' in one for one in column)} ▼**" for column in columns]
+        found.append([f"all {len(body) // len(FORMS)}" if i == 0 else "", words, *cells])
+    return found
+
+
 def insert(readme: Path, text: str) -> None:
     """Put the text between the markers of the README."""
     whole = readme.read_text(encoding="utf-8")
@@ -73,7 +83,7 @@ def main() -> None:
     told = (
         f"{arguments.n} pairs each that the model solves. The exact maps themselves have a split-half reliability of at least {number(min(halves))}."
     )
-    insert(arguments.readme, table(["AtP → RelP", "", *(f"`{site}`" for site in SITES)], body) + "\n\n" + told)
+    insert(arguments.readme, table(["AtP → RelP", "", *(f"`{site}`" for site in SITES)], body + counts(body)) + "\n\n" + told)
 
 
 if __name__ == "__main__":
