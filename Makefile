@@ -1,6 +1,7 @@
 # make demo    the demo: four patching methods on two packaged models, results in patchlab-demo/index.html
 # make test    the tests
 # make check   ruff, pyright and the tests
+# make docs    the documentation site, in site/; open site/index.html
 # make notebook   execute notebooks/quickstart.py into the .ipynb (needs Chromium or Chrome for the pictures)
 # Another interpreter: make PYTHON=python3.12 test
 
@@ -8,7 +9,7 @@ PYTHON ?= python3
 OUT ?= patchlab-demo
 BIN := .venv/bin
 
-.PHONY: demo test check lint notebook clean
+.PHONY: demo test check lint docs notebook clean
 
 demo: .venv/.ok
 	$(BIN)/patchlab demo --force --out "$(OUT)"
@@ -23,6 +24,9 @@ lint: .venv/.ok
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
+docs: .venv/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict -q
+
 notebook: .venv/.ok
 	$(BIN)/python -m pip install -qq -c constraints.txt -e '.[test,notebooks]'
 	PLOTLY_RENDERER=plotly_mimetype+png $(BIN)/jupytext --to ipynb --execute notebooks/quickstart.py
@@ -34,5 +38,9 @@ notebook: .venv/.ok
 	$(BIN)/python -m pip install -qq -c constraints.txt -e '.[test]'
 	@touch $@
 
+.venv/.docs: .venv/.ok
+	$(BIN)/python -m pip install -qq -c constraints.txt -e '.[docs]'
+	@touch $@
+
 clean:
-	rm -rf .venv build dist .pytest_cache .ruff_cache
+	rm -rf .venv build dist site .pytest_cache .ruff_cache

@@ -29,7 +29,7 @@ _NAME = re.compile(r"(?P<end>input|logits)|m(?P<mlp>\d+)|a(?P<layer>\d+)\.h(?P<h
 class Node(NamedTuple):
     """A node, or one input of a head: a row of a graph's tables.
 
-    Args:
+    Attributes:
         kind: ``input``, ``head``, ``mlp`` or ``logits``; of the inputs of a head ``q``, ``k`` or ``v``.
         layer: its block; None for the input and the logits.
         unit: which query head it is, or belongs to; None where there is one in a block, or in the model.

@@ -23,7 +23,7 @@ def report_of(script: str, *options: str) -> dict[str, Any]:
 
 
 def page_maker() -> Any:
-    spec = importlib.util.spec_from_file_location("make_performance_page", ROOT / "benchmarks" / "make_performance_page.py")
+    spec = importlib.util.spec_from_file_location("make_performance_page", ROOT / "scripts" / "pages" / "make_performance_page.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -96,8 +96,10 @@ def test_results_are_replaced_row_by_row() -> None:
     assert found["pairs"] == 8
 
 
-@pytest.mark.parametrize("script", ["edges.py", "exact_sweep.py", "linearized.py", "make_performance_page.py"])
+@pytest.mark.parametrize(
+    "script", ["benchmarks/edges.py", "benchmarks/exact_sweep.py", "benchmarks/linearized.py", "scripts/pages/make_performance_page.py"]
+)
 def test_every_benchmark_says_what_it_does(script: str) -> None:
-    done = subprocess.run([sys.executable, str(ROOT / "benchmarks" / script), "--help"], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, str(ROOT / script), "--help"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "--tiny" not in done.stdout

@@ -624,18 +624,18 @@ def test_compare_of_edges(tmp_path):
     assert {"heatmaps.html", "agreement.html", "scores.atp.nc"} <= {path.name for path in (tmp_path / "out").iterdir()}
 
 
-def readme_commands() -> list[list[str]]:
-    """The patchlab commands of the README's shell blocks, in order."""
-    text = (Path(__file__).resolve().parents[1] / "README.md").read_text()
+def documented_commands() -> list[list[str]]:
+    """The patchlab commands of the shell blocks on the page about the command line, in order."""
+    text = (Path(__file__).resolve().parents[1] / "docs" / "command-line.md").read_text()
     shell = "\n".join(re.findall(r"```sh\n(.*?)```", text, re.S)).replace("\\\n", " ")
     return [shlex.split(line, comments=True)[1:] for line in shell.splitlines() if line.startswith("patchlab ")]
 
 
 @pytest.mark.usefixtures("no_images")
-def test_the_commands_of_the_readme_work_in_order_in_one_folder(tmp_path, monkeypatch):
-    """With fewer pairs than the README has, and the smallest model."""
+def test_the_commands_of_the_page_work_in_order_in_one_folder(tmp_path, monkeypatch):
+    """With fewer pairs than the page has, and the smallest model."""
     monkeypatch.chdir(tmp_path)
-    lines = readme_commands()
+    lines = documented_commands()
     assert [words[0] for words in lines] == ["compare", "tasks", "circuit", "circuit", "circuit", "circuit"]
     for words in lines:
         fewer = ["--model", "demo-gpt2-4l", "--n", "8"] if "--model" in words else []

@@ -13,7 +13,7 @@ from score_maps import altered, random_map
 from patchlab.comparison.compare import FORMS, compare
 from patchlab.scores import ScoreMap
 
-SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
+SCRIPTS = Path(__file__).resolve().parents[1] / "scripts" / "pages"
 
 
 def script(name: str) -> ModuleType:
@@ -21,7 +21,9 @@ def script(name: str) -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.syspath_prepend(SCRIPTS)  # as for a script that is run
+        spec.loader.exec_module(module)
     return module
 
 
@@ -113,9 +115,27 @@ def test_the_page_takes_its_verdicts_and_numbers_from_the_comparisons(found):
 
 
 def test_cells_of_the_readme_mark_differences_that_exclude_0(found):
-    assert [readme.number(value) for value in (0.891, -0.12, 1.0, 0.999, -1.0, 0.0, None)] == [".89", "−.12", "1.00", "1.00", "−1.00", ".00", "–"]
-    row = {f"{form}{end}": 0.5 for form in FORMS for end in ("", "_lo", "_hi")}
-    difference = {f"{form}{end}": 0.0 for form in FORMS for end in ("_lo", "_hi")}
-    assert readme.cell(row, None) == readme.cell(row, difference) == "m .50 [.50, .50]<br>p .50 [.50, .50]<br>a .50 [.50, .50]"
-    difference |= {"pearson_lo": 0.01, "pearson_pooled_hi": -0.01}
-    assert readme.cell(row, difference) == "m .50 [.50, .50] ▲<br>p .50 [.50, .50]<br>a .50 [.50, .50] ▼"
+    assert [readme.number(value) for value in (0.891, -0.12, 1.0, 0.999, -1.0, 0.0)] == [".89", "−.12", "1.00", "1.00", "−1.00", ".00"]
+    assert [readme.number(value, signed=True) for value in (0.06, -0.004, 1.2)] == ["+.06", "−.00", "+1.20"]
+    base, row = ({"pearson": value} for value in (0.5, 0.625))
+    told = {(0.01, 0.2): " ▲", (-0.2, -0.01): " ▼", (-0.1, 0.3): "", (0.0, 0.3): ""}
+    for (low, high), mark in told.items():
+        text = readme.cell(base, row, {"pearson_lo": low, "pearson_hi": high}, "pearson")
+        assert text == f".50 → .62 [{readme.number(low, signed=True)}, {readme.number(high, signed=True)}]{mark}"
+
+
+def test_rows_of_the_readme_are_those_of_the_comparison(found, monkeypatch):
+    monkeypatch.setattr(readme, "SITES", ("attn_out", "z"))
+    comparison = found["m", "greater_than", "nodes"]
+    first, second = readme.rows("m", "greater_than", comparison)
+    assert (first[:2], second[:2]) == (["m greater_than", "per prompt"], ["", "of means"])
+    live = comparison.table.query("cells == 'live' and site == 'z'").set_index("method")
+    apart = comparison.differences.query("cells == 'live' and site == 'z' and method == 'relp' and other == 'atp'").iloc[0]
+    low, high = (readme.number(apart[f"pearson_per_prompt_{end}"], signed=True) for end in ("lo", "hi"))
+    values = [readme.number(live.loc[name, "pearson_per_prompt"]) for name in ("atp", "relp")]
+    assert first[3].startswith(f"{values[0]} → {values[1]} [{low}, {high}]")
+
+
+def test_marks_are_counted_by_site_and_form():
+    body = [["m", "per prompt", "a ▲", "b ▼"], ["", "of means", "c", "d ▼"], ["l", "per prompt", "e ▲", "f"], ["", "of means", "g ▲", "h ▼"]]
+    assert readme.counts(body) == [["all 2", "per prompt", "**2 ▲, 0 ▼**", "**0 ▲, 1 ▼**"], ["", "of means", "**1 ▲, 0 ▼**", "**0 ▲, 2 ▼**"]]

@@ -28,7 +28,7 @@ WHOLE = 2**62
 class Loss(NamedTuple):
     """How the fit of one circuit's constants went: KL to the full model in nats, mean over the training examples.
 
-    Args:
+    Attributes:
         at_mean: with the means that the fit starts from.
         final: at the best step.
         still_falling: whether the last quarter of the steps still lowered it by more than a tenth.

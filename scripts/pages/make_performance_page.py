@@ -1,7 +1,7 @@
 """Write docs/performance.md from what the benchmarks measured.
 
     python benchmarks/exact_sweep.py --json > sweep.txt
-    python benchmarks/make_performance_page.py sweep.txt
+    python scripts/pages/make_performance_page.py sweep.txt
 
 Every file named is the output of a benchmark run with ``--json``; its last line goes into ``benchmarks/results/``, where rows
 of earlier runs that it does not measure again stay. Without files the page is written from what is there.
@@ -13,9 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
-RESULTS = HERE / "results"
-PAGE = HERE.parent / "docs" / "performance.md"
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+PAGE = ROOT / "docs" / "performance.md"
 _KEYS = {
     "results": ("model", "workload", "map", "asked", "task", "seed", "sample", "screen"),
     "ideas": ("workload", "map", "idea"),
@@ -261,13 +261,14 @@ def page(reports: dict[str, dict[str, Any]]) -> str:
     """The whole page."""
     parts = [
         "# Performance\n",
-        "Made by `python benchmarks/make_performance_page.py` from `benchmarks/results/`; do not edit. Models have random weights of the shapes of "
-        "GPT-2 small and of a small Llama (12 layers, width 768, 12 heads, 4 of them for keys and values).\n",
+        "Made by `python scripts/pages/make_performance_page.py` from `benchmarks/results/`; do not edit. Models have random weights of the shapes "
+        "of GPT-2 small and of a small Llama (12 layers, width 768, 12 heads, 4 of them for keys and values).\n",
     ]
     return "\n".join(parts + [PARTS[name](reports[name]) + "\n" for name in PARTS if name in reports])
 
 
 def main() -> None:
+    """Take in new results, and write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("outputs", nargs="*", type=Path, help="outputs of benchmarks run with --json")
     for path in parser.parse_args().outputs:

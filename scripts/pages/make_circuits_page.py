@@ -1,6 +1,6 @@
 """Make docs/circuits.md and its figures: which edge scores find the smaller faithful circuit on the packaged models.
 
-Run it in the repository: ``python scripts/make_circuits_page.py`` (about five minutes on one core; figures need the extra ``images`` and a
+Run it in the repository: ``python scripts/pages/make_circuits_page.py`` (about five minutes on one core; figures need the extra ``images`` and a
 Chromium or Chrome). Every number of the page is measured here: 96 IOI pairs that the model solves, seed 0, cut into a half to score and choose
 on, a quarter to find the size on, and a quarter to report on.
 """
@@ -20,7 +20,7 @@ from patchlab.circuits.evaluation.curve import RANDOM
 from patchlab.methods import get_method
 from patchlab.testing import auc_table
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 MODELS = ("demo-gpt2", "demo-llama")
 METHODS = {"EAP": "atp", "EAP-IG-5": "ig:5", "edge-RelP": "relp", "edge-RelP+IG-5": "relp+ig:5", "exact": "exact"}
 ABLATIONS = ("resample", "mean", "zero")
@@ -168,7 +168,7 @@ def toys() -> str:
     rows = [[f"`{name}`", *(f"{value:.3f}" for value in row)] for name, row in zip(aucs.index, aucs.to_numpy(), strict=True)]
     return f"""## Known circuits
 
-Two small models whose circuit follows from their weights ([patchlab/testing/circuits.py](../patchlab/testing/circuits.py)): an induction circuit in
+Two small models whose circuit follows from their weights ([patchlab.testing.circuits](reference/testing.md)): an induction circuit in
 two layers of attention, and one with an MLP that looks up a word. There is no redundancy, so exact patching finds every edge. The numbers are
 the AUC of |effect| against the true edges, over all edges of the graph; edges that a method does not score (queries and keys, where it holds the
 pattern constant) rank last. At the higher sharpness the softmax of the true heads is saturated and passes next to no gradient at the clean run.
@@ -179,7 +179,7 @@ pattern constant) rank last. At the higher sharpness the softmax of the true hea
 
 INTRODUCTION = """# Circuits
 
-Made by `python scripts/make_circuits_page.py` (TIME); do not edit. Edge scores estimate what a patch of one edge does; a circuit
+Made by `python scripts/pages/make_circuits_page.py` (TIME); do not edit. Edge scores estimate what a patch of one edge does; a circuit
 is the part of the graph that they pick; whether it explains the behaviour is measured by running it. This page does that on the packaged models.
 
 - **EAP** is `atp`, **EAP-IG-5** is `ig:5` (midpoint rule), **edge-RelP** is `relp`, **edge-RelP+IG-5** is `relp+ig:5` (relevance coefficients

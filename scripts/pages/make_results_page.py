@@ -1,7 +1,7 @@
 """Make docs/results.md: how well the approximations agree with exact patching on the packaged models, and which method that speaks for.
 
-Run it in the repository: ``python scripts/make_results_page.py`` (about a quarter of an hour on one core). Every number and every verdict of the
-page is computed here, from pairs that the model solves, seed 0; the rule that turns tables into recommendations is :func:`verdicts`.
+Run it in the repository: ``python scripts/pages/make_results_page.py`` (about a quarter of an hour on one core). Every number and every verdict of
+the page is computed here, from pairs that the model solves, seed 0; the rule that turns tables into recommendations is :func:`verdicts`.
 """
 
 import argparse
@@ -20,7 +20,7 @@ import patchlab as pl
 from patchlab.comparison.compare import FORMS, Comparison
 from patchlab.methods import get_method
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 MODELS = ("demo-gpt2", "demo-llama")
 TASKS: dict[str, dict[str, Any]] = {"ioi": {}, "agreement": {"variant": "across_rc"}, "greater_than": {}}
 BASE = "atp"
@@ -37,11 +37,11 @@ KINDS = {"residual stream": ("resid_pre",), "attention": ("attn_out", "z"), "MLP
 LEVEL = 0.95
 
 
-def measure(model: Any, task: str, run: str, n: int, seed: int) -> Comparison:
+def measure(model: Any, task: str, run: str, n: int, seed: int, methods: Sequence[str] = METHODS) -> Comparison:
     """The comparison of one run."""
     sites, direction = RUNS[run]
     pairs = pl.load_task(task, model, n=n, seed=seed, only_correct=True, **TASKS[task])
-    names = [name for name in ("exact", *METHODS) if run != "edges" or name not in HELD]
+    names = [name for name in ("exact", *methods) if run != "edges" or name not in HELD]
     maps = {name: get_method(name).run(model, pairs, sites, direction=direction, progress=False) for name in names}
     exact = maps.pop("exact")
     return pl.compare(exact, maps, seed=seed)
@@ -214,7 +214,7 @@ def costs(found: Mapping[tuple[str, str, str], Comparison]) -> str:
 
 INTRODUCTION = """# Results
 
-Made by `python scripts/make_results_page.py` (TIME); do not edit. How well the approximations agree with exact patching on the packaged models,
+Made by `python scripts/pages/make_results_page.py` (TIME); do not edit. How well the approximations agree with exact patching on the packaged models,
 and what that says about which to use.
 
 - Agreement is the Pearson correlation with exact patching over the **live** cells (those that could matter), in three forms: **of means**

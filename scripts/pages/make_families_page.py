@@ -1,6 +1,6 @@
 """Make docs/families.md: what works on which architecture, measured on tiny models with random weights.
 
-Run it in the repository: ``python scripts/make_families_page.py`` (about three minutes on one core). Every cell is measured by
+Run it in the repository: ``python scripts/pages/make_families_page.py`` (about three minutes on one core). Every cell is measured by
 :mod:`patchlab.testing.family`; nothing is looked up.
 """
 
@@ -16,7 +16,7 @@ import transformers
 from patchlab.testing.family import Family, measure_family
 from patchlab.testing.zoo import ZOO
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 LAYERS = 2
 RULES = ("relp", "relp-ah")
 RIGHT = 1e-6
@@ -91,7 +91,7 @@ def page(families: Sequence[Family]) -> str:
 
 What works on which architecture. Each row is measured on a model of {LAYERS} layers with random weights (`patchlab.testing.zoo`), in float64 where
 the architecture runs in it, with transformers {transformers.__version__} and TransformerLens {version("transformer-lens")};
-`python scripts/make_families_page.py` makes this page. A cell says what was found, or that patchlab refuses, with the reason.
+`python scripts/pages/make_families_page.py` makes this page. A cell says what was found, or that patchlab refuses, with the reason.
 
 - **loads**: the bridged model gives the logits of the Hugging Face model, and its residual stream passes the self-test.
 - **exact = literal**: exact patching of every site, also by position and head, against one whole forward pass per cell. `prefix` computes
