@@ -504,7 +504,10 @@ def hub(online: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[http.server.T
 )
 def test_what_the_hub_says_is_passed_on(hub, status: int, message: str) -> None:
     hub.status = status
-    _refused("someone/tiny", rf"unknown model 'someone/tiny';.* Valid: .*demo-gpt2.* It is not cached, and {message}")
+    _refused(
+        "someone/tiny",
+        rf"unknown model 'someone/tiny';.* Valid: .*demo-gpt2.* There is no such directory, it is not cached, and {message}",
+    )
     assert hub.requests == ["HEAD /someone/tiny/resolve/main/config.json"]
 
 

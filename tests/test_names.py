@@ -139,7 +139,7 @@ def test_names_that_are_in_files_stay() -> None:
 
 
 def test_names_of_options() -> None:
-    assert ActivationPatching("mean", "literal").name == "exact[engine=literal]@mean"
+    assert ActivationPatching("literal", source="mean").name == "exact[engine=literal]@mean"
     assert pl.IntegratedGradients(5, rules="relp", source="zero", qk_fix=True).name == "relp+ig:5+qk@zero"
     assert SecondOrder(probes=4, seed=1).name == "second-order:4[seed=1]"
     assert SecondOrder(tolerance=0.3).name == "second-order[tolerance=0.3]"
@@ -367,9 +367,9 @@ def test_methods_of_ones_own(registries: None) -> None:
         by: int | None = None
         loud: bool = False
 
-    for method in (Scaled(), Scaled("zero", by=3, loud=True), Scaled(engine="literal", by=2)):
+    for method in (Scaled(), Scaled(source="zero", by=3, loud=True), Scaled(engine="literal", by=2)):
         assert get_method(method.name) == method
-    assert Scaled("zero", by=3, loud=True).name == "scaled:3[loud=true]@zero"
+    assert Scaled(source="zero", by=3, loud=True).name == "scaled:3[loud=true]@zero"
     assert METHODS["scaled:N"] == "N times as much"
 
     @register_method("needy", "needs")

@@ -82,7 +82,7 @@ def test_the_cost_counts_what_was_run() -> None:
             pl.AttributionPatching(),
         ),
         (swap_task(changed=(3,), metric="neg_kl"), "noising", pl.IntegratedGradients(1)),
-        (swap_task(changed=(3,)), "denoising", pl.AttributionPatching("zero")),
+        (swap_task(changed=(3,)), "denoising", pl.AttributionPatching(source="zero")),
     ],
     ids=["first token", "one pair differs at once", "metric reads all positions", "clean run is the reference", "source is not paired"],
 )

@@ -67,7 +67,8 @@ def check_alike(reference_name: str, reference: ScoreMap, name: str, other: Scor
         raise refuse("the surrounding interventions", _shortened(here.get("ambient", [])), _shortened(there.get("ambient", [])), "run both alike")
     added = [record.get("added_sites", {}) for record in (here, there)]
     if added[0] != added[1]:
-        raise refuse("the sites that were added to the model", *(_shortened(one.values()) for one in added), "score the same dictionary with both")
+        first, second = (_shortened(one.values()) for one in added)
+        raise refuse("the sites that were added to the model", first, second, "score the same dictionary with both")
     forms = [record.get("post_norm", "renormalised") for record in (here, there)]  # what a linearised score estimates
     if forms[0] != forms[1]:
         raise refuse("what edges out of heads carry through the norm after the attention", forms[0], forms[1], "take one form with both (post_norm=)")

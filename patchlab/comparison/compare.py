@@ -403,8 +403,12 @@ def _reliability(exact: Float[np.ndarray, "example cell"], halves: np.ndarray) -
     return {"half_pearson": half, "reliability": spearman_brown(half)}
 
 
+def _sentence(text: str) -> str:
+    return f"{text[:1].upper()}{text[1:].removesuffix('.')}."
+
+
 def _notes(reference: ScoreMap, name_of_reference: str, methods: Mapping[str, ScoreMap], n: int, certain: bool) -> list[str]:
-    notes = []
+    notes = [_sentence(note) for note in dict.fromkeys(note for one in (reference, *methods.values()) for note in one.provenance.get("notes", ()))]
     for name, scores in {name_of_reference: reference, **methods}.items():
         by_reason: dict[str, list[str]] = {}
         for site, reason in scores.not_scored.items():

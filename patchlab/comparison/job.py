@@ -195,8 +195,8 @@ def cost_line(
     plans = {name: scoring_method(name).plan(model, task, sites, direction=direction, batch_size=batch_size) for name in names}
     if not plans:
         return None
-    counts = (sum(getattr(plan, part) for plan in plans.values()) for part in ("forwards", "backwards", "work"))
-    whole = Plan(*counts, tuple(dict.fromkeys(site for plan in plans.values() for site in plan.uncounted)))
+    forwards, backwards, total = (sum(getattr(plan, part) for plan in plans.values()) for part in ("forwards", "backwards", "work"))
+    whole = Plan(forwards, backwards, total, tuple(dict.fromkeys(site for plan in plans.values() for site in plan.uncounted)))
     many = [one for one in map(scoring_method, names) if isinstance(one, LinearizedPatching) and (one.n_steps or 0) > FEW_POINTS]
     points = f", or fewer points ({replace(many[0], n_steps=FEW_POINTS).name} instead of {many[0].name})" if many else ""
     work = {name: plan.work for name, plan in plans.items()}

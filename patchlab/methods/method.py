@@ -7,7 +7,7 @@ effects of one batch are found.
 import importlib.metadata
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -39,13 +39,13 @@ from patchlab.tasks.task import Batch, Task
 
 @dataclass(frozen=True)
 class Method(ABC):
-    """Base of all methods. Subclasses are frozen dataclasses; ``source`` says what is patched in.
+    """Base of all methods. Subclasses are frozen dataclasses; ``source``, which goes by keyword, says what is patched in.
 
     ``source``: ``paired`` (the other prompt's activation), ``zero``, ``mean`` (over all examples and positions of the other
     prompts) or ``mean_positional`` (over examples only).
     """
 
-    source: str = "paired"
+    source: str = field(default="paired", kw_only=True)
     unit: ClassVar[str] = "forward"
 
     def __post_init__(self) -> None:

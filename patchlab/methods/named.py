@@ -27,7 +27,7 @@ def AttributionPatching(
         raise MethodError(
             "AttributionPatching is the plain gradient at one point; use RelevancePatching(rules=...) or IntegratedGradients(n_steps=...)."
         )
-    return LinearizedPatching(source, qk_fix=qk_fix, grad_drop=grad_drop)
+    return LinearizedPatching(source=source, qk_fix=qk_fix, grad_drop=grad_drop)
 
 
 def IntegratedGradients(
@@ -51,7 +51,7 @@ def IntegratedGradients(
         >>> IntegratedGradients(5, rules="relp").name
         'relp+ig:5'
     """
-    return LinearizedPatching(source, rules, n_steps, over, quadrature, qk_fix, grad_drop)
+    return LinearizedPatching(rules, n_steps, over, quadrature, qk_fix, grad_drop, source=source)
 
 
 def RelevancePatching(
@@ -63,4 +63,4 @@ def RelevancePatching(
         >>> RelevancePatching().name, RelevancePatching("relp-ah").name, RelevancePatching("lrp[ln,identity]").name
         ('relp', 'relp-ah', 'lrp[ln,identity]')
     """
-    return LinearizedPatching(source, rules, qk_fix=qk_fix, grad_drop=grad_drop)
+    return LinearizedPatching(rules, qk_fix=qk_fix, source=source, grad_drop=grad_drop)

@@ -65,7 +65,9 @@ def _ask(name: str, endpoint: str, known: list[str]) -> None:
             403: "access to it is restricted: set HF_TOKEN to a token that has access",
             404: "the hub has no such model, or it has no config.json",
         }.get(error.code, f"the hub at {endpoint} answered with HTTP {error.code}")
-        raise ModelError(unknown("model", name, known, more=f"It is not cached, and {why}. Or give a local directory.")) from error
+        raise ModelError(
+            unknown("model", name, known, more=f"There is no such directory, it is not cached, and {why}. Or give a local directory.")
+        ) from error
     except (OSError, ValueError) as error:
         reason = getattr(error, "reason", error)
         raise ModelError(
@@ -73,7 +75,7 @@ def _ask(name: str, endpoint: str, known: list[str]) -> None:
                 "model",
                 name,
                 known,
-                more=f"It is not cached, and {endpoint} did not answer within {HUB_TIMEOUT:g} s ({reason}). Or give a local directory.",
+                more=f"There is no such directory, it is not cached, and {endpoint} did not answer within {HUB_TIMEOUT:g} s ({reason}).",
             )
         ) from error
 

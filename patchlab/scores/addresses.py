@@ -56,9 +56,9 @@ def _node(site: Site) -> tuple[str, dict[str, Any]]:
     found |= {} if site.index is None or about.unit is None else {about.unit: site.index}
     for axis, positions in ((about.position, site.pos), (about.source, site.src)):
         if axis is not None and positions is not None:
-            if len(positions) > 1:
+            found[axis], *others = positions
+            if others:
                 raise ScoreError(f"{site} names {len(positions)} positions, and a cell is at one; name one of {', '.join(map(str, positions))}.")
-            found[axis] = positions[0]
     return site.kind, found
 
 

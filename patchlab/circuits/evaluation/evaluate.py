@@ -255,9 +255,10 @@ def _table(
     )
     for name, values in (("", metric), ("completeness", complements)):
         column = name or "faithfulness"
-        known = values is not None and scale is not None
-        table[column] = scale.value(values) if known else np.nan
-        low, high = interval(scale.resampled(values)) if known else (np.nan, np.nan)
+        table[column], low, high = np.nan, np.nan, np.nan
+        if values is not None and scale is not None:
+            table[column] = scale.value(values)
+            low, high = interval(scale.resampled(values))
         table[f"{name}_lo".strip("_")], table[f"{name}_hi".strip("_")] = low, high
     return table
 

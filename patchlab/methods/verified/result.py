@@ -202,7 +202,7 @@ def ordered(columns: list[str]) -> list[str]:
     """Columns of the table in the order in which people read them."""
     axes = list(dict.fromkeys(axis for kind in KINDS.values() for axis in kind.axes))
     labels = {"pos": ["position", "token"], "dest": ["dest_position", "dest_token"], "src": ["src_position", "src_token"]}
-    first = ["site", *(name for axis in axes for name in [axis, *labels.get(axis, [])])]
+    first = ["address", "effect", "low", "high", "site", *(name for axis in axes for name in [axis, *labels.get(axis, [])])]
     return [name for name in first if name in columns] + [name for name in columns if name not in first]
 
 
