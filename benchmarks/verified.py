@@ -149,7 +149,7 @@ def main() -> None:
         print(f"skipped {key}: {why}")
     goals = {"median recall": 0.95, "held": 0.95}
     report = {"benchmark": "verified", "machine": common.machine(options.device), "site": SITE, "pairs": options.pairs, "goals": goals}
-    common.finish(options, {**report, "screens": screens, "tasks": tasks, "skipped": skipped, "results": rows})
+    common.finish(options, {**report, "screens": screens, "tasks": tasks, "skipped": skipped})
 
 
 if __name__ == "__main__":
