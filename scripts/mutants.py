@@ -34,15 +34,17 @@ class Mutant:
 
 NONLINEAR, LINEAR, METRICS = "rules/nonlinear.py", "rules/linear.py", "metrics.py"
 MUTANTS = (
-    Mutant("ln-rule lets the denominator move", NONLINEAR, "y = x / scale.detach()", "y = x / scale", "test_rules"),
-    Mutant("ln-rule does not centre", NONLINEAR, "x = x - x.mean(-1, keepdim=True)", "x = x - 0 * x.mean(-1, keepdim=True)", "test_rules"),
-    Mutant("half-rule passes everything", NONLINEAR, "return scale_gradient(a * u, 0.5)", "return scale_gradient(a * u, 1.0)", "test_rules"),
-    Mutant("gate is not held", NONLINEAR, "return a.detach() * u", "return a * u", "test_rules"),
-    Mutant("identity-rule at zero", NONLINEAR, "torch.where(x == 0, slope, f(x)", "torch.where(x == 0, 0 * slope, f(x)", "test_rules"),
-    Mutant("pattern is not held", NONLINEAR, "return pattern.detach()", "return pattern", "test_rules"),
-    Mutant("temperature of the softmax", NONLINEAR, "(scores / self.temperature).softmax(-1)", "scores.softmax(-1)", "test_rules"),
-    Mutant("sign of epsilon", LINEAR, "torch.where(wide >= 0, 1.0, -1.0)", "torch.where(wide >= 0, -1.0, 1.0)", "test_rules"),
-    Mutant("gamma's bias", LINEAR, "below + bias + self.gamma * bias.clamp_max(0)", "below + bias + self.gamma * bias.clamp_min(0)", "test_rules"),
+    Mutant("ln-rule lets the denominator move", NONLINEAR, "y = x / scale.detach()", "y = x / scale", "rules/test_rules"),
+    Mutant("ln-rule does not centre", NONLINEAR, "x = x - x.mean(-1, keepdim=True)", "x = x - 0 * x.mean(-1, keepdim=True)", "rules/test_rules"),
+    Mutant("half-rule passes everything", NONLINEAR, "return scale_gradient(a * u, 0.5)", "return scale_gradient(a * u, 1.0)", "rules/test_rules"),
+    Mutant("gate is not held", NONLINEAR, "return a.detach() * u", "return a * u", "rules/test_rules"),
+    Mutant("identity-rule at zero", NONLINEAR, "torch.where(x == 0, slope, f(x)", "torch.where(x == 0, 0 * slope, f(x)", "rules/test_rules"),
+    Mutant("pattern is not held", NONLINEAR, "return pattern.detach()", "return pattern", "rules/test_rules"),
+    Mutant("temperature of the softmax", NONLINEAR, "(scores / self.temperature).softmax(-1)", "scores.softmax(-1)", "rules/test_rules"),
+    Mutant("sign of epsilon", LINEAR, "torch.where(wide >= 0, 1.0, -1.0)", "torch.where(wide >= 0, -1.0, 1.0)", "rules/test_rules"),
+    Mutant(
+        "gamma's bias", LINEAR, "below + bias + self.gamma * bias.clamp_max(0)", "below + bias + self.gamma * bias.clamp_min(0)", "rules/test_rules"
+    ),
     Mutant("logit_diff against the other sign", METRICS, "- _mean(logits, a.incorrect,", "+ _mean(logits, a.incorrect,", "test_metrics"),
     Mutant(
         "wrong answers are padded with zero", METRICS, "a.incorrect_mask, -torch.inf).logsumexp", "a.incorrect_mask, 0.0).logsumexp", "test_metrics"
@@ -57,83 +59,113 @@ MUTANTS = (
     Mutant("an edit adds twice", "interventions.py", "values = own + values", "values = own + 2 * values", "test_interventions"),
     Mutant("an edit ignores its rows", "interventions.py", "torch.where(mask, values, own)", "values", "test_interventions"),
     Mutant("noise does not depend on the example", "sources.py", "{self.seed}/{example}/", "{self.seed}/0/", "test_interventions"),
-    Mutant("points of the midpoint rule", "methods/quadrature.py", '"midpoint": 0.5,', '"midpoint": 0.4,', "test_methods", "quadrature or literal"),
-    Mutant("first difference of all pairs", "methods/setting/unpatched.py", ".any(0).int().argmax()", ".all(0).int().argmax()", "test_sweep"),
-    Mutant("second-order step in float32", "methods/second_order.py", "torch.float32: 1e-2", "torch.float32: 0.2", "test_second_order"),
-    Mutant("second-order probes are not centred", "methods/second_order.py", "/ (2 * step)", "/ (3 * step)", "test_second_order"),
+    Mutant(
+        "points of the midpoint rule",
+        "methods/quadrature.py",
+        '"midpoint": 0.5,',
+        '"midpoint": 0.4,',
+        "methods/test_linearized",
+        "quadrature or literal",
+    ),
+    Mutant(
+        "first difference of all pairs", "methods/setting/unpatched.py", ".any(0).int().argmax()", ".all(0).int().argmax()", "engine/test_node_sweep"
+    ),
+    Mutant("second-order step in float32", "methods/second_order.py", "torch.float32: 1e-2", "torch.float32: 0.2", "methods/test_second_order"),
+    Mutant("second-order probes are not centred", "methods/second_order.py", "/ (2 * step)", "/ (3 * step)", "methods/test_second_order"),
     Mutant(
         "logits of half precision are read as they are",
         "engine/literal.py",
         "read = read.float() if read.dtype in (torch.float16, torch.bfloat16) else read",
         "read = read",
-        "test_half_precision test_engine",
+        "engine/trust/test_precision engine/test_literal",
     ),
     Mutant(
         "swept logits of half precision are read as they are",
         "engine/node_sweep.py",
         "logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits",
         "logits = logits",
-        "test_half_precision test_sweep",
+        "engine/trust/test_precision engine/test_node_sweep",
     ),
     Mutant(
         "the sweep starts one position late",
         "engine/node_sweep.py",
         "max(start, _start(cell, program))",
         "max(start, _start(cell, program)) + 1",
-        "test_sweep",
+        "engine/test_node_sweep",
     ),
     Mutant(
         "degrees of freedom of the subset bound",
         "methods/verified/subsets.py",
         "outside).min()) - 1",
         "outside).min()) + 41",
-        "test_verified",
+        "methods/verified/test_verified",
         "subset",
     ),
-    Mutant("subset bound without its error", "methods/verified/subsets.py", "* np.sqrt(spread[0] + spread[1])", "* 0", "test_verified", "subset"),
+    Mutant(
+        "subset bound without its error",
+        "methods/verified/subsets.py",
+        "* np.sqrt(spread[0] + spread[1])",
+        "* 0",
+        "methods/verified/test_verified",
+        "subset",
+    ),
     Mutant(
         "one more cell may be missed",
         "methods/verified/bound.py",
         "return of - math.ceil(",
         "return of + 1 - math.ceil(",
-        "test_verified",
+        "methods/verified/test_verified",
         "recall or miss",
     ),
-    Mutant("grad-drop divides by all layers", "methods/corrections.py", "return size / (n_layers - 1)", "return size / n_layers", "test_corrections"),
-    Mutant("grad-drop keeps the node's own layer", "methods/corrections.py", "size[:, layer] = 0.0", "pass", "test_corrections"),
+    Mutant(
+        "grad-drop divides by all layers",
+        "methods/corrections.py",
+        "return size / (n_layers - 1)",
+        "return size / n_layers",
+        "methods/test_corrections",
+    ),
+    Mutant("grad-drop keeps the node's own layer", "methods/corrections.py", "size[:, layer] = 0.0", "pass", "methods/test_corrections"),
     Mutant(
         "bootstrap leaves out the last example",
         "stats/bootstrap.py",
         ".integers(n_examples, size",
         ".integers(max(1, n_examples - 1), size",
-        "test_compare",
+        "comparison/test_compare",
     ),
-    Mutant("a one-sided interval", "stats/bootstrap.py", "TAILS = (0.025, 0.975)", "TAILS = (0.05, 0.95)", "test_compare test_scores"),
+    Mutant(
+        "a one-sided interval",
+        "stats/bootstrap.py",
+        "TAILS = (0.025, 0.975)",
+        "TAILS = (0.05, 0.95)",
+        "comparison/test_compare scores/test_score_map",
+    ),
     Mutant(
         "pearson without centring",
         "stats/agreement.py",
         "values - values.mean(1, keepdims=True)",
         "values - 0 * values.mean(1, keepdims=True)",
-        "test_compare",
+        "comparison/test_compare",
     ),
-    Mutant("top-k by sign", "stats/agreement.py", "(_top(np.abs(exact), k) *", "(_top(exact, k) *", "test_compare"),
-    Mutant("spearman-brown", "stats/agreement.py", "return 2 * half / (1 + half)", "return 2 * half / (2 + half)", "test_compare"),
+    Mutant("top-k by sign", "stats/agreement.py", "(_top(np.abs(exact), k) *", "(_top(exact, k) *", "comparison/test_compare"),
+    Mutant("spearman-brown", "stats/agreement.py", "return 2 * half / (1 + half)", "return 2 * half / (2 + half)", "comparison/test_compare"),
     Mutant(
         "faithfulness is a mean of ratios",
         "circuits/evaluation/scale.py",
         "(metric - self.empty).mean(-1) / (self.full - self.empty).mean()",
         "((metric - self.empty) / (self.full - self.empty)).mean(-1)",
-        "test_evaluate",
+        "circuits/evaluation/test_evaluate",
     ),
-    Mutant("pruning looks at inputs alone", "circuits/circuit.py", "keep = into & np.append(flat.any(1), True)", "keep = into", "test_circuits"),
+    Mutant(
+        "pruning looks at inputs alone", "circuits/circuit.py", "keep = into & np.append(flat.any(1), True)", "keep = into", "circuits/test_circuit"
+    ),
     Mutant(
         "circuits with fewer edges than asked",
         "circuits/select.py",
         "mask[order[:n]] = True",
         "mask[order[: n - 1]] = True",
-        "test_circuit_selection",
+        "circuits/test_select",
     ),
-    Mutant("signed importance of noising", "circuits/select.py", "else effects if direction", "else -effects if direction", "test_circuit_selection"),
+    Mutant("signed importance of noising", "circuits/select.py", "else effects if direction", "else -effects if direction", "circuits/test_select"),
     Mutant(
         "heads feed the MLP of their block in parallel models",
         "graph.py",
@@ -146,14 +178,32 @@ MUTANTS = (
         "graph.py",
         "first = head // self.copies * self.copies",
         "first = head // self.copies",
-        "test_graph test_exact_edges",
+        "test_graph methods/test_exact_edges",
     ),
-    Mutant("a checkpoint of another task", "methods/setting/fingerprint.py", "({record['task_fingerprint']})", "", "test_checkpoint"),
-    Mutant("a fingerprint by shapes alone", "models/model.py", "{int(bits.sum(dtype=torch.int64))}", "", "test_models test_checkpoint"),
-    Mutant("address of another position", "scores/addresses.py", "return names.index(value)", "return names.index(value) - 1", "test_addresses"),
-    Mutant("dictionaries are not told apart", "comparison/alignment.py", "if added[0] != added[1]:", "if False:", "test_cells test_exact_edges"),
+    Mutant("a checkpoint of another task", "methods/setting/fingerprint.py", "({record['task_fingerprint']})", "", "methods/setting/test_checkpoint"),
     Mutant(
-        "the fast engine is not asked about added sites", "engine/trust/nodes.py", '("node sweep", *model.arch.sites)', '"node sweep"', "test_cells"
+        "a fingerprint by shapes alone",
+        "models/model.py",
+        "{int(bits.sum(dtype=torch.int64))}",
+        "",
+        "models/test_load methods/setting/test_checkpoint",
+    ),
+    Mutant(
+        "address of another position", "scores/addresses.py", "return names.index(value)", "return names.index(value) - 1", "scores/test_addresses"
+    ),
+    Mutant(
+        "dictionaries are not told apart",
+        "comparison/alignment.py",
+        "if added[0] != added[1]:",
+        "if False:",
+        "methods/cells/test_kind methods/test_exact_edges",
+    ),
+    Mutant(
+        "the fast engine is not asked about added sites",
+        "engine/trust/nodes.py",
+        '("node sweep", *model.arch.sites)',
+        '"node sweep"',
+        "methods/cells/test_kind",
     ),
 )
 
@@ -164,7 +214,7 @@ def tried(mutant: Mutant, copy: Path) -> str | None:
     text = path.read_text(encoding="utf-8")
     if text.count(mutant.before) != 1:
         raise SystemExit(f"{mutant.name}: {mutant.before!r} stands {text.count(mutant.before)} times in {mutant.file}; bring the list up to date.")
-    files = [str(next((copy / "tests").rglob(f"{name}.py"))) for name in mutant.tests.split()]
+    files = [f"tests/{name}.py" for name in mutant.tests.split()]
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *files, *(["-k", mutant.words] if mutant.words else [])]
     try:
         path.write_text(text.replace(mutant.before, mutant.after), encoding="utf-8")

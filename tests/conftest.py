@@ -5,12 +5,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+from paths import ROOT
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 # the models of the tests are too small for several threads to help, and where cores are shared they hinder
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def _missing(variable: str, reason: str) -> None:

@@ -1,11 +1,13 @@
 """Small models with random weights, one of each architecture, and small tasks of random tokens for them."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
 import torch
 
+import patchlab as pl
 from patchlab.methods.method import Method
 from patchlab.metrics import METRICS, Metric
 from patchlab.models import Model, wrap_bridge
@@ -100,3 +102,13 @@ def mixed_task(metric: str | Metric = "logit_diff") -> Task:
 def scores_of(method: Method, model: Model, task: Task, sites: Any, direction: str = "denoising", **options: Any) -> ScoreMap:
     """Run a method without a progress bar."""
     return method.run(model, task, sites, direction=direction, progress=False, **options)
+
+
+def gap_task(n: int = 3, family: str = "gpt2", task: Task | None = None, **options) -> Task:
+    """Random pairs, the answers ordered so that the clean metric is the higher one."""
+    task = swap_task(n, **options) if task is None else task
+    exact = scores_of(pl.ActivationPatching(), model_of(family, torch.float64), task, "input")
+    higher = (exact.data["metric_clean"] > exact.data["metric_corrupted"]).to_numpy()
+    return replace(
+        task, pairs=tuple(p if up else replace(p, correct=p.incorrect, incorrect=p.correct) for p, up in zip(task.pairs, higher, strict=True))
+    )

@@ -5,16 +5,15 @@ import re
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import plotly.io
 import pytest
 import yaml
 from command_lines import instead
+from paths import ROOT
 from typer.testing import CliRunner
 
-ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 NOT_RUN = {("docs/howto/own.md", 'model = pl.load_model("gpt2", dtype="float32", device="cpu")'): "a hub model: tests have no network"}
 """Blocks that are shown and not run, by page and first line, with the reason."""

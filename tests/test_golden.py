@@ -2,12 +2,10 @@
 
 import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 import torch
-
-ROOT = Path(__file__).resolve().parents[1]
+from paths import ROOT
 
 
 def test_scores_are_those_that_were_stored() -> None:

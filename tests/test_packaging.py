@@ -13,8 +13,8 @@ from pathlib import Path
 
 import jupytext
 import pytest
+from paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "patchlab"
 HEAVY = ("torch", "pandas", "plotly", "transformers", "transformer_lens", "xarray")
 

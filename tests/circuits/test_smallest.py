@@ -6,8 +6,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from families import model_of, scores_of
-from test_evaluate import gap_task
+from families import gap_task, model_of, scores_of
 
 import patchlab as pl
 from patchlab.circuits import evaluate, size_grid, smallest_faithful, three_sets, top_n

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from families import mixed_task, model_of, native_model, swap_task
+from paths import ROOT
 from torch import Tensor
 
 import patchlab as pl
@@ -441,7 +442,7 @@ pl.ActivationPatching().run(model, swap_task(), {sites!r}, progress=False, check
 
 def test_a_killed_process_leaves_a_checkpoint(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     path = tmp_path / "run"
-    code = textwrap.dedent(KILLED).format(tests=str(Path(__file__).parent), sites=SITES, path=str(path))
+    code = textwrap.dedent(KILLED).format(tests=str(ROOT / "tests"), sites=SITES, path=str(path))
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "under way\n"

@@ -7,9 +7,9 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from families import mixed_task, model_of, pair, scores_of, swap_task
+from families import gap_task, mixed_task, model_of, pair, scores_of, swap_task
+from routed import literal
 from safetensors.torch import load_file
-from test_routing import literal
 
 import patchlab as pl
 from patchlab.circuits import (
@@ -36,16 +36,6 @@ from patchlab.metrics import Metric
 from patchlab.tasks.task import Task
 
 MODEL = ("gpt2", torch.float64)
-
-
-def gap_task(n: int = 3, family: str = "gpt2", task: Task | None = None, **options) -> Task:
-    """Random pairs, the answers ordered so that the clean metric is the higher one."""
-    task = swap_task(n, **options) if task is None else task
-    exact = scores_of(pl.ActivationPatching(), model_of(family, torch.float64), task, "input")
-    higher = (exact.data["metric_clean"] > exact.data["metric_corrupted"]).to_numpy()
-    return replace(
-        task, pairs=tuple(p if up else replace(p, correct=p.incorrect, incorrect=p.correct) for p, up in zip(task.pairs, higher, strict=True))
-    )
 
 
 def kl_task(n: int = 3, **options) -> Task:

@@ -5,11 +5,11 @@ import json
 import math
 import re
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from paths import ROOT
 
 from patchlab.models import DEMO_MODELS
 from patchlab.tasks import load_task
@@ -38,7 +38,7 @@ def model(request):
 @pytest.fixture(scope="module")
 def script():
     """The training script, as a module."""
-    path = Path(__file__).resolve().parents[1] / "scripts" / "train_demo_models.py"
+    path = ROOT / "scripts" / "train_demo_models.py"
     spec = importlib.util.spec_from_file_location("train_demo_models", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up

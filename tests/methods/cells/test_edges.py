@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 from families import FAMILIES, mixed_task, model_of, scores_of, swap_task
+from reference_cases import CASES
 from safetensors.torch import load_file
-from test_reference import CASES
 
 import patchlab as pl
 from patchlab.adapters import NormPlace

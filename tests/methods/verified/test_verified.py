@@ -9,12 +9,12 @@ from dataclasses import replace
 from fractions import Fraction
 from functools import cache
 from math import comb
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from families import mixed_task, model_of, swap_task
+from paths import ROOT
 
 import patchlab as pl
 from patchlab.errors import MethodError, SiteError
@@ -1100,8 +1100,8 @@ def test_a_public_name() -> None:
 
 
 def test_the_benchmark_judges_a_result_by_the_full_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[1] / "benchmarks"))
-    spec = importlib.util.spec_from_file_location("benchmark_verified", Path(__file__).resolve().parents[1] / "benchmarks" / "verified.py")
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    spec = importlib.util.spec_from_file_location("benchmark_verified", ROOT / "benchmarks" / "verified.py")
     assert spec is not None
     assert spec.loader is not None
     benchmark = importlib.util.module_from_spec(spec)

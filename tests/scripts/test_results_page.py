@@ -2,18 +2,18 @@
 
 import importlib.util
 import math
-from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pandas as pd
 import pytest
+from paths import ROOT
 from score_maps import altered, random_map
 
 from patchlab.comparison.compare import FORMS, compare
 from patchlab.scores import ScoreMap
 
-SCRIPTS = Path(__file__).resolve().parents[1] / "scripts" / "pages"
+SCRIPTS = ROOT / "scripts" / "pages"
 
 
 def script(name: str) -> ModuleType:

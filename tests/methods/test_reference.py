@@ -7,24 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from reference_cases import CASES
 from safetensors.torch import load_file
 
 import patchlab as pl
 from patchlab.engine import Program, run
 from patchlab.rules import get_composite
 
-CASES = [
-    ("gpt2-random", "swap1"),
-    ("gpt2-random", "swap2"),
-    ("llama-random", "swap1"),
-    ("llama-random", "swap2"),
-    ("neox-random", "swap1"),
-    ("neox-random", "swap2"),
-    ("trained-gpt2-4l", "ioi"),
-    ("trained-gpt2-4l", "sva_rc"),
-    ("trained-gpt2-4l", "docstring"),
-    ("gemma2-random", "swap2"),
-]
 SITES = {
     "resid_pre": "resid_pre",
     "resid_mid": "resid_mid",

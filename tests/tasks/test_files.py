@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from paths import ROOT
 from stub_model import Stub, with_gpt2_tokenizer
 from torch.nn.functional import one_hot
 
@@ -474,7 +475,7 @@ def test_reference_files(name, reference_dir):
 
 # --- the frozen files ---
 
-DATASETS = Path(__file__).resolve().parents[1] / "datasets"
+DATASETS = ROOT / "datasets"
 
 
 def test_every_generator_has_a_frozen_file():

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from command_lines import instead
+from paths import ROOT
 from typer.testing import CliRunner
 
 from patchlab import cli, plots, report
@@ -626,7 +627,7 @@ def test_compare_of_edges(tmp_path):
 
 def documented_commands() -> list[list[str]]:
     """The patchlab commands of the shell blocks on the page about the command line, in order."""
-    text = (Path(__file__).resolve().parents[1] / "docs" / "command-line.md").read_text()
+    text = (ROOT / "docs" / "command-line.md").read_text()
     shell = "\n".join(re.findall(r"```sh\n(.*?)```", text, re.S)).replace("\\\n", " ")
     return [shlex.split(line, comments=True)[1:] for line in shell.splitlines() if line.startswith("patchlab ")]
 
