@@ -1,5 +1,10 @@
-"""Tables as text that fits a terminal."""
+"""Tables as text that fits a terminal, and as plain JSON values."""
 
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
 import pandas as pd
 
 
@@ -19,20 +24,38 @@ def table(frame: pd.DataFrame, width: int | None = None, *, keys: int = 2) -> st
     z     1.20
     """
     texts = frame.astype(object).where(frame.notna(), "-").astype(str)
-    widths = {name: max(len(name), int(texts[name].str.len().max())) if len(texts) else len(name) for name in texts}
+    names = [str(name) for name in texts]
+    widths = {name: max(len(name), int(texts[name].str.len().max())) if len(texts) else len(name) for name in names}
     blocks: list[list[str]] = []
-    first = list(texts)[:keys]
-    for name in list(texts)[keys:]:
+    first = names[:keys]
+    for name in names[keys:]:
         fits = blocks and (width is None or sum(widths[one] + 2 for one in (*blocks[-1], name)) - 2 <= width)
         if fits:
             blocks[-1].append(name)
         else:
             blocks.append([*first, name])
-    return "\n\n".join(_block(pd.DataFrame(texts[names]), widths) for names in blocks or [first])
+    return "\n\n".join(_block(texts[block], widths) for block in blocks or [first])
 
 
 def _block(texts: pd.DataFrame, widths: dict[str, int]) -> str:
-    numeric = {name: all(part.isdigit() for part in texts[name]) for name in texts}
-    rows = [dict(zip(texts, texts, strict=True)), *texts.to_dict("records")]
-    lines = ("  ".join(row[name].rjust(widths[name]) if numeric[name] else row[name].ljust(widths[name]) for name in texts) for row in rows)
+    names = [str(name) for name in texts]
+    numeric = {name: all(part.isdigit() for part in texts[name]) for name in names}
+    rows = [dict(zip(names, names, strict=True)), *texts.to_dict("records")]
+    lines = ("  ".join(row[name].rjust(widths[name]) if numeric[name] else row[name].ljust(widths[name]) for name in names) for row in rows)
     return "\n".join(line.rstrip() for line in lines)
+
+
+def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    """The rows of a frame as plain JSON values; what is missing or infinite is None."""
+    whole = frame.astype(object)
+    return [json_able({str(name): value for name, value in row.items()}) for row in whole.where(frame.notna(), None).to_dict("records")]
+
+
+def json_able(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values as JSON has them: numbers of numpy's as Python's, what is missing or infinite as None.
+
+    >>> json_able({"r": float("nan"), "cells": np.int64(3)})
+    {'r': None, 'cells': 3}
+    """
+    plain = {name: value.item() if isinstance(value, np.generic) else value for name, value in values.items()}
+    return {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in plain.items()}

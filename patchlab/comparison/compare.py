@@ -29,7 +29,7 @@ from patchlab.stats.agreement import (
 )
 from patchlab.stats.bootstrap import interval, resampling_weights
 from patchlab.store.files import writing
-from patchlab.tables import table
+from patchlab.tables import json_able, records, table
 from patchlab.terminal import prose
 
 FORMS = {"pearson": "Pearson of means", "pearson_per_prompt": "Pearson per prompt", "pearson_pooled": "Pearson pooled"}
@@ -108,8 +108,8 @@ class Comparison:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain JSON values; NaN becomes None."""
-        frames = {name: _records(getattr(self, name)) for name in TABLES}
-        return {"setting": _json_able(self.setting), **frames, "notes": list(self.notes)}
+        frames = {name: records(getattr(self, name)) for name in TABLES}
+        return {"setting": json_able(self.setting), **frames, "notes": list(self.notes)}
 
     def to_json(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
         """Write :meth:`to_dict` as a JSON file.
@@ -495,12 +495,3 @@ def _bracket(low: float, high: float, signed: bool = False) -> str:
 
 def _escaped(text: str) -> str:
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-
-
-def _json_able(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()}
-
-
-def _records(frame: pd.DataFrame) -> list[dict[str, Any]]:
-    frame = frame.astype(object)
-    return [_json_able(row) for row in frame.where(frame.notna(), None).to_dict("records")]

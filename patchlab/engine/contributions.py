@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from einops import rearrange, repeat
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -114,8 +115,8 @@ class Layer:
     def inputs(self, letter: str, x: Float[Tensor, "circuit head row pos d_model"]) -> Float[Tensor, "circuit head row pos d_head"]:
         """Queries, keys or values of every head, from what it reads."""
         weight, bias = self.read[letter]
-        out = torch.matmul(_normed(self.before, x).flatten(2, 3), weight.to(x.dtype))
-        return (out if bias is None else out + bias).unflatten(2, x.shape[2:4])
+        out = torch.matmul(rearrange(_normed(self.before, x), "circuit head row pos d -> circuit head (row pos) d"), weight.to(x.dtype))
+        return rearrange(out if bias is None else out + bias, "circuit head (row pos) d -> circuit head row pos d", row=x.shape[2])
 
     def into_mlp(self, x: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_model"]:
         """The MLP's input, from what it reads."""
@@ -123,7 +124,8 @@ class Layer:
 
     def heads(self, z: Float[Tensor, "circuit row pos head d_head"]) -> Float[Tensor, "circuit head row pos d_model"]:
         """The output of every head: what the attention's own output, before a norm after it, is the sum of (with its bias)."""
-        return torch.matmul(z.permute(0, 3, 1, 2, 4).flatten(2, 3), self.write.to(z.dtype)).unflatten(2, z.shape[1:3])
+        written = torch.matmul(rearrange(z, "circuit row pos head d -> circuit head (row pos) d"), self.write.to(z.dtype))
+        return rearrange(written, "circuit head (row pos) d -> circuit head row pos d", row=z.shape[1])
 
     def after(self, attention: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_model"]:
         """What the attention adds to the stream, from the sum of its heads: its bias comes in, then the norm after it."""
@@ -165,21 +167,19 @@ def layers_of(model: BridgedModel) -> list[Layer]:
     layers: list[Layer] = []
     for i in range(arch.n_layers):
         block = f"blocks.{i}"
-        read = {}
+        read: dict[str, tuple[Tensor, Tensor | None]] = {}
         for letter, heads in (("q", arch.n_heads), ("k", arch.n_kv_heads), ("v", arch.n_kv_heads)):
             weight, bias = _linear(model, places, f"{block}.attn.{letter}")
-            weight = weight.unflatten(1, (heads, -1)).transpose(0, 1)
-            bias = None if bias is None else bias.unflatten(0, (heads, 1, -1))
-            if (times := arch.n_heads // heads) > 1:
-                weight, bias = (None if part is None else part.repeat_interleave(times, 0) for part in (weight, bias))
-            read[letter] = (weight, bias)
+            copies = arch.n_heads // heads  # query heads that share one
+            weight = repeat(weight, "d_model (head d) -> (head copy) d_model d", head=heads, copy=copies)
+            read[letter] = weight, None if bias is None else repeat(bias, "(head d) -> (head copy) 1 d", head=heads, copy=copies)
         write, bias = _linear(model, places, f"{block}.attn.o")
         # Granite multiplies what attention and MLP add to the stream
         scale = float(getattr(model.bridge.blocks[i], "residual_contribution_scale", 1.0))
         write, bias = write * scale, None if bias is None else bias * scale
         before, mlp, post = (_norm(places.get(f"{block}.{name}")) for name in ("ln1", "ln2", "ln1_post"))
         mlp = before if mlp is None and arch.parallel else mlp
-        layers.append(Layer(before, mlp, post, read, write.unflatten(0, (arch.n_heads, -1)), bias))
+        layers.append(Layer(before, mlp, post, read, rearrange(write, "(head d) d_model -> head d d_model", head=arch.n_heads), bias))
     return layers
 
 

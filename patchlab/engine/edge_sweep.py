@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -52,7 +53,7 @@ class Differences:
     layers: Sequence[Layer]
     changes: Mapping[Target, Tensor] = field(repr=False)
     form: str = "renormalised"
-    attention: Mapping[int, Float[Tensor, "row pos d_model"]] = field(default_factory=dict, repr=False)
+    attention: Mapping[int, Float[Tensor, "row pos d_model"]] = field(default_factory=dict[int, Tensor], repr=False)
 
     @staticmethod
     def of(
@@ -62,7 +63,9 @@ class Differences:
         changes = {key: source.values(address(*key), value, examples) - value for key, value in own.items()}
         layers = layers_of(model)
         attention = {
-            i: own["z", i].flatten(2) @ layer.write.flatten(0, 1).to(own["z", i].dtype) for i, layer in enumerate(layers) if layer.post is not None
+            i: rearrange(own["z", i], "row pos head d -> row pos (head d)") @ rearrange(layer.write, "head d to -> (head d) to").to(own["z", i].dtype)
+            for i, layer in enumerate(layers)
+            if layer.post is not None
         }
         return Differences(model.arch.graph, layers, changes, form, attention)
 
@@ -204,7 +207,7 @@ class _Run:
     template: Template
     differences: Differences
     grouped: bool
-    layers: dict[int, _Layer] = field(default_factory=dict)
+    layers: dict[int, _Layer] = field(default_factory=dict[int, _Layer])
 
     @property
     def _answer_only(self) -> bool:
@@ -228,8 +231,8 @@ class _Run:
             order = {id(edge): i for i, edge in enumerate([*heads, *mlps])}
             if mine:
                 joining = self._joining(layer, heads, mlps, changes)
-                joining = joining.unflatten(0, (len(mine), -1))[[order[id(edge)] for edge in mine]].flatten(0, 1)
-                hidden = torch.cat([hidden, joining])
+                by_edge = rearrange(joining, "(edge row) pos d -> edge row pos d", edge=len(mine))
+                hidden = torch.cat([hidden, *by_edge[[order[id(edge)] for edge in mine]]])
         final = [self._change(edge, changes) for edge in edges if layers[edge.reader] == arch.n_layers]
         if final:
             after = self._layer(arch.n_layers - 1).after
@@ -252,7 +255,7 @@ class _Run:
         if layer not in self.layers:
             before, attention = self.wave.base.inputs[layer][:, self.wave.start :], list[Tensor]()
             attn = self.wave.model.bridge.blocks[layer].attn
-            with hooked({"attn": attn}, {"attn": lambda module, inputs, value: attention.append(value[0] if isinstance(value, tuple) else value)}):
+            with hooked({"attn": attn}, {"attn": partial(_note, attention)}):
                 after = self.wave.block(layer, before, self.template, [])
             if layer == self.wave.model.arch.n_layers - 1 and self._answer_only:
                 before, after, attention = before[:, -1:], after[:, -1:], [attention[0][:, -1:]]
@@ -284,11 +287,13 @@ class _Run:
         z = self._probed(layer, [self._change(edges[i], known) for i in chosen], [places[i][0] for i in chosen])
         z = z[:, :, -self._layer(layer).attention.shape[1] :]
         change, weights = z[1:] - z[:1], self.differences.layers[layer].write.to(z.dtype)
-        moved = []
+        moved: list[Tensor] = []
         for probe, (letter, head) in zip(index, places, strict=True):
             seen = graph.sharing(head) if self.grouped and letter else slice(head, head + 1)
-            moved.append(change[probe][:, :, seen].flatten(2) @ weights[seen].flatten(0, 1))
-        return torch.stack(moved).flatten(0, 1) if moved else z.new_zeros(0, n)
+            moved.append(
+                rearrange(change[probe][:, :, seen], "row pos head d -> row pos (head d)") @ rearrange(weights[seen], "head d to -> (head d) to")
+            )
+        return torch.cat(moved) if moved else z.new_zeros(0, n)
 
     def _probed(self, layer: int, changes: list[Tensor], letters: list[int]) -> Float[Tensor, "probe row pos head d_head"]:
         """The z of every head when its q (0), k (1) or v (2) alone is computed from the input plus a change; the baseline's first."""
@@ -303,7 +308,7 @@ class _Run:
                 self.wave.block(layer, hidden, self.template, [])
         except _Seen:
             pass
-        return model.arch.accessors["z"].shape(seen[0]).unflatten(0, (-1, n))
+        return rearrange(model.arch.accessors["z"].shape(seen[0]), "(probe row) ... -> probe row ...", row=n)
 
     def _finished(
         self, layer: int, attention: Float[Tensor, "row pos d_model"], added: Float[Tensor, "some pos d_model"] | None
@@ -314,7 +319,7 @@ class _Run:
         norm = self.differences.layers[layer].mlp
         entry = f"blocks.{layer}.mlp.hook_in" if norm is None else f"{norm.name}.hook_in"
         hooks = {} if added is None else {entry: partial(_add, added)}
-        object.__setattr__(attn, "forward", lambda *args, **kwargs: (attention, None))
+        object.__setattr__(attn, "forward", partial(_given, attention))
         try:
             with hooked(model.hooks, hooks):
                 return self.wave.block(layer, own.before.repeat(attention.shape[0] // own.before.shape[0], 1, 1), self.template, [])
@@ -324,8 +329,16 @@ class _Run:
 
 def _held(n: int, free: Tensor, module: Any, inputs: Any, value: Tensor) -> Tensor:
     """Rows of probes that do not change this third of the attention get the baseline's."""
-    groups = value.unflatten(0, (-1, n))
-    return torch.where(free.reshape(-1, *[1] * value.ndim), groups, groups[:1]).flatten(0, 1)
+    groups = rearrange(value, "(probe row) ... -> probe row ...", row=n)
+    return rearrange(torch.where(free.reshape(-1, *[1] * value.ndim), groups, groups[:1]), "probe row ... -> (probe row) ...")
+
+
+def _note(attention: list[Tensor], module: Any, inputs: Any, value: Tensor | tuple[Any, ...]) -> None:
+    attention.append(value[0] if isinstance(value, tuple) else value)
+
+
+def _given(attention: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+    return attention, None
 
 
 def _see(seen: list[Tensor], module: Any, inputs: Any, value: Tensor) -> Tensor:

@@ -77,7 +77,7 @@ def _by_row(point: Any, conversion: Any) -> Shown:
     return Shown(
         str(point.name),
         point,
-        lambda output: output.unflatten(0, conversion.batch_seq) if output.ndim == 2 else output,
+        lambda output: output.reshape(*conversion.batch_seq, *output.shape[1:]) if output.ndim == 2 else output,
         lambda output, new: new.flatten(0, 1) if output.ndim == 2 else new,
         flat=True,
     )
@@ -87,15 +87,20 @@ def _scaled(name: str, module: nn.Module, scale: float) -> Shown:
     """What is added to the stream, where the model multiplies a module's output as it adds it (Granite)."""
 
     def show(output: Any) -> Tensor:
-        return (output[0] if isinstance(output, tuple) else output) * scale
+        return _first(output) * scale
 
-    def hide(output: Any, new: Tensor) -> Any:
-        own = (output[0] if isinstance(output, tuple) else output).detach()
+    def hide(output: Tensor | tuple[Any, ...], new: Tensor) -> Any:
+        own = _first(output).detach()
         # the output moves by the difference, which leaves the bits alone where nothing changes
         moved = own + (new - own * scale) / scale
         return (moved, *output[1:]) if isinstance(output, tuple) else moved
 
     return Shown(name, module, show, hide)
+
+
+def _first(output: Tensor | tuple[Any, ...]) -> Tensor:
+    """What a module gives, without what some give beside it (attention patterns, a cache)."""
+    return output[0] if isinstance(output, tuple) else output
 
 
 def _listed(name: str, module: nn.Module) -> Shown:

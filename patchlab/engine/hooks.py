@@ -4,31 +4,35 @@ At every hook the order is rule, edits, capture, and then what stands in for the
 removed at the end, also after an exception.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from patchlab.adapters import LOGITS, Accessor, BridgedModel
 from patchlab.engine.program import Program, Target
 from patchlab.interventions import Edit
 from patchlab.rules.attachments import Attachment, Recorded
 
+Step = Callable[[Tensor, Recorded], Tensor]
+"""What a rule does at a hook: from its value, and those recorded before it, to the value that flows on."""
+
 
 @dataclass
 class Hook:
     """What happens at one hook of the Bridge during one run."""
 
-    rules: list[Callable[[Tensor, Recorded], Tensor]] = field(default_factory=list)
-    edits: list[Edit] = field(default_factory=list)
-    keep: list[Target] = field(default_factory=list)
-    gradients: list[Target] = field(default_factory=list)
-    keep_raw: list[str] = field(default_factory=list)
-    gradient_raw: list[str] = field(default_factory=list)
-    after: list[Callable[[Tensor, Recorded], Tensor]] = field(default_factory=list)
+    rules: list[Step] = field(default_factory=list[Step])
+    edits: list[Edit] = field(default_factory=list[Edit])
+    keep: list[Target] = field(default_factory=list[Target])
+    gradients: list[Target] = field(default_factory=list[Target])
+    keep_raw: list[str] = field(default_factory=list[str])
+    gradient_raw: list[str] = field(default_factory=list[str])
+    after: list[Step] = field(default_factory=list[Step])
     recorded: bool = False
     fired: int = 0
 
@@ -39,11 +43,11 @@ class Execution:
 
     model: BridgedModel
     program: Program | None = None
-    recorded: Recorded = field(default_factory=dict)
-    activations: dict[Target, Tensor] = field(default_factory=dict)
-    hooks: dict[str, Tensor] = field(default_factory=dict)
-    leaves: dict[Target, Tensor] = field(default_factory=dict)
-    raw_leaves: dict[str, Tensor] = field(default_factory=dict)
+    recorded: Recorded = field(default_factory=Recorded)
+    activations: dict[Target, Tensor] = field(default_factory=dict[Target, Tensor])
+    hooks: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+    leaves: dict[Target, Tensor] = field(default_factory=dict[Target, Tensor])
+    raw_leaves: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
 
     def at_hook(self, name: str, hook: Hook, module: Any, inputs: Any, value: Tensor) -> Tensor:
         """Rule, edits, capture, what stands in for the next step; returns the tensor that flows on."""
@@ -121,7 +125,7 @@ def _put_rules(plan: dict[str, Hook], model: BridgedModel, attachments: Iterable
 
 
 @contextmanager
-def ruled(model: BridgedModel, attachments: Iterable[Attachment], leaves: Iterable[str] = ()) -> Iterator[dict[str, Tensor]]:
+def ruled(model: BridgedModel, attachments: Iterable[Attachment], leaves: Iterable[str] = ()) -> Generator[dict[str, Tensor], None, None]:
     """Rules on a model's hooks for the duration of the block, however it is run; gives the values at ``leaves``, to differentiate by."""
     plan: dict[str, Hook] = {}
     _put_rules(plan, model, attachments)
@@ -137,9 +141,9 @@ def _apply_rule(attachment: Attachment, reads: dict[str, str], value: Tensor, re
 
 
 @contextmanager
-def hooked(points: Mapping[str, Any], hooks: Mapping[str, Callable[..., Tensor | None]]) -> Iterator[None]:
+def hooked(points: Mapping[str, Any], hooks: Mapping[str, Callable[..., Tensor | None]]) -> Generator[None, None, None]:
     """Put functions on hook points for the duration of the block."""
-    handles = []
+    handles: list[RemovableHandle] = []
     try:
         for name, function in hooks.items():
             handles.append(points[name].register_forward_hook(function))

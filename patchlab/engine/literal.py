@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
@@ -182,7 +183,8 @@ def _lowered(model: BridgedModel, key: Target | str, value: Float[Tensor, "row *
 
 def _split(model: BridgedModel, program: Program, execution: Execution, gradients: dict[Target | str, Tensor]) -> dict[Target, Tensor]:
     """Gradients at k and v by the query head (and position) that reads them: from the gradient at z of that head alone, through its layer."""
-    arch, found = model.arch, {}
+    arch = model.arch
+    found: dict[Target, Tensor] = {}
     for layer in sorted({layer for kind, layer in program.gradients if kind in ("k", "v") and layer is not None}):
         kinds = [kind for kind in ("k", "v") if (kind, layer) in execution.leaves]
         z, inputs = execution.leaves["z", layer], [execution.leaves[kind, layer] for kind in kinds]
@@ -191,7 +193,7 @@ def _split(model: BridgedModel, program: Program, execution: Execution, gradient
         dests = list(range(at_z.shape[1])) if program.attention == "dest" else [None]
         parts: dict[str, list[Tensor]] = {kind: [] for kind in kinds}
         for dest in dests:
-            shares = []
+            shares: list[tuple[Tensor, ...]] = []
             for copy in range(copies):
                 mask = torch.zeros_like(at_z)
                 chosen = slice(None) if dest is None else slice(dest, dest + 1)
@@ -199,7 +201,7 @@ def _split(model: BridgedModel, program: Program, execution: Execution, gradient
                 shares.append(torch.autograd.grad(z, inputs, mask.reshape(z.shape), retain_graph=True, allow_unused=True))
             for kind, leaf, *of_copies in zip(kinds, inputs, *shares, strict=True):
                 whole = [arch.accessors[kind].shape(torch.zeros_like(leaf) if share is None else share) for share in of_copies]
-                parts[kind].append(torch.stack(whole, 3).flatten(2, 3))  # query head = kv head * copies + copy
+                parts[kind].append(rearrange(whole, "copy row pos kv_head d -> row pos (kv_head copy) d"))  # query head = kv head * copies + copy
         for kind in kinds:
             found[kind, layer] = parts[kind][0] if dests == [None] else torch.stack(parts[kind], 1)
     return found

@@ -19,8 +19,8 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
+from einops import einsum, rearrange, repeat
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -78,9 +78,10 @@ def run_circuits(
     rows, budget = program.tokens.shape[0], pass_bytes(model) if max_bytes is None else max_bytes
     fitting = max(1, int(budget // row_bytes(model, program.tokens.shape[1])))
     each = min(rows, fitting)
-    layers, parts = layers_of(model), []
+    layers = layers_of(model)
+    parts: list[Tensor] = []
     for circuits in slices(keep.shape[0], max(1, fitting // rows)):
-        of_rows = []
+        of_rows: list[Tensor] = []
         for part in slices(rows, each):
             chunk = keep[circuits][:, :, :, part] if keep.ndim == 5 and keep.shape[3] > 1 else keep[circuits]
             of_rows.append(_one_pass(model, layers, _part(program, part), ablated.circuits(circuits).rows(part), chunk))
@@ -116,10 +117,10 @@ class _Pass:
     behind: Float[Tensor, "circuit row pos d_model"] = field(init=False)
     embedding: Float[Tensor, "row pos d_model"] = field(init=False)
     form: str = "renormalised"
-    sums: dict[int, Float[Tensor, "sets own_rows own_pos d_model"]] = field(default_factory=dict)
-    written: dict[int, Tensor] = field(default_factory=dict)
+    sums: dict[int, Float[Tensor, "sets own_rows own_pos d_model"]] = field(default_factory=dict[int, Tensor])
+    written: dict[int, Tensor] = field(default_factory=dict[int, Tensor])
     buffer: Tensor | None = None
-    fired: list[str] = field(default_factory=list)
+    fired: list[str] = field(default_factory=list[str])
 
     def hooks(self, model: BridgedModel) -> dict[str, Callable[..., Tensor | None]]:
         """What to do at which hook of the Bridge."""
@@ -152,8 +153,9 @@ class _Pass:
         heads = self.layers[layer].inputs(letter, x)
         copies = self.graph.copies
         # query head = key-value head · copies + copy
-        by_copy = heads[:, None].expand(-1, copies, -1, -1, -1, -1) if letter == "q" else heads.unflatten(1, (-1, copies)).transpose(1, 2)
-        return by_copy.permute(0, 1, 3, 4, 2, 5).reshape(value.shape)
+        if letter == "q":
+            return repeat(heads, "circuit head row pos d -> circuit copy row pos head d", copy=copies).reshape(value.shape)
+        return rearrange(heads, "circuit (head copy) row pos d -> circuit copy row pos head d", copy=copies).reshape(value.shape)
 
     def _from_heads(self, layer: int, value: Tensor) -> None:
         copies, heads = self.graph.copies, self.graph.heads_of(layer)
@@ -210,7 +212,8 @@ class _Pass:
         if not self.sums:
             return base[:, None] + self._restored(keep, written)
         heads = {layer: at for layer in self.sums if (at := self.graph.heads_of(layer)).stop <= used}
-        others = np.setdiff1d(np.arange(used), np.concatenate([[], *(np.arange(at.start, at.stop) for at in heads.values())])).tolist()
+        inside = {writer for at in heads.values() for writer in range(at.start, at.stop)}
+        others = [writer for writer in range(used) if writer not in inside]
         x = base[:, None] + self._restored(keep[:, others], written[:, others])
         for layer, here in heads.items():
             x = x + self.layers[layer].after(self.sums[layer][:, None] + self._restored(keep[:, here], written[:, here]))
@@ -221,9 +224,11 @@ class _Pass:
     ) -> Float[Tensor, "circuit reader row pos d_model"]:
         """What kept edges bring back."""
         if keep.ndim == 3:
-            return torch.matmul(keep.transpose(1, 2), written.flatten(2)).unflatten(2, written.shape[2:])
+            back = torch.matmul(keep.transpose(1, 2), rearrange(written, "circuit writer row pos d -> circuit writer (row pos d)"))
+            return rearrange(back, "circuit reader (row pos d) -> circuit reader row pos d", row=written.shape[2], pos=written.shape[3])
         by_row = keep[:, :, :, None] if keep.ndim == 4 else keep
-        return torch.einsum("curnp,cunpd->crnpd", by_row.expand(-1, -1, -1, self.rows, -1), written)
+        by_row = by_row.expand(-1, -1, -1, self.rows, -1)
+        return einsum(by_row, written, "circuit writer reader row pos, circuit writer row pos d -> circuit reader row pos d")
 
 
 def _one_pass(
@@ -239,7 +244,8 @@ def _one_pass(
         if len(state.fired) != len(hooks):
             silent = [name for name in hooks if name not in map(partial(canonical, model), state.fired)]
             raise ModelError(f"{model.name} cannot be run as a circuit: of its hooks {silent or 'some'} did not fire once in a forward pass.")
-        logits = logits.unflatten(0, (circuits, graph.copies, rows))[:, 0].flatten(0, 1)
+        copied = rearrange(logits, "(circuit copy row) ... -> circuit copy row ...", circuit=circuits, row=rows)
+        logits = rearrange(copied[:, 0], "circuit row ... -> (circuit row) ...")
         index = torch.arange(rows, device=logits.device).repeat(circuits)
         answers = None if program.answers is None else program.answers.rows(index)
         return evaluate(model, replace(program, answers=answers), logits).reshape(circuits, rows)

@@ -93,7 +93,7 @@ def sweep(
             size = max(1, max_tokens // (rows * (length - where)))
             chunks = [entries[first : first + size] for first in range(0, len(entries), size)]
             chunks = [chunk for chunk in chunks if any(entry.index not in skip for entry in chunk)]
-            spans = {length - where, *(1 for entry in entries if entry.local)} if chunks else set()
+            spans = {length - where, *(1 for entry in entries if entry.local)} if chunks else set[int]()
             templates = {span: template(model, program, base, where, span) for span in spans}
             for chunk in chunks:
                 numbers = [entry.index for entry in chunk]
@@ -154,7 +154,7 @@ class Wave:
     templates: dict[int, Template]
     entries: list[_Entry]
     work: Work
-    companions: dict[str, Tensor] = field(default_factory=dict)
+    companions: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     entering: bool = False
 
     def run(self) -> Float[Tensor, "cell example"]:
@@ -200,7 +200,7 @@ class Wave:
         self.work.block_positions += hidden.shape[0] * hidden.shape[1]
         try:
             with hooked(self.model.hooks, self._hooks(layer, active, narrow=hidden.shape[1] > 1)):
-                output = self.model.bridge.blocks[layer](*args, **kwargs)
+                output: Tensor | tuple[Any, ...] | list[Any] = self.model.bridge.blocks[layer](*args, **kwargs)
         finally:
             self.companions.clear()
         return output[0] if isinstance(output, (tuple, list)) else output
@@ -296,7 +296,7 @@ def _columns(metric: Metric, answers: Answers) -> tuple[Int[Tensor, " column"] |
     """The columns of the vocabulary that a metric reads, and the answers counted in them."""
     if metric.columns != "answers":
         return None, answers
-    columns = torch.unique(torch.cat([answers.correct.flatten(), answers.incorrect.flatten()]))
+    columns = torch.bincount(torch.cat([answers.correct.flatten(), answers.incorrect.flatten()])).nonzero()[:, 0]
     clean = None if answers.clean_logits is None else answers.clean_logits[..., columns]
     correct, incorrect = (torch.searchsorted(columns, ids) for ids in (answers.correct, answers.incorrect))
     return columns, replace(answers, correct=correct, incorrect=incorrect, clean_logits=clean)
@@ -304,7 +304,7 @@ def _columns(metric: Metric, answers: Answers) -> tuple[Int[Tensor, " column"] |
 
 def _start(cell: Cell, program: Program) -> int:
     """First position that a cell edits, over all rows."""
-    starts = []
+    starts: list[int] = []
     for edit in cell:
         if edit.address.pos is None:
             return 0

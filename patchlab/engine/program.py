@@ -42,7 +42,7 @@ class Program:
 
     tokens: Int[Tensor, "row pos"]
     examples: Int[Tensor, " row"]
-    positions: Mapping[str, Int[Tensor, " row"]] = field(default_factory=dict)
+    positions: Mapping[str, Int[Tensor, " row"]] = field(default_factory=dict[str, Tensor])
     edits: tuple[Edit, ...] = ()
     rules: Composite | None = None
     keep: tuple[Target, ...] = ()
@@ -71,10 +71,10 @@ class Result:
     examples: Int[Tensor, " row"]
     logits: Float[Tensor, "row *rest"] | None = None
     values: Float[Tensor, " row"] | None = None
-    activations: Mapping[Target, Tensor] = field(default_factory=dict, repr=False)
-    gradients: Mapping[Target, Tensor] = field(default_factory=dict, repr=False)
-    hooks: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
-    hook_gradients: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
+    activations: Mapping[Target, Tensor] = field(default_factory=dict[Target, Tensor], repr=False)
+    gradients: Mapping[Target, Tensor] = field(default_factory=dict[Target, Tensor], repr=False)
+    hooks: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor], repr=False)
+    hook_gradients: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor], repr=False)
     work: tuple[int, int, int] = (0, 0, 0)
 
     def as_source(self) -> Kept:

@@ -4,7 +4,7 @@ Runs put hooks on a model, so one thread at a time runs it: another one gets an 
 """
 
 import threading
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Generator, Hashable, Iterable
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -43,7 +43,7 @@ class Session:
         self._name, self._turn = name, turn
 
     @contextmanager
-    def running(self) -> Iterator[None]:
+    def running(self) -> Generator[None, None, None]:
         """The model in the hands of this thread for the duration of the block; blocks nest.
 
         Raises:
@@ -61,7 +61,7 @@ class Session:
             self._turn.lock.release()
 
     @contextmanager
-    def surrounded(self, edits: tuple[Edit, ...]) -> Iterator[None]:
+    def surrounded(self, edits: tuple[Edit, ...]) -> Generator[None, None, None]:
         """The model with these edits around every run, and no others, for the duration of the block."""
         with self.running():
             before, self.surrounding = self.surrounding, edits
@@ -109,7 +109,7 @@ def found_once(model: BridgedModel, name: Hashable, find: Callable[[], Found]) -
 
 
 @contextmanager
-def intervene(model: BridgedModel, edits: Edit | Iterable[Edit]) -> Iterator[None]:
+def intervene(model: BridgedModel, edits: Edit | Iterable[Edit]) -> Generator[None, None, None]:
     """Apply edits to every ``model.run`` and every method inside the block; nested blocks compose, outer first.
 
     Nothing is left behind when the block ends, also after an exception. Other threads cannot run the model meanwhile.

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
@@ -116,8 +117,8 @@ def qk_product(
     """Change of the pattern × its gradient: ``[batch, pos, head]`` for q, ``[batch, kv_head]`` for k (summed over the heads that share it)."""
     product = change.to(torch.promote_types(change.dtype, torch.float32)) * gradient
     if kind == "q":
-        return product.sum(-1).transpose(1, 2)
-    return product.sum((2, 3)).unflatten(1, (n_kv_heads, -1)).sum(-1)
+        return rearrange(product.sum(-1), "batch head dest -> batch dest head")
+    return rearrange(product.sum((2, 3)), "batch (kv_head copy) -> batch kv_head copy", kv_head=n_kv_heads).sum(-1)
 
 
 def qk_scores(setting: Setting, runs: Runs, meter: Meter, gradients: list[dict[int, Tensor]]) -> dict[str, list[tuple[np.ndarray, np.ndarray]]]:

@@ -168,8 +168,7 @@ class LinearizedPatching(Method):
         for kind, part in parts(setting):
             if moved is None or moved in kind.moves(part, self.how):
                 for name, value in kind.needs(part, self.how, moved).items():
-                    together = (*needs.get(name, ()), *value) if isinstance(value, tuple) else value
-                    needs[name] = tuple(dict.fromkeys(together)) if isinstance(together, tuple) else together
+                    needs[name] = value if isinstance(value, str) else tuple(dict.fromkeys((*needs.get(name, ()), *value)))
         return needs
 
     def _points(self, setting: Setting, runs: Runs, meter: Meter, drop: int | None) -> Iterator[tuple[Result, float, Target | None]]:

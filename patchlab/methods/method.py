@@ -237,7 +237,8 @@ class Method(ABC):
                 setting = replace(setting, mean=mean)
             trusted = task.metric in PACKAGED or any(len(batch) > 1 for batch in batches[: len(work.batches)])
             for number in range(len(work.batches), len(batches)):
-                batch, notes = batches[number], {}
+                batch = batches[number]
+                notes: dict[str, Any] = {}
                 meter.cells = work.cells_of(number)
                 at, baseline = self.source_targets(setting), self.baseline_options(setting)
                 runs = unpatched(setting, batch, meter, source=self.source, at=at, baseline=baseline, resume=self.resumes(setting))

@@ -55,13 +55,11 @@ def get_method(name: str) -> Method | VerifiedPatching:
         MethodError: unknown name, a suffix that the method does not have or that stands in another place, an option that it does not take.
         RuleError: unknown rules.
     """
-    if not isinstance(name, str):
-        raise MethodError(f"the name of a method is a text, such as 'relp'; got {name!r}. (In YAML, put names with brackets in quotes.)")
 
     def refused(why: str = "") -> MethodError:
         return MethodError(unknown("method", name, METHODS, more=why))
 
-    body, *sources = split(name, "@")
+    body, *sources = split(_text(name), "@")
     texts = split(body, "+")
     given: dict[str, Any] = {}
     if (found := _found(texts[0])) is None and len(texts) > 1 and (found := _found(texts[1])) is not None:
@@ -108,6 +106,12 @@ def scoring_method(name: str) -> Method:
     raise MethodError(
         f"{name} scores only the cells that it verifies, so it gives no score map; name its screen instead, such as {method.screen.name}."
     )
+
+
+def _text(name: object) -> str:
+    if not isinstance(name, str):
+        raise MethodError(f"the name of a method is a text, such as 'relp'; got {name!r}. (In YAML, put names with brackets in quotes.)")
+    return name
 
 
 def _found(text: str) -> tuple[Entry, Word] | None:

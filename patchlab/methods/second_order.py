@@ -119,7 +119,7 @@ class SecondOrder(Method):
         return {"keep": setting.targets, "gradients": setting.targets}
 
     def score(self, setting: Setting, runs: Runs, meter: Meter, notes: dict[str, Any]) -> Scored:
-        found = {}
+        found: dict[str, _Terms] = {}
         for site in setting.sites:
             layers = [self._of_layer(setting, runs, meter, site, layer) for layer in _layers(setting, site)]
             found[str(site)] = layers[0] if "layer" not in KINDS[site.kind].axes else _Terms.stacked(layers)
@@ -189,8 +189,8 @@ class SecondOrder(Method):
         axes = [axis for axis in KINDS[site.kind].axes if axis != "layer"]
         shape = [size if axis in site.axes else 1 for axis, size in zip(axes, own.shape[1:], strict=False)]
         named = None if setting.axis is None or setting.axis.names is None else setting.axis.index
-        rows = []
-        for example in runs.batch.examples.tolist():
+        rows: list[np.ndarray] = []
+        for example in map(int, runs.batch.examples.cpu().numpy()):
             pair = setting.task.pairs[example]
             key = hashlib.sha256(repr((self.seed, probe, target[1], pair.clean_ids, pair.corrupted_ids)).encode()).digest()
             signs = np.random.default_rng(list(key)).choice([-1.0, 1.0], size=shape)
@@ -280,7 +280,7 @@ def _prices(setting: Setting, runs: Runs, site: Site, layer: int | None, shape: 
     axes = [axis for axis in site.axes if axis != "layer"]
     place = next((dim for dim, axis in enumerate(axes, 1) if axis in ("pos", "dest")), None)
     by_number = place is not None and setting.axis is not None and setting.axis.names is None
-    for row, example in enumerate(runs.batch.examples.tolist()):
+    for row, example in enumerate(map(int, runs.batch.examples.cpu().numpy())):
         paired = isinstance(runs.source, Kept) and not setting.surrounding
         start = np.array(first_difference(of_rows(runs, np.array([row])).batch) if paired and mode == "prefix" else 0)
         at = start

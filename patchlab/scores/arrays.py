@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 
 from patchlab.errors import ScoreError
 from patchlab.graph import Graph
+from patchlab.labelled import Variable, variables_of, with_attrs, with_coords
 from patchlab.sites import POSITION_AXES, Site
 
 
@@ -60,7 +61,7 @@ class CellNames:
     ``scored`` is False at cells that the method could not score. Masks are along the first axes.
     """
 
-    names: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    names: Mapping[str, Sequence[str]] = field(default_factory=dict[str, Sequence[str]])
     noun: str = ""
     joined: str = ""
     exists: Bool[np.ndarray, "*first"] | None = None
@@ -220,7 +221,7 @@ def upgraded(data: xr.Dataset, live: xr.Dataset, record: Mapping[str, Any]) -> t
     graph, axes = graph_of(record["provenance"]), ("writer", "reader")
     is_edge = {"is_edge": (axes, graph.allowed), "layer_of_edge": (axes, np.broadcast_to(graph.reader_layer, graph.allowed.shape))}
     about = {"noun": "edge", "names": "{writer}->{reader}"}
-    return data.assign_coords(is_edge).map(lambda one: one.assign_attrs(about), keep_attrs=True), live.assign_coords(is_edge)
+    return with_attrs(with_coords(data, is_edge), about), with_coords(live, is_edge)
 
 
 def position_coords(labels: PositionLabels | None, examples: np.ndarray, sizes: Mapping[str, int]) -> dict[str, Any]:
@@ -254,15 +255,15 @@ def spread(data: xr.Dataset, values: Mapping[str, np.ndarray] | None, order: np.
         return None
     if set(values) != set(data.data_vars):
         raise ScoreError(f"noise and standard errors must be of the sites that are scored, {sorted(map(str, data.data_vars))}; got {sorted(values)}.")
-    variables = {}
+    variables: dict[str, Variable] = {}
     for name, found in values.items():
-        dims = data[name].dims if found.ndim > 1 else ("example",)
+        dims = tuple(map(str, data[name].dims)) if found.ndim > 1 else ("example",)
         if found.shape != tuple(data.sizes[dim] for dim in dims) or bool((found < 0).any()):
             raise ScoreError(
                 f"the noise or standard error of {name} must be [example] or of the shape {list(data[name].shape)}, and nowhere below 0; "
                 f"got the shape {list(found.shape)}."
             )
-        variables[name] = (dims, found[order].astype(np.float32), {"units": data[name].attrs.get("units", "")})
+        variables[name] = Variable(dims, found[order].astype(np.float32), {"units": data[name].attrs.get("units", "")})
     return frozen(xr.Dataset(variables, coords={"example": data["example"]}))
 
 
@@ -270,20 +271,20 @@ def checksum(record: Mapping[str, Any], *parts: xr.Dataset) -> str:
     """A hash of everything that a file of scores holds."""
     digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode())
     for part in parts:
-        for name in sorted(map(str, part.variables)):
-            variable = part.variables[name]
-            values = variable.to_numpy()
+        variables = variables_of(part)
+        for name in sorted(map(str, variables)):
+            dims, values, attrs = variables[name]
             plain = values.tobytes() if values.dtype.kind in "biuf" else json.dumps(values.tolist()).encode()
-            kept = {key: str(value) for key, value in variable.attrs.items()}
-            digest.update(json.dumps([name, list(map(str, variable.dims)), values.dtype.kind, values.shape, kept], sort_keys=True).encode() + plain)
+            kept = {key: str(value) for key, value in attrs.items()}
+            digest.update(json.dumps([name, list(dims), values.dtype.kind, values.shape, kept], sort_keys=True).encode() + plain)
     return digest.hexdigest()
 
 
 def frozen(dataset: xr.Dataset) -> xr.Dataset:
     """The same dataset on arrays of its own that cannot be written to, text as fixed-width strings."""
-    parts = {}
-    for name, part in dataset.variables.items():
-        values = np.array(part.to_numpy(), dtype=str if part.dtype.kind in "OTU" else part.dtype)
+    parts: dict[Hashable, Variable] = {}
+    for name, part in variables_of(dataset).items():
+        values = np.array(part.values, dtype=str if part.values.dtype.kind in "OTU" else part.values.dtype)
         values.setflags(write=False)
-        parts[name] = (part.dims, values, part.attrs)
+        parts[name] = part._replace(values=values)
     return xr.Dataset({name: parts[name] for name in dataset.data_vars}, coords={name: parts[name] for name in dataset.coords}, attrs=dataset.attrs)

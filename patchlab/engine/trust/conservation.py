@@ -14,11 +14,11 @@ Conservation cannot see everything (with q and k held, nothing that acts on them
 queries and keys get exactly no gradient if it holds the pattern, and another one than without it if it does not.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Int
@@ -147,10 +147,10 @@ def _holding(composite: Composite, place: Place, problem: bool) -> _Rule:
 class _Seen:
     """How a run calls the blocks, what the last of them gives, and the modules that run before and after them (no embeddings)."""
 
-    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list[tuple[tuple[Any, ...], dict[str, Any]]])
     output: Any = None
-    head: list[nn.Module] = field(default_factory=list)
-    tail: list[nn.Module] = field(default_factory=list)
+    head: list[nn.Module] = field(default_factory=list[nn.Module])
+    tail: list[nn.Module] = field(default_factory=list[nn.Module])
 
 
 def _observe(model: BridgedModel, tokens: Int[Tensor, "row pos"]) -> _Seen:
@@ -202,8 +202,8 @@ def _found(model: BridgedModel, part: str, ledger: Ledger, y: Tensor, rules: lis
     worst = sorted((entry for entry in entries if abs(gaps[id(entry)]) > TOLERANCE * scale), key=lambda entry: -abs(gaps[id(entry)]))
     if worst and all(id(entry.module) in known for entry in worst):
         return
-    modules = [*model.bridge.original_model.named_modules(), *model.bridge.named_modules()]
-    names = {id(module): name.replace("._original_component", "").replace("_original_component.", "") for name, module in modules}
+    modules = {**_named(model.bridge.original_model), **_named(model.bridge)}
+    names = {key: name.replace("._original_component", "").replace("_original_component.", "") for key, name in modules.items()}
     named = dict.fromkeys(
         part if entry.module is None else f"{names[id(entry.module)]} ({_type(entry.module)})" for entry in worst if id(entry.module) not in known
     )
@@ -212,6 +212,11 @@ def _found(model: BridgedModel, part: str, ledger: Ledger, y: Tensor, rules: lis
         ", ".join(list(named)[:3]) or part,
         f"a non-linearity that no rule covers keeps its plain gradient, so that in {part} {share:.2g} of the relevance appears or disappears",
     )
+
+
+def _named(root: nn.Module) -> dict[int, str]:
+    """Names of the modules of a tree, by identity."""
+    return {id(module): name for name, module in cast(Iterable[tuple[str, nn.Module]], root.named_modules())}
 
 
 def _type(module: nn.Module) -> str:
@@ -264,8 +269,7 @@ def _at_scores(model: BridgedModel, call: Callable[[], tuple[Tensor, Tensor]], p
         y, _ = call()
         g = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(y)
         values = list(leaves.values())
-        grads = torch.autograd.grad(y, values, g, allow_unused=True) if values else ()
-    return [torch.zeros_like(value) if grad is None else grad for value, grad in zip(values, grads, strict=True)]
+        return list(torch.autograd.grad(y, values, g, allow_unused=True, materialize_grads=True)) if values else []
 
 
 class _Reached(Exception):
@@ -273,7 +277,7 @@ class _Reached(Exception):
 
 
 @contextmanager
-def _standing_in(blocks: list[nn.Module], forward: Callable[..., Any]) -> Iterator[None]:
+def _standing_in(blocks: list[nn.Module], forward: Callable[..., Any]) -> Generator[None, None, None]:
     """Blocks that do ``forward(block, *args, **kwargs)`` instead of their own."""
     try:
         for block in blocks:

@@ -66,7 +66,8 @@ def run_edge_sets(
         max_bytes: memory of one forward pass.
         done: called with the numbers of the sets that are finished, and their metric.
     """
-    graph, found = model.arch.graph, []
+    graph = model.arch.graph
+    found: list[Tensor] = []
     allowed = torch.as_tensor(graph.allowed.copy(), device=model.device)
     with torch.no_grad():
         current = contributions(model, program.tokens, differences.form).values
@@ -96,7 +97,7 @@ def _find(model: BridgedModel) -> Support:
 
 
 def _compared(model: BridgedModel) -> Support:
-    reasons = []
+    reasons: list[str] = []
     program, edges, differences = _trial(model)
     expected = run_edge_sets(model, program, [edge_mask(model, edge) for edge in edges], differences)
     allowed = tolerance() * float(expected.abs().max())

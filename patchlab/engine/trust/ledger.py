@@ -1,6 +1,6 @@
 """The ledger of one run: what relevance flows in and out of each module that is called, and of which the balance is off."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
@@ -15,9 +16,11 @@ from patchlab.engine.trust.precision import at_full_precision, mapped
 
 
 @contextmanager
-def on_modules(modules: Iterable[nn.Module], before: Callable[..., Any] | None = None, after: Callable[..., Any] | None = None) -> Iterator[None]:
+def on_modules(
+    modules: Iterable[nn.Module], before: Callable[..., Any] | None = None, after: Callable[..., Any] | None = None
+) -> Generator[None, None, None]:
     """Functions before and after calls of modules, for the duration of the block."""
-    handles = []
+    handles: list[RemovableHandle] = []
     try:
         for module in modules:
             if before is not None:
@@ -43,9 +46,9 @@ class Entry:
 
     module: nn.Module | None
     parent: "Entry | None" = None
-    inputs: list[Tensor] = field(default_factory=list)
-    outputs: list[Tensor] = field(default_factory=list)
-    sources: list[Tensor] = field(default_factory=list)
+    inputs: list[Tensor] = field(default_factory=list[Tensor])
+    outputs: list[Tensor] = field(default_factory=list[Tensor])
+    sources: list[Tensor] = field(default_factory=list[Tensor])
 
 
 class Ledger:
@@ -99,13 +102,13 @@ class Ledger:
         generator = torch.Generator().manual_seed(1)
         g = torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y)
         tensors = {id(t): t for entry in self.closed for t in (*entry.inputs, *entry.outputs, *entry.sources)}
-        grads = dict(zip(tensors, torch.autograd.grad(y, list(tensors.values()), g, allow_unused=True), strict=True))
+        grads: dict[int, Tensor | None] = dict(zip(tensors, torch.autograd.grad(y, list(tensors.values()), g, allow_unused=True), strict=True))
 
         def flow(tensors: list[Tensor], size: Callable[[Tensor], Tensor] = lambda x: x) -> float:
             pairs = [(tensor, grads[id(tensor)]) for tensor in tensors]
             return sum((float(size(tensor.detach().double() * grad.double()).sum()) for tensor, grad in pairs if grad is not None), 0.0)
 
-        gaps = {}
+        gaps: dict[int, float] = {}
         closed = {id(entry) for entry in self.closed}
         for entry in self.closed:
             gaps[id(entry)] = flow(entry.outputs) - flow(entry.inputs) - flow(entry.sources) - _bias(entry, grads)
@@ -127,9 +130,9 @@ def _is_wrapped_leaf(module: nn.Module, parent: nn.Module | None) -> bool:
 def _bias(entry: Entry, grads: Mapping[int, Tensor | None]) -> float:
     """Σ b·g at the output of the module that owns b; a component of the Bridge owns the bias of the module it wraps."""
     owner = entry.module.original_component if isinstance(entry.module, GeneralizedComponent) else entry.module
-    bias = None if owner is None else owner._parameters.get("bias")
+    bias = None if owner is None else dict(owner.named_parameters(recurse=False)).get("bias")
     grad = grads.get(id(entry.outputs[0])) if entry.outputs else None
     if bias is None or grad is None or not bias.is_floating_point():
         return 0.0
-    at_channels = bias[:, None] if isinstance(owner, nn.modules.conv._ConvNd) else bias
+    at_channels = bias[:, None] if isinstance(owner, (nn.Conv1d, nn.ConvTranspose1d)) else bias
     return float((at_channels.detach().double() * grad.double()).sum())

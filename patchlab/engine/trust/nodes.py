@@ -42,7 +42,7 @@ def support(model: BridgedModel) -> Support:
 
 
 def _find(model: BridgedModel) -> Support:
-    reasons = []
+    reasons: list[str] = []
     for mode in ("prefix", "replay"):
         if (problem := _problem(model, prefix=mode == "prefix")) is None:
             return Support(mode, "; ".join(reasons))

@@ -29,7 +29,7 @@ def checked_places(model: BridgedModel, tokens: Int[Tensor, "row pos"]) -> tuple
     """The places of a model, with a problem noted where a rule could not be right, and whether patterns can be reached."""
     places = [place for place in model.arch.places if place.problem is None and not isinstance(place, LinearPlace)]
     seen, calls = _observed(model, tokens, places)
-    found = {}
+    found: dict[tuple[str, type[Place]], Place] = {}
     for place in places:
         missing = [name for name in (*place.reads, *((place.at,) if place.at != LOGITS else ())) if name not in seen]
         problem = f"the hooks {missing} do not fire" if missing else _problem(model, tokens, place, seen, calls)
@@ -155,7 +155,7 @@ _NOT_LIVE = "what is put at its hook does not reach the logits"
 
 def _logits_with(model: BridgedModel, tokens: Int[Tensor, "row pos"], place: Place, *values: Tensor) -> list[Tensor]:
     """Logits with other values at the hook of a place, in one run each."""
-    found = []
+    found: list[Tensor] = []
     for value in values:
         with torch.no_grad(), hooked(model.hooks, {place.at: partial(_give, value)}):
             found.append(_logits(model, tokens))
@@ -183,7 +183,7 @@ def _reached(model: BridgedModel, tokens: Int[Tensor, "row pos"], places: list[A
     g = _cotangent(logits)
     leaves = {**{("pattern", name): value for name, value in patterns.items()}, **{("scores", name): value for name, value in scores.items()}}
     grads = dict(zip(leaves, torch.autograd.grad(logits, list(leaves.values()), g.to(logits.dtype), allow_unused=True), strict=True))
-    found = []
+    found: list[AttentionPlace] = []
     for place in places:
         blocked = not any(_any(grads.get(("scores", name))) for name in place.scores)
         used = _any(grads.get(("pattern", place.at)))

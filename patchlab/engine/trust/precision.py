@@ -4,13 +4,14 @@ Half precision rounds so coarsely (a run and the same run in another batch diffe
 can tell right from wrong only by guessing. The weights are exact in float32, so the same comparison on them can be as strict as on a float32 model.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformer_lens.model_bridge import TransformerBridge
 
 from patchlab.adapters import BridgedModel
@@ -19,7 +20,7 @@ HALF = (torch.bfloat16, torch.float16)
 
 
 @contextmanager
-def in_single_precision(model: BridgedModel) -> Iterator[None]:
+def in_single_precision(model: BridgedModel) -> Generator[None, None, None]:
     """Run blocks, final norm and unembedding of a half-precision model in float32 for the duration of the block, backwards too.
 
     Each module's weights are turned into float32 as it is called and are the old tensors again when it returns, so the memory that
@@ -30,7 +31,7 @@ def in_single_precision(model: BridgedModel) -> Iterator[None]:
     if model.dtype not in HALF:
         yield
         return
-    handles = []
+    handles: list[RemovableHandle] = []
     wide: dict[int, Tensor] = {}
     try:
         for part in _parts(model.bridge):
@@ -101,7 +102,7 @@ def _unpack(kept: Any) -> Tensor:
 
 
 @contextmanager
-def widened(modules: Iterable[nn.Module]) -> Iterator[None]:
+def widened(modules: Iterable[nn.Module]) -> Generator[None, None, None]:
     """Weights and buffers of half precision in float32 for the duration of the block; afterwards they are the tensors they were before."""
     kept: dict[int, tuple[Tensor, Tensor]] = {}
     try:
@@ -132,4 +133,6 @@ def mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
         return function(value)
     if type(value) in (tuple, list):
         return type(value)(mapped(entry, function) for entry in value)
-    return {key: mapped(entry, function) for key, entry in value.items()} if type(value) is dict else value
+    if type(value) is not dict:
+        return value
+    return {key: mapped(entry, function) for key, entry in cast(dict[Any, Any], value).items()}

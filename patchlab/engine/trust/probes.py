@@ -124,7 +124,7 @@ def probe(model: BridgedModel, tokens: Int[Tensor, "two pos"]) -> dict[str, str]
 def _edits(steps: dict[int, Any], rows: list[_Row], place: Place, plain: Mapping[Target, Tensor]) -> tuple[Edit, ...]:
     """Random values where a row gives a site some, and the stream held but where the row probes the stream itself."""
     generator = torch.Generator().manual_seed(2)
-    edits = []
+    edits: list[Edit] = []
     for (kind, layer), own in plain.items():
         given = [kind in steps[row.step][0] for row in rows]
         held = [steps[row.step][1] != "resid_pre" or layer != 0 for row in rows] if kind == "resid_pre" else given

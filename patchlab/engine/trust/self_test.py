@@ -127,7 +127,8 @@ def _of_other_slope(model: BridgedModel, tokens: Int[Tensor, "two pos"]) -> dict
             slope = gradients[target].to(value)
             if not bool(slope.any()):
                 continue  # a dead part, which no edit changes
-            step = slope * (0.01 * float(value.norm() if bool(value.any()) else 1.0) / float(slope.norm()))
+            length = float(value.square().sum().sqrt()) if bool(value.any()) else 1.0
+            step = slope * (0.01 * length / float(slope.square().sum().sqrt()))
             ends = [
                 run(model, _program(ids, edits=(Edit(address(*target), sign * step, "add"),), metric=metric, answers=answers)) for sign in (-1, 1)
             ]
@@ -259,7 +260,7 @@ def _silent(model: BridgedModel, tokens: Int[Tensor, "row pos"]) -> dict[str, st
         return {}
     except InterventionError:
         pass  # some hook is silent: find out which
-    found = {}
+    found: dict[str, str] = {}
     for kind in model.arch.sites:
         try:
             run(model, _program(tokens, keep=targets(kind, model.arch.n_layers)))
@@ -270,7 +271,7 @@ def _silent(model: BridgedModel, tokens: Int[Tensor, "row pos"]) -> dict[str, st
 
 def _changed_by_itself(model: BridgedModel, tokens: Int[Tensor, "row pos"]) -> dict[str, str]:
     """Sites where patching a run with its own values changes a bit of the logits."""
-    found = {}
+    found: dict[str, str] = {}
     plain = run(model, _program(tokens, keep=_every(model), logits="all"))
     for kind in model.arch.sites:
         patched = run(model, _program(tokens, edits=_edits(targets(kind, model.arch.n_layers), plain.as_source()), logits="all"))
@@ -324,7 +325,7 @@ def _bypassing(model: BridgedModel, tokens: Int[Tensor, "row pos"]) -> dict[str,
     both = run(model, _program(tokens, keep=_every(model), logits="all"))
     donor = Kept({key: value[:1] for key, value in both.activations.items()}, both.examples[:1])
     receiver = tokens[1:]
-    found = {}
+    found: dict[str, str] = {}
 
     def patched(where: tuple[Target, ...], keep: tuple[Target, ...] = (), rows: int = 1, edits: tuple[Edit, ...] | None = None) -> Result:
         return run(model, _program(receiver.expand(rows, -1), edits=_edits(where, donor) if edits is None else edits, keep=keep, logits="all"))

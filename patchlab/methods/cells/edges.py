@@ -8,7 +8,7 @@ own: the gradients at q, k, v and at the MLP's input, from the pass that node sc
 Source: EAP, Syed et al. 2023 (arXiv 2310.10348); EAP-IG, Hanna et al. 2024 (arXiv 2403.17806).
 """
 
-from collections.abc import Iterable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -76,7 +76,7 @@ class Edges:
             by_pos = written[:, None, :] & read[None, :, :]
             if "pos" not in site.axes:
                 return graph.allowed & by_pos.any(-1)
-            return graph.allowed[:, :, None] & (by_pos if index is None else by_pos.take(index, axis=2))
+            return graph.allowed[:, :, None] & (by_pos if index is None else np.take(by_pos, index, axis=2))
         pairs = np.where(crossing[:, None, None], np.tri(length, dtype=bool), np.eye(length, dtype=bool) & read[:, :, None])
         if reads_answer:
             pairs[late] &= last[:, None]
@@ -218,7 +218,11 @@ def edge_effects(
         if where is not None:
             length = runs.baseline_tokens.shape[1]
             masks = (mask[:, :, None, None] & _one_hot(where[i], length) for mask, i in zip(masks, left, strict=True))
-        run_sets(setting, runs, meter, masks, lambda places, values: done([left[i] for i in places], values), post_norm=post_norm)
+
+        def of_left(places: list[int], values: Tensor) -> None:
+            done([left[i] for i in places], values)
+
+        run_sets(setting, runs, meter, masks, of_left, post_norm=post_norm)
     elif left:
         work = Work()
         try:
@@ -268,7 +272,15 @@ def set_effects(
     return np.concatenate(found) if found else np.zeros((0, len(runs.batch)))
 
 
-def run_sets(setting: Setting, runs: Runs, meter: Meter, masks: Iterator[Bool[Tensor, "writer reader *where"]], done: Any, *, post_norm: str) -> None:
+def run_sets(
+    setting: Setting,
+    runs: Runs,
+    meter: Meter,
+    masks: Iterator[Bool[Tensor, "writer reader *where"]],
+    done: Callable[[list[int], Tensor], None],
+    *,
+    post_norm: str,
+) -> None:
     """Run sets of edges with whole forward passes, and count them."""
 
     def counted(numbers: list[int], values: Tensor) -> None:
@@ -418,7 +430,7 @@ class EdgeScores:
 
     def result(self, meter: Meter, notes: dict[str, Any]) -> Scored:
         """The scores and their noise floors; NaN for readers that the rules cut off."""
-        found = []
+        found: list[np.ndarray] = []
         for values in (self.total, self.variance):
             for dim in range(3, values.ndim):
                 values = at_positions(self.setting, self.runs, values, dim)

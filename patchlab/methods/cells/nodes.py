@@ -60,9 +60,9 @@ class Nodes:
             names.append(kind.source)
         for dim, name in enumerate(names):
             if name in site.axes and name != "layer" and index is not None:
-                live = live.take(index, axis=dim)
+                live = np.take(live, index, axis=dim)
         joint = tuple(dim for dim, name in enumerate(names) if name not in site.axes)
-        live = np.asarray(live.any(axis=joint))
+        live = np.asarray(np.any(live, axis=joint))
         kept = [name for name in names if name in site.axes]
         for dim, name in enumerate(site.axes):
             if name not in kept:
@@ -239,14 +239,15 @@ class _NodeScores:
     def _linear_scores(self, site: Site) -> tuple[Float[np.ndarray, "batch *cells"], Float[np.ndarray, "batch *cells"]]:
         """Scores, and their noise floors."""
         layers = list(range(self.setting.model.arch.n_layers)) if KINDS[site.kind].layered else [None]
-        scores, variances = [], []
+        scores: list[Tensor] = []
+        variances: list[Tensor] = []
         for key in ((site.kind, layer) for layer in layers):
             change, coefficient, vectors = self.differences[key], self.total[key], KINDS[site.kind].width is not None
             product = change * coefficient.to(change.dtype)
             scores.append(reduced(self.setting, self.runs, site, product.sum(-1) if vectors else product))
             variance = product_variance(change, self.runs.baseline.activations[key], coefficient, vectors=vectors)
             variances.append(reduced(self.setting, self.runs, site, variance))
-        found, off = ((part[0] if layers == [None] else torch.stack(part, 1)).double().cpu().numpy() for part in (scores, variances))
+        found, off = (np.asarray((part[0] if layers == [None] else torch.stack(part, 1)).double().cpu()) for part in (scores, variances))
         return found, self.runs.rounding.of_products(off, found)
 
     def _note_gaps(self, meter: Meter, notes: dict[str, Any]) -> None:
@@ -263,7 +264,7 @@ class _NodeScores:
                 moved = meter.run(setting.model, program(setting, runs, edits=(Edit(address(*group), runs.source),)))
                 end = moved.values if moved.values is not None else runs.baseline_values
             scores = (self.differences[group] * self.total[group]).flatten(1).sum(1)
-            gaps = (scores - (end - runs.baseline_values)).double().cpu().tolist()
+            gaps = (scores - (end - runs.baseline_values)).double().cpu().numpy().tolist()
             notes.setdefault(name, {}).setdefault(str(address(*group)), []).extend(gaps)
 
 

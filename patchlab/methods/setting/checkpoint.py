@@ -4,7 +4,7 @@ import json
 import time
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -47,7 +47,7 @@ class Work:
 
     identity: dict[str, str | None]
     path: Path | None = None
-    batches: list[Finished] = field(default_factory=list)
+    batches: list[Finished] = field(default_factory=list[Finished])
     cells: tuple[int, dict[int, np.ndarray]] = field(default_factory=lambda: (0, {}))
     before: tuple[int, int, int, float] = (0, 0, 0, 0.0)
     engine: str | None = None
@@ -130,7 +130,7 @@ def joined(parts: Sequence[Finished]) -> dict[str, dict[str, list[Any]]]:
 
 
 @contextmanager
-def keeping(unfinished: dict[str, Work], identity: Mapping[str, str | None], checkpoint: str | Path | None) -> Iterator[Work]:
+def keeping(unfinished: dict[str, Work], identity: Mapping[str, str | None], checkpoint: str | Path | None) -> Generator[Work, None, None]:
     """Give the work of a run: what an interrupted run of the same identity left, or none yet.
 
     After an exception the work is kept, in the checkpoint or, without one, in ``unfinished``; a note on the exception
@@ -248,7 +248,7 @@ def _read(path: Path) -> Work:
         about = json.loads(str(arrays["about"]))
         if about["patchlab_checkpoint"] != FORMAT:
             raise ValueError(f"format {about['patchlab_checkpoint']}")
-        batches = []
+        batches: list[Finished] = []
         for i, notes in enumerate(about["notes"]):
             found: dict[str, dict[str, np.ndarray]] = {part.name: {} for part in fields(Scored)}
             for key, values in arrays.items():

@@ -21,9 +21,11 @@ taken as independent, so that a mean over n of them has the floor ``√Σ floor�
 """
 
 from dataclasses import dataclass
+from typing import Any, cast
 
 import numpy as np
 import torch
+from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -81,7 +83,7 @@ def rounding(
     unit, n = spacing(dtype) * n_layers**0.5 * (1 if dtype in (torch.float16, torch.bfloat16) else 2), len(clean)
     ends = [logits.detach().to(torch.promote_types(logits.dtype, torch.float32)) for logits in (corrupted, clean)]
     size = 0.5 * unit * torch.stack([torch.maximum(end.abs(), end.std(-1, keepdim=True)) for end in ends]).amax(0)
-    points = [torch.lerp(ends[0], ends[1], share) for share in torch.linspace(0, 1, POINTS).tolist()]
+    points = [torch.lerp(ends[0], ends[1], share) for share in torch.linspace(0, 1, POINTS).numpy().tolist()]
     signs = 1.0 - 2.0 * torch.randint(0, 2, size.shape[1:], generator=torch.Generator().manual_seed(0)).to(size)
     base = 0 if denoising else POINTS - 1
     with torch.enable_grad():
@@ -91,11 +93,15 @@ def rounding(
             (slopes,) = torch.autograd.grad(values.sum(), logits)
         except RuntimeError:  # torch's word for a function that leaves its graph
             return Rounding(unit, np.full(n, np.nan), np.full(n, np.nan))
-    slopes = slopes.unflatten(0, (POINTS + 1, n)).flatten(2).double()
-    off = (slopes[:POINTS] * size.flatten(1)).norm(dim=2).amax(0)
-    length = slopes[base].norm(dim=1)
-    bent = torch.where(length > 0, (slopes[POINTS] - slopes[base]).norm(dim=1) / length, 0.0)
+    slopes = rearrange(slopes, "(point batch) ... -> point batch (...)", batch=n).double()
+    off = _length(slopes[:POINTS] * size.flatten(1)).amax(0)
+    length = _length(slopes[base])
+    bent = torch.where(length > 0, _length(slopes[POINTS] - slopes[base]) / length, 0.0)
     return Rounding(unit, off.cpu().numpy(), bent.cpu().numpy())
+
+
+def _length(vectors: Float[Tensor, "*rest entry"]) -> Float[Tensor, "*rest"]:
+    return cast(Any, torch.linalg).vector_norm(vectors, dim=-1)  # torch.linalg has no types
 
 
 def product_variance(

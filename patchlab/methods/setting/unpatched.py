@@ -54,8 +54,8 @@ class Scored:
     """
 
     effects: Mapping[str, Effects]
-    noise: Mapping[str, Effects] = field(default_factory=dict)
-    standard_error: Mapping[str, Effects] = field(default_factory=dict)
+    noise: Mapping[str, Effects] = field(default_factory=dict[str, Effects])
+    standard_error: Mapping[str, Effects] = field(default_factory=dict[str, Effects])
 
 
 def unpatched(

@@ -41,7 +41,9 @@ class Cells:
             raise MethodError(
                 f"the screen {screen.provenance['method']} does not score edges into {kind} ({reason}); take another screen, such as 'relp'."
             )
-        site, where, scores = [], [], []
+        site: list[int] = []
+        where: list[Cell] = []
+        scores: list[float] = []
         for number, one in enumerate(setting.sites):
             mean, live = screen.mean(one).to_numpy(), setting.live[str(one)]
             found = listed(live) if live is not None else [tuple(cell) for cell in screen.cells(one).tolist()]

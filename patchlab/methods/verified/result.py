@@ -11,6 +11,7 @@ from patchlab.methods.verified.bound import Bound, Price, Recall, prompts_needed
 from patchlab.methods.verified.subsets import SubsetBound, t_quantile
 from patchlab.scores import Cost, ScoreMap
 from patchlab.sites import KINDS, Site
+from patchlab.tables import records
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +83,7 @@ class VerifiedResult:
         bound = {name: getattr(self.bound, name) for name in ("confidence", "unverified", "sample", "exceeding", "threshold", "unit", "at_most")}
         recall, price = {**asdict(self.recall), "share": self.recall.share, "reached": self.recall.reached}, asdict(self.price)
         return {
-            "table": _records(self.table),
+            "table": records(self.table),
             "bound": {**bound, "statement": str(self.bound)},
             "recall": {**recall, "statement": str(self.recall)},
             "price": {**price, "statement": str(self.price)},
@@ -91,7 +92,7 @@ class VerifiedResult:
             "n_live": self.n_live,
             "complete": self.complete,
             "speaks_of": self.speaks_of,
-            "groups": _records(self.groups),
+            "groups": records(self.groups),
             "stopped": self.stopped,
             "passes": dict(self.passes),
             "share": self.share,
@@ -216,9 +217,3 @@ def _line(row: dict[Any, Any]) -> str:
 
 def _sentence(text: str) -> str:
     return f"{text[:1].upper()}{text[1:]}."
-
-
-def _records(frame: pd.DataFrame) -> list[dict[str, Any]]:
-    """Rows as plain values; what is missing or infinite is None."""
-    plain = frame.astype(object).where(frame.notna() & ~frame.isin([np.inf, -np.inf]), None)
-    return [{str(key): value.item() if isinstance(value, np.generic) else value for key, value in row.items()} for row in plain.to_dict("records")]

@@ -146,7 +146,7 @@ class VerifiedPatching:
         return ActivationPatching(source=self.screen.source, engine=self.engine)
 
     @property
-    def _level(self) -> float:
+    def level(self) -> float:
         """Confidence of what is said about unpatched cells and, of the population, about other prompts: together they make ``confidence``."""
         return 1 - (1 - self.confidence) / 2 if self.population else self.confidence
 
@@ -183,14 +183,14 @@ class VerifiedPatching:
             sample = min(SAMPLE, most) if self.sample is None else most
         elif self.target is None:
             missed = missable(self.recall, self.k)
-            sample = min(next(look_sizes(unverified, lambda found: missed, self._level)), most)
+            sample = min(next(look_sizes(unverified, lambda found: missed, self.level)), most)
         else:
             sample = 0  # how many exceed the target, and so how many may be missed, is not known yet
         grouped = [live for site in setting.sites if (live := setting.live[str(site)]) is not None and _levels(site)]
         groups = sum(live.shape[0] for live in grouped) if self.hierarchical else 0
         screening = 3 * self.screen.forwards(setting) - 2  # all but the first run may have a backward pass, which counts as two
         wanted = self.k if self.target is None else None
-        return Price(n_live, wanted, self._level, float(screening), verified, sample, groups + self.subsets, self.recall)
+        return Price(n_live, wanted, self.level, float(screening), verified, sample, groups + self.subsets, self.recall)
 
     def run(
         self,
@@ -333,7 +333,7 @@ class _Search:
     def _widen(self, numbers: list[int]) -> None:
         """Take the intervals of patched cells, all of one width in standard errors."""
         found = np.array([self.effects[i] for i in numbers])
-        wide = half_widths(found, self.n, self.method._level) if self.method.population and numbers else np.zeros(len(numbers))
+        wide = half_widths(found, self.n, self.method.level) if self.method.population and numbers else np.zeros(len(numbers))
         self.wide.update(zip(numbers, wide.tolist(), strict=True))
 
     def _threshold(self) -> float:
@@ -414,7 +414,7 @@ class _Search:
         order = np.random.default_rng(method.seed).permutation(left).tolist()
         unlimited = SAMPLE if method.recall is None else len(left)
         most = min(unlimited if method.sample is None else method.sample, len(left))
-        sizes: Iterator[int] = itertools.repeat(most) if method.recall is None else look_sizes(len(left), self._missable(threshold), method._level)
+        sizes: Iterator[int] = itertools.repeat(most) if method.recall is None else look_sizes(len(left), self._missable(threshold), method.level)
         looks, exceeding = [next(sizes)], 0
         if method.subsets and min(looks[0], most) + method.subsets >= len(left):
             looks[0] = most = len(left)  # as cheap, and certain
@@ -426,7 +426,7 @@ class _Search:
             looks += itertools.islice(sizes, max(0, exceeding + 1 - len(looks)))
         made = tuple(size for size in looks[:exceeding] if size <= len(self.drawn)) if method.recall is not None else ()
         unit = self.setting.task.metric.unit
-        self.bound = Bound(method._level, len(left), len(self.drawn), exceeding, threshold, unit, made, method.population)
+        self.bound = Bound(method.level, len(left), len(self.drawn), exceeding, threshold, unit, made, method.population)
         if method.subsets and len(self.drawn) < len(left):
             self._patch_subsets(left.tolist(), exceeding, threshold)
 
@@ -510,7 +510,7 @@ class _Search:
             cost,
             {**screen.provenance, "method": self.method.name, "method_options": mine, "engine": engine},
             self.subsets,
-            self.method._level if self.method.population else None,
+            self.method.level if self.method.population else None,
         )
 
     def _frame(self, screen: ScoreMap, numbers: list[int], effects: Float[np.ndarray, "cell example"]) -> pd.DataFrame:
@@ -527,7 +527,7 @@ class _Search:
             "found": ["sweep" if self.swept else "sample" if i in drawn else "screen" for i in numbers],
         }
         values = pd.DataFrame(columns)
-        parts = []
+        parts: list[pd.DataFrame] = []
         for number, site in enumerate(self.setting.sites):
             rows = [row for row, i in enumerate(numbers) if self.cells.site[i] == number]
             if rows:
