@@ -102,7 +102,7 @@ def roc(
         raise CircuitError(f"the reference has {'all' if truth.any() else 'none'} of the {len(truth)} {level}s, so nothing can be told apart.")
     table = _table(importance, truth)
     step = np.diff(table["tpr"].to_numpy())
-    auc = float(((table["tpr"].to_numpy()[1:] + table["tpr"].to_numpy()[:-1]) / 2 * np.diff(table["fpr"].to_numpy())).sum())
+    auc = float(np.trapezoid(table["tpr"].to_numpy(), table["fpr"].to_numpy()))
     record = {"scores": provenance, "reference": reference.provenance, "by": by, "not_scored": int(missing.sum())}
     return ROC(table, auc, float((step * table["precision"].to_numpy()[1:]).sum()), level, int(truth.sum()), len(truth), record)
 

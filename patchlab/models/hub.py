@@ -2,8 +2,6 @@
 
 import json
 import os
-import urllib.error
-import urllib.request
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -51,31 +49,28 @@ def has_weights(folder: Path) -> bool:
 
 def _ask(name: str, endpoint: str, known: list[str]) -> None:
     """One HEAD request, no retry, so that a missing network is an error within seconds."""
-    from huggingface_hub import get_token
+    from huggingface_hub import HfApi, hf_hub_url
+    from huggingface_hub.errors import HfHubHTTPError
 
-    request = urllib.request.Request(f"{endpoint}/{name}/resolve/main/config.json", method="HEAD")
-    if token := get_token():
-        request.add_unredirected_header("Authorization", f"Bearer {token}")
     try:
-        urllib.request.urlopen(request, timeout=HUB_TIMEOUT).close()
-    except urllib.error.HTTPError as error:
-        error.close()
+        HfApi(endpoint).get_hf_file_metadata(url=hf_hub_url(name, "config.json", endpoint=endpoint), timeout=HUB_TIMEOUT)
+    except HfHubHTTPError as error:
+        code = error.response.status_code
         why = {
             401: "the hub has no such model, or it is private: set HF_TOKEN if you have access",
             403: "access to it is restricted: set HF_TOKEN to a token that has access",
             404: "the hub has no such model, or it has no config.json",
-        }.get(error.code, f"the hub at {endpoint} answered with HTTP {error.code}")
+        }.get(code, f"the hub at {endpoint} answered with HTTP {code}")
         raise ModelError(
             unknown("model", name, known, more=f"There is no such directory, it is not cached, and {why}. Or give a local directory.")
         ) from error
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "reason", error)
+    except Exception as error:  # those of the transport are not the client's
         raise ModelError(
             unknown(
                 "model",
                 name,
                 known,
-                more=f"There is no such directory, it is not cached, and {endpoint} did not answer within {HUB_TIMEOUT:g} s ({reason}).",
+                more=f"There is no such directory, it is not cached, and {endpoint} did not answer within {HUB_TIMEOUT:g} s ({error}).",
             )
         ) from error
 

@@ -100,18 +100,9 @@ def ranks(values: Float[np.ndarray, "draw cell"]) -> Float[np.ndarray, "draw cel
     >>> ranks(np.array([[5.0, 1.0, 5.0]]))
     array([[1.5, 0. , 1.5]])
     """
-    values = np.where(_centred(values).any(1, keepdims=True), values, 0.0)
-    order = np.argsort(values, axis=1, kind="stable")
-    ordered = np.take_along_axis(values, order, axis=1)
-    places = np.broadcast_to(np.arange(values.shape[1]), values.shape)
-    step = ordered[:, 1:] != ordered[:, :-1]
-    edge = np.ones((len(values), 1), dtype=bool)
-    first = np.maximum.accumulate(np.where(np.hstack([edge, step]), places, 0), axis=1)
-    after = np.where(np.hstack([step, edge]), places, values.shape[1])
-    last = np.minimum.accumulate(after[:, ::-1], axis=1)[:, ::-1]
-    result = np.empty(values.shape)
-    np.put_along_axis(result, order, (first + last) / 2, axis=1)
-    return result
+    from scipy.stats import rankdata
+
+    return rankdata(np.where(_centred(values).any(1, keepdims=True), values, 0.0), axis=1) - 1
 
 
 def spearman(a: Float[np.ndarray, "draw cell"], b: Float[np.ndarray, "draw cell"]) -> Float[np.ndarray, " draw"]:

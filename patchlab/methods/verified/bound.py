@@ -55,7 +55,7 @@ import numpy as np
 from jaxtyping import Float
 
 from patchlab.errors import MethodError
-from patchlab.methods.verified.subsets import t_quantile
+from patchlab.stats.distributions import hypergeometric, t_quantile
 
 FEWEST_DRAWS, IN_TAIL = 2000, 40
 """Resamples of the prompts: at least so many, and so many that this number of values is expected beyond a critical value."""
@@ -93,10 +93,11 @@ def most_exceeding(unverified: int, sample: int, exceeding: int, confidence: flo
     stops = _stops(looks)
     ends = [*enumerate(looks), *((seen, sample) for seen in range(len(looks), exceeding + 1))]
     ways = [*stops, *(_going(sample, seen, looks, stops) for seen in range(len(looks), exceeding + 1))]
+    shares = [_share(count, *end) for end, count in zip(ends, ways, strict=True)]
     low, high = exceeding, unverified - sample + exceeding  # both are possible; the probability falls as K grows
     while low < high:
         middle = (low + high + 1) // 2
-        if _refuted(_probability(unverified, middle, ends, ways), confidence):
+        if _refuted(_probability(unverified, middle, ends, shares), confidence):
             high = middle - 1
         else:
             low = middle
@@ -117,17 +118,20 @@ def look_sizes(unverified: int, allowed: Callable[[int], int], confidence: float
     """
     looks: list[int] = []
     ways: list[int] = []
+    shares: list[float] = []
     for found in itertools.count():
         low = max([found, *looks[-1:]])
         high = max(low, unverified - max(0, allowed(found)))  # as many as are allowed are left
         ways.append(_going(looks[-1] if looks else 0, found, looks, ways))
         while low < high and allowed(found) >= 0:
             middle = (low + high) // 2
-            if _refuted(_probability(unverified, found + allowed(found) + 1, [*enumerate(looks), (found, middle)], ways), confidence):
+            own = _share(ways[-1], found, middle)
+            if _refuted(_probability(unverified, found + allowed(found) + 1, [*enumerate(looks), (found, middle)], [*shares, own]), confidence):
                 high = middle
             else:
                 low = middle + 1
         looks.append(high)
+        shares.append(_share(ways[-1], found, high))
         yield high
 
 
@@ -149,19 +153,15 @@ def _going(size: int, seen: int, looks: Sequence[int], stops: Sequence[int]) -> 
     return math.comb(size, seen) - sum(after)
 
 
-def _probability(unverified: int, marked: int, ends: Sequence[tuple[int, int]], ways: Sequence[int]) -> float:
+def _share(ways: int, seen: int, size: int) -> float:
+    """The share of all orders with so many exceeding cells among the first ``size`` that end there."""
+    return ways / max(1, math.comb(size, seen))
+
+
+def _probability(unverified: int, marked: int, ends: Sequence[tuple[int, int]], shares: Sequence[float]) -> float:
     """Probability that a random order ends in one of the ways, each with so many of its first cells exceeding, if ``marked`` cells do."""
-    whole = _log_choose(unverified, marked)
-    logs = (
-        math.log(count) + _log_choose(unverified - size, marked - seen) - whole
-        for (seen, size), count in zip(ends, ways, strict=True)
-        if count and 0 <= marked - seen <= unverified - size
-    )
-    return math.fsum(map(math.exp, logs))
-
-
-def _log_choose(n: int, k: int) -> float:
-    return math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
+    seen, sizes = zip(*ends, strict=True)
+    return math.fsum(shares * hypergeometric(seen, sizes, marked, unverified))
 
 
 def critical_value(effects: Float[np.ndarray, "cell example"], family: int, confidence: float = 0.95, seed: int = 0) -> float:

@@ -8,9 +8,10 @@ import pandas as pd
 from jaxtyping import Float
 
 from patchlab.methods.verified.bound import Bound, Price, Recall, prompts_needed
-from patchlab.methods.verified.subsets import SubsetBound, t_quantile
+from patchlab.methods.verified.subsets import SubsetBound
 from patchlab.scores import Cost, ScoreMap
 from patchlab.sites import KINDS, Site
+from patchlab.stats.distributions import t_quantile
 from patchlab.tables import records
 
 

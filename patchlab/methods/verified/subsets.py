@@ -4,13 +4,13 @@ Single cells that were not patched can only be bounded in number (:mod:`patchlab
 about every cell in it, at the price of one assumption, which every statement here names: the effect of a set is the sum of the effects of its cells.
 """
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Bool, Float
 
 from patchlab.errors import MethodError
+from patchlab.stats.distributions import t_quantile
 
 FEWEST = 8
 """Fewer subsets say nothing."""
@@ -126,31 +126,3 @@ def _upper(members: Bool[np.ndarray, "cell subset"], joint: Float[np.ndarray, " 
     ]
     freedom = int(np.minimum(inside, outside).min()) - 1
     return np.abs(means[0] - means[1]) + t_quantile(confidence, freedom) * np.sqrt(spread[0] + spread[1])
-
-
-def t_quantile(probability: float, freedom: int) -> float:
-    """Quantile of Student's t distribution, for a probability above ½ and a whole number of degrees of freedom.
-
-    >>> round(t_quantile(0.95, 10), 3)
-    1.812
-    """
-    low, high = 0.0, 1.0
-    while _t_below(high, freedom) < probability:
-        high *= 2
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _t_below(middle, freedom) < probability else (low, middle)
-    return high
-
-
-def _t_below(t: float, freedom: int) -> float:
-    """P(T ≤ t) for t ≥ 0: the finite series of Abramowitz & Stegun 26.7.3 and 26.7.4."""
-    angle = math.atan(t / math.sqrt(freedom))
-    cos2, term, total = math.cos(angle) ** 2, 1.0, 0.0
-    odd = freedom % 2
-    for i in range(freedom // 2):
-        total += term
-        term *= cos2 * (2 * i + 1 + odd) / (2 * i + 2 + odd)
-    if odd:
-        return 0.5 + (angle + math.sin(angle) * math.cos(angle) * total) / math.pi
-    return 0.5 + math.sin(angle) * total / 2

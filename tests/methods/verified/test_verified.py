@@ -26,10 +26,11 @@ from patchlab.methods.verified.bound import Bound, Price, Recall, critical_value
 from patchlab.methods.verified.patcher import Cells, Patcher
 from patchlab.methods.verified.result import VerifiedResult
 from patchlab.methods.verified.search import VerifiedPatching, _levels, _Search
-from patchlab.methods.verified.subsets import largest_effect, memberships, most_exceeding_additive, t_quantile
+from patchlab.methods.verified.subsets import largest_effect, memberships, most_exceeding_additive
 from patchlab.scores import ScoreMap
 from patchlab.sites import Site
 from patchlab.stats.bootstrap import interval, resampling_weights
+from patchlab.stats.distributions import t_quantile
 
 HEADS = "z[layer,pos,head]"
 
