@@ -49,11 +49,11 @@ def has_weights(folder: Path) -> bool:
 
 def _ask(name: str, endpoint: str, known: list[str]) -> None:
     """One HEAD request, no retry, so that a missing network is an error within seconds."""
-    from huggingface_hub import HfApi, hf_hub_url
+    from huggingface_hub import HfApi, get_token, hf_hub_url
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        HfApi(endpoint).get_hf_file_metadata(url=hf_hub_url(name, "config.json", endpoint=endpoint), timeout=HUB_TIMEOUT)
+        HfApi(endpoint, token=get_token()).get_hf_file_metadata(url=hf_hub_url(name, "config.json", endpoint=endpoint), timeout=HUB_TIMEOUT)
     except HfHubHTTPError as error:
         code = error.response.status_code
         why = {

@@ -570,23 +570,27 @@ def test_a_download_that_breaks_off(hub, directories: dict[str, Path], monkeypat
     _refused("someone/tiny", r"downloading someone/tiny from http://127.0.0.1:\d+ failed: the line went dead. Try again, or give a local directory")
 
 
-def test_the_token_is_sent_to_the_hub_and_to_nobody_else(hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[tuple[str, str | None]] = []
+@pytest.mark.parametrize("abroad", [False, True])
+def test_the_token_is_sent_to_the_hub_and_to_nobody_else(hub, abroad: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[str, str, str | None]] = []
+    other = f"http://localhost:{hub.server_address[1]}" if abroad else ""
 
     class Redirecting(_Hub):
         def _answer(self) -> None:
-            seen.append((self.path, self.headers["Authorization"]))
+            seen.append((self.headers["Host"].split(":")[0], self.path, self.headers["Authorization"]))
             self.send_response(404 if self.path == "/elsewhere" else 307)
-            self.send_header("Location", "/elsewhere")
+            self.send_header("Location", f"{other}/elsewhere")
             self.send_header("Content-Length", "0")
             self.end_headers()
 
-        do_HEAD = do_GET = _answer  # a redirected HEAD comes back as GET
+        do_HEAD = do_GET = _answer
 
     hub.RequestHandlerClass = Redirecting
     monkeypatch.setattr("huggingface_hub.get_token", lambda: "secret")
-    _refused("someone/tiny", "the hub has no such model")
-    assert seen == [("/someone/tiny/resolve/main/config.json", "Bearer secret"), ("/elsewhere", None)]
+    _refused("someone/tiny", "downloading someone/tiny from .* failed" if abroad else "the hub has no such model")
+    assert seen[0] == ("127.0.0.1", "/someone/tiny/resolve/main/config.json", "Bearer secret")
+    assert {host for host, _, token in seen if token == "Bearer secret"} == {"127.0.0.1"}
+    assert ("127.0.0.1", "/elsewhere", "Bearer secret") in seen or abroad
 
 
 # --- running and fingerprints --------------------------------------------------------------------------------------------
