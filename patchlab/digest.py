@@ -1,4 +1,4 @@
-"""What a value is, as a short text that can be compared after a restart."""
+"""Digests: short texts that tell a value from others, also after a restart."""
 
 import hashlib
 import types

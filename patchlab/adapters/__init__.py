@@ -1,4 +1,4 @@
-"""What differs between architectures: which hook carries a site, and which modules backward rules apply to."""
+"""Adapters: what differs between architectures, such as which hook carries a site, and which modules backward rules apply to."""
 
 from patchlab.adapters.accessors import Accessor
 from patchlab.adapters.architecture import Architecture, describe

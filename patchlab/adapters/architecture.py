@@ -1,4 +1,4 @@
-"""The facts about an architecture that everything else asks for."""
+"""Architectures: the facts about one that everything else asks for."""
 
 import math
 from collections.abc import Mapping

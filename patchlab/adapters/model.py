@@ -1,4 +1,4 @@
-"""What rules, interventions and the engine ask of a model."""
+"""Bridged models: what rules, interventions and the engine ask of one."""
 
 from dataclasses import dataclass
 from typing import Any

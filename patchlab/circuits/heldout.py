@@ -1,4 +1,4 @@
-"""Selecting circuits on some examples and evaluating them on others."""
+"""Held-out evaluation: circuits are selected on some examples and evaluated on others."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

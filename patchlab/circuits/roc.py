@@ -1,4 +1,4 @@
-"""Edge or node scores, and circuits, against a circuit that is known."""
+"""ROC curves: edge or node scores, and circuits, against a circuit that is known."""
 
 from dataclasses import dataclass, field
 from typing import Any

@@ -1,4 +1,4 @@
-"""Choosing a circuit from edge scores: the n most important edges, those above a level, or greedily from the logits upwards."""
+"""Selection of a circuit from edge scores: the n most important edges, those above a level, or greedily from the logits upwards."""
 
 import heapq
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Which score maps may be compared: alike in everything but the method."""
+"""Alignment: maps can be compared if they are alike in everything but the method."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any

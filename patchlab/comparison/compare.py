@@ -1,4 +1,4 @@
-"""How well approximations agree with a reference map (usually the exact one), with intervals over examples, and what they cost."""
+"""Comparisons: agreement of approximations with a reference map (usually the exact one), with intervals over examples, and their cost."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Which cells of a linearised map are doubtful, by their second-order terms."""
+"""Reliability: the cells of a linearised map that are doubtful, by their second-order terms."""
 
 import numpy as np
 import xarray as xr

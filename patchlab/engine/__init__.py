@@ -1,4 +1,4 @@
-"""One way to run a model: a :class:`Program` says what, :func:`run` does it, :func:`sweep` does many that share a baseline."""
+"""The engine, one way to run a model: a :class:`Program` says what, :func:`run` does it, :func:`sweep` does many that share a baseline."""
 
 from patchlab.engine.literal import run
 from patchlab.engine.node_sweep import Cell, Work, sweep

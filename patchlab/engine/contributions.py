@@ -1,4 +1,4 @@
-"""What readers read through and writers write through: a block's own norms and linear maps, for code that computes parts of it by itself."""
+"""Contributions of writers to the residual stream, and the norms and linear maps of blocks, for code that computes parts of them by itself."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace

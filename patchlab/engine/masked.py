@@ -1,4 +1,4 @@
-"""Running a model as a circuit: every reader gets the stream with all writers ablated, plus what its kept edges restore.
+"""Circuit runs of a model: every reader gets the stream with all writers ablated, plus what its kept edges restore.
 
 ``x_r = rest + Σ_u ablated_u + Σ_u keep[u, r] · (current_u − ablated_u)`` over the writers u before the reader r, where ``current_u`` is
 what u writes in this very run, so that an ablation acts through everything downstream. ``rest`` is what no writer brings: positional

@@ -1,4 +1,4 @@
-"""The value that describes a run, and the value that comes back."""
+"""Programs and results: the value that describes a run, and the value that comes back."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""Driving the model's own blocks: what a baseline run leaves for it, and how the model calls its blocks."""
+"""Replay of the model's own blocks: what a baseline run leaves for it, and how the model calls its blocks."""
 
 from dataclasses import dataclass, field, replace
 from functools import partial

@@ -1,4 +1,4 @@
-"""Running only the rest of prompts whose beginning another run has computed.
+"""Resumed runs: only the rest of prompts is run whose beginning another run has computed.
 
 Attention is causal, so two prompts that begin with the same tokens have the same activations there. The second run starts at
 the first difference, with the first run's keys and values in its cache.

@@ -1,4 +1,4 @@
-"""What every method shares: checks, batches, the metric of the two unpatched runs, provenance and cost.
+"""The base class of all methods: checks, batches, the metric of the two unpatched runs, provenance and cost.
 
 A method is a frozen dataclass of hyper-parameters with one verb, :meth:`Method.run`. A concrete method says only how the
 effects of one batch are found.

@@ -1,4 +1,4 @@
-"""The linearised methods under the names that the field has for them: functions that fix some fields of :class:`LinearizedPatching`.
+"""Named linearised methods, as the field calls them: functions that fix some fields of :class:`LinearizedPatching`.
 
 What they make is equal whenever it computes the same, and has one name: ``RelevancePatching("gradient") == AttributionPatching()``.
 """

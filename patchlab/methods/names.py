@@ -1,4 +1,4 @@
-"""Methods by name, as results, files and the command line write them; the grammar is that of :mod:`patchlab.methods.registry`."""
+"""Names of methods, as results, files and the command line write them; the grammar is that of :mod:`patchlab.methods.registry`."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, fields

@@ -1,4 +1,4 @@
-"""What a run will compute, known before it starts, and how long that takes here."""
+"""Plans: what a run will compute, known before it starts, and how long that takes here."""
 
 import time
 from dataclasses import dataclass

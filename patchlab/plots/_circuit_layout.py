@@ -1,4 +1,4 @@
-"""Where the nodes of a circuit stand and how its edges run, in pixels with y upwards.
+"""The layout of a circuit: where its nodes stand and how its edges run, in pixels with y upwards.
 
 The input, the MLPs and the logits form a column on the right; the heads stand left of it, a column per head index. Depth grows upwards:
 attention and MLP of a layer have rows of their own, rows without nodes are left out, and every other row of heads is moved by half a column, so that

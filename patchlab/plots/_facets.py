@@ -1,4 +1,4 @@
-"""From a site's mean map, of one to four axes, to panels of two: which axis runs down, which across, and what their ticks say."""
+"""Facets: panels of two axes that show a site's mean map of one to four: which axis runs down, which across, and what their ticks say."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence

@@ -1,4 +1,4 @@
-"""Where the effect is: a heatmap per site, layer 0 at the top, blue where a cell supports the behaviour."""
+"""Heatmaps of effects, one per site, layer 0 at the top, blue where a cell supports the behaviour."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

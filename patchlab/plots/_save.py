@@ -1,4 +1,4 @@
-"""Writing figures: HTML that needs no network, or an image where kaleido and a Chromium are there."""
+"""Figures as files: HTML that needs no network, or an image where kaleido and a Chromium are there."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What the figures share: one look, a page laid out in pixels, and text that plotly shows as it is."""
+"""The style that figures share: one look, a page laid out in pixels, and text that plotly shows as it is."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence

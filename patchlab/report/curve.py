@@ -1,4 +1,4 @@
-"""Writing what a comparison of scores by their circuits gave: table, curve, figure, and the smallest faithful circuit of each method."""
+"""Files of a comparison of scores by their circuits: table, curve, figure, and the smallest faithful circuit of each method."""
 
 import json
 import warnings

@@ -1,4 +1,4 @@
-"""Writing what a job gave into a folder: score maps, tables, plots, the page, and ``run.json`` that lists them."""
+"""Files of a job in its folder: score maps, tables, plots, the page, and ``run.json`` that lists them."""
 
 import json
 import shlex

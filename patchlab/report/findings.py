@@ -1,4 +1,4 @@
-"""What a comparison found, in sentences: who agrees best where, who fails, and which components matter most."""
+"""Findings of a comparison, in sentences: who agrees best where, who fails, and which components matter most."""
 
 import math
 from collections.abc import Hashable, Iterator, Mapping

@@ -1,4 +1,4 @@
-"""Several comparisons on one page: what each found in words, then their tables."""
+"""The overview of several comparisons on one page: what each found in words, then their tables."""
 
 from collections.abc import Mapping
 from html import escape

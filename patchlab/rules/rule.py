@@ -1,4 +1,4 @@
-"""What a backward rule is: a surrogate whose gradient stands in for the module's own.
+"""Backward rules: a surrogate whose gradient stands in for the module's own.
 
 A rule never computes a forward value. It returns a tensor, the *surrogate*, and :func:`graft` gives the module's value,
 bit for bit, the surrogate's gradient. There is one kind of rule per kind of place.

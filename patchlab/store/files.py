@@ -1,4 +1,4 @@
-"""Writing results so that a file is either whole or absent."""
+"""Files that are either whole or absent."""
 
 import os
 import secrets

@@ -1,4 +1,4 @@
-"""Set the weights of a small model component by component, on named subspaces of its residual stream."""
+"""Builders of small models, whose weights are set component by component, on named subspaces of its residual stream."""
 
 from collections.abc import Mapping, Sequence
 

@@ -1,4 +1,4 @@
-"""What works on a model of the zoo, measured: exact patching against whole passes, the absent sites, rules, edges."""
+"""Family reports: what works on a model of the zoo, measured: exact patching against whole passes, the absent sites, rules, edges."""
 
 from dataclasses import dataclass, field, replace
 from typing import Any

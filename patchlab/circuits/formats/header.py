@@ -1,4 +1,4 @@
-"""What every circuit file says besides its edges: whose graph it is (``cfg``), and the entry of patchlab's own."""
+"""Headers of circuit files, which say besides the edges whose graph it is (``cfg``), and the entry of patchlab's own."""
 
 import math
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""The conservation test: is relevance lost in some module of a model that no rule covers?
+"""The conservation test, which finds relevance that is lost in a module that no rule covers.
 
 With every non-linearity held, a part of a network is homogeneous in its input and its biases: for any cotangent g at its output,
 Σ x·(Jᵀg) + Σ b·(the rules' gradient at the output of the module that owns b) = Σ y·g. The embedding, every block alone (fed the

@@ -1,4 +1,4 @@
-"""Whether single edges can be patched fast on a model: compared with whole routed forward passes before the first use."""
+"""Trust in the edge sweep, which is compared with whole routed forward passes before its first use on a model."""
 
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice

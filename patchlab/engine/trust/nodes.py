@@ -1,4 +1,4 @@
-"""Whether the fast engine can be trusted on a model: it is compared with the literal one before its first use."""
+"""Trust in the node sweep, which is compared with the literal engine before its first use on a model."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""Local tests of places, at load: does each module compute what a rule at its place takes it for?
+"""Local tests of places, at load: each module has to compute what a rule at its place takes it for.
 
 Conservation cannot see everything: what q- and k-norms do ends in a pattern that is held, and a rule can sit at a hook from which nothing
 flows on. So every place is tested on its own, with what it gets in a run on a few tokens. A place that fails notes the problem, and a composite

@@ -1,4 +1,4 @@
-"""Whether the rest of a prompt can be run alone on a model: compared with the whole before the first use."""
+"""Trust in resumed runs: the rest of prompts, run alone, is compared with the whole before the first use on a model."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""The load-time self-test: does every site read and write what its name says, on this very model?
+"""The load-time self-test: every site has to read and write what its name says, on this very model.
 
 Looked for are a hook that does not fire once; an activation whose shape, or whose positions, are not those of its site; an edit that is
 dropped on the way; a run patched with itself that changes; an edit that means something else than its address says

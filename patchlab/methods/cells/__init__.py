@@ -1,4 +1,4 @@
-"""What is scored: one protocol (:mod:`patchlab.methods.cells.kind`) and one file for each kind of cells."""
+"""Cells, which are what is scored: one protocol (:mod:`patchlab.methods.cells.kind`) and one file for each kind of cells."""
 
 from patchlab.methods.cells import edges, nodes
 from patchlab.methods.cells.kind import CELLS, CellKind, Exactly, Linear, Linearly, add_cells, cells_of, parts

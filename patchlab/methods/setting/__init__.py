@@ -1,1 +1,1 @@
-"""What a run of a method is about, and the unpatched runs that it starts from."""
+"""Settings of runs, and the unpatched runs that methods start from."""

@@ -1,4 +1,4 @@
-"""What a run is, in values that can be compared after a restart."""
+"""Fingerprints of runs: what their results depend on, as texts that can be compared after a restart."""
 
 from collections.abc import Mapping
 from typing import Any

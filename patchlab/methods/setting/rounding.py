@@ -1,4 +1,4 @@
-"""How much of an effect is rounding: the noise floor of each cell.
+"""Noise floors: how much of the effect of each cell is rounding.
 
 A dtype has the relative spacing ε (2⁻⁷ in bfloat16, 2⁻¹⁰ in float16, 2⁻²³ in float32): one rounding is off by ½ ε at most. Every block rounds
 what it adds to the residual stream several times, in independent directions. Taken here is that a run through L blocks leaves an activation

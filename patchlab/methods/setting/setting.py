@@ -1,4 +1,4 @@
-"""What one run of a method is about."""
+"""The setting of a run of a method: what it is about."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -20,7 +20,7 @@ SOURCES = ("paired", "zero", "mean", "mean_positional")
 
 @dataclass(frozen=True)
 class Setting:
-    """What one run of a method is about.
+    """The setting of one run: model, task, sites, direction, and what they entail.
 
     ``targets`` are the activations, every (kind, layer), whose values in both runs the scores of the sites need. ``axis`` is None where no
     site is scored by position. ``live`` says which cells can matter, per site; None for sites whose cells only the runs show.

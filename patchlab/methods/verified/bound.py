@@ -1,4 +1,4 @@
-r"""What a random sample of cells says about the cells that were not looked at, what it costs to be told, and what prompts say of other prompts.
+r"""Bounds on the cells that were not looked at, from a random sample of them, their price, and intervals for other prompts than those that were run.
 
 *From a sample to a number of misses.* Of N unverified cells an unknown number K exceeds a threshold T that was fixed before. Of s cells
 drawn uniformly without replacement, X exceed it: hypergeometric, whatever the effects are. K is refuted when so few exceeding cells have

@@ -1,4 +1,4 @@
-"""What verified patching found: exact effects of some cells, the screen's scores of all, and a bound on what was missed."""
+"""The result of verified patching: exact effects of some cells, the screen's scores of all, and a bound on what was missed."""
 
 from dataclasses import asdict, dataclass
 from typing import Any

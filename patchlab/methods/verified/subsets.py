@@ -1,4 +1,4 @@
-"""What random subsets of cells, each patched jointly, say about the cells in them, if effects add up.
+"""Subset bounds: what random subsets of cells, each patched jointly, say about the cells in them, if effects add up.
 
 Single cells that were not patched can only be bounded in number (:mod:`patchlab.methods.verified.bound`). A joint patch says something
 about every cell in it, at the price of one assumption, which every statement here names: the effect of a set is the sum of the effects of its cells.
