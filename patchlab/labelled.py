@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Hashable, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import xarray as xr
@@ -12,7 +12,7 @@ class Variable(NamedTuple):
     """One variable of a dataset, as datasets are built from them."""
 
     dims: tuple[str, ...]
-    values: np.ndarray
+    data: np.ndarray
     attrs: dict[Any, Any]
 
 
@@ -46,10 +46,10 @@ def in_double(array: xr.DataArray) -> xr.DataArray:
     return array.astype(np.float64)
 
 
-def write(data: xr.Dataset, path: str | os.PathLike[str], *, group: str | None = None, mode: Literal["w", "a"] = "w") -> None:
-    """Write a dataset to a netCDF file or a group of it; NaN is a value like any other."""
+def write(data: xr.Dataset, path: str | os.PathLike[str], *, group: str | None = None) -> None:
+    """Write a dataset to a new netCDF file, or to a group of one that is there; NaN is a value like any other."""
     encoding = {name: {"_FillValue": None} for name, part in data.variables.items() if part.dtype.kind == "f"}
-    data.to_netcdf(path, engine="h5netcdf", group=group, mode=mode, encoding=encoding)
+    data.to_netcdf(path, engine="h5netcdf", group=group, mode="w" if group is None else "a", encoding=encoding)
 
 
 def read(path: str | os.PathLike[str], group: str | None = None) -> xr.Dataset:

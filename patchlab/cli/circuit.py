@@ -190,7 +190,7 @@ def evaluate(
     typer.echo(fitted(repr(result), width))
     if len(result.minimality):
         ranked = result.minimality.sort_values("minimality", ascending=False)
-        typer.echo(table(ranked.assign(**{name: ranked[name].map("{:.4f}".format) for name in ranked.select_dtypes("float")}), width))
+        typer.echo(table(ranked.assign(**{str(name): ranked[name].map("{:.4f}".format) for name in ranked.select_dtypes("float")}), width))
 
 
 @circuit.command(cls=Command)

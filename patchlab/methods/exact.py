@@ -86,8 +86,8 @@ class ActivationPatching(Method):
             effects |= gathered(part, cells, found)
         return Scored(effects)
 
-    def _provenance(self, setting: Setting, skipped: dict[str, str]) -> dict[str, Any]:
-        record = super()._provenance(setting, skipped)
+    def provenance_of(self, setting: Setting, skipped: dict[str, str]) -> dict[str, Any]:
+        record = super().provenance_of(setting, skipped)
         for kind, part in parts(setting):
             record |= kind.exact_record(part, self.how)
         return record

@@ -189,8 +189,8 @@ class LinearizedPatching(Method):
                 point = meter.run(setting.model, program(setting, runs, edits=(edit,), rules=rules, **needs))
                 yield point, weight / (len(moves) if self.over == "groups" else 1), alone
 
-    def _provenance(self, setting: Setting, skipped: dict[str, str]) -> dict[str, Any]:
-        record = super()._provenance(setting, skipped)
+    def provenance_of(self, setting: Setting, skipped: dict[str, str]) -> dict[str, Any]:
+        record = super().provenance_of(setting, skipped)
         if self.composite.name in PRESETS and self.composite.name not in PACKAGED:
             record["method_options"] = {**record["method_options"], "rules": repr(self.composite)}  # what the name stands for is not in patchlab
         notes = list(record["notes"])

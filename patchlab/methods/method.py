@@ -218,7 +218,7 @@ class Method(ABC):
         return Plan(forwards, self.backwards(setting) * len(batches), self.work(setting) + means, uncounted)
 
     def _identity(self, setting: Setting, batches: list[Batch]) -> dict[str, str | None]:
-        return identify(self._provenance(setting, {}), setting, described([len(batch) for batch in batches]))
+        return identify(self.provenance_of(setting, {}), setting, described([len(batch) for batch in batches]))
 
     def _run(self, setting: Setting, batches: list[Batch], predicted: int, progress: bool, work: Work) -> ScoreMap:
         model, task = setting.model, setting.task
@@ -275,7 +275,7 @@ class Method(ABC):
             examples=examples,
             metric_clean=clean,
             metric_corrupted=corrupted,
-            provenance={**self._provenance(setting, skipped), "engine": meter.engine, **notes},
+            provenance={**self.provenance_of(setting, skipped), "engine": meter.engine, **notes},
             cost=Cost(
                 forwards,
                 backwards,
@@ -307,7 +307,8 @@ class Method(ABC):
         """Where the source's activations are needed."""
         return setting.targets
 
-    def _provenance(self, setting: Setting, skipped: dict[str, str]) -> dict[str, Any]:
+    def provenance_of(self, setting: Setting, skipped: dict[str, str]) -> dict[str, Any]:
+        """The provenance of a run; ``skipped`` are the sites that are not scored, with reasons."""
         model, task = setting.model, setting.task
         options = {field.name: _plain(getattr(self, field.name)) for field in fields(self)}
         packages = {name: importlib.metadata.version(name) for name in ("torch", "transformer-lens", "transformers", "numpy")}

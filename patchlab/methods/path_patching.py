@@ -1,7 +1,7 @@
 """Exact patches beyond single edges: sets of edges at once, and keys and values for all query heads that share them."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -83,7 +83,11 @@ def patch_edges(
                 raise MethodError(f"the set {name!r} has the shape {list(mask.shape)}; edges of {model.name} on {task.name} have {list(places)}.")
         live = required(patcher.setting.live[str(patcher.setting.sites[0])])
         cells = {name: mask & live for name, mask in zip(named, masks, strict=True)}
-        return _collected(patcher, cells, lambda runs: set_effects(patcher.setting, runs, patcher.meter, masks, post_norm=post_norm))
+
+        def of_sets(runs: Runs) -> Float[np.ndarray, "set batch"]:
+            return set_effects(patcher.setting, runs, patcher.meter, masks, post_norm=post_norm)
+
+        return _collected(patcher, cells, of_sets)
 
 
 def kv_effects(
@@ -126,16 +130,17 @@ def kv_effects(
         first = np.isin(graph.reader_kind, ("k", "v")) & (graph.reader_head % graph.copies == 0)
         cells = np.argwhere(required(patcher.setting.live["edges"]) & first)
         names = [f"{graph.writers[writer]}->{graph.kv_name(reader)}" for writer, reader in cells.tolist()]
-        options = {"engine": engine, "grouped": True, "post_norm": post_norm}
         masks = {name: _alone(graph, cell) for name, cell in zip(names, cells.tolist(), strict=True)}
-        return _collected(patcher, masks, lambda runs: edge_effects(patcher.setting, runs, patcher.meter, cells, **options))
+
+        def of_edges(runs: Runs) -> Float[np.ndarray, "edge batch"]:
+            return edge_effects(patcher.setting, runs, patcher.meter, cells, engine=engine, grouped=True, post_norm=post_norm)
+
+        return _collected(patcher, masks, of_edges)
 
 
 def _mask(graph: Graph, name: str, edges: Any) -> Bool[np.ndarray, "writer reader *pos"]:
     edges = getattr(edges, "edges", edges)
-    if isinstance(edges, str):
-        edges = [edges]
-    mask = edges if isinstance(edges, np.ndarray) and edges.dtype == bool else graph.mask(edges)
+    mask: np.ndarray = edges if getattr(edges, "dtype", None) == bool else graph.mask([edges] if isinstance(edges, str) else edges)
     if mask.ndim not in (2, 3) or mask.shape[:2] != graph.allowed.shape:
         raise MethodError(f"the set {name!r} has the shape {list(mask.shape)}, but the model is {graph}: expected {list(graph.allowed.shape)}.")
     if not mask.any():
@@ -150,7 +155,7 @@ def _mask(graph: Graph, name: str, edges: Any) -> Bool[np.ndarray, "writer reade
 @contextmanager
 def _patching(
     exact: ActivationPatching, model: Model, task: Task, site: str, total: int, progress: bool, options: Mapping[str, Any]
-) -> Iterator[Patcher]:
+) -> Generator[Patcher, None, None]:
     setting, batches, predicted = exact.prepared(model, task, site, **options)
     with progress_bar("patch edges", "set" if total else "edge", total * len(batches) or None, show=progress) as bar:
         yield Patcher(exact, setting, batches, predicted, Meter(bar, "cell"))
@@ -168,7 +173,10 @@ def _alone(graph: Graph, cell: Sequence[int]) -> Bool[np.ndarray, "writer reader
 def _collected(patcher: Patcher, sets: Mapping[str, np.ndarray], effects: Callable[[Runs], Float[np.ndarray, "set batch"]]) -> ScoreMap:
     """The effects of all batches; ``sets`` are the live edges of each."""
     started = time.perf_counter()
-    parts, clean, corrupted, rounding = [], [], [], []
+    parts: list[np.ndarray] = []
+    clean: list[np.ndarray] = []
+    corrupted: list[np.ndarray] = []
+    rounding: list[np.ndarray] = []
     for runs in patcher.runs():
         parts.append(effects(runs).T)
         clean.append(runs.clean.double().cpu().numpy())
@@ -183,7 +191,7 @@ def _collected(patcher: Patcher, sets: Mapping[str, np.ndarray], effects: Callab
         examples=np.concatenate([batch.examples.cpu().numpy() for batch in patcher.batches]),
         metric_clean=np.concatenate(clean),
         metric_corrupted=np.concatenate(corrupted),
-        provenance={**patcher.exact._provenance(setting, {}), "engine": meter.engine, "added_sites": {SETS: what}},
+        provenance={**patcher.exact.provenance_of(setting, {}), "engine": meter.engine, "added_sites": {SETS: what}},
         cost=Cost(meter.forwards, meter.backwards, meter.positions, time.perf_counter() - started),
         noise={SETS: np.concatenate(rounding)},
         names={SETS: CellNames({"set": list(sets)}, "set", "{set}")},

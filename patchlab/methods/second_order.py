@@ -111,8 +111,8 @@ class SecondOrder(Method):
             setting.model.arch.n_layers * per_block + 2 * rows * length * setting.model.vocab_size
         )
 
-    def _provenance(self, setting: Setting, skipped: dict[str, str]) -> dict[str, Any]:
-        record = super()._provenance(setting, skipped)
+    def provenance_of(self, setting: Setting, skipped: dict[str, str]) -> dict[str, Any]:
+        record = super().provenance_of(setting, skipped)
         return {**record, "notes": [*record["notes"], "second-order terms, not effects"]}
 
     def baseline_options(self, setting: Setting) -> dict[str, Any]:

@@ -68,7 +68,7 @@ def _position(text: str) -> Position:
 
 def _number(data: xr.Dataset, site: str, axis: str, value: Position, text: str | Site) -> int:
     """The number along an axis; of a position its number or its name."""
-    names = data[label_of("position", axis)].to_numpy().tolist() if axis in POSITION_AXES and label_of("position", axis) in data.coords else []
+    names = _names(data, axis)
     if isinstance(value, str):
         if value not in names:
             named = [name for name in names if name]
@@ -117,8 +117,13 @@ def address_of(data: xr.Dataset, provenance: Mapping[str, Any], site: str, cell:
     return str(Site(parsed.kind, (), layer=at.get("layer"), index=None if about.unit is None else at.get(about.unit), pos=pos, src=src))
 
 
+def _names(data: xr.Dataset, axis: str) -> list[str]:
+    """The names of the positions along an axis, "" where one has none; empty if none has."""
+    label = label_of("position", axis)
+    return data[label].to_numpy().tolist() if axis in POSITION_AXES and label in data.coords else []
+
+
 def _label(data: xr.Dataset, axis: str, number: int) -> Position:
     """The name of a position where all have one, else its number."""
-    label = label_of("position", axis)
-    names = data[label].to_numpy().tolist() if label in data.coords else []
+    names = _names(data, axis)
     return names[number] if names and all(names) and len(set(names)) == len(names) else number

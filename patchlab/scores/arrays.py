@@ -284,7 +284,7 @@ def frozen(dataset: xr.Dataset) -> xr.Dataset:
     """The same dataset on arrays of its own that cannot be written to, text as fixed-width strings."""
     parts: dict[Hashable, Variable] = {}
     for name, part in variables_of(dataset).items():
-        values = np.array(part.values, dtype=str if part.values.dtype.kind in "OTU" else part.values.dtype)
+        values = np.array(part.data, dtype=str if part.data.dtype.kind in "OTU" else part.data.dtype)
         values.setflags(write=False)
-        parts[name] = part._replace(values=values)
+        parts[name] = part._replace(data=values)
     return xr.Dataset({name: parts[name] for name in dataset.data_vars}, coords={name: parts[name] for name in dataset.coords}, attrs=dataset.attrs)

@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int
 
 from patchlab.errors import ScoreError, SiteError, unknown
 from patchlab.graph import Graph
+from patchlab.labelled import Variable, bare_coords, coords_of, in_double, read, variables_of, write
 from patchlab.scores.addresses import address_of, located, selected
 from patchlab.scores.arrays import (
     CellNames,
@@ -150,7 +151,10 @@ class ScoreMap:
         order = np.argsort(index, kind="stable")
         check_rows(values_of(scores), live, index, metric_clean, metric_corrupted)
         sizes: dict[str, int] = {"example": len(index)}
-        variables, masks, paths, named = {}, {}, {}, {}
+        variables: dict[str, Variable] = {}
+        masks: dict[str, tuple[tuple[str, ...], np.ndarray]] = {}
+        paths: dict[str, tuple[tuple[str, ...], np.ndarray]] = {}
+        named: dict[str, Any] = {}
         if no_path is not None:
             check_no_path(no_path, live)
         for name, values in scores.items():
@@ -164,7 +168,7 @@ class ScoreMap:
             check_shape(name, axes, values, live[name], sizes)
             check_finite(name, axes, values, record, own)
             named |= name_coords(name, axes, own, sizes)
-            variables[name] = (("example", *axes), values[order], about)
+            variables[name] = Variable(("example", *axes), values[order], about)
             masks[name] = (axes, live[name].astype(bool))
             if no_path is not None:
                 paths[name] = (axes, no_path[name].astype(bool))
@@ -174,7 +178,7 @@ class ScoreMap:
         coords["metric_corrupted"] = ("example", metric_corrupted[order].astype(np.float64))
         coords |= position_coords(task_axis, index[order], sizes) | named
         data = xr.Dataset(variables, coords=coords)
-        bare = {name: coord for name, coord in data.coords.items() if "example" not in coord.dims}
+        bare = bare_coords(data, "example")
         patterns = patterns or Patterns(np.zeros(len(index), dtype=np.int64), {name: mask[None] for name, mask in live.items()})
         of_all = {name: np.ones((patterns.of.max() + 1, len(values.index)), dtype=bool) for name, values in sparse.items()}
         patterns = Patterns(patterns.of, {**patterns.cells, **of_all})
@@ -287,7 +291,8 @@ class ScoreMap:
             ranked = ranked[np.argsort(-np.abs(mean[ranked]), kind="stable")][:n]
             found += [(float(mean[place]), name, int(place)) for place in ranked]
         found = sorted(found, key=lambda one: -abs(one[0]))[:n]
-        weights, rows = self._draws(n_boot, seed), []
+        weights = self._draws(n_boot, seed)
+        rows: list[dict[str, Any]] = []
         for value, name, place in found:
             effects = self.data[name].to_numpy().reshape(self.data.sizes["example"], -1)[:, place].astype(np.float64)
             low, high = interval(weights @ effects)
@@ -301,7 +306,7 @@ class ScoreMap:
         Raises:
             ScoreError: the map has no such site.
         """
-        return self.data[self.site_name(site)].astype(np.float64).mean("example", skipna=False, keep_attrs=True)
+        return in_double(self.data[self.site_name(site)]).mean("example", skipna=False, keep_attrs=True)
 
     def zeros(self, site: str | Site) -> xr.DataArray:
         """Why each cell of a site cannot matter, as text; "" where it can.
@@ -345,7 +350,7 @@ class ScoreMap:
         """The layer of every cell of a site, flattened; 0 for sites without layers."""
         name = self.site_name(site)
         live, mask = self.live[name], f"layer_of_{self.data[name].attrs.get('noun', '')}"
-        if mask in live.coords:
+        if mask in coords_of(live):
             return np.broadcast_to(live[mask].to_numpy().reshape(*live[mask].shape, *[1] * (live.ndim - live[mask].ndim)), live.shape).ravel()
         return self.cells(name)[:, self.axes(name).index("layer")] if "layer" in self.axes(name) else np.zeros(live.size, dtype=np.int64)
 
@@ -353,8 +358,8 @@ class ScoreMap:
         """Which combinations of a site's axes are cells, dims = its axes."""
         live = self.live[self.site_name(site)]
         mask = f"is_{self.data[self.site_name(site)].attrs.get('noun', '')}"
-        whole = live | ~live
-        return whole & live.coords[mask].drop_vars(list(live.coords[mask].coords)) if mask in live.coords else whole
+        whole, own = live | ~live, coords_of(live).get(mask)
+        return whole if own is None else whole & own.drop_vars(list(coords_of(own)))
 
     def scored(self, site: str | Site) -> xr.DataArray:
         """The cells of a site that have a score, bool, dims = its axes."""
@@ -378,15 +383,14 @@ class ScoreMap:
         def moved(part: xr.Dataset | None, nothing: bool | float) -> xr.Dataset | None:
             if part is None or dim not in part.dims:
                 return part
-            variables = {}
-            for key, variable in part.variables.items():
-                values = variable.to_numpy()
+            variables = variables_of(part)
+            for key, variable in variables.items():
                 if dim in variable.dims:
-                    at = variable.dims.index(dim)
+                    at, values = variable.dims.index(dim), variable.data
                     values = np.concatenate([values, np.full_like(values.take([0], at), nothing)], at).take(where, at)
-                variables[key] = (variable.dims, values, variable.attrs)
+                    variables[key] = variable._replace(data=values)
             known = {dim: np.arange(len(cells)), **{f"{name}.{axis}": cells[:, i] for i, axis in enumerate(self.axes(name))}}
-            variables |= {key: (dim, values) for key, values in known.items() if key in part.variables}
+            variables |= {key: Variable((dim,), values, {}) for key, values in known.items() if key in variables}
             return frozen(xr.Dataset({k: variables[k] for k in part.data_vars}, coords={k: variables[k] for k in part.coords}))
 
         data, live = moved(self.data, 0.0), moved(self.live, True)
@@ -418,7 +422,7 @@ class ScoreMap:
         name = self.site_name(site)
         if errors is None:
             return xr.full_like(self.mean(name), np.nan)
-        squares = (errors[name].astype(np.float64) ** 2).sum("example", skipna=False)
+        squares = (in_double(errors[name]) ** 2).sum("example", skipna=False)
         whole = squares.broadcast_like(self.live[name]).transpose(*self.live[name].dims)
         return whole.copy(data=np.sqrt(whole.to_numpy()) / self.data.sizes["example"])
 
@@ -476,7 +480,7 @@ class ScoreMap:
         beside ``pos`` (``dest_token``, ... beside ``dest`` and ``src``), the name of the ``edge`` where edges are scored (pairs that
         are no edge are left out), ``zero`` (why a cell cannot matter, see :meth:`zeros`; "" where it can), ``effect`` in metric units, ``live``.
         """
-        frames = []
+        frames: list[pd.DataFrame] = []
         for site in self.sites:
             array = self.data[site]
             grid = dict(zip(array.dims, np.indices(array.shape), strict=True))
@@ -488,7 +492,7 @@ class ScoreMap:
                     continue
                 columns[str(dim)] = pd.array(array[dim].to_numpy()[index].ravel(), dtype="Int64")
                 for label in (label_of("token", str(dim)), label_of("position", str(dim))):
-                    if dim in POSITION_AXES and label in array.coords:
+                    if dim in POSITION_AXES and label in coords_of(array):
                         coord = array[label]
                         columns[label] = coord.to_numpy()[tuple(grid[d] for d in coord.dims)].ravel()
             columns["zero"] = np.broadcast_to(self.zeros(site).to_numpy(), array.shape).ravel()
@@ -496,7 +500,7 @@ class ScoreMap:
             columns["live"] = np.broadcast_to(self.live[site].to_numpy(), array.shape).ravel()
             frame = pd.DataFrame(columns)
             if noun := array.attrs.get("noun"):
-                words = {axis: array[f"{axis}_name"].to_numpy()[frame[axis]] for axis in self.axes(site) if f"{axis}_name" in array.coords}
+                words = {axis: array[f"{axis}_name"].to_numpy()[frame[axis]] for axis in self.axes(site) if f"{axis}_name" in coords_of(array)}
                 frame[noun] = [array.attrs["names"].format(**dict(zip(words, one, strict=True))) for one in zip(*words.values(), strict=True)]
                 frame = frame[np.broadcast_to(self.exists(site).to_numpy(), array.shape).ravel()]
             frames.append(frame)
@@ -513,11 +517,9 @@ class ScoreMap:
         about = {"format": FORMAT, "provenance": self.provenance, "cost": asdict(self.cost), "beside": list(beside)}
         record = json.dumps({**about, "sha256": checksum(about, self.data, self.live, *beside.values())})
         with writing(path, overwrite=overwrite) as temporary:
-            encoding = {name: {"_FillValue": None} for name, part in self.data.variables.items() if part.dtype.kind == "f"}
-            self.data.assign_attrs({_ATTRIBUTE: record}).to_netcdf(temporary, engine="h5netcdf", encoding=encoding)
+            write(self.data.assign_attrs({_ATTRIBUTE: record}), temporary)
             for name, part in {"live": self.live, **beside}.items():
-                fill = {variable: {"_FillValue": None} for variable, one in part.variables.items() if one.dtype.kind == "f"}
-                part.to_netcdf(temporary, engine="h5netcdf", group=name, mode="a", encoding=fill)
+                write(part, temporary, group=name)
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> "ScoreMap":
@@ -529,10 +531,10 @@ class ScoreMap:
         if not Path(path).is_file():
             raise ScoreError(f"there is no score map {path}. Give the path of a .nc file that ScoreMap.save wrote.")
         try:
-            data, live = (xr.load_dataset(path, engine="h5netcdf", group=group) for group in (None, "live"))
+            data, live = (read(path, group) for group in (None, "live"))
             record = json.loads(data.attrs.pop(_ATTRIBUTE))
             groups = [name for name in record.get("beside", ()) if name in _BESIDE]
-            beside = {name: frozen(xr.load_dataset(path, engine="h5netcdf", group=name)) for name in groups}
+            beside = {name: frozen(read(path, name)) for name in groups}
         except KeyError as error:
             raise ScoreError(f"{path} is not a patchlab score map: {error} is missing. Give a .nc file that ScoreMap.save wrote.") from error
         except Exception as error:  # a damaged file breaks its reader in many ways
@@ -547,7 +549,7 @@ class ScoreMap:
 
     def __repr__(self) -> str:
         about, skipped = self.provenance, self.not_scored
-        sites = []
+        sites: list[str] = []
         for site in self.sites:
             shape = ", ".join(f"{axis} {self.live.sizes[axis]}" for axis in self.live[site].dims)
             shape = f"{self.live[site].size} cells of {', '.join(self.axes(site))}" if self.is_sparse(site) else shape
@@ -565,7 +567,7 @@ class ScoreMap:
         cells = sum(int((self.live[site].to_numpy() & np.isfinite(floor)).sum()) for site, floor in known.items())
         text = f"; {below} of {cells} cells below the noise floor of {self.provenance.get('dtype', '?')}" if below else ""
         for site, counts in self.provenance.get("patched_exactly", {}).items():
-            live = int(self.live[site].sum()) * self.data.sizes["example"]
+            live = int(self.live[str(site)].sum()) * self.data.sizes["example"]
             above = sum(self.provenance.get("above_tolerance", {}).get(site, ()))
             text += f"; {site}: {sum(counts)} of {live} terms patched exactly, where probes would cost more" if sum(counts) else ""
             text += f"; {site}: {above} of {live} terms above the tolerance, where patching would have cost more than a sweep" if above else ""
