@@ -12,15 +12,15 @@ def t_quantile(probability: float, freedom: int) -> float:
     >>> round(t_quantile(0.95, 10), 3)
     1.812
     """
-    from scipy.stats import t
+    from scipy.special import stdtrit
 
-    return float(t.ppf(probability, freedom))
+    return float(stdtrit(freedom, probability))
 
 
 def hypergeometric(seen: Sequence[int], drawn: Sequence[int], marked: int, population: int) -> Float[np.ndarray, " sample"]:
     """Probabilities that ``seen`` of the ``drawn`` members are marked ones, for samples without replacement; 0 where that cannot be.
 
-    From scipy's log beta function: ``scipy.stats.hypergeom`` takes 30 to 100 times as long for a few samples, of which a search asks for thousands.
+    From scipy's log beta function: ``scipy.stats.hypergeom`` takes up to 30 times as long for a few samples, and a search asks for thousands.
 
     >>> hypergeometric([0, 1, 2], [2, 2, 2], 1, 4).round(12)
     array([0.5, 0.5, 0. ])
