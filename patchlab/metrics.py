@@ -177,8 +177,13 @@ def _prob_diff(logits: Float[Tensor, "batch columns"], a: Answers) -> Float[Tens
 def _neg_kl(logits: Float[Tensor, "batch columns"], a: Answers) -> Float[Tensor, " batch"]:
     if a.clean_logits is None:
         raise MetricError("neg_kl compares with the clean run, whose logits are missing; evaluate it through a task.")
-    clean, patched = a.clean_logits.log_softmax(-1), logits.log_softmax(-1)
-    return -(clean.exp() * (clean - patched)).sum(-1)
+    return -divergence(a.clean_logits, logits)
+
+
+def divergence(of: Float[Tensor, "batch *rest"], from_: Float[Tensor, "batch *rest"]) -> Float[Tensor, " batch"]:
+    """KL divergence of the distributions that logits give, in nats: Σ p (log p − log q) over the vocabulary and any positions."""
+    log_p, log_q = of.log_softmax(-1), from_.log_softmax(-1)
+    return (log_p.exp() * (log_p - log_q)).flatten(1).sum(1)
 
 
 PACKAGED = frozenset(METRICS.values())

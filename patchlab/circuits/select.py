@@ -11,12 +11,12 @@ from jaxtyping import Bool, Float, Int
 from patchlab.circuits.circuit import Circuit
 from patchlab.errors import CircuitError, unknown
 from patchlab.graph import Graph
+from patchlab.methods.setting.setting import DIRECTIONS
 from patchlab.scores import ScoreMap
 from patchlab.sites import Site
 
 BY = ("abs", "signed")
 """Importance of an edge: the size of its effect, or the effect with its sign (turned for noising, where what helps has a negative effect)."""
-DIRECTIONS = ("denoising", "noising")
 
 Scores = ScoreMap | Float[np.ndarray, "writer reader *pos"]
 

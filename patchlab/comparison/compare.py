@@ -98,13 +98,11 @@ class Comparison:
         Raises:
             ScoreError: another set of cells.
         """
-        parts = [prose(self._heading(), width)]
-        for title, frame in self._readable(_known(cells)).items():
-            parts += [f"{title}:", table(frame, width)]
-            parts += [prose(self._reliability_line(cells), width)] if title.startswith("Agreement") else []
-        parts += ["Cost of verified recall:", table(self._readable_recall(), width)] if len(self.verified_recall) else []
-        notes = (prose(f"Note: {note}", width) for note in self.notes)
-        return "\n\n".join([*parts, "Cost:", "\n".join(prose(line, width) for line in self.cost_sentences()), *notes])
+        parts: list[str] = []
+        for title, body in self._sections(_known(cells)):
+            parts += [f"{title}:"] if title else []
+            parts.append(table(body, width) if isinstance(body, pd.DataFrame) else "\n".join(prose(line, width) for line in body))
+        return "\n\n".join(parts)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain JSON values; NaN becomes None."""
@@ -136,15 +134,25 @@ class Comparison:
         return self.summary()
 
     def _repr_html_(self) -> str:
-        parts = [f"<p>{_escaped(self._heading())}</p>"]
-        for cells in CELLS:
+        parts: list[str] = []
+        for title, body in self._sections(*CELLS):
+            parts += [f"<p><b>{_escaped(title)}</b></p>"] if title else []
+            parts += [body.to_html(index=False)] if isinstance(body, pd.DataFrame) else [f"<p>{_escaped(line)}</p>" for line in body]
+        return "".join(parts)
+
+    def _sections(self, *sets: str) -> Iterator[tuple[str, pd.DataFrame | list[str]]]:
+        """What is shown of some sets of cells, in order: tables under their titles, and lines, some of them under none."""
+        yield "", [self._heading()]
+        for cells in sets:
             for title, frame in self._readable(cells).items():
-                parts += [f"<p><b>{_escaped(title)}</b></p>", frame.to_html(index=False)]
-            parts += [f"<p>{_escaped(self._reliability_line(cells))}</p>"]
+                yield title, frame
+                if title.startswith("Agreement"):
+                    yield "", [self._reliability_line(cells)]
         if len(self.verified_recall):
-            parts += ["<p><b>Cost of verified recall</b></p>", self._readable_recall().to_html(index=False)]
-        parts += ["<p><b>Cost</b></p>", *(f"<p>{_escaped(sentence)}</p>" for sentence in self.cost_sentences())]
-        return "".join([*parts, *(f"<p>Note: {_escaped(note)}</p>" for note in self.notes)])
+            yield "Cost of verified recall", self._readable_recall()
+        yield "Cost", self.cost_sentences()
+        for note in self.notes:
+            yield "", [f"Note: {note}"]
 
     def _heading(self) -> str:
         about = self.setting

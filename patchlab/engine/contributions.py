@@ -9,10 +9,10 @@ from einops import rearrange, repeat
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from patchlab.adapters import BridgedModel
+from patchlab.adapters import Architecture, BridgedModel
 from patchlab.adapters.places import LinearPlace, NormPlace
 from patchlab.engine.literal import run
-from patchlab.engine.program import Program, row_numbers
+from patchlab.engine.program import Program, Target, row_numbers, targets
 from patchlab.engine.trust.precision import widened
 from patchlab.errors import ModelError, unknown
 
@@ -72,6 +72,11 @@ class Contributions:
         return self if self.values.ndim == 4 or self.values.shape[0] == 1 else replace(self, values=self.values[part])
 
 
+def written_at(arch: Architecture) -> tuple[Target, ...]:
+    """The activations that tell what every writer writes: ``input``, and ``z`` and (where there are MLPs) ``mlp_out`` of every layer."""
+    return tuple(target for kind in ("input", "z", "mlp_out") if kind not in arch.absent for target in targets(kind, arch.n_layers))
+
+
 def contributions(model: BridgedModel, tokens: Int[Tensor, "row pos"], form: str = "renormalised") -> Contributions:
     """What every writer adds to the stream in an unpatched run, in one of :data:`POST_NORMS`.
 
@@ -79,9 +84,7 @@ def contributions(model: BridgedModel, tokens: Int[Tensor, "row pos"], form: str
         SiteError: a model without a graph of edges.
     """
     graph = model.arch.graph
-    kinds = ("z", "mlp_out") if graph.mlps else ("z",)
-    keep = (("input", None), *((kind, layer) for layer in range(graph.n_layers) for kind in kinds))
-    kept = run(model, Program(tokens, row_numbers(tokens), keep=keep)).activations
+    kept = run(model, Program(tokens, row_numbers(tokens), keep=written_at(model.arch))).activations
     dtype = torch.promote_types(kept["input", None].dtype, kept["z", 0].dtype)
     values = kept["input", None].new_empty(len(graph.writers), *kept["input", None].shape, dtype=dtype)
     values[0] = kept["input", None]

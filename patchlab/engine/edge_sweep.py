@@ -43,7 +43,7 @@ class Differences:
     Args:
         graph: the graph of the model.
         layers: the blocks of the model.
-        changes: source − baseline at ``input`` and at ``z`` and ``mlp_out`` of every layer.
+        changes: source − baseline, :func:`patchlab.engine.contributions.written_at`.
         form: what a head adds where a norm follows the attention, one of :data:`patchlab.engine.contributions.POST_NORMS`. All else of that
             attention is the baseline's: its norm is taken anew with the changed head, or its denominator is the baseline's.
         attention: the sum of the heads in the baseline run, per layer with a norm after it.

@@ -22,7 +22,7 @@ from patchlab.errors import MethodError, unknown
 from patchlab.methods.cells import CellKind, cells_of, parts
 from patchlab.methods.plan import Plan
 from patchlab.methods.registry import name_of
-from patchlab.methods.setting.checkpoint import Finished, Work, batch_rows, described, joined, keeping
+from patchlab.methods.setting.checkpoint import Checkpoint, Finished, batch_rows, described, joined, keeping
 from patchlab.methods.setting.fingerprint import identify
 from patchlab.methods.setting.liveness import live_cells, live_patterns, pattern_cells, without_path
 from patchlab.methods.setting.meter import Meter
@@ -220,7 +220,7 @@ class Method(ABC):
     def _identity(self, setting: Setting, batches: list[Batch]) -> dict[str, str | None]:
         return identify(self.provenance_of(setting, {}), setting, described([len(batch) for batch in batches]))
 
-    def _run(self, setting: Setting, batches: list[Batch], predicted: int, progress: bool, work: Work) -> ScoreMap:
+    def _run(self, setting: Setting, batches: list[Batch], predicted: int, progress: bool, work: Checkpoint) -> ScoreMap:
         model, task = setting.model, setting.task
         on_cuda = model.device.type == "cuda"
         if on_cuda:

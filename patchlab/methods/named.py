@@ -3,17 +3,26 @@
 What they make is equal whenever it computes the same, and has one name: ``RelevancePatching("gradient") == AttributionPatching()``.
 """
 
+from typing import TypedDict, Unpack
+
 from patchlab.errors import MethodError
 from patchlab.methods.linearized import LinearizedPatching, Path
 from patchlab.rules import Composite, get_composite
 
 
+class Corrections(TypedDict, total=False):
+    """Options of :class:`LinearizedPatching` that correct it as AtP* does (Kramár et al. 2024, arXiv 2403.00745)."""
+
+    qk_fix: bool
+    grad_drop: bool
+
+
 def AttributionPatching(
-    source: str = "paired", rules: str | Composite = "gradient", n_steps: int | None = None, *, qk_fix: bool = False, grad_drop: bool = False
+    source: str = "paired", rules: str | Composite = "gradient", n_steps: int | None = None, **corrections: Unpack[Corrections]
 ) -> LinearizedPatching:
     """AtP: difference × gradient at the baseline. Source: Nanda 2023; Syed et al. 2023 (arXiv 2310.10348).
 
-    With ``qk_fix`` and ``grad_drop`` it is AtP* (Kramár et al. 2024, arXiv 2403.00745).
+    With the corrections ``qk_fix`` and ``grad_drop`` it is AtP*.
 
     Example:
         >>> AttributionPatching().run(model, task, ["resid_pre", "z"])  # doctest: +SKIP
@@ -27,7 +36,7 @@ def AttributionPatching(
         raise MethodError(
             "AttributionPatching is the plain gradient at one point; use RelevancePatching(rules=...) or IntegratedGradients(n_steps=...)."
         )
-    return LinearizedPatching(source=source, qk_fix=qk_fix, grad_drop=grad_drop)
+    return LinearizedPatching(source=source, **corrections)
 
 
 def IntegratedGradients(
@@ -37,8 +46,7 @@ def IntegratedGradients(
     quadrature: str = "midpoint",
     rules: str | Composite = "gradient",
     source: str = "paired",
-    qk_fix: bool = False,
-    grad_drop: bool = False,
+    **corrections: Unpack[Corrections],
 ) -> LinearizedPatching:
     """IG: difference × the mean coefficient along a path. Source: Sundararajan et al. 2017; Hanna et al. 2024 (arXiv 2403.17806).
 
@@ -51,16 +59,14 @@ def IntegratedGradients(
         >>> IntegratedGradients(5, rules="relp").name
         'relp+ig:5'
     """
-    return LinearizedPatching(rules, n_steps, over, quadrature, qk_fix, grad_drop, source=source)
+    return LinearizedPatching(rules, n_steps, over, quadrature, source=source, **corrections)
 
 
-def RelevancePatching(
-    rules: str | Composite = "relp", *, source: str = "paired", qk_fix: bool = False, grad_drop: bool = False
-) -> LinearizedPatching:
+def RelevancePatching(rules: str | Composite = "relp", *, source: str = "paired", **corrections: Unpack[Corrections]) -> LinearizedPatching:
     """RelP: difference × LRP propagation coefficient. Source: arXiv 2508.21258; presets in :data:`patchlab.rules.PRESETS`.
 
     Example:
         >>> RelevancePatching().name, RelevancePatching("relp-ah").name, RelevancePatching("lrp[ln,identity]").name
         ('relp', 'relp-ah', 'lrp[ln,identity]')
     """
-    return LinearizedPatching(rules, qk_fix=qk_fix, source=source, grad_drop=grad_drop)
+    return LinearizedPatching(rules, source=source, **corrections)

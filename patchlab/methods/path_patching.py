@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -140,7 +140,7 @@ def kv_effects(
 
 def _mask(graph: Graph, name: str, edges: Any) -> Bool[np.ndarray, "writer reader *pos"]:
     edges = getattr(edges, "edges", edges)
-    mask: np.ndarray = edges if getattr(edges, "dtype", None) == bool else graph.mask([edges] if isinstance(edges, str) else edges)
+    mask: np.ndarray = edges if _is_mask(edges) else graph.mask([edges] if isinstance(edges, str) else edges)
     if mask.ndim not in (2, 3) or mask.shape[:2] != graph.allowed.shape:
         raise MethodError(f"the set {name!r} has the shape {list(mask.shape)}, but the model is {graph}: expected {list(graph.allowed.shape)}.")
     if not mask.any():
@@ -150,6 +150,10 @@ def _mask(graph: Graph, name: str, edges: Any) -> Bool[np.ndarray, "writer reade
         writer, reader = np.argwhere(outside)[0][:2].tolist()
         raise MethodError(f"the set {name!r} holds {graph.name(writer, reader)}, which is no edge: the writer must be computed before the reader.")
     return mask
+
+
+def _is_mask(edges: object) -> bool:
+    return isinstance(edges, np.ndarray) and cast(np.ndarray, edges).dtype == bool
 
 
 @contextmanager

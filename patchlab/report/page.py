@@ -14,7 +14,7 @@ from patchlab.comparison.job import Results
 from patchlab.plots import DARK
 from patchlab.report.findings import findings
 
-DIRECTIONS = {
+_MOVED = {
     "denoising": "clean activations are moved into the corrupted run",
     "noising": "corrupted activations are moved into the clean run",
 }
@@ -96,7 +96,7 @@ def _introduction(results: Results) -> str:
     others = [name for name in results.maps if name != results.job.reference]
     source = str(exact.provenance["method_options"].get("source", "paired"))
     run = "corrupted" if job.direction == "denoising" else "clean"
-    moved = DIRECTIONS.get(job.direction, "") if source == "paired" else f"{SOURCES[source]} put into the {run} run"
+    moved = _MOVED.get(job.direction, "") if source == "paired" else f"{SOURCES[source]} put into the {run} run"
     return _paragraph(
         f"{len(results.task)} pairs of a clean and a corrupted prompt; {results.model.name} prefers the clean answer on "
         f"{results.accuracy['clean']:.0%} of the clean and {results.accuracy['corrupted']:.0%} of the corrupted prompts. "

@@ -89,19 +89,23 @@ class Composite:
         Raises:
             RuleError: a place that a rule should cover but cannot, unless gaps are allowed.
         """
-        found: list[Attachment] = []
-        for place in places:
-            if not self.rules_at(place):
-                continue
-            if (problem := self.problem_at(place)) is None:
-                found += attachments(place, *self._rules_of(place))
-            elif not self.allow_gaps:
+        self.check(places)
+        covered = [place for place in places if self.rules_at(place) and self.problem_at(place) is None]
+        return tuple(attachment for place in covered for attachment in attachments(place, *self._rules_of(place)))
+
+    def check(self, places: tuple[Place, ...]) -> None:
+        """Check that the rules can be put on every place that they should cover.
+
+        Raises:
+            RuleError: a place that a rule should cover but cannot, unless gaps are allowed.
+        """
+        for place in () if self.allow_gaps else places:
+            if self.rules_at(place) and (problem := self.problem_at(place)) is not None:
                 raise RuleError(
                     f"the composite {self.name!r} cannot cover {place.name}: {problem}. Use a composite without {place.takes} rules "
                     f"(rules='gradient' has none), describe the module to patchlab.adapters, or leave it with its plain gradient: "
                     f"get_composite({self.name!r}, allow_gaps=True)."
                 )
-        return tuple(found)
 
     def rules_at(self, place: Place) -> tuple[str, ...]:
         """Names of the rules that this composite puts on a place."""

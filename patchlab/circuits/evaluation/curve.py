@@ -334,8 +334,8 @@ def _add(
         rows.append({"method": method, **numbers, **measured})
     area: dict[str, Any] = {"method": method}
     for name, of in (("cpr", lambda f: f), ("cmd", lambda f: np.abs(1 - f))):
-        area[name] = float(_trapezoid(of(value)[None], shares)[0])
-        area[f"{name}_lo"], area[f"{name}_hi"] = map(float, interval(_trapezoid(of(resampled), shares)))
+        area[name] = float(np.trapezoid(of(value), shares))
+        area[f"{name}_lo"], area[f"{name}_hi"] = map(float, interval(np.trapezoid(of(resampled), shares)))
     order = np.argsort(-n_edges.mean(0), kind="stable")
     sizes_down = np.append(np.inf, n_edges.mean(0)[order])
     area["smallest"] = float(sizes_down[_kept(value[order], level)])
@@ -352,7 +352,3 @@ def _kept(faithfulness: Float[np.ndarray, "*draw size"], level: float | int) -> 
     2
     """
     return np.asarray(np.cumprod(faithfulness >= level, axis=-1).sum(-1))
-
-
-def _trapezoid(y: Float[np.ndarray, "draw size"], x: Float[np.ndarray, " size"]) -> Float[np.ndarray, " draw"]:
-    return ((y[..., 1:] + y[..., :-1]) / 2 * np.diff(x)).sum(-1)

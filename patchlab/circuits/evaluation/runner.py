@@ -16,7 +16,7 @@ from patchlab.engine import Program, run
 from patchlab.engine.contributions import Contributions, contributions, post_norm_record
 from patchlab.engine.masked import pass_bytes, row_bytes, run_circuits, slices
 from patchlab.errors import CircuitError
-from patchlab.metrics import Metric
+from patchlab.metrics import Metric, divergence
 from patchlab.models import Model
 from patchlab.progress import progress_bar
 from patchlab.tasks.task import Batch, Task
@@ -268,8 +268,7 @@ def full_divergence(reads: str) -> Metric:
 
 
 def _neg_kl(logits: Tensor, answers: Any) -> Tensor:
-    full, own = answers.clean_logits.log_softmax(-1), logits.log_softmax(-1)
-    return -(full.exp() * (full - own)).flatten(1).sum(1)
+    return -divergence(answers.clean_logits, logits)
 
 
 def _at_positions(circuit: Circuit, n: int) -> Bool[np.ndarray, "writer reader pos"]:

@@ -61,7 +61,7 @@ def check_rules(model: BridgedModel, composite: Composite) -> None:
     Raises:
         RuleError: modules that no rule covers, unless the composite allows gaps.
     """
-    composite.attach(model.arch.places)
+    composite.check(model.arch.places)
     found = uncovered(model, composite)
     if not composite.allow_gaps:
         for first in found:

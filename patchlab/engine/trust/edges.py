@@ -10,11 +10,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from patchlab.adapters import BridgedModel
-from patchlab.engine.contributions import Contributions, contributions
+from patchlab.engine.contributions import Contributions, contributions, written_at
 from patchlab.engine.edge_sweep import Differences, edge_sweep
 from patchlab.engine.literal import run
 from patchlab.engine.masked import run_circuits
-from patchlab.engine.program import Program, Target, row_numbers
+from patchlab.engine.program import Program, row_numbers
 from patchlab.engine.session import found_once
 from patchlab.engine.trust.nodes import Support
 from patchlab.engine.trust.precision import in_single_precision
@@ -120,10 +120,8 @@ def _trial(model: BridgedModel) -> tuple[Program, Int[np.ndarray, "edge 2"], Dif
     arch, graph = model.arch, model.arch.graph
     prompts = trial(model)
     tokens, donor = prompts.tokens, prompts.other(slice(prompts.middle, None))
-    kinds = ("z", "mlp_out") if graph.mlps else ("z",)
-    keep: tuple[Target, ...] = (("input", None), *((kind, layer) for kind in kinds for layer in range(arch.n_layers)))
     examples = row_numbers(tokens)
-    own, other = (run(model, Program(ids, examples, keep=keep)).activations for ids in (tokens, donor))
+    own, other = (run(model, Program(ids, examples, keep=written_at(arch))).activations for ids in (tokens, donor))
     readers = [len(graph.readers) - 1]
     for layer in sorted({0, arch.n_layers // 2, arch.n_layers - 1}):
         readers += [graph.readers_of(layer, letter).start + layer % graph.n_heads for letter in "qkv"]

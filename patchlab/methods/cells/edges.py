@@ -18,10 +18,9 @@ from torch import Tensor
 
 from patchlab.adapters import Architecture, NormPlace
 from patchlab.engine import Result, Support, Target, Work
-from patchlab.engine.contributions import Layer, has_post_norm, layers_of, post_norm_problem, post_norm_record
+from patchlab.engine.contributions import Layer, has_post_norm, layers_of, post_norm_problem, post_norm_record, written_at
 from patchlab.engine.edge_sweep import Differences, edge_sweep
 from patchlab.engine.memory import itemsize, token_bytes
-from patchlab.engine.program import targets
 from patchlab.engine.trust.edges import edge_mask, edge_support, run_edge_sets
 from patchlab.errors import MethodError
 from patchlab.methods.cells.kind import Exactly, Index, Linear, Linearly, add_cells, listed, stacked
@@ -53,8 +52,7 @@ class Edges:
             raise MethodError(f"edges are scored on the model as it is, in a run of their own; got them {got}. Run them alone.")
 
     def targets(self, arch: Architecture, sites: tuple[Site, ...]) -> tuple[Target, ...]:
-        kinds = [kind for kind in ("input", "z", "mlp_out") if kind not in arch.absent]
-        return tuple(target for kind in kinds for target in targets(kind, arch.n_layers))
+        return written_at(arch)
 
     def shape(self, arch: Architecture, site: Site, axis: PositionAxis | None) -> tuple[int, ...]:
         return (*arch.graph.allowed.shape, *(0 if axis is None else len(axis) for _ in site.axes[2:]))

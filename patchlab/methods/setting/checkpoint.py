@@ -37,7 +37,7 @@ class Finished:
 
 
 @dataclass
-class Work:
+class Checkpoint:
     """What a run has finished: whole batches, single cells of the batch under way, and what they cost.
 
     ``identity`` says what the run is, part by part; None stands for a part that cannot be told from another. ``cells`` holds
@@ -130,7 +130,9 @@ def joined(parts: Sequence[Finished]) -> dict[str, dict[str, list[Any]]]:
 
 
 @contextmanager
-def keeping(unfinished: dict[str, Work], identity: Mapping[str, str | None], checkpoint: str | Path | None) -> Generator[Work, None, None]:
+def keeping(
+    unfinished: dict[str, Checkpoint], identity: Mapping[str, str | None], checkpoint: str | Path | None
+) -> Generator[Checkpoint, None, None]:
     """Give the work of a run: what an interrupted run of the same identity left, or none yet.
 
     After an exception the work is kept, in the checkpoint or, without one, in ``unfinished``; a note on the exception
@@ -148,7 +150,7 @@ def keeping(unfinished: dict[str, Work], identity: Mapping[str, str | None], che
     if path is not None and path.is_file():
         work = _opened(path, identity)
     else:
-        work = Work(dict(identity)) if vague or key not in unfinished else unfinished[key]
+        work = Checkpoint(dict(identity)) if vague or key not in unfinished else unfinished[key]
         work.path = path
         work.save()  # whether it can be written shows now, not hours later
     unfinished.pop(key, None)
@@ -171,7 +173,7 @@ _WHY = {
 }
 
 
-def batch_rows(unfinished: Mapping[str, Work], identity: Mapping[str, str | None], checkpoint: str | Path | None) -> int | None:
+def batch_rows(unfinished: Mapping[str, Checkpoint], identity: Mapping[str, str | None], checkpoint: str | Path | None) -> int | None:
     """Examples per batch of an unfinished run that differs in nothing but its batches: their default follows the free memory."""
     known = [work.identity for work in unfinished.values()]
     if checkpoint is not None and Path(checkpoint).is_file():
@@ -187,7 +189,7 @@ def described(sizes: list[int]) -> str:
     return f"{len(sizes)} batches of at most {max(sizes)} examples"
 
 
-def _stopped(work: Work, error: BaseException, vague: list[str]) -> None:
+def _stopped(work: Checkpoint, error: BaseException, vague: list[str]) -> None:
     """Account for an exception: cost so far, a last writing, and a note."""
     if work.meter is not None:
         work.before, work.engine, work.meter = work.spent(), work.meter.engine, None
@@ -207,7 +209,7 @@ def _stopped(work: Work, error: BaseException, vague: list[str]) -> None:
     error.add_note(note)
 
 
-def _opened(path: Path, identity: Mapping[str, str | None]) -> Work:
+def _opened(path: Path, identity: Mapping[str, str | None]) -> Checkpoint:
     """The work in a checkpoint, which must be of the same run."""
     work = _read(path)
     differing = [
@@ -241,7 +243,7 @@ def _effects(arrays: Mapping[str, np.ndarray]) -> dict[str, Effects]:
     }
 
 
-def _read(path: Path) -> Work:
+def _read(path: Path) -> Checkpoint:
     try:
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as stored:
             arrays = {name: stored[name] for name in stored.files}
@@ -262,7 +264,7 @@ def _read(path: Path) -> Work:
         cells = dict(zip(arrays["cells"].tolist(), arrays["effects"], strict=True))
         forwards, backwards, positions, seconds = about["spent"]
         spent = (forwards, backwards, positions, float(seconds))
-        return Work(about["identity"], path, batches, (about["batch"], cells), spent, about["engine"])
+        return Checkpoint(about["identity"], path, batches, (about["batch"], cells), spent, about["engine"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise MethodError(
             f"{path} is no checkpoint of patchlab, or it is damaged ({str(error).splitlines()[0][:100] if str(error) else type(error).__name__}). "

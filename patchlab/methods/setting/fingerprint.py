@@ -8,7 +8,7 @@ from patchlab.methods.setting.setting import Setting
 
 
 def identify(record: Mapping[str, Any], setting: Setting, batches: str) -> dict[str, str | None]:
-    """The parts of a run that its results depend on; None for a part that cannot be told from another.
+    """Fingerprint of a run: the parts that its results depend on, by name; None for a part that cannot be told from another.
 
     Args:
         record: the provenance of the run.

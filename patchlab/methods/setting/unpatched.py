@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +19,8 @@ from patchlab.scores.arrays import Effects
 from patchlab.sites import KINDS, POSITION_AXES, Site
 from patchlab.sources import Average, Kept, Source, Zero
 from patchlab.tasks.task import Batch
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -223,8 +225,12 @@ def at_positions(setting: Setting, runs: Runs, values: Float[Tensor, "batch *axe
     return values.gather(dim, index.reshape(shape).expand(expanded))
 
 
-def required(value: Any) -> Any:
-    """A part of a result that was asked for."""
+def required(value: Value | None) -> Value:
+    """The value itself, where a run was asked for it and so must have returned it.
+
+    Raises:
+        MethodError: it is None.
+    """
     if value is None:
         raise MethodError("a run did not return what was asked of it.")
     return value

@@ -24,7 +24,7 @@ from patchlab.engine import node_sweep, session_of, support
 from patchlab.errors import MethodError, OutputError
 from patchlab.methods import get_method
 from patchlab.methods.setting import checkpoint
-from patchlab.methods.setting.checkpoint import KEPT, Finished, Work, batch_rows, described
+from patchlab.methods.setting.checkpoint import KEPT, Checkpoint, Finished, batch_rows, described
 from patchlab.methods.setting.meter import Meter
 from patchlab.methods.setting.unpatched import Scored
 from patchlab.metrics import METRICS, Metric
@@ -323,8 +323,8 @@ def test_a_whole_run_leaves_no_file_and_the_same_numbers(tmp_path: Path) -> None
 
 def test_the_file_is_written_now_and_then(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     writings = []
-    right = Work.save
-    monkeypatch.setattr(Work, "save", lambda work: (writings.append(str(work)), right(work)))
+    right = Checkpoint.save
+    monkeypatch.setattr(Checkpoint, "save", lambda work: (writings.append(str(work)), right(work)))
     scores(checkpoint=tmp_path / "run")
     assert writings == [""]  # at the start, to see that it can be written; a short run needs no more
     monkeypatch.setattr(checkpoint, "SECONDS", -1.0)
@@ -337,7 +337,7 @@ def test_the_file_is_written_now_and_then(monkeypatch: pytest.MonkeyPatch, tmp_p
 
 def test_writing_takes_a_small_share_of_the_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     clock = iter([100.0, 102.0])
-    work = Work({"batches": "1"}, tmp_path / "run")
+    work = Checkpoint({"batches": "1"}, tmp_path / "run")
     monkeypatch.setattr(checkpoint.time, "perf_counter", lambda: next(clock))
     work.save()
     assert work.due == 102.0 + 20 * 2.0
@@ -405,14 +405,14 @@ def test_a_path_that_cannot_be_written_is_told_at_once(tmp_path: Path) -> None:
 
 
 def test_a_last_writing_that_fails_does_not_hide_the_interrupt(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    right, calls = Work.save, iter(range(10))
+    right, calls = Checkpoint.save, iter(range(10))
 
-    def save(work: Work) -> None:
+    def save(work: Checkpoint) -> None:
         if next(calls):
             raise OutputError("no space left")
         right(work)
 
-    monkeypatch.setattr(Work, "save", save)
+    monkeypatch.setattr(Checkpoint, "save", save)
     notes = interrupted(monkeypatch, 8, lambda: scores(checkpoint=tmp_path / "run"))
     assert len(notes) == 1
     assert "could not be kept: no space left" in notes[0]
@@ -515,7 +515,7 @@ def test_the_bar_goes_on_where_the_run_does(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_work_says_what_it_holds() -> None:
-    work = Work({"batches": described([2, 2, 1])})
+    work = Checkpoint({"batches": described([2, 2, 1])})
     assert str(work) == ""
     work.cells_of(0)[4] = np.zeros(2)
     assert str(work) == "1 cells of a batch"
