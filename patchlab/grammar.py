@@ -96,7 +96,7 @@ def read(text: str, kind: type, field: str, error: type[PatchlabError]) -> Any:
 
 
 def default(field: Field[Any]) -> Any:
-    """What a field of a dataclass is unless given; MISSING if it must be given."""
+    """The value of a dataclass's field unless given; MISSING if it must be given."""
     return field.default if field.default_factory is MISSING else field.default_factory()
 
 

@@ -157,13 +157,13 @@ class Graph:
 
     @cached_property
     def reader_node(self) -> Int[np.ndarray, " reader"]:
-        """Which node each reader belongs to (index into :attr:`nodes`)."""
+        """The node that each reader belongs to (index into :attr:`nodes`)."""
         place = {node: i for i, node in enumerate(self.node_table)}
         return np.array([place[reader.node] for reader in self.reader_table])
 
     @cached_property
     def allowed(self) -> Bool[np.ndarray, "writer reader"]:
-        """Which pairs are edges: the writer is computed before the reader reads."""
+        """The pairs that are edges: the writer is computed before the reader reads."""
         stages = np.array([self._stage(node) for node in self.node_table])
         mask = stages[:-1, None] < stages[self.reader_node][None, :]
         mask.setflags(write=False)
@@ -171,7 +171,7 @@ class Graph:
 
     @cached_property
     def writers_before(self) -> Int[np.ndarray, " reader"]:
-        """How many writers are computed before each reader reads; they are the first ones."""
+        """The number of writers that are computed before each reader reads; they are the first ones."""
         return self.allowed.sum(0)
 
     @property
@@ -180,11 +180,11 @@ class Graph:
         return int(self.allowed.sum())
 
     def heads_of(self, layer: int) -> slice:
-        """Where the heads of a layer are among the writers."""
+        """The place of a layer's heads among the writers."""
         return self._writers_at["head", layer]
 
     def mlp_of(self, layer: int) -> int:
-        """Where the MLP of a layer is among the writers.
+        """The place of a layer's MLP among the writers.
 
         Raises:
             SiteError: there is none.
@@ -194,7 +194,7 @@ class Graph:
         return self._writers_at["mlp", layer].start
 
     def readers_of(self, layer: int | None, *kinds: str) -> slice:
-        """Where the readers of a layer (None: the logits) are, all of them or those of some kinds, which must stand side by side.
+        """The place of a layer's readers (None: of the logits), all of them or those of some kinds, which must stand side by side.
 
         >>> graph = Graph(2, 2, 8)
         >>> graph.readers[graph.readers_of(1, "k")], graph.readers[graph.readers_of(1, "v", "mlp")]

@@ -43,7 +43,7 @@ class Accessor:
 
     @cached_property
     def identity(self) -> str | None:
-        """What tells the accessor from others of its kind: a hash of its fields and, outside patchlab, of what it does; None if it has no such.
+        """The identity of the accessor among others of its kind: a hash of its fields and, outside patchlab, of what it does; None if it has no such.
 
         Results of a site that was added to a model keep it: two dictionaries are two sites.
         """

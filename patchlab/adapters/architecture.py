@@ -67,7 +67,7 @@ class Architecture:
         return sizes[axis]
 
     def numbers(self, kind: str, length: int) -> int:
-        """How many numbers a site's activation has per layer, row and position of a prompt of some length."""
+        """The size of a site's activation: numbers per layer, row and position of a prompt of some length."""
         about = KINDS[kind]
         sizes = [length if axis == about.source else self.size(axis) for axis in (about.unit, about.source) if axis is not None]
         return math.prod(sizes) * {"d_model": self.d_model, "d_head": self.d_head}.get(about.width or "", 1)

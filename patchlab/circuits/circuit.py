@@ -115,7 +115,7 @@ class Circuit:
 
     @cached_property
     def node_mask(self) -> Bool[np.ndarray, " node"]:
-        """Which nodes of ``graph.nodes`` are in: those with a kept edge."""
+        """The nodes of ``graph.nodes`` that are in: those with a kept edge."""
         flat = self._flat
         mask = np.zeros(len(self.graph.nodes), dtype=bool)
         mask[:-1] = flat.any(1)

@@ -16,7 +16,7 @@ from patchlab.store.files import writing
 
 @dataclass(frozen=True)
 class Format:
-    """How one kind of file is read and written.
+    """One kind of circuit file, and how it is read and written.
 
     Args:
         parse: the circuit that the bytes of a file describe, on the graph that is expected, if one is.

@@ -64,7 +64,7 @@ _LEAST = 8
 
 
 def shared_examples(provenance: Mapping[str, Any], task: Task) -> int | None:
-    """How many examples of a task are among those that scores or a circuit come from; None where that is not known."""
+    """The number of examples of a task that are among those that scores or a circuit come from; None where that is not known."""
     if "task_pairs" in provenance:
         seen = set(provenance["task_pairs"])
         return sum(name in seen for name in task.pair_fingerprints)

@@ -20,7 +20,7 @@ NOT_SCORED = ("error", "worst")
 
 @dataclass(frozen=True, eq=False)
 class ROC:
-    """How well scores tell the parts of a known circuit from the others.
+    """ROC curve: how well scores tell the parts of a known circuit from the others.
 
     Args:
         table: one row per distinct importance, largest first, after one where nothing is chosen: ``threshold``, ``chosen`` (parts at least that

@@ -193,7 +193,7 @@ class Comparison:
         return pd.DataFrame(columns).rename(columns={"n_cells": "n"})
 
     def cost_sentences(self) -> list[str]:
-        """What each method cost, the reference first, in a sentence each; positions are rows × tokens that went through the model."""
+        """The cost of each method, the reference first, in a sentence each; positions are rows × tokens that went through the model."""
         rows = self.costs.to_dict("records")
         return [_cost_sentence(row, rows[0] if row is not rows[0] else None) for row in rows]
 

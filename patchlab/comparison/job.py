@@ -26,7 +26,7 @@ OWN_FIELDS = {"model", "n", "seed", "task"}
 
 @dataclass(frozen=True)
 class Job:
-    """What to compare, in the words of the command line.
+    """The job of a comparison, in the words of the command line.
 
     ``n`` None means 32 pairs of a generator, and all rows of a file; ``options`` go to the task.
 
@@ -80,7 +80,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Results:
-    """What a job gave: the score maps by method (the reference first), their comparison, and the seconds of each step."""
+    """The results of a job: the score maps by method (the reference first), their comparison, and the seconds of each step."""
 
     job: Job
     model: Model

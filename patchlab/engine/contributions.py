@@ -48,13 +48,13 @@ def norm_over_heads(model: BridgedModel) -> str | None:
 
 
 def post_norm_record(model: BridgedModel, form: str) -> dict[str, str]:
-    """What provenance says about the form; nothing on models where there is but one."""
+    """Provenance of the form; nothing on models where there is but one."""
     return {"post_norm": form, "post_norm_is": POST_NORMS[form]} if has_post_norm(model) else {}
 
 
 @dataclass(frozen=True)
 class Contributions:
-    """What every writer adds to the residual stream: ``values[writer, row, pos, d_model]``, writers in the order of the graph.
+    """Contributions of every writer to the residual stream: ``values[writer, row, pos, d_model]``, writers in the order of the graph.
 
     A row or position axis of length 1 stands for all (zeros, means, constants); an axis in front for one set per circuit. Where a norm
     follows the attention, heads come as they are before it (``renormalised``), or in shares of its output (``frozen``).
@@ -78,7 +78,7 @@ def written_at(arch: Architecture) -> tuple[Target, ...]:
 
 
 def contributions(model: BridgedModel, tokens: Int[Tensor, "row pos"], form: str = "renormalised") -> Contributions:
-    """What every writer adds to the stream in an unpatched run, in one of :data:`POST_NORMS`.
+    """Contributions of every writer in an unpatched run, in one of :data:`POST_NORMS`.
 
     Raises:
         SiteError: a model without a graph of edges.
@@ -131,11 +131,11 @@ class Layer:
         return rearrange(written, "circuit head (row pos) d -> circuit head row pos d", row=z.shape[1])
 
     def after(self, attention: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_model"]:
-        """What the attention adds to the stream, from the sum of its heads: its bias comes in, then the norm after it."""
+        """The attention's contribution to the stream, from the sum of its heads: its bias comes in, then the norm after it."""
         return _normed(self.post, attention if self.bias is None else attention + self.bias)
 
     def shares(self, z: Float[Tensor, "circuit row pos head d_head"]) -> tuple[Float[Tensor, "circuit head row pos d_model"], Tensor | float]:
-        """What every head adds to the stream where the norm's denominator is this run's, and what the attention adds besides (biases)."""
+        """Contribution of every head where the norm's denominator is this run's, and what the attention adds besides (biases)."""
         parts = self.heads(z)
         rest: Tensor | float = 0.0 if self.bias is None else self.bias
         if self.post is None:

@@ -38,7 +38,7 @@ from patchlab.sources import Source
 
 @dataclass(frozen=True)
 class Differences:
-    """What every writer adds to the residual stream in the source run minus what it adds in the baseline run.
+    """Differences of what writers add to the residual stream: in the source run minus in the baseline run.
 
     Args:
         graph: the graph of the model.
@@ -80,7 +80,7 @@ class Differences:
         return part.after(own + change) - part.after(own)
 
     def contributed(self, writer: int) -> Float[Tensor, "row pos d_model"]:
-        """How the writer's :class:`patchlab.engine.contributions.Contributions` differ."""
+        """The difference of the writer's :class:`patchlab.engine.contributions.Contributions`."""
         return self.written(writer, 0) if self.form == "frozen" else self._output(writer, 0)[1]
 
     def _output(self, writer: int, start: int) -> tuple[int | None, Float[Tensor, "row pos d_model"]]:

@@ -19,12 +19,12 @@ from patchlab.interventions import Edit
 from patchlab.rules.attachments import Attachment, Recorded
 
 Step = Callable[[Tensor, Recorded], Tensor]
-"""What a rule does at a hook: from its value, and those recorded before it, to the value that flows on."""
+"""A rule's step at a hook: from its value, and those recorded before it, to the value that flows on."""
 
 
 @dataclass
 class Hook:
-    """What happens at one hook of the Bridge during one run."""
+    """One hook of the Bridge during one run, and all that happens there."""
 
     rules: list[Step] = field(default_factory=list[Step])
     edits: list[Edit] = field(default_factory=list[Edit])
@@ -39,7 +39,7 @@ class Hook:
 
 @dataclass
 class Execution:
-    """What one forward pass collects, and what it does when a hook fires."""
+    """One forward pass: what it collects, and what it does when a hook fires."""
 
     model: BridgedModel
     program: Program | None = None
@@ -98,7 +98,7 @@ def _host(plan: dict[str, Hook], model: BridgedModel, kind: str, layer: int | No
 
 
 def plan_of(model: BridgedModel, program: Program, edits: tuple[Edit, ...]) -> dict[str, Hook]:
-    """What a program and edits do at which hook, by the hook's own name."""
+    """The plan of a program and edits: what they do at which hook, by the hook's own name."""
     plan: dict[str, Hook] = {}
     if program.rules is not None:
         _put_rules(plan, model, program.rules.attach(model.arch.places))

@@ -32,7 +32,7 @@ CPU_TOKENS, ACCELERATOR_TOKENS = 1024, 65536
 
 @dataclass
 class Work:
-    """What a sweep computed: block × row × position triples, whole forward passes, and cells."""
+    """Work of a sweep: block × row × position triples, whole forward passes, and cells."""
 
     block_positions: int = 0
     forwards: int = 0

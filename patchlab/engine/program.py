@@ -61,7 +61,7 @@ class Program:
 
 @dataclass(frozen=True)
 class Result:
-    """What a run returned. It can itself be the source of an edit.
+    """The result of a run. It can itself be the source of an edit.
 
     ``activations`` and ``gradients`` map ``(kind, layer)`` to tensors ``[row, pos, d_model]``, ``[row, pos, head, d_head]``,
     ``[row, pos, neuron]`` or ``[row, head, dest, src]``. ``hooks`` and

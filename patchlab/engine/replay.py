@@ -39,7 +39,7 @@ class Prefix:
 
 @dataclass(frozen=True)
 class Baseline:
-    """What the sweep needs of the unpatched run: the input of every block, keys and values, and the logits that are read."""
+    """The unpatched run as sweeps need it: the input of every block, keys and values, and the logits that are read."""
 
     inputs: tuple[Float[Tensor, "row pos d_model"], ...]
     keys: tuple[Tensor, ...] = field(repr=False)
@@ -50,7 +50,7 @@ class Baseline:
 
 @dataclass(frozen=True)
 class Template:
-    """How the model calls its blocks on the positions from ``start`` on."""
+    """The model's calls of its blocks on the positions from ``start`` on."""
 
     start: int
     calls: tuple[tuple[tuple[Any, ...], dict[str, Any]], ...]

@@ -28,7 +28,7 @@ class _Turn:
 
 
 class Session:
-    """What is going on with one model.
+    """The session of one model: what is going on with it.
 
     Attributes:
         surrounding: the edits of the ``pl.intervene`` blocks around what runs now, outer first.
@@ -100,7 +100,7 @@ def exclusive(
 
 
 def found_once(model: BridgedModel, name: Hashable, find: Callable[[], Found]) -> Found:
-    """What a test finds out about a model, which it is run for once: alone, without what surrounds the call."""
+    """The finding of a test about a model, which it is run for once: alone, without what surrounds the call."""
     session = session_of(model)
     if name not in session.found:
         with session.surrounded(()):

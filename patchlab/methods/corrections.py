@@ -50,7 +50,7 @@ def dropping(composite: Composite, setting: Setting, layer: int) -> Dropped:
 
 
 def drop_term(scores: Float[np.ndarray, "batch *cells"], kind: str, layer: int, n_layers: int) -> Float[np.ndarray, "batch *cells"]:
-    """What the scores under one dropped layer add to GradDrop's score.
+    """The share of one dropped layer in GradDrop's score.
 
     ``(1 / n) Σ_l |score with layer l dropped|`` over the layers l that leave the node a way out: the n = L − 1 other layers for
     a node inside a layer, as in the paper (the mean over all L layers times L / (L − 1): the layer that contains the node adds nothing).

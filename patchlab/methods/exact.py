@@ -52,7 +52,7 @@ class ActivationPatching(Method):
 
     @property
     def how(self) -> Exactly:
-        """How cells are patched."""
+        """The way in which cells are patched."""
         return Exactly(self.engine, self.post_norm, self.source == "paired")
 
     def forwards(self, setting: Setting) -> int:

@@ -92,7 +92,7 @@ class LinearizedPatching(Method):
 
     @property
     def how(self) -> Linearly:
-        """How cells are scored."""
+        """The way in which cells are scored."""
         over = None if self.n_steps is None else self.over
         return Linearly(self.name, self.composite, over, self.qk_fix, self.grad_drop, self.source == "paired")
 

@@ -54,7 +54,7 @@ class Method(ABC):
 
     @property
     def name(self) -> str:
-        """How results refer to the method: its name in the registry."""
+        """The name by which results refer to the method, that of the registry."""
         return name_of(self)
 
     @abstractmethod
@@ -66,7 +66,7 @@ class Method(ABC):
         return 0
 
     def work(self, setting: Setting) -> float:
-        """What is computed per batch, in forward passes of it: a backward pass counts as two."""
+        """The work per batch, in forward passes of it: a backward pass counts as two."""
         return self.forwards(setting) + 2.0 * self.backwards(setting)
 
     @abstractmethod
@@ -75,7 +75,7 @@ class Method(ABC):
 
     @abstractmethod
     def score(self, setting: Setting, runs: Runs, meter: Meter, notes: dict[str, Any]) -> Scored:
-        """What is found on one batch. ``notes[name][group]`` is a list to add one value per example to."""
+        """Scores of one batch. ``notes[name][group]`` is a list to add one value per example to."""
 
     def not_scored(self, setting: Setting) -> dict[str, str]:
         """Sites that this method cannot score, with the reason."""
@@ -156,7 +156,7 @@ class Method(ABC):
         batch_size: int | None = None,
         max_memory: int | float | None = None,
     ) -> tuple[Setting, list[Batch], int]:
-        """What :meth:`run` starts from: the checked setting, the batches, and the bytes predicted for the largest one.
+        """The start of :meth:`run`: the checked setting, the batches, and the bytes predicted for the largest one.
 
         Raises:
             MethodError, SiteError: as :meth:`run`.
@@ -206,7 +206,7 @@ class Method(ABC):
         batch_size: int | None = None,
         max_memory: int | float | None = None,
     ) -> Plan:
-        """How many passes :meth:`run` will take, known beforehand; :func:`patchlab.methods.plan.forward_seconds` says how long one takes.
+        """The plan of :meth:`run`: how many passes it will take; :func:`patchlab.methods.plan.forward_seconds` says how long one takes.
 
         Raises:
             MethodError, SiteError: as :meth:`run`.
@@ -304,7 +304,7 @@ class Method(ABC):
         return {site: cut for site, cut in found.items() if cut is not None}
 
     def source_targets(self, setting: Setting) -> tuple[Target, ...]:
-        """Where the source's activations are needed."""
+        """The activations of the source that are needed."""
         return setting.targets
 
     def provenance_of(self, setting: Setting, skipped: dict[str, str]) -> dict[str, Any]:

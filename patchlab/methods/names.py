@@ -14,7 +14,7 @@ from patchlab.rules.composites import DESCRIPTIONS, LRP
 
 
 class _Listing(Mapping[str, str]):
-    """What is registered at the moment, and how it combines."""
+    """The names that are registered at the moment, and how they combine."""
 
     def _all(self) -> dict[str, str]:
         words = {f"{form}[METHOD]" if entry.inner else form: entry.what for form, entry in ENTRIES.items()}

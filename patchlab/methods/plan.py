@@ -14,7 +14,7 @@ LONG = 60.0
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will compute.
+    """The plan of a run: what it will compute.
 
     Args:
         forwards: forward passes of a batch; of exact patching the cells, of which several may share one.

@@ -36,7 +36,7 @@ class SoftCap:
 
 @dataclass(frozen=True)
 class Coverage:
-    """Which rule sits on which module, and what is left. Printing it shows a table."""
+    """Coverage of a model: which rule sits on which module, and what is left. Printing it shows a table."""
 
     composite: str
     rows: tuple[tuple[str, str, str], ...]
@@ -81,7 +81,7 @@ class CoveredModel(Protocol):
 
 
 def coverage(model: CoveredModel, rules: str | Composite) -> Coverage:
-    """Which rule of a composite sits on which module of a model; places left with the plain gradient say so.
+    """Coverage of a model by a composite: which rule sits on which module; places left with the plain gradient say so.
 
     ``uncovered`` comes from the model, not from a list of known modules: beside places whose rules cannot be put there, what the conservation
     test of each block, the embedding and the unembedding finds (:mod:`patchlab.engine.trust.conservation`). Linear maps are listed only if the

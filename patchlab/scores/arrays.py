@@ -18,7 +18,7 @@ from patchlab.sites import POSITION_AXES, Site
 
 @runtime_checkable
 class PositionLabels(Protocol):
-    """What a score map takes from a task's position axis: ``roles`` per cell and ``tokens`` per example and cell."""
+    """Labels of positions, as a score map takes them from a task's position axis: ``roles`` per cell and ``tokens`` per example and cell."""
 
     @property
     def roles(self) -> Any:
@@ -31,7 +31,7 @@ class PositionLabels(Protocol):
 
 @dataclass(frozen=True)
 class Patterns:
-    """Which cells can matter for which example: row ``of[e]`` of ``cells[site]``, bool ``[pattern, *axes]``."""
+    """Patterns of cells that can matter, and which one an example has: row ``of[e]`` of ``cells[site]``, bool ``[pattern, *axes]``."""
 
     of: Int[np.ndarray, " example"]
     cells: Mapping[str, Bool[np.ndarray, "pattern *axes"]]

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Cost:
-    """What a result cost to compute.
+    """The cost of a result.
 
     Args:
         forwards: forward passes of a batch.

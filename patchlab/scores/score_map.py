@@ -200,7 +200,7 @@ class ScoreMap:
         return {site: why for site, why in self.provenance.get("not_scored", {}).items() if site in self.data.data_vars}
 
     def live_per_example(self, site: str | Site) -> Bool[np.ndarray, "example *axes"]:
-        """Which cells of a site can matter for each example; where the map does not know, those that can for any.
+        """The cells of a site that can matter for each example; where the map does not know, those that can for any.
 
         Raises:
             ScoreError: the map has no such site.
@@ -355,7 +355,7 @@ class ScoreMap:
         return self.cells(name)[:, self.axes(name).index("layer")] if "layer" in self.axes(name) else np.zeros(live.size, dtype=np.int64)
 
     def exists(self, site: str | Site) -> xr.DataArray:
-        """Which combinations of a site's axes are cells, dims = its axes."""
+        """The combinations of a site's axes that are cells, bool, dims = its axes."""
         live = self.live[self.site_name(site)]
         mask = f"is_{self.data[self.site_name(site)].attrs.get('noun', '')}"
         whole, own = live | ~live, coords_of(live).get(mask)

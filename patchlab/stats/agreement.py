@@ -147,7 +147,7 @@ def topk_recall(exact: Float[np.ndarray, "draw cell"], approximation: Float[np.n
 
 
 def cells_for_recall(exact: Float[np.ndarray, " cell"], screen: Float[np.ndarray, " cell"], k: int, recall: float) -> int:
-    """How many cells must be verified in the order of |screen| to have that share of the k cells with the largest |exact|.
+    """Number of cells that must be verified in the order of |screen| to have that share of the k cells with the largest |exact|.
 
     Of cells tied at the k-th |exact| the easiest to find count; cells tied in the screen are all verified.
 

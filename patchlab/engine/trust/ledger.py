@@ -52,7 +52,7 @@ class Entry:
 
 
 class Ledger:
-    """What goes in and out of each module of one run. ``lifts``: modules that read nothing differentiable are sources (embeddings)."""
+    """The ledger of one run: what goes in and out of each module. ``lifts``: modules that read nothing differentiable are sources (embeddings)."""
 
     def __init__(self, held: Iterable[nn.Module], *, lifts: bool = False) -> None:
         self.held, self.lifts, self.running = {id(module) for module in held}, lifts, True

@@ -20,7 +20,7 @@ from patchlab.sites import Site
 
 @dataclass(frozen=True)
 class Support:
-    """How cells can be run on a model.
+    """The way in which cells can be run on a model.
 
     ``mode`` is ``prefix`` (only what a patch can change is computed), ``replay`` (whole sequences from the patched layer on) or
     ``literal`` (one whole forward pass per cell); ``reason`` says why it is not the first.

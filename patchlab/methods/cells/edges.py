@@ -348,7 +348,7 @@ def _everywhere(setting: Setting, runs: Runs, mask: Bool[np.ndarray, "writer rea
 
 
 def edge_options(setting: Setting, composite: Composite) -> dict[str, Any]:
-    """What a run must return for its point of the path to be scored: fields of its program.
+    """Options of a run's program, so that it returns what scores of its point of the path are made of.
 
     Raises:
         MethodError: rules that edges cannot be scored under.

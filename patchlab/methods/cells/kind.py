@@ -30,7 +30,7 @@ Path = Literal["inputs", "activations", "groups"]
 
 @dataclass(frozen=True)
 class Exactly:
-    """How cells are patched exactly; see :class:`patchlab.ActivationPatching`. ``paired``: the source is the other prompt's run."""
+    """The way in which cells are patched exactly; see :class:`patchlab.ActivationPatching`. ``paired``: the source is the other prompt's run."""
 
     engine: str = "auto"
     post_norm: str = "renormalised"
@@ -39,7 +39,7 @@ class Exactly:
 
 @dataclass(frozen=True)
 class Linearly:
-    """How cells are scored by differences times coefficients; see :class:`patchlab.methods.LinearizedPatching`.
+    """The way in which cells are scored by differences times coefficients; see :class:`patchlab.methods.LinearizedPatching`.
 
     ``over`` is None where there is one point, the baseline; ``paired`` says that the source is the other prompt's run.
     """
@@ -101,7 +101,7 @@ class CellKind(Protocol):
         ...
 
     def record(self, setting: Setting) -> dict[str, Any]:
-        """What provenance says about the cells whatever the method is."""
+        """Provenance of the cells, whatever the method is."""
         ...
 
     def names(self, setting: Setting, site: Site) -> CellNames:
@@ -121,11 +121,11 @@ class CellKind(Protocol):
         ...
 
     def exact_work(self, setting: Setting, how: Exactly) -> Float[np.ndarray, " cell"]:
-        """What patching each live cell computes, in forward passes; nothing for cells that only the runs show."""
+        """The work of patching each live cell, in forward passes; nothing for cells that only the runs show."""
         ...
 
     def exact_record(self, setting: Setting, how: Exactly) -> dict[str, Any]:
-        """What provenance says about exact patches."""
+        """Provenance of exact patches."""
         ...
 
     def cells(self, setting: Setting, site: Site, runs: Runs) -> list[Index]:
@@ -173,7 +173,7 @@ class CellKind(Protocol):
         ...
 
     def linear_record(self, setting: Setting, how: Linearly) -> dict[str, Any]:
-        """What provenance says about scores."""
+        """Provenance of linearised scores."""
         ...
 
     def linear_scored(self, setting: Setting, how: Linearly, site: Site) -> Bool[np.ndarray, "*first"] | None:

@@ -269,7 +269,7 @@ class _NodeScores:
 
 
 def change_of(runs: Runs, key: Target) -> Float[Tensor, "batch *site"]:
-    """What a patch of a whole activation would change, in float32 or better."""
+    """The change that a patch of a whole activation would make, in float32 or better."""
     own = runs.baseline.activations[key]
     wide = torch.float64 if own.dtype == torch.float64 else torch.float32
     return runs.source.values(address(*key), own, runs.batch.examples).to(wide) - own.to(wide)

@@ -28,7 +28,7 @@ KEPT = 4
 
 @dataclass(frozen=True)
 class Finished:
-    """What one batch gave: effects, noise and errors per site, the metric of its clean and corrupted runs, and the method's notes."""
+    """One finished batch: effects, noise and errors per site, the metric of its clean and corrupted runs, and the method's notes."""
 
     scored: Scored
     clean: Float[np.ndarray, " batch"]
@@ -38,7 +38,7 @@ class Finished:
 
 @dataclass
 class Checkpoint:
-    """What a run has finished: whole batches, single cells of the batch under way, and what they cost.
+    """The finished part of a run: whole batches, single cells of the batch under way, and what they cost.
 
     ``identity`` says what the run is, part by part; None stands for a part that cannot be told from another. ``cells`` holds
     the number of the batch under way and the effects per example of its finished cells; ``before`` the forwards,

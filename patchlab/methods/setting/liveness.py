@@ -12,7 +12,7 @@ from patchlab.tasks.task import PositionAxis, Task
 
 
 def live_cells(arch: Architecture, site: Site, task: Task, axis: PositionAxis | None, *, paired: bool) -> Bool[np.ndarray, "*cells"] | None:
-    """Which cells of a site can matter for at least one example; False marks a structural zero.
+    """The cells of a site that can matter for at least one example; False marks a structural zero.
 
     A cell is a structural zero if nothing that the metric reads depends on it (positions other than the answer's, after
     the last attention layer), or, with a ``paired`` source, if for every example the tokens up to it are unchanged, or it is a
@@ -33,7 +33,7 @@ def live_patterns(task: Task, axis: PositionAxis | None, *, paired: bool) -> Int
 def pattern_cells(
     arch: Architecture, site: Site, task: Task, axis: PositionAxis | None, examples: Iterable[int], *, paired: bool
 ) -> Bool[np.ndarray, "pattern *cells"] | None:
-    """Which cells of a site can matter for each of these examples (one of every pattern is enough); None as for :func:`live_cells`."""
+    """The cells of a site that can matter for each of these examples (one of every pattern is enough); None as for :func:`live_cells`."""
     live, reads_answer = cells_of(site).live, task.metric.reads == "answer"
     found = [live(arch, site, _changed(task, e, paired), None if axis is None else axis.index[e], reads_answer) for e in examples]
     known = [mask for mask in found if mask is not None]
@@ -47,7 +47,7 @@ def _changed(task: Task, example: int, paired: bool) -> Bool[np.ndarray, " pos"]
 
 
 def without_path(arch: Architecture, site: Site, task: Task, axis: PositionAxis | None) -> Bool[np.ndarray, "*cells"] | None:
-    """Which cells of a site have, in no example, a causal path to what the metric reads, whatever the prompts are.
+    """The cells of a site that have, in no example, a causal path to what the metric reads, whatever the prompts are.
 
     The other structural zeros are *the same in both prompts*: at every position and in every example from which a path leads to the metric.
     """

@@ -37,7 +37,7 @@ POINTS = 5
 
 @dataclass(frozen=True)
 class Rounding:
-    """What rounding makes of a batch: of the metric, in its unit, and of its slope at the baseline, as a share; ``unit`` is ε √L, or 2 ε √L.
+    """Rounding errors of a batch: of the metric, in its unit, and of its slope at the baseline, as a share; ``unit`` is ε √L, or 2 ε √L.
 
     NaN for a metric that cannot be differentiated.
     """
@@ -79,7 +79,7 @@ def rounding(
     n_layers: int,
     denoising: bool,
 ) -> Rounding:
-    """What rounding in a dtype makes of the metric. The logits are what it reads, ``[batch, vocab]`` or ``[batch, pos, vocab]``."""
+    """Rounding errors of the metric in a dtype. The logits are what it reads, ``[batch, vocab]`` or ``[batch, pos, vocab]``."""
     unit, n = spacing(dtype) * n_layers**0.5 * (1 if dtype in (torch.float16, torch.bfloat16) else 2), len(clean)
     ends = [logits.detach().to(torch.promote_types(logits.dtype, torch.float32)) for logits in (corrupted, clean)]
     size = 0.5 * unit * torch.stack([torch.maximum(end.abs(), end.std(-1, keepdim=True)) for end in ends]).amax(0)

@@ -49,7 +49,7 @@ class Runs:
 
 @dataclass(frozen=True)
 class Scored:
-    """What a method found on one batch, per site ``[batch, *axes]`` in metric units.
+    """Scores of one batch, per site ``[batch, *axes]`` in metric units.
 
     ``noise`` is the rounding error to be expected of each effect where the method knows more about it than the resolution of the metric
     (see :mod:`patchlab.methods.setting.rounding`); ``standard_error`` that of effects estimated with random probes, NaN where it is unknown.

@@ -202,7 +202,7 @@ def critical_value(effects: Float[np.ndarray, "cell example"], family: int, conf
 
 
 def prompts_needed(effects: Float[np.ndarray, "cell example"], family: int, confidence: float = 0.95) -> int:
-    """How many prompts such as these have a finite :func:`critical_value`: so many that hardly any resample consists of one value alone."""
+    """The number of prompts such as these with a finite :func:`critical_value`: so many that hardly any resample consists of one value alone."""
     level, n = (1 - confidence) / family, effects.shape[1]
     counts = [np.unique(cell, return_counts=True)[1] for cell in effects]
     shares = np.array([count.max() / n for count in counts if len(count) > 1] or [1 / n])
@@ -234,7 +234,7 @@ def half_widths(effects: Float[np.ndarray, "cell example"], family: int, confide
 
 @dataclass(frozen=True)
 class Bound:
-    """How many of the cells that the screen did not bring up may exceed a threshold that was fixed before the sample was drawn.
+    """A bound on the number of cells, among those that the screen did not bring up, that exceed a threshold fixed before the sample was drawn.
 
     It bounds a number of cells, and only that: a sample of single cells says nothing about how large a missed effect may be.
 
@@ -286,7 +286,7 @@ class Bound:
 
 @dataclass(frozen=True)
 class Recall:
-    """How many of the cells that were asked for are certainly among those that were returned.
+    """Recall: the cells that were asked for and are certainly among those that were returned.
 
     Args:
         at_least: so many of them are returned.
@@ -326,13 +326,13 @@ class Recall:
 
 
 def missable(recall: float | int, of: int) -> int:
-    """How many of so many cells may be missed at a recall: the whole number below (1 − recall) · of."""
+    """The number of so many cells that may be missed at a recall: the whole number below (1 − recall) · of."""
     return of - math.ceil(recall * of - _ROUNDING)
 
 
 @dataclass(frozen=True)
 class Price:
-    """What verified patching will take, and what recall that buys, before anything is patched.
+    """The price of verified patching, and the recall that it buys, before anything is patched.
 
     Rows are whole forward passes per prompt (a backward pass counts as two), as in :class:`patchlab.methods.verified.result.VerifiedResult`.
 

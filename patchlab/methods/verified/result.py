@@ -102,7 +102,7 @@ class VerifiedResult:
 
     @property
     def speaks_of(self) -> str:
-        """Which prompts the effects, the ranking and the recall are about."""
+        """The prompts that the effects, the ranking and the recall are about."""
         n = self.effects.shape[1]
         these = f"these {n} prompt pairs" if n > 1 else "this prompt pair"
         if self.population is None:

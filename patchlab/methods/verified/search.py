@@ -138,7 +138,7 @@ class VerifiedPatching:
 
     @property
     def name(self) -> str:
-        """How results refer to the method."""
+        """The name by which results refer to the method."""
         return name_of(self)
 
     @property
@@ -151,7 +151,7 @@ class VerifiedPatching:
         return 1 - (1 - self.confidence) / 2 if self.population else self.confidence
 
     def step(self, n_live: int) -> int:
-        """How many cells are verified at a time."""
+        """The number of cells that are verified at a time."""
         return min(self.k, n_live) if self.target is None else max(1, min(20, n_live // 20))
 
     def budget(self, n_live: int) -> int:
@@ -159,7 +159,7 @@ class VerifiedPatching:
         return max(self.step(n_live), int(self.max_share * n_live))
 
     def price(self, model: Model, task: Task, sites: str | Site | Iterable[str | Site], *, direction: str = "denoising") -> Price:
-        """What a run takes at least, and what recall costs; nothing is run.
+        """The price of a run, at least, and of recall; nothing is run.
 
         Raises:
             MethodError, SiteError: as :meth:`run`, where that can be known.

@@ -54,7 +54,7 @@ class SubsetBound:
 
     @property
     def recall(self) -> int | None:
-        """How many of the true top k are among those returned at least, if effects add up; None where the subsets cannot say."""
+        """The smallest number of the true top k among those returned, if effects add up; None where the subsets cannot say."""
         if self.k is None or self.exceeding is None or self.contradicted:
             return None
         return max(0, self.k - (self.exceeding - self.exceeding_seen))
@@ -77,7 +77,7 @@ class SubsetBound:
 
 
 def memberships(unverified: int, subsets: int, seed: int) -> Bool[np.ndarray, "cell subset"]:
-    """Which cell is in which subset: each in the same number of them (an eighth, at least 4), chosen at random."""
+    """Memberships of cells in subsets: each in the same number of them (an eighth, at least 4), chosen at random."""
     if subsets < FEWEST:
         raise MethodError(f"subsets is {subsets}; give 0 for none, or at least {FEWEST}.")
     count = max(_MEMBERSHIPS, round(subsets / 8))
