@@ -1,9 +1,8 @@
-"""What the commands share: how errors and options are read and worded, and options that mean the same everywhere."""
+"""Options and errors of the commands: how errors and options are read and worded, and options that mean the same everywhere."""
 
 import json
 import re
 import sys
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -34,7 +33,6 @@ OnMismatch = Annotated[
 ]
 OnlyCorrect = Annotated[bool, typer.Option("--only-correct", help="Keep only pairs whose clean prompt the model solves.")]
 Chat = Annotated[bool, typer.Option("--chat", help="Put each prompt of a file into the tokenizer's chat template.")]
-Out = Annotated[Path, typer.Option(help="File to write.")]
 
 
 class Group(TyperGroup):

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
+from einops import einsum
 from jaxtyping import Bool, Float
 
 CONSTANT = 1e-12
@@ -48,7 +49,7 @@ class Moments:
         chosen = np.ones(a.shape, dtype=bool) if chosen is None else chosen
         cells = chosen.sum(1).astype(float)
         (mean_a, a, size_a), (mean_b, b, size_b) = (_deviations(values, chosen, cells) for values in (a, b))
-        aa, bb, ab = (np.einsum("pc,pc->p", x, y) for x, y in ((a, a), (b, b), (a, b)))
+        aa, bb, ab = (einsum(x, y, "prompt cell, prompt cell -> prompt") for x, y in ((a, a), (b, b), (a, b)))
         return Moments(cells, mean_a, mean_b, aa, bb, ab, size_a, size_b)
 
     @staticmethod
@@ -80,7 +81,7 @@ class Moments:
         )
         within = weights @ np.stack([self.aa, self.bb, self.ab], axis=1)
         pairs = ((between_a, between_a), (between_b, between_b), (between_a, between_b))
-        aa, bb, ab = (within[:, i] + np.einsum("dp,dp,dp->d", counts, x, y) for i, (x, y) in enumerate(pairs))
+        aa, bb, ab = (within[:, i] + einsum(counts, x, y, "draw prompt, draw prompt, draw prompt -> draw") for i, (x, y) in enumerate(pairs))
         return _ratio(ab, np.sqrt(aa) * np.sqrt(bb))
 
 

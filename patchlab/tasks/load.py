@@ -1,4 +1,4 @@
-"""load_task: a task by the name of its generator or the path of its file; and tasks from Python lists."""
+"""Tasks by the name of a generator or the path of a file (``load_task``), and from Python lists."""
 
 import hashlib
 import json

@@ -1,1 +1,1 @@
-"""Running circuits, and measuring what they explain."""
+"""Evaluation of circuits: they are run, and what they explain is measured."""

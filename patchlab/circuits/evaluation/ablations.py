@@ -1,4 +1,4 @@
-"""What the edges outside a circuit carry."""
+"""Ablations: what the edges outside a circuit carry."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

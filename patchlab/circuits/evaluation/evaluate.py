@@ -1,4 +1,4 @@
-"""Whether circuits explain a behaviour: run the model with every other edge ablated, and measure."""
+"""Evaluations: circuits explain a behaviour as far as it is kept with every other edge ablated."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""Running circuits on a task: its batches, which edges are kept where, and the metric of every circuit on every example."""
+"""The runner of circuits on a task: its batches, which edges are kept where, and the metric of every circuit on every example."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace

@@ -1,4 +1,4 @@
-"""How much of the behaviour circuits keep: ratios of means over examples, with bootstrap intervals."""
+"""The scale of faithfulness, how much of the behaviour circuits keep: ratios of means over examples, with bootstrap intervals."""
 
 from dataclasses import dataclass
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from einops import einsum, rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -449,7 +450,9 @@ class EdgeScores:
         written = embedded.new_empty(n, len(self.graph.writers), span, width)
         written[:, 0] = embedded
         for layer, part in enumerate(self.parts):
-            heads = torch.einsum("bphk,hkd->bphd", self.differences["z", layer][chunk], part.write.to(written.dtype))
+            heads = einsum(
+                self.differences["z", layer][chunk], part.write.to(written.dtype), "batch pos head d_head, head d_head d -> batch pos head d"
+            )
             if part.post is not None:
                 heads = norm_jvp(self.composite.norm, part.post, *self._norm_inputs(point, part.post, chunk), heads)
             written[:, self.graph.heads_of(layer)] = heads.transpose(1, 2)
@@ -499,14 +502,15 @@ class EdgeScores:
     def _head_readers(self, part: Layer, letter: str, gradient: Tensor, point: Result, chunk: slice) -> Tensor:
         split = gradient.ndim == 5
         gradient = gradient[chunk, -self.span :, -self.span :] if split else gradient[chunk, -self.span :]
-        stream = torch.einsum("...hk,hdk->...hd", gradient, part.read[letter][0].to(gradient.dtype))
+        stream = einsum(gradient, part.read[letter][0].to(gradient.dtype), "... head d_head, head d d_head -> ... head d")
         back = [self._through(part.before, point, chunk, one) for one in (stream.unbind(1) if split else [stream])]
         return torch.stack(back, 1) if split else back[0]
 
     def _contract(self, into: Tensor, written: Tensor, coefficients: Tensor) -> None:
         coefficients = coefficients.to(written.dtype)
         if not self.axes:
-            into.copy_(written.flatten(2) @ coefficients.transpose(1, 2).flatten(2).mT)
+            read = rearrange(coefficients, "batch pos reader d -> batch reader (pos d)")
+            into.copy_(rearrange(written, "batch writer pos d -> batch writer (pos d)") @ read.mT)
             return
         by_pos = written.transpose(1, 2)
         start = into.shape[-1] - self.span

@@ -1,4 +1,4 @@
-"""Reading task files: patchlab's own JSONL and CSV, EAP-IG's CSV, feature-circuits' JSONL and auto-circuit's JSON."""
+"""Readers of task files: patchlab's own JSONL and CSV, EAP-IG's CSV, feature-circuits' JSONL and auto-circuit's JSON."""
 
 import codecs
 import csv

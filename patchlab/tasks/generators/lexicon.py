@@ -1,4 +1,4 @@
-"""Turning templates and words into token ids with a model's own tokenizer."""
+"""The lexicon of a model: templates and words as token ids of its own tokenizer."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
