@@ -11,7 +11,6 @@ from patchlab.circuits.circuit import Circuit, common_graph
 from patchlab.circuits.select import BY, Scores, check_direction, direction_of, mean_effects
 from patchlab.errors import CircuitError, unknown
 from patchlab.graph import Graph
-from patchlab.methods.setting.setting import DIRECTIONS
 from patchlab.scores import ScoreMap
 
 LEVELS = ("edge", "node")
