@@ -7,6 +7,7 @@ import numpy as np
 import xarray as xr
 
 from patchlab.errors import ScoreError, unknown
+from patchlab.labelled import coords_of
 from patchlab.scores.arrays import axes_of, cell_dim, graph_of, label_of
 from patchlab.sites import KINDS, POSITION_AXES, Position, Site
 
@@ -24,7 +25,7 @@ def located(data: xr.Dataset, provenance: Mapping[str, Any], text: str | Site) -
     sites = [str(name) for name in data.data_vars]
     for site in sites:
         axes = axes_of(site)
-        if len(axes) == 1 and f"{axes[0]}_name" in data[site].coords and text in data[f"{axes[0]}_name"].to_numpy():
+        if len(axes) == 1 and f"{axes[0]}_name" in coords_of(data[site]) and text in data[f"{axes[0]}_name"].to_numpy():
             return site, {axes[0]: data[f"{axes[0]}_name"].to_numpy().tolist().index(text)}
     edge = isinstance(text, str) and "->" in text
     if not edge and not (parsed := Site.parse(text)).narrowed:
