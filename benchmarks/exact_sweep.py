@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from patchlab.engine import Program, Support, Work, node_sweep, run, session_of, support, sweep
+from patchlab.engine.trust.nodes import sweep_key
 from patchlab.interventions import Edit
 from patchlab.methods import ActivationPatching
 from patchlab.metrics import Metric
@@ -140,11 +141,11 @@ def using(model: Model, engine: str) -> Iterator[None]:
     """Sweep with the given engine: prefix is what patchlab finds out by itself on these models."""
     found, known = support(model), session_of(model).found
     if engine == "replay":
-        known["node sweep"] = Support("replay", "asked for by the benchmark")
+        known[sweep_key(model)] = Support("replay", "asked for by the benchmark")
     try:
         yield
     finally:
-        known["node sweep"] = found
+        known[sweep_key(model)] = found
 
 
 @dataclass(frozen=True)

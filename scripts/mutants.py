@@ -201,8 +201,8 @@ MUTANTS = (
     Mutant(
         "the fast engine is not asked about added sites",
         "engine/trust/nodes.py",
-        '("node sweep", *model.arch.sites)',
-        '"node sweep"',
+        'return ("node sweep", *model.arch.sites)',
+        'return ("node sweep",)',
         "methods/cells/test_kind",
     ),
 )

@@ -10,6 +10,7 @@ from families import FAMILIES, LAYERS, mixed_task, model_of, native_model, pair,
 
 import patchlab as pl
 from patchlab.engine import Program, Support, Work, node_sweep, run, session_of, support, sweep
+from patchlab.engine.trust.nodes import sweep_key
 from patchlab.errors import InterventionError, MethodError
 from patchlab.interventions import Edit
 from patchlab.methods.method import DIRECTIONS
@@ -167,7 +168,7 @@ def test_a_model_on_which_the_engines_disagree_falls_back_and_says_why(monkeypat
 
 def test_support_is_found_out_once() -> None:
     model = native_model("once")
-    session_of(model).found["node sweep"] = Support("literal", "set by hand")
+    session_of(model).found[sweep_key(model)] = Support("literal", "set by hand")
     assert support(model).reason == "set by hand"
 
 

@@ -16,6 +16,7 @@ import patchlab as pl
 from patchlab.engine import Support, session_of, support
 from patchlab.engine.contributions import contributions
 from patchlab.engine.trust.edges import edge_support
+from patchlab.engine.trust.nodes import sweep_key
 from patchlab.errors import ModelError
 from patchlab.models import Model, wrap_bridge
 from patchlab.rules import get_composite
@@ -121,7 +122,7 @@ def test_a_model_is_free_after_an_exception(error: type[BaseException]) -> None:
 def test_models_of_one_bridge_take_turns_and_share_nothing_else() -> None:
     one = native_model("one")
     two = wrap_bridge(one.bridge, "two")
-    session_of(one).found["node sweep"] = Support("literal", "set by hand")
+    session_of(one).found[sweep_key(one)] = Support("literal", "set by hand")
     assert support(one).reason == "set by hand"
     assert support(two).mode == "replay"
     with pl.intervene(one, pl.Edit("L0.z", pl.sources.zero())):

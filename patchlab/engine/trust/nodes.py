@@ -38,7 +38,12 @@ def support(model: BridgedModel) -> Support:
 
     Random prompts are patched at every site kind, in the first, middle and last layer, at one position and at all.
     """
-    return found_once(model, ("node sweep", *model.arch.sites), lambda: _find(model))
+    return found_once(model, sweep_key(model), lambda: _find(model))
+
+
+def sweep_key(model: BridgedModel) -> tuple[str, ...]:
+    """What a session keeps :func:`support` under: a site that is added is another question."""
+    return ("node sweep", *model.arch.sites)
 
 
 def _find(model: BridgedModel) -> Support:

@@ -19,6 +19,7 @@ import patchlab as pl
 from patchlab.adapters import Accessor
 from patchlab.comparison.job import cost_line
 from patchlab.engine import Result, Target, node_sweep, session_of, support
+from patchlab.engine.trust.nodes import sweep_key
 from patchlab.errors import MethodError, ModelError, ScoreError, SiteError
 from patchlab.methods import get_method
 from patchlab.methods.cells import CELLS, add_cells
@@ -355,12 +356,12 @@ def test_the_fast_engine_is_checked_at_the_new_site(model: pl.Model, monkeypatch
         return found
 
     monkeypatch.setattr("patchlab.engine.trust.nodes.sweep", wrong)
-    session_of(model).found.pop(("node sweep", *model.arch.sites))
+    session_of(model).found.pop(sweep_key(model))
     try:
         found = support(model)
         assert (found.mode, "L0.features@" in found.reason) == ("literal", True)
     finally:
-        session_of(model).found.pop(("node sweep", *model.arch.sites))
+        session_of(model).found.pop(sweep_key(model))
 
 
 def test_results_of_two_dictionaries_are_kept_apart(model: pl.Model, task: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
