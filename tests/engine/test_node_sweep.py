@@ -53,7 +53,7 @@ def test_equals_the_literal_sweep_in_double_precision() -> None:
 def test_sources(source: str) -> None:
     model = model_of("llama")
     sites = ("resid_pre", "z[layer,pos,head]", "mlp_post", "v")
-    maps = [scores_of(pl.ActivationPatching(source, engine), model, swap_task(), sites, "noising") for engine in ("auto", "literal")]
+    maps = [scores_of(pl.ActivationPatching(engine, source=source), model, swap_task(), sites, "noising") for engine in ("auto", "literal")]
     assert largest_difference(*maps) < 1e-5
 
 

@@ -215,7 +215,7 @@ def test_named_positions_of_prompts_of_several_lengths() -> None:
 @pytest.mark.parametrize("source", ["zero", "mean", "mean_positional"])
 def test_sources(source: str) -> None:
     model = model_of("llama")
-    maps = [scores_of(pl.ActivationPatching(source, engine), model, swap_task(), "edges", "noising") for engine in ("auto", "literal")]
+    maps = [scores_of(pl.ActivationPatching(engine, source=source), model, swap_task(), "edges", "noising") for engine in ("auto", "literal")]
     np.testing.assert_allclose(*(scores.data["edges"].to_numpy() for scores in maps), rtol=0, atol=1e-5)
 
 
