@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "performance.md"
 _KEYS = {
-    "results": ("model", "workload", "map", "asked", "task", "seed", "sample", "screen"),
+    "results": ("model", "workload", "map", "asked"),
     "ideas": ("workload", "map", "idea"),
     "scaling": ("what", "value"),
     "precision": ("precision",),
