@@ -98,7 +98,7 @@ MUTANTS = (
         "methods/verified/subsets.py",
         "outside).min()) - 1",
         "outside).min()) + 41",
-        "methods/verified/test_verified",
+        "methods/verified/test_bound",
         "subset",
     ),
     Mutant(
@@ -106,7 +106,7 @@ MUTANTS = (
         "methods/verified/subsets.py",
         "* np.sqrt(spread[0] + spread[1])",
         "* 0",
-        "methods/verified/test_verified",
+        "methods/verified/test_bound",
         "subset",
     ),
     Mutant(
@@ -114,7 +114,7 @@ MUTANTS = (
         "methods/verified/bound.py",
         "return of - math.ceil(",
         "return of + 1 - math.ceil(",
-        "methods/verified/test_verified",
+        "methods/verified/test_bound",
         "recall or miss",
     ),
     Mutant(
