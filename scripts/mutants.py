@@ -98,7 +98,7 @@ MUTANTS = (
         "methods/verified/subsets.py",
         "outside).min()) - 1",
         "outside).min()) + 41",
-        "methods/verified/test_bound",
+        "methods/verified/test_search",
         "subset",
     ),
     Mutant(
@@ -106,7 +106,7 @@ MUTANTS = (
         "methods/verified/subsets.py",
         "* np.sqrt(spread[0] + spread[1])",
         "* 0",
-        "methods/verified/test_bound",
+        "methods/verified/test_search",
         "subset",
     ),
     Mutant(
