@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from families import FAMILIES, bridged, hf_module, model_of, native_model, swap_task
+from reference_cases import CASES
 from routed import literal
 from safetensors.torch import load_file
 from torch import Tensor
@@ -184,21 +185,7 @@ def test_refuses_a_model_that_is_put_together_in_another_way(monkeypatch) -> Non
     assert run_circuits(model, program, ablated, masks(model, 1, 0.5)).shape == (1, 2)
 
 
-REFERENCE = [
-    ("gpt2-random", "swap1"),
-    ("gpt2-random", "swap2"),
-    ("llama-random", "swap1"),
-    ("llama-random", "swap2"),
-    ("neox-random", "swap1"),
-    ("neox-random", "swap2"),
-    ("trained-gpt2-4l", "ioi"),
-    ("trained-gpt2-4l", "sva_rc"),
-    ("trained-gpt2-4l", "docstring"),
-    ("gemma2-random", "swap2"),
-]
-
-
-@pytest.fixture(scope="module", params=REFERENCE, ids=["-".join(case) for case in REFERENCE])
+@pytest.fixture(scope="module", params=CASES, ids=["-".join(case) for case in CASES])
 def case(request, reference_of: Callable[[str], Path]):
     model_name, task_name = request.param
     reference_dir = reference_of(model_name)

@@ -11,7 +11,7 @@ from patchlab.rules import PRESETS
 from patchlab.sites import KINDS
 from patchlab.testing import linear_toy, micro_model, micro_task, toy_task
 
-SITES = [kind for kind in KINDS if kind not in ("q", "k", "edges")] + [
+SITES = [kind.name for kind in KINDS.values() if kind.name not in ("q", "k") and kind.granularities is None] + [
     "z[layer,pos,head]",
     "v[layer,pos,kv_head]",
     "mlp_post[layer,pos,neuron]",
