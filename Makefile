@@ -15,7 +15,7 @@ demo: .venv/.ok
 	$(BIN)/patchlab demo --force --out "$(OUT)"
 
 test: .venv/.ok
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto --dist loadfile
 
 check: lint test
 
