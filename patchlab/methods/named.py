@@ -3,40 +3,21 @@
 What they make is equal whenever it computes the same, and has one name: ``RelevancePatching("gradient") == AttributionPatching()``.
 """
 
-from typing import TypedDict, Unpack
-
-from patchlab.errors import MethodError
 from patchlab.methods.linearized import LinearizedPatching, Path
-from patchlab.rules import Composite, get_composite
+from patchlab.rules import Composite
 
 
-class Corrections(TypedDict, total=False):
-    """Options of :class:`LinearizedPatching` that correct it as AtP* does (Kramár et al. 2024, arXiv 2403.00745)."""
-
-    qk_fix: bool
-    grad_drop: bool
-
-
-def AttributionPatching(
-    source: str = "paired", rules: str | Composite = "gradient", n_steps: int | None = None, **corrections: Unpack[Corrections]
-) -> LinearizedPatching:
+def AttributionPatching(*, source: str = "paired", qk_fix: bool = False, grad_drop: bool = False) -> LinearizedPatching:
     """AtP: difference × gradient at the baseline. Source: Nanda 2023; Syed et al. 2023 (arXiv 2310.10348).
 
-    With the corrections ``qk_fix`` and ``grad_drop`` it is AtP*.
+    With the corrections ``qk_fix`` and ``grad_drop`` it is AtP* (Kramár et al. 2024, arXiv 2403.00745).
 
     Example:
         >>> AttributionPatching().run(model, task, ["resid_pre", "z"])  # doctest: +SKIP
         >>> AttributionPatching(qk_fix=True, grad_drop=True).name
         'atp*'
-
-    Raises:
-        MethodError: rules, or a path.
     """
-    if not get_composite(rules).plain or n_steps is not None:
-        raise MethodError(
-            "AttributionPatching is the plain gradient at one point; use RelevancePatching(rules=...) or IntegratedGradients(n_steps=...)."
-        )
-    return LinearizedPatching(source=source, **corrections)
+    return LinearizedPatching(source=source, qk_fix=qk_fix, grad_drop=grad_drop)
 
 
 def IntegratedGradients(
@@ -46,7 +27,8 @@ def IntegratedGradients(
     quadrature: str = "midpoint",
     rules: str | Composite = "gradient",
     source: str = "paired",
-    **corrections: Unpack[Corrections],
+    qk_fix: bool = False,
+    grad_drop: bool = False,
 ) -> LinearizedPatching:
     """IG: difference × the mean coefficient along a path. Source: Sundararajan et al. 2017; Hanna et al. 2024 (arXiv 2403.17806).
 
@@ -59,14 +41,16 @@ def IntegratedGradients(
         >>> IntegratedGradients(5, rules="relp").name
         'relp+ig:5'
     """
-    return LinearizedPatching(rules, n_steps, over, quadrature, source=source, **corrections)
+    return LinearizedPatching(rules, n_steps, over, quadrature, qk_fix, grad_drop, source=source)
 
 
-def RelevancePatching(rules: str | Composite = "relp", *, source: str = "paired", **corrections: Unpack[Corrections]) -> LinearizedPatching:
+def RelevancePatching(
+    rules: str | Composite = "relp", *, source: str = "paired", qk_fix: bool = False, grad_drop: bool = False
+) -> LinearizedPatching:
     """RelP: difference × LRP propagation coefficient. Source: arXiv 2508.21258; presets in :data:`patchlab.rules.PRESETS`.
 
     Example:
         >>> RelevancePatching().name, RelevancePatching("relp-ah").name, RelevancePatching("lrp[ln,identity]").name
         ('relp', 'relp-ah', 'lrp[ln,identity]')
     """
-    return LinearizedPatching(rules, source=source, **corrections)
+    return LinearizedPatching(rules, qk_fix=qk_fix, grad_drop=grad_drop, source=source)
