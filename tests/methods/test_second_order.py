@@ -86,6 +86,14 @@ def test_it_keeps_the_contract_with_a_tolerance(source: str, probing: None) -> N
     check_method(SecondOrder(tolerance=0.9, source=source), model_of("gpt2", torch.float64, layers=2), swap_task(), CONTRACT)
 
 
+@pytest.mark.parametrize("name", ["z[layer,pos,head]", "resid_pre"])
+def test_the_step_of_single_precision_is_small_enough(name: str) -> None:
+    """The same probes in float32 and in float64, whose step is a hundredth of it: what the larger step cuts off is little."""
+    task, method = swap_task(n=3), SecondOrder(probes=8, seed=0)
+    single, double = (scores_of(method, model_of("gpt2", dtype), task, name).data[name].to_numpy() for dtype in (torch.float32, torch.float64))
+    assert np.abs(single - double).max() < 0.04 * np.abs(double).max()
+
+
 @pytest.fixture
 def probing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let probes cost next to nothing, as among thousands of cells."""
