@@ -171,7 +171,7 @@ def evaluate(
         return
     from patchlab import circuits
     from patchlab.errors import CircuitError
-    from patchlab.tables import table
+    from patchlab.tables import records, table
     from patchlab.terminal import fitted, terminal_width
 
     paths = list(files or [])
@@ -182,8 +182,6 @@ def evaluate(
     train = None if ablation in ("resample", "zero") else first
     result = circuits.evaluate(loaded, named, second, ablation=ablation, train=train, minimality=minimality, seed=seed, batch_size=batch_size)
     if json_:
-        from patchlab.report.curve import records
-
         _say_json({"table": records(result.table), "minimality": records(result.minimality), "provenance": result.provenance})
         return
     width = terminal_width()

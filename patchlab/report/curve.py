@@ -13,11 +13,7 @@ from patchlab.circuits import FaithfulnessCurve, Sets, SmallestFaithful, write
 from patchlab.circuits.evaluation.ablations import still_falling
 from patchlab.errors import OutputError
 from patchlab.store.folder import INDEX, JOB
-
-
-def records(table: pd.DataFrame) -> list[dict[str, Any]]:
-    """The rows of a table as plain values; None for NaN."""
-    return json.loads(str(table.to_json(orient="records")))
+from patchlab.tables import records
 
 
 def smallest(curve: FaithfulnessCurve, level: float | int = 0.9) -> dict[str, dict[str, Any] | None]:
