@@ -11,6 +11,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # the models of the tests are too small for several threads to help, and where cores are shared they hinder
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# what is printed fits a terminal of so many columns, where this is set; workers of pytest-xdist have it
+os.environ.pop("COLUMNS", None)
+
 
 def _missing(variable: str, reason: str) -> None:
     """Skip for want of something optional, or fail where ``variable`` says that it has to be there."""

@@ -38,6 +38,7 @@ EXACT = pl.ActivationPatching()
 
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    session_of(model_of("gpt2")).unfinished.clear()  # of tests elsewhere, which share the model
     support(model_of("gpt2"))  # found out now, so that evaluations of the metric are those of the run
     monkeypatch.setattr(node_sweep, "CPU_TOKENS", 40)
     yield
