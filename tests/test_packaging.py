@@ -259,6 +259,15 @@ def test_notebook_is_executed_and_in_step_with_its_source():
     assert (ROOT / "notebooks" / "quickstart.ipynb").stat().st_size < 2_000_000
 
 
+@pytest.mark.parametrize("path", modules(), ids=module_name)
+def test_models_bridges_and_architectures_have_their_types(path):
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.arg) and node.arg in ("model", "bridge", "arch") and node.annotation is not None:
+            assert ast.unparse(node.annotation) != "Any", (
+                f"line {node.lineno}: say which of the types of patchlab.adapters or of TransformerLens it is"
+            )
+
+
 KINDS_OF_CELLS = {"edges", "nodes", "writer", "reader"}
 # these speak of edges by their nature: sets of edges patched at once
 OF_EDGES = {"patchlab.methods.path_patching"}
