@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from families import bridged, hf_module, scores_of, swap_task
+from families import bridged, hf_module, model_of, scores_of, swap_task
 from torch import Tensor, nn
 
 import patchlab as pl
@@ -18,7 +18,7 @@ from patchlab.engine import Program, continues, resume, run, session_of, support
 from patchlab.engine.trust.edges import edge_support
 from patchlab.engine.trust.precision import in_single_precision
 from patchlab.errors import ModelError
-from patchlab.metrics import METRICS
+from patchlab.metrics import METRICS, Answers
 from patchlab.models import Model
 from patchlab.rules import PRESETS, graft
 from patchlab.rules.composites import DESCRIPTIONS
@@ -196,3 +196,15 @@ def test_gradients_in_single_precision() -> None:
     for key in at:
         assert float((got[key].double() - expected[key]).abs().max()) < 1e-5 * float(expected[key].abs().max())
     assert all(parameter.dtype == torch.bfloat16 for parameter in half.bridge.parameters())
+
+
+def test_metrics_of_half_precision_are_computed_in_single() -> None:
+    model = model_of("gpt2", torch.bfloat16)
+    tokens = torch.tensor([[3, 1, 4, 1, 5], [2, 7, 1, 8, 2]])
+    answers = Answers.of([[0], [1]], [[2], [3]], "cpu")
+    result = run(model, Program(tokens, torch.arange(2), metric=METRICS["logit_diff"], answers=answers, logits="all"))
+    assert result.logits is not None
+    assert result.values is not None
+    expected = METRICS["logit_diff"](result.logits[:, -1].float(), answers)
+    assert result.values.dtype == torch.float32
+    torch.testing.assert_close(result.values, expected, rtol=0, atol=0)

@@ -472,3 +472,10 @@ def test_quantiles_of_t(freedom: int, expected: float) -> None:
     """Against printed tables."""
     assert t_quantile(0.95, freedom) == pytest.approx(expected, abs=5e-5)
     assert t_quantile(0.6, freedom) < t_quantile(0.9, freedom) < t_quantile(0.99, freedom)
+
+
+def test_the_subset_bound_by_hand() -> None:
+    """Means 2 and 1.25 of two subsets each, variances of the means 1 and .5625, one degree of freedom."""
+    members = np.array([[True, True, False, False]])
+    bound = largest_effect(members, np.array([3.0, 1.0, 2.0, 0.5]), 0.95)
+    assert bound == pytest.approx(0.75 + 6.313751515 * 1.25)
