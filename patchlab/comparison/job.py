@@ -48,10 +48,10 @@ class Job:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        names = tuple(scoring_method(name).name for name in self.methods)
+        methods = [scoring_method(name) for name in self.methods]
+        names = [method.name for method in methods]
         if repeated := sorted({name for name in names if names.count(name) > 1}):
             raise MethodError(f"the method {repeated[0]} is named twice; name it once.")
-        methods = [scoring_method(name) for name in names]
         exact = [method.name for method in methods if isinstance(method, ActivationPatching)]
         if not exact or len(names) < 2:
             raise MethodError(
@@ -191,13 +191,13 @@ def cost_line(
     Raises:
         MethodError, SiteError: what the methods refuse.
     """
-    names = list(methods)
-    plans = {name: scoring_method(name).plan(model, task, sites, direction=direction, batch_size=batch_size) for name in names}
+    chosen = [scoring_method(name) for name in methods]
+    plans = {method.name: method.plan(model, task, sites, direction=direction, batch_size=batch_size) for method in chosen}
     if not plans:
         return None
     forwards, backwards, total = (sum(getattr(plan, part) for plan in plans.values()) for part in ("forwards", "backwards", "work"))
     whole = Plan(forwards, backwards, total, tuple(dict.fromkeys(site for plan in plans.values() for site in plan.uncounted)))
-    many = [one for one in map(scoring_method, names) if isinstance(one, LinearizedPatching) and (one.n_steps or 0) > FEW_POINTS]
+    many = [one for one in chosen if isinstance(one, LinearizedPatching) and (one.n_steps or 0) > FEW_POINTS]
     points = f", or fewer points ({replace(many[0], n_steps=FEW_POINTS).name} instead of {many[0].name})" if many else ""
     work = {name: plan.work for name, plan in plans.items()}
     return announced(work, model, task, lower=f"Less is computed with {lower}{points}.", passes=str(whole), least=bool(whole.uncounted))

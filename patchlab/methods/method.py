@@ -214,8 +214,11 @@ class Method(ABC):
         setting, batches, _ = self.prepared(model, task, sites, direction=direction, batch_size=batch_size, max_memory=max_memory)
         means = self.source.startswith("mean")
         forwards = (self.forwards(setting) + (2 if self.unit == "cell" else 0) + means) * len(batches)
-        uncounted = tuple(site for site, live in setting.live.items() if live is None and self.unit == "cell")
-        return Plan(forwards, self.backwards(setting) * len(batches), self.work(setting) + means, uncounted)
+        return Plan(forwards, self.backwards(setting) * len(batches), self.work(setting) + means, self._uncounted(setting))
+
+    def _uncounted(self, setting: Setting) -> tuple[str, ...]:
+        """Sites whose cells count as steps, of which only the runs show how many there are."""
+        return tuple(site for site, live in setting.live.items() if live is None and self.unit == "cell")
 
     def _identity(self, setting: Setting, batches: list[Batch]) -> dict[str, str | None]:
         return identify(self.provenance_of(setting, {}), setting, described([len(batch) for batch in batches]))
@@ -227,8 +230,7 @@ class Method(ABC):
             torch.cuda.reset_peak_memory_stats(model.device)
         steps, means = self.forwards(setting), self.source.startswith("mean") and self.unit == "forward"
         before = len(work.batches) * steps + len(work.cells_of(len(work.batches)))
-        unknown = self.unit == "cell" and any(live is None for live in setting.live.values())
-        total = None if unknown else len(batches) * (steps + means)
+        total = None if self._uncounted(setting) else len(batches) * (steps + means)
         with progress_bar(self.name, self.unit, total, done=before, show=progress) as bar:
             meter = Meter(bar, self.unit)
             work.begin(meter)

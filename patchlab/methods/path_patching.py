@@ -83,11 +83,12 @@ def patch_edges(
                 raise MethodError(f"the set {name!r} has the shape {list(mask.shape)}; edges of {model.name} on {task.name} have {list(places)}.")
         live = required(patcher.setting.live[str(patcher.setting.sites[0])])
         cells = {name: mask & live for name, mask in zip(named, masks, strict=True)}
+        what = digest({name: (list(mask.shape), mask.tobytes()) for name, mask in cells.items()}, "sets")
 
         def of_sets(runs: Runs) -> Float[np.ndarray, "set batch"]:
             return set_effects(patcher.setting, runs, patcher.meter, masks, post_norm=post_norm)
 
-        return _collected(patcher, cells, of_sets)
+        return _collected(patcher, {name: bool(mask.any()) for name, mask in cells.items()}, what, of_sets)
 
 
 def kv_effects(
@@ -130,12 +131,11 @@ def kv_effects(
         first = np.isin(graph.reader_kind, ("k", "v")) & (graph.reader_head % graph.copies == 0)
         cells = np.argwhere(required(patcher.setting.live["edges"]) & first)
         names = [f"{graph.writers[writer]}->{graph.kv_name(reader)}" for writer, reader in cells.tolist()]
-        masks = {name: _alone(graph, cell) for name, cell in zip(names, cells.tolist(), strict=True)}
 
         def of_edges(runs: Runs) -> Float[np.ndarray, "edge batch"]:
             return edge_effects(patcher.setting, runs, patcher.meter, cells, engine=engine, grouped=True, post_norm=post_norm)
 
-        return _collected(patcher, masks, of_edges)
+        return _collected(patcher, dict.fromkeys(names, True), digest(names, "sets"), of_edges)
 
 
 def _mask(graph: Graph, name: str, edges: Any) -> Bool[np.ndarray, "writer reader *pos"]:
@@ -165,17 +165,8 @@ def _patching(
         yield Patcher(exact, setting, batches, predicted, Meter(bar, "cell"))
 
 
-def _alone(graph: Graph, cell: Sequence[int]) -> Bool[np.ndarray, "writer reader"]:
-    """The copies of an edge into a key or value, in all query heads that share it."""
-    writer, reader = cell
-    mask = np.zeros(graph.allowed.shape, dtype=bool)
-    alike = graph.readers_of(int(graph.reader_layer[reader]), graph.reader_kind[reader])
-    mask[writer, alike][graph.sharing(int(graph.reader_head[reader]))] = True
-    return mask
-
-
-def _collected(patcher: Patcher, sets: Mapping[str, np.ndarray], effects: Callable[[Runs], Float[np.ndarray, "set batch"]]) -> ScoreMap:
-    """The effects of all batches; ``sets`` are the live edges of each."""
+def _collected(patcher: Patcher, live: Mapping[str, bool], what: str | None, effects: Callable[[Runs], Float[np.ndarray, "set batch"]]) -> ScoreMap:
+    """The effects of all batches; ``live`` says of each set whether any of its edges is, ``what`` identifies their edges."""
     started = time.perf_counter()
     parts: list[np.ndarray] = []
     clean: list[np.ndarray] = []
@@ -187,10 +178,9 @@ def _collected(patcher: Patcher, sets: Mapping[str, np.ndarray], effects: Callab
         corrupted.append(runs.corrupted.double().cpu().numpy())
         rounding.append(np.sqrt(2) * runs.rounding.metric)
     setting, meter = patcher.setting, patcher.meter
-    what = digest({name: (list(mask.shape), mask.tobytes()) for name, mask in sets.items()}, "sets")
     return ScoreMap.build(
         {SETS: np.concatenate(parts)},
-        {SETS: np.array([mask.any() for mask in sets.values()])},
+        {SETS: np.array(list(live.values()))},
         task_axis=None,
         examples=np.concatenate([batch.examples.cpu().numpy() for batch in patcher.batches]),
         metric_clean=np.concatenate(clean),
@@ -198,5 +188,5 @@ def _collected(patcher: Patcher, sets: Mapping[str, np.ndarray], effects: Callab
         provenance={**patcher.exact.provenance_of(setting, {}), "engine": meter.engine, "added_sites": {SETS: what}},
         cost=Cost(meter.forwards, meter.backwards, meter.positions, time.perf_counter() - started),
         noise={SETS: np.concatenate(rounding)},
-        names={SETS: CellNames({"set": list(sets)}, "set", "{set}")},
+        names={SETS: CellNames({"set": list(live)}, "set", "{set}")},
     )

@@ -77,7 +77,7 @@ def _number(data: xr.Dataset, site: str, axis: str, value: Position, text: str |
                 unknown(f"position of {text}", value, named) if named else f"{text}: no position of this map has a name; give its number."
             )
         return names.index(value)
-    if names and all(names) and len(set(names)) == len(names) and names != [""]:
+    if _is_named(names):
         raise ScoreError(f"{text}: the positions of this map are those with names; write {names[0]!r} or another of {', '.join(names)}.")
     size = data.sizes.get(axis)
     if value < 0 or (size is not None and value >= size):
@@ -104,16 +104,14 @@ def selected(data: xr.Dataset, site: str, numbers: Mapping[str, int]) -> xr.Data
     return found.isel({cell_dim(site): 0}) if set(numbers) == set(axes_of(site)) else found
 
 
-def address_of(data: xr.Dataset, provenance: Mapping[str, Any], site: str, cell: tuple[int, ...]) -> str:
+def address_of(data: xr.Dataset, site: str, cell: tuple[int, ...]) -> str:
     """The address of a cell, with which :func:`located` finds it again."""
     parsed = Site.parse(site)
     about, at = KINDS[parsed.kind], dict(zip(axes_of(site), cell, strict=True))
     where = {axis: _label(data, axis, at[axis]) for axis in POSITION_AXES if axis in at}
-    if data[site].attrs.get("names") and len(at) == 1:
-        return data[site].attrs["names"].format(**{axis: data[f"{axis}_name"].to_numpy()[number] for axis, number in at.items()})
-    if "writer" in at:
-        ends = f"@{where['dest']}<{where['src']}" if "dest" in where else f"@{where['pos']}" if where else ""
-        return graph_of(provenance).name(at["writer"], at["reader"]) + ends
+    if joined := data[site].attrs.get("names"):
+        words = {axis: data[f"{axis}_name"].to_numpy()[number] for axis, number in at.items() if axis not in where}
+        return joined.format(**words) + (f"@{'<'.join(map(str, where.values()))}" if where else "")
     pos, src = ((where[axis],) if axis is not None and axis in where else None for axis in (about.position, about.source))
     return str(Site(parsed.kind, (), layer=at.get("layer"), index=None if about.unit is None else at.get(about.unit), pos=pos, src=src))
 
@@ -127,4 +125,9 @@ def _names(data: xr.Dataset, axis: str) -> list[str]:
 def _label(data: xr.Dataset, axis: str, number: int) -> Position:
     """The name of a position where all have one, else its number."""
     names = _names(data, axis)
-    return names[number] if names and all(names) and len(set(names)) == len(names) else number
+    return names[number] if _is_named(names) else number
+
+
+def _is_named(names: list[str]) -> bool:
+    """Whether the positions of an axis are told by their names: each has one of its own."""
+    return bool(names) and all(names) and len(set(names)) == len(names)

@@ -296,7 +296,7 @@ class ScoreMap:
         for value, name, place in found:
             effects = self.data[name].to_numpy().reshape(self.data.sizes["example"], -1)[:, place].astype(np.float64)
             low, high = interval(weights @ effects)
-            address = address_of(self.data, self.provenance, name, tuple(self.cells(name)[place].tolist()))
+            address = address_of(self.data, name, tuple(self.cells(name)[place].tolist()))
             rows.append({"address": address, "site": name, "effect": value, "low": float(low), "high": float(high)})
         return pd.DataFrame(rows, columns=["address", "site", "effect", "low", "high"])
 

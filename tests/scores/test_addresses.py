@@ -132,7 +132,7 @@ def test_every_cell_has_an_address_that_leads_to_it(family: str) -> None:
             for site in found.sites:
                 cells = found.cells(site)[found.exists(site).to_numpy().ravel()]
                 for cell in map(tuple, cells[:: max(1, len(cells) // 40)].tolist()):
-                    address = address_of(found.data, found.provenance, site, cell)
+                    address = address_of(found.data, site, cell)
                     assert np.array_equal(found.sel(address), found.data[site].to_numpy()[:, *cell]), address
 
 
