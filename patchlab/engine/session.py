@@ -34,12 +34,14 @@ class Session:
         surrounding: the edits of the ``pl.intervene`` blocks around what runs now, outer first.
         found: what tests found out about the model, by name (:func:`found_once`).
         unfinished: what interrupted runs of methods left, for the same call to go on from.
+        shared: unpatched runs that several methods start from, inside a block that shares them.
     """
 
     def __init__(self, name: str, turn: _Turn) -> None:
         self.surrounding: tuple[Edit, ...] = ()
         self.found: dict[Hashable, Any] = {}
         self.unfinished: dict[str, Any] = {}
+        self.shared: Any = None
         self._name, self._turn = name, turn
 
     @contextmanager

@@ -9,11 +9,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from patchlab.engine import Baseline, Program, Result, Target, empty_cache, run_rest
+from patchlab.engine import Baseline, Program, Result, Target, run_rest
 from patchlab.errors import MethodError
 from patchlab.methods.setting.meter import Meter
 from patchlab.methods.setting.rounding import Rounding, rounding
 from patchlab.methods.setting.setting import Setting
+from patchlab.methods.setting.shared import unedited
 from patchlab.metrics import Answers
 from patchlab.scores.arrays import Effects
 from patchlab.sites import KINDS, POSITION_AXES, Site
@@ -90,7 +91,7 @@ def unpatched(
             clean = replace(clean, values=setting.task.metric(required(clean.logits), answers))
     extra = baseline if denoising else kept
     scored = {"metric": setting.task.metric, "answers": answers, "logits": setting.task.metric.reads}
-    corrupted = meter.run(setting.model, _program(setting, batch, batch.corrupted, extra, **scored))
+    corrupted = _run(setting, meter, _program(setting, batch, batch.corrupted, extra, **scored))
     base, other = (corrupted, clean) if denoising else (clean, corrupted)
     patched_in: Source = Kept(other.activations, batch.examples)
     if source != "paired":
@@ -136,13 +137,14 @@ def _resumed(setting: Setting, batch: Batch, meter: Meter, *, at: tuple[Target, 
     """The source run in the whole, then the baseline run from the first difference on."""
     denoising, metric, answers = setting.direction == "denoising", setting.task.metric, batch.answers
     tokens, others = (batch.corrupted, batch.clean) if denoising else (batch.clean, batch.corrupted)
-    cache, keep = empty_cache(), {"keep": tuple(dict.fromkeys((*at, *baseline.get("keep", ()))))}
+    keep = {"keep": tuple(dict.fromkeys((*at, *baseline.get("keep", ()))))}
     if metric.needs_clean:
-        source = meter.run(setting.model, _program(setting, batch, others, keep, logits="answer"), cache=cache)
+        source, cache = unedited(setting.model, _program(setting, batch, others, keep, logits="answer"), meter, cached=True)
         answers = replace(answers, clean_logits=source.logits)
         source = replace(source, values=metric(required(source.logits), answers))
     else:
-        source = meter.run(setting.model, _program(setting, batch, others, keep, metric=metric, answers=answers, logits="answer"), cache=cache)
+        program = _program(setting, batch, others, keep, metric=metric, answers=answers, logits="answer")
+        source, cache = unedited(setting.model, program, meter, cached=True)
     rest = _program(setting, batch, tokens, baseline, metric=metric, answers=answers, logits="answer")
     base, resumed = run_rest(setting.model, rest, cache, start, source.activations)
     clean, corrupted = (source, meter.count(base)) if denoising else (meter.count(base), source)
@@ -157,12 +159,17 @@ def _run_clean(setting: Setting, batch: Batch, meter: Meter, extra: Mapping[str,
     if metric.needs_clean:
         reads = metric.reads
         if not extra.get("gradients"):
-            return meter.run(setting.model, _program(setting, batch, batch.clean, extra, logits=reads))
+            return _run(setting, meter, _program(setting, batch, batch.clean, extra, logits=reads))
         # a gradient at the clean run itself: the reference has to be there first
         reference = meter.run(setting.model, _program(setting, batch, batch.clean, {}, logits=reads)).logits
         answers = replace(batch.answers, clean_logits=reference)
         return meter.run(setting.model, _program(setting, batch, batch.clean, extra, metric=metric, answers=answers, logits=reads))
-    return meter.run(setting.model, _program(setting, batch, batch.clean, extra, metric=metric, answers=batch.answers, logits=metric.reads))
+    return _run(setting, meter, _program(setting, batch, batch.clean, extra, metric=metric, answers=batch.answers, logits=metric.reads))
+
+
+def _run(setting: Setting, meter: Meter, program: Program) -> Result:
+    differentiated = bool(program.gradients or program.hook_gradients)
+    return meter.run(setting.model, program) if differentiated else unedited(setting.model, program, meter)[0]
 
 
 def _program(setting: Setting, batch: Batch, tokens: Int[Tensor, "batch pos"], extra: Mapping[str, Any], **options: Any) -> Program:
