@@ -1,5 +1,6 @@
 # make demo    the demo: four patching methods on two packaged models, results in patchlab-demo/index.html
 # make test    the tests
+# make quick   the same without the slow ones
 # make check   ruff, pyright and the tests
 # make docs    the documentation site, in site/; open site/index.html
 # make notebook   execute notebooks/quickstart.py into the .ipynb (needs Chromium or Chrome for the pictures)
@@ -9,13 +10,16 @@ PYTHON ?= python3
 OUT ?= patchlab-demo
 BIN := .venv/bin
 
-.PHONY: demo test check lint docs notebook clean
+.PHONY: demo test quick check lint docs notebook clean
 
 demo: .venv/.ok
 	$(BIN)/patchlab demo --force --out "$(OUT)"
 
 test: .venv/.ok
 	$(BIN)/python -m pytest -q -n auto --dist loadfile
+
+quick: .venv/.ok
+	$(BIN)/python -m pytest -q -n auto --dist loadfile -m "not slow"
 
 check: lint test
 

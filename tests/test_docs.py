@@ -58,6 +58,7 @@ def registries() -> Iterator[None]:
             one.update(entries)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES)
 def test_the_blocks_of_a_page_run_in_order_and_print_what_it_shows(page, tmp_path, monkeypatch):
     from patchlab.cli import app

@@ -30,6 +30,7 @@ NO_EDGES = ("olmo2", "opt-projected", "opt-postnorm", "openai-gpt", "deepseek-v3
 CHEAP = ("gpt-j", "opt", "openai-gpt", "bloom", "mistral", "falcon", "cohere", "granite", "deepseek-v3", "xglm", "jamba", "mamba", "olmo2")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CHEAP)
 def test_a_family_is_right_or_refused(name: str) -> None:
     family = measure_family(name, layers=2, rules=())

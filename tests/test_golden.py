@@ -8,6 +8,7 @@ import torch
 from paths import ROOT
 
 
+@pytest.mark.slow
 def test_scores_are_those_that_were_stored() -> None:
     spec = importlib.util.spec_from_file_location("golden", ROOT / "scripts" / "golden.py")
     assert spec is not None

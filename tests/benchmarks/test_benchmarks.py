@@ -29,6 +29,7 @@ def page_maker() -> Any:
     return module
 
 
+@pytest.mark.slow
 def test_exact_sweep() -> None:
     report = report_of("exact_sweep.py")
     assert report["machine"]["threads"] == 1
@@ -54,6 +55,7 @@ def test_exact_sweep() -> None:
     assert all(row["max_difference_of_largest_effect"] > 0 for row in report["bf16"])
 
 
+@pytest.mark.slow
 def test_linearized() -> None:
     report = report_of("linearized.py")
     assert len(report["results"]) == 4
@@ -63,6 +65,7 @@ def test_linearized() -> None:
         assert row["positions"] < row["positions_of_plain"]
 
 
+@pytest.mark.slow
 def test_edges() -> None:
     report = report_of("edges.py")
     assert [row["workload"] for row in report["exact"]] == [row["workload"] for row in report["linearised"]] == ["S2", "ABC"]
@@ -94,6 +97,7 @@ def test_results_are_replaced_row_by_row() -> None:
     assert found["pairs"] == 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "script", ["benchmarks/edges.py", "benchmarks/exact_sweep.py", "benchmarks/linearized.py", "scripts/pages/make_performance_page.py"]
 )

@@ -36,6 +36,7 @@ def one_by_one(model: pl.Model, task: Task, tau: float, ablation: str = "resampl
     return kept, runs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "ablation"), [("gpt2", "resample"), ("neox", "resample"), ("qwen2", "mean"), ("gpt2", "zero")])
 def test_equals_the_loop_over_single_edges(family: str, ablation: str) -> None:
     model, task = model_of(family, torch.float64, 2), swap_task(2)

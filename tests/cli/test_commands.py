@@ -62,6 +62,7 @@ def done(tmp_path_factory):
     return out, result, json.loads(result.stdout)
 
 
+@pytest.mark.slow
 def test_folder_holds_scores_tables_plots_page_and_a_list_of_them(done):
     out, _, printed = done
     names = {path.name for path in out.iterdir()}
@@ -465,6 +466,7 @@ def test_listings_name_and_describe(listing, name):
     assert [line.split(maxsplit=1) for line in text.stdout.splitlines()] == [[key, what] for key, what in described.items()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [44, 80, 200])
 @pytest.mark.parametrize("command", [("methods",), ("sites",), ("tasks",), ("tasks", "ioi"), tuple(VERIFY)], ids=" ".join)
 def test_what_is_printed_fits_the_terminal(command, width, monkeypatch):
@@ -561,6 +563,7 @@ def test_an_interruption_while_pictures_are_drawn_loses_the_pictures_alone(resul
     assert (tmp_path / "run.json").exists()
 
 
+@pytest.mark.slow
 def test_finished_methods_are_kept_and_the_same_command_goes_on(tmp_path, monkeypatch, no_images):
     arguments = [*instead(ARGUMENTS, ["--methods", "exact,atp,relp"]), "--out", tmp_path / "out"]
     run, ran = Method.run, []
@@ -632,6 +635,7 @@ def documented_commands() -> list[list[str]]:
     return [shlex.split(line, comments=True)[1:] for line in shell.splitlines() if line.startswith("patchlab ")]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_images")
 def test_the_commands_of_the_page_work_in_order_in_one_folder(tmp_path, monkeypatch):
     """With fewer pairs than the page has, and the smallest model."""

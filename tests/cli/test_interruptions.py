@@ -22,6 +22,7 @@ def started(out: Path) -> "subprocess.Popen[str]":
     return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no such signal on Windows")
 def test_a_request_to_end_keeps_finished_scores_and_the_same_command_goes_on(tmp_path):
     out = tmp_path / "out"

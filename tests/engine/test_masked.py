@@ -61,6 +61,7 @@ def test_whole_and_empty_graph_are_the_two_unpatched_runs(model: Model) -> None:
     assert (full - empty).abs().min() > 1e-3
 
 
+@pytest.mark.slow
 def test_circuits_equal_the_literal_twin(model: Model) -> None:
     program, ablated, _ = setting(model)
     graph = model.arch.graph
@@ -88,6 +89,7 @@ def test_circuits_with_held_denominators_equal_the_literal_twin() -> None:
     assert (got - renormalised).abs().min() > 1e-3
 
 
+@pytest.mark.slow
 def test_position_resolved_circuits_equal_the_literal_twin(model: Model) -> None:
     program, ablated, _ = setting(model)
     keep = masks(model, 2, 0.6, program.tokens.shape[1])
@@ -196,6 +198,7 @@ def case(request, reference_of: Callable[[str], Path]):
     return model, task, stored, names
 
 
+@pytest.mark.slow
 def test_published_circuits(case) -> None:
     model, task, stored, names = case
     found = [name for name in stored if name.startswith("circuit.") and name.endswith(".metric")]
@@ -210,6 +213,7 @@ def test_published_circuits(case) -> None:
     torch.testing.assert_close(got, torch.stack([stored[name] for name in found]), atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 def test_published_exact_edges(case) -> None:
     model, task, stored, names = case
     (batch,) = task.batches()

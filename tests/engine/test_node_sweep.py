@@ -32,6 +32,7 @@ def largest_difference(first: pl.ScoreMap, second: pl.ScoreMap) -> float:
     return max(float(np.abs(first.data[site] - second.data[site]).max()) for site in first.sites) / scale
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_equals_the_literal_sweep(family: str, direction: str) -> None:
@@ -71,6 +72,7 @@ def test_several_lengths_named_positions_and_different_first_differences() -> No
         assert largest_difference(*maps) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "edits",
     [

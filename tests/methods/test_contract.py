@@ -23,12 +23,14 @@ def _small(family: str) -> Model:
     return model_of(family, layers=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["gpt2", "neox", "llama"])
 @pytest.mark.parametrize("name", ONE_POINT)
 def test_one_point_methods(name: str, family: str) -> None:
     check_method(get_method(name), _small(family), swap_task(), SITES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["gpt2", "neox", "llama"])
 @pytest.mark.parametrize(
     "method",
@@ -46,6 +48,7 @@ def test_other_methods(method: Method, family: str) -> None:
     check_method(method, _small(family), swap_task(), FEW)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["zero", "mean", "mean_positional"])
 @pytest.mark.parametrize(
     "make",
@@ -66,6 +69,7 @@ def test_several_lengths_and_templates(name: str) -> None:
     check_method(get_method(name), _small("qwen3"), mixed_task(), ("resid_pre", "z"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("metric", ["logprob_diff", "prob_diff", "neg_kl"])
 @pytest.mark.parametrize("name", ["exact", "atp", "ig:2"])
 def test_metrics(name: str, metric: str) -> None:

@@ -225,11 +225,13 @@ def test_qk_fix_scores_queries_and_keys_of_a_constant_pattern() -> None:
     assert "q" in scores_of(get_method("relp-ah"), _double("llama"), task, ["q"]).provenance["not_scored"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["atp*", "atp+qk", "relp+qk+drop", "ig:2+qk", "ig:2+drop", "relp-ah+qk"])
 def test_corrected_methods_keep_the_contract(name: str) -> None:
     check_method(get_method(name), model_of("qwen3", layers=2), swap_task(), ("resid_pre", "z", "mlp_post", "q", "k", "k[layer,pos]", "pattern"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["zero", "mean", "mean_positional"])
 def test_sources(source: str) -> None:
     method = pl.AttributionPatching(source=source, qk_fix=True, grad_drop=True)

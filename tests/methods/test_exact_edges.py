@@ -146,6 +146,7 @@ def differences(model: Model, program: Program, other: Tensor) -> Differences:
     return Differences.of(model, own.activations, source.as_source(), program.examples)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "direction"), [*((name, "noising") for name in (*FAMILIES, "attention-only")), ("llama", "denoising")])
 def test_equals_the_literal_twin(family: str, direction: str) -> None:
     model, task = model_named(family), swap_task()
@@ -227,6 +228,7 @@ def test_metrics(metric: str | Metric) -> None:
     np.testing.assert_allclose(fast, slow, rtol=0, atol=1e-5 * max(1.0, np.abs(slow).max()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model_name", "task_name"),
     [("gpt2-random", "swap1"), ("llama-random", "swap2"), ("neox-random", "swap2"), ("trained-gpt2-4l", "sva_rc"), ("gemma2-random", "swap2")],

@@ -130,6 +130,7 @@ def _agree(got: np.ndarray, expected: np.ndarray, rtol: float, what: str) -> Non
     np.testing.assert_allclose(got, expected, rtol=0, atol=rtol * largest, err_msg=what)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("direction", ["denoising", "noising"])
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_exact_patching_against_its_literal_twin(family: str, direction: str) -> None:
@@ -152,6 +153,7 @@ def test_exact_patching_with_other_sources_against_its_literal_twin(source: str)
         _agree(scores.data[name].to_numpy(), literal_exact(raw_of("llama"), task, name, "denoising", source), CLOSE["llama"], name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("direction", ["denoising", "noising"])
 @pytest.mark.parametrize("source", ["paired", "zero", "mean", "mean_positional"])
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
@@ -163,6 +165,7 @@ def test_attribution_patching_against_its_literal_twin(family: str, source: str,
         _agree(scores.data[name].to_numpy(), expected, CLOSE[family], name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("direction", ["denoising", "noising"])
 @pytest.mark.parametrize("over", ["inputs", "activations"])
 @pytest.mark.parametrize(("family", "source"), [("gpt2", "paired"), ("llama", "paired"), ("gpt2", "mean")])

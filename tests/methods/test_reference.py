@@ -60,6 +60,7 @@ def _tolerance(rules: str) -> float:
     return 5e-3 if "id" in rules else 2e-4
 
 
+@pytest.mark.slow
 def test_unpatched_metrics_and_logits(case) -> None:
     model, task, values, _ = case
     exact = pl.ActivationPatching().run(model, task, "input", progress=False)
@@ -71,6 +72,7 @@ def test_unpatched_metrics_and_logits(case) -> None:
         torch.testing.assert_close(logits, values[f"logits.{name}_last"], atol=5e-5, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("direction", ["denoising", "noising"])
 def test_exact_patching(case, direction: str) -> None:
     model, task, values, _ = case
@@ -85,6 +87,7 @@ def test_exact_patching(case, direction: str) -> None:
         np.testing.assert_allclose(got, expected, atol=1e-4, err_msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rules", RULES)
 def test_linearised_scores(case, rules: str) -> None:
     model, task, values, _ = case

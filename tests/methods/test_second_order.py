@@ -76,11 +76,13 @@ def test_signs_cancel_what_cells_do_together() -> None:
 CONTRACT = ("input", "resid_pre", "z", "k[layer,pos,kv_head]", "mlp_post")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["paired", "zero", "mean"])
 def test_it_keeps_the_contract(source: str) -> None:
     check_method(SecondOrder(probes=2, source=source), model_of("gpt2", torch.float64, layers=2), swap_task(), CONTRACT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["paired", "mean"])
 def test_it_keeps_the_contract_with_a_tolerance(source: str, probing: None) -> None:
     check_method(SecondOrder(tolerance=0.9, source=source), model_of("gpt2", torch.float64, layers=2), swap_task(), CONTRACT)
@@ -123,6 +125,7 @@ def test_one_probe_has_no_standard_error_unless_one_cell_differs() -> None:
     assert np.isnan(errors[:, 1]).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("direction", ["denoising", "noising"])
 def test_every_cell_is_within_the_tolerance_or_patched(direction: str, probing: None) -> None:
     task, name, model = swap_task(n=3, length=6, changed=(1, 2, 4)), "z[layer,pos,head]", model_of("gpt2", torch.float64, layers=2)

@@ -101,6 +101,7 @@ def measure(model, label: str, n: int) -> float:
     return float(probabilities.masked_fill(~batch.answers.correct_mask, 0.0).sum(-1).mean())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("label", MEASURED)
 def test_requirements_and_card(model, label):
     n = 64
@@ -149,6 +150,7 @@ def figures(name: str) -> dict[str, tuple[float, float, float]]:
     return {label: (float(value), float(least), float(most or "inf")) for label, value, least, most in rows}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_the_figures_on_the_card(script, lexicon, name):
     """Where IOI is done, measured again on 16 of the pairs and a sixteenth of the text: counts of what lies near a bar may differ by a few."""

@@ -98,6 +98,7 @@ def folder(tmp_path_factory):
     return out, page, result, refused, again
 
 
+@pytest.mark.slow
 def test_the_demo_says_what_was_found_first_and_then_the_table(folder):
     out, page, result, refused, again = folder
     lines = result.stdout.splitlines()

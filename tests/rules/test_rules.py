@@ -290,6 +290,7 @@ def test_ah_rule_keeps_the_gradient_of_pattern_and_values() -> None:
     assert not torch.allclose(held["pattern", 1], plain["pattern", 1], rtol=0.05), "layer 2's queries and keys read layer 1"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rules_leave_the_forward_pass_alone_bit_for_bit(family: str) -> None:
     model = model_of(family)

@@ -414,6 +414,7 @@ def test_a_file_that_does_not_say_why_cells_cannot_matter(tmp_path):
     assert scores.zeros("z").to_numpy().tolist() == [["", "same in both prompts"]]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # h5netcdf's own, when it lets go of a damaged file
 def test_no_flipped_bit_goes_unnoticed(tmp_path):
     scores = random_map("resid_pre", "z", "pattern")

@@ -194,6 +194,7 @@ def test_chat_templates_on_request(tmp_path, shared_dir):
         load_task(jsonl(tmp_path, {**row, "clean_ids": list(pair.clean_ids)}, name="ids.jsonl"), chatty, chat=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
 @pytest.mark.parametrize("delimiter", [",", ";", "\t"])
 @pytest.mark.parametrize("capitals", [str.lower, str.title, str.upper])

@@ -291,6 +291,7 @@ def test_the_circuit_alone_is_faithful_complete_and_minimal(name: str, ablation:
     assert found.minimality["minimality"].to_numpy().min() > 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["exact", "atp", "relp-ah", "relp+ig:2"])
 @pytest.mark.parametrize("site", ["edges", "edges[writer,reader,pos]"])
 def test_edges_keep_the_contract_of_methods(method: str, site: str) -> None:

@@ -25,6 +25,7 @@ def linear():
     return model, toy_task(model, n=3, length=4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("direction", ["denoising", "noising"])
 @pytest.mark.parametrize("source", ["paired", "zero", "mean_positional"])
 def test_on_a_linear_model_attribution_is_exact(linear, source: str, direction: str) -> None:

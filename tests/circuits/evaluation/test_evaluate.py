@@ -68,6 +68,7 @@ def by_hand(circuit: Circuit, task: Task, ablated: torch.Tensor | None = None, f
     return values
 
 
+@pytest.mark.slow
 def test_evaluation_equals_definitions_worked_out_by_hand() -> None:
     task, circuit = gap_task(4), some()
     result = measured(circuit, task)
@@ -99,6 +100,7 @@ def test_whole_graph_is_faithful_and_its_complement_is_empty() -> None:
     assert row["completeness"] == pytest.approx(0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [1, 2, None])
 def test_results_depend_neither_on_batches_nor_on_mixed_lengths(batch_size: int | None) -> None:
     task, circuit = gap_task(task=mixed_task()), some()
@@ -176,6 +178,7 @@ class TestAblations:
         assert "examples and positions" in result.provenance["ablation_is"]
         np.testing.assert_allclose(result.metric["circuit"], by_hand(some(), task, got), atol=1e-10)
 
+    @pytest.mark.slow
     def test_optimal_constants_come_closer_to_the_full_model_than_means(self) -> None:
         train = kl_task(4, seed=50)  # with the divergence itself as the metric
         circuits = {"a": some(0.8), "b": some(0.7, seed=1)}

@@ -42,6 +42,7 @@ def assert_equal(found: pl.ScoreMap, whole: pl.ScoreMap, tolerance: float) -> No
     assert np.allclose(found.data.metric_corrupted, whole.data.metric_corrupted, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_equals_whole_runs(monkeypatch, family: str, direction: str) -> None:

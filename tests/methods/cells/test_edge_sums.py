@@ -59,6 +59,7 @@ def check_nodes(method: str, model: Model, task: Task, direction: str, rtol: flo
     np.testing.assert_allclose(edges.sum(2), nodes, rtol=0, atol=rtol * float(np.abs(nodes).max()), err_msg=f"{model.name} {method} {direction}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_edges_of_a_writer_add_up_to_its_node_score(family: str) -> None:
     model = model_of(family, torch.float64)
@@ -66,6 +67,7 @@ def test_the_edges_of_a_writer_add_up_to_its_node_score(family: str) -> None:
         check_nodes(method, model, swap_task(), "denoising" if method in ("relp", "ig:3") else "noising", ROUNDING.get(family, 1e-10))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["ig-activations:2", "ig-left:3", "ig-right:3", "clean-corrupted"])
 @pytest.mark.parametrize("family", ["gpt2", "neox", "gemma2"])
 def test_it_holds_for_the_other_paths_too(family: str, method: str) -> None:
@@ -96,6 +98,7 @@ def crossing(edges: Float[np.ndarray, "example writer reader"], graph: Graph, la
 
 
 # gemma2: its streams differ by more than the sum of what its heads' contributions do to first order
+@pytest.mark.slow
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family != "gemma2"])
 def test_the_edges_across_a_cut_add_up_to_the_stream(family: str) -> None:
     model = model_of(family, torch.float64)
@@ -144,6 +147,7 @@ def nearby(family: str, step: float) -> tuple[Model, Task]:
     return bridged(module, family), Task("nearby", tuple(pairs), METRICS["logit_diff"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family != "native"])
 def test_exact_edges_of_nearby_tokens_are_their_eap_scores(family: str) -> None:
     rounds = family in ROUNDING

@@ -40,6 +40,7 @@ def off_by(family: str, method: str, direction: str = "noising", **options: Any)
     return max(check["mismatch"]) / max(check["largest_node_score"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", PUBLISHED)
 @pytest.mark.parametrize(("model_name", "task_name"), CASES)
 def test_published_edge_scores(reference_of: Callable[[str], Path], model_name: str, task_name: str, method: str) -> None:
@@ -65,6 +66,7 @@ def test_published_edge_scores(reference_of: Callable[[str], Path], model_name: 
     assert scores.graph.n_edges == len(names)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_writers_edges_add_up_to_its_node_score(family: str, method: str) -> None:

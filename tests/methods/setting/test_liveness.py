@@ -79,6 +79,7 @@ def _dead_effects(model: Model, task: Task, direction: str, source: str = "paire
     return worst, number
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("direction", ["denoising", "noising"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_dead_cells_have_no_effect_when_patched_for_real(family: str, direction: str) -> None:

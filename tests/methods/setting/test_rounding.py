@@ -42,6 +42,7 @@ def xr_zero(scores: ScoreMap, site: str) -> Any:
     return 0.0 * scores.data[site].fillna(0.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["exact", "atp", "relp", "ig:2", "atp*"])
 @pytest.mark.parametrize(
     ("family", "dtype", "layers", "metric"),

@@ -158,6 +158,7 @@ def test_the_sample_is_uniform_over_the_unverified_cells_and_follows_the_seed() 
     assert searched(effects, effects, k=2, seed=5)[0].drawn != searched(effects, effects, k=2, seed=6)[0].drawn
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quality", [0.0, 0.5, 2.0])
 def test_the_stated_confidence_holds_with_bad_screens(quality: float) -> None:
     held, said = [], []
