@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from patchlab.tasks.task import Task
 
 BATCH_SIZE = 32
-DIRECTIONS = ("denoising", "noising")
 
 
 @dataclass(frozen=True)
