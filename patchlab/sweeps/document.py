@@ -1,6 +1,7 @@
 """Documents: the text of a YAML file as plain values, and where in the file each of them stands."""
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,7 @@ class Document:
             raise SweepError(f"{path}, {_line(error)}: {_why(error, text)}") from error
         except yaml.reader.ReaderError as error:
             line = text.count("\n", 0, error.position) + 1
-            raise SweepError(f"{path}, line {line}: the character #x{ord(error.character):02x} cannot stand in YAML; remove it.") from error
+            raise SweepError(f"{path}, line {line}: the character {chr(int(error.character))!a} cannot stand in YAML; remove it.") from error
         except RecursionError as error:
             raise SweepError(f"{path} is nested too deeply; a sweep has no more than five levels.") from error
         finally:
@@ -66,34 +67,27 @@ class Document:
 
     def line(self, place: Place) -> int:
         """The line of a value, or of what is nearest around it."""
-        line, node = (1 if self._root is None else self._root.start_mark.line + 1), self._root
-        for part in place:
-            found = _child(node, part)
-            if found is not None:
-                line, node = found
-        return line
+        lines = [found[0] for _, found in self._walk(place) if found is not None]
+        return lines[-1] if lines else 1
 
     def path_of(self, place: Place) -> str:
-        """The path of a value, ``runs[2].score.methods[1]``: parts of a place that the file does not spell out are left out, but for kinds."""
-        node, written = self._root, ""
-        for part in place:
-            found = _child(node, part)
-            if found is not None:
-                node = found[1]
-            elif isinstance(part, int) or _value(node, "kind") != part:
-                continue
-            written += f"[{part}]" if isinstance(part, int) else f".{part}"
-        return written.removeprefix(".")
+        """The path of a value, ``runs[2].score.methods[1]``: the parts of a place that the file spells out, and kinds."""
+        written = [part for part, found in self._walk(place) if found is not None]
+        return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in written).removeprefix(".")
 
     def has(self, place: Place) -> bool:
-        """Whether the file has such a value."""
-        node = self._root
+        """Whether the file spells out such a value."""
+        return all(found is not None for _, found in self._walk(place))
+
+    def _walk(self, place: Place) -> Iterator[tuple[str | int, tuple[int, yaml.Node] | None]]:
+        """The parts of a place with line and node; None for what the file does not spell out. Kinds are parts of paths."""
+        node, line = self._root, 1
         for part in place:
             found = _child(node, part)
-            if found is None:
-                return False
-            node = found[1]
-        return True
+            if found is None and node is not None and _value(node, "kind") == part:
+                found = line, node
+            line, node = found or (line, node)
+            yield part, found
 
 
 def _child(node: yaml.Node | None, part: str | int) -> tuple[int, yaml.Node] | None:
@@ -191,7 +185,7 @@ class _Reader:
         if (kind == "int" and not _INT.fullmatch(text)) or (kind == "float" and not _FLOAT.fullmatch(text)):
             raise self.wrong(
                 node,
-                f"{text} is read by YAML as another number than it looks like (octal, hexadecimal or minutes); write a decimal number, or put a text in quotes.",
+                f"{text} is another number in YAML than it looks like (octal, hexadecimal or minutes); write a decimal number, or a text in quotes.",
             )
         try:
             return self.loader.construct_object(node)

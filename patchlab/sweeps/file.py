@@ -19,167 +19,21 @@ fields, as :meth:`patchlab.sweeps.spec.RunSpec.fields` names them. ``include`` a
 import itertools
 import math
 import os
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    GetCoreSchemaHandler,
-    GetJsonSchemaHandler,
-    ValidationError,
-    create_model,
-    model_validator,
-)
-from pydantic_core import core_schema
+from pydantic import ValidationError
 
 from patchlab.errors import PatchlabError, SweepError, unknown
+from patchlab.sweeps.body import TOGETHER, VERSION, Body, said
+from patchlab.sweeps.body import schema as schema
 from patchlab.sweeps.document import Document, Place
-from patchlab.sweeps.spec import (
-    BATCH_SIZE,
-    KINDS_OF_RUN,
-    CircuitSpec,
-    Count,
-    Direction,
-    ModelSpec,
-    Plain,
-    RunSpec,
-    ScoreSpec,
-    Spec,
-    TaskSpec,
-    VerifySpec,
-    refusal,
-    shown,
-)
+from patchlab.sweeps.spec import KINDS_OF_RUN, ModelSpec, Plain, RunSpec, ScoreSpec, Spec, TaskSpec, shown
 
-VERSION = 1
 MOST = 100_000
 """Runs that a file may describe."""
-TOGETHER = ("sites", "sizes")
-"""Fields whose lists belong together."""
-
-
-@dataclass(frozen=True)
-class _Reads:
-    """What is read before a type is checked; ``also`` is the other form that the JSON schema allows, made from the first."""
-
-    read: Callable[[Any], Any]
-    also: Callable[[dict[str, Any]], dict[str, Any]]
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
-        return core_schema.no_info_before_validator_function(self.read, handler(source))
-
-    def __get_pydantic_json_schema__(self, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        found = handler(schema)
-        return {"anyOf": [self.also(found), found]}
-
-
-def _listed(given: Any) -> tuple[Any, ...]:
-    return tuple(given) if isinstance(given, (list, tuple)) else (given,)
-
-
-def _listed_together(given: Any) -> tuple[Any, ...]:
-    """One list, or a list of lists."""
-    inner = [isinstance(one, list) for one in given] if isinstance(given, list) else []
-    if any(inner) and not all(one or value is None for one, value in zip(inner, given, strict=True)):
-        raise refusal("either one list, whose values belong together, or a list of such lists; got both in one.")
-    return tuple(given) if any(inner) else (given,)
-
-
-def _grid(kind: Any, *, together: bool = False) -> Any:
-    """The type of one value or a list of values."""
-    read = _listed_together if together else _listed
-    return Annotated[tuple[kind, ...], Field(min_length=1), _Reads(read, lambda many: many["items"])]
-
-
-def _named(given: Any) -> Any:
-    return {"name": given} if isinstance(given, str) else given
-
-
-def _single(given: Any) -> Any:
-    if isinstance(given, (list, dict)):
-        raise refusal(f"a text, a number or a truth value; got {shown(given)}.")
-    return given
-
-
-Value = Annotated[Plain, BeforeValidator(_single)]
-
-
-class _Item(BaseModel):
-    """A mapping of the file."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _known(cls, given: Any) -> Any:
-        if isinstance(given, Mapping):
-            for key in given:
-                if key not in cls.model_fields:
-                    raise refusal(unknown("key", key, cls.model_fields), key)
-        return given
-
-
-def _item(name: str, spec: type[Spec], leave: Sequence[str], rename: Mapping[str, str], **more: Any) -> Any:
-    """The item of the file that gives the fields of a spec, each as one value or as a grid."""
-    fields: dict[str, Any] = {}
-    for own, about in spec.model_fields.items():
-        if own in leave:
-            continue
-        kind = Annotated[(about.annotation, *about.metadata)] if about.metadata else about.annotation  # type: ignore[valid-type]
-        grid = _grid(kind, together=own in TOGETHER)
-        fields[rename.get(own, own)] = (grid, ...) if about.is_required() else (grid, Field(default_factory=tuple))
-    return create_model(name, __base__=_Item, __doc__=spec.__doc__, **fields, **more)
-
-
-Size = (Annotated[int, Field(ge=1)] | None, None)
-_Model = _item("Model", ModelSpec, ("path", "content", "device"), {}, device=(ModelSpec.model_fields["device"].annotation, None), batch_size=Size)
-_Task = _item(
-    "Task",
-    TaskSpec,
-    ("path", "content", "options"),
-    {},
-    options=(_grid(dict[str, _grid(Value)]), Field(default_factory=tuple)),
-)
-_Models = _grid(Annotated[_Model, _Reads(_named, lambda _: {"type": "string"})])
-_Tasks = _grid(Annotated[_Task, _Reads(_named, lambda _: {"type": "string"})])
-_Directions = _grid(Direction)
-
-
-def _kind(spec: type[ScoreSpec] | type[VerifySpec] | type[CircuitSpec], suffix: str, **more: Any) -> Any:
-    name = spec.model_fields["kind"].default
-    more = {"kind": (Literal[name], ...), **more, "directions": (_Directions, Field(default_factory=tuple)), "batch_size": Size}  # type: ignore[valid-type]
-    return _item(f"{name.capitalize()}{suffix}", spec, ("kind",), {"method": "methods"}, **more)
-
-
-def _union(kinds: Iterable[Any]) -> Any:
-    first, *rest = kinds
-    for one in rest:
-        first = first | one
-    return Annotated[first, Field(discriminator="kind")]
-
-
-_Run = _union([_kind(spec, "") for spec in KINDS_OF_RUN])
-_Included = _union([_kind(spec, "Included", models=(_Models, ...), tasks=(_Tasks, ...)) for spec in KINDS_OF_RUN])
-
-
-class Body(_Item):
-    """A sweep: models × tasks × directions × runs, without what is excluded, and what is included."""
-
-    version: Literal[1]
-    name: Annotated[str, Field(pattern=r"^[\w.-]+$")] | None = None
-    models: _Models = ()
-    tasks: _Tasks = ()
-    directions: _Directions = ("denoising",)
-    batch_size: Count = BATCH_SIZE
-    runs: Annotated[tuple[_Run, ...], Field(min_length=1), _Reads(_listed, lambda many: many["items"])] = ()
-    include: _grid(_Included) = ()  # type: ignore[valid-type]
-    exclude: _grid(Annotated[dict[str, Any], Field(min_length=1)]) = ()  # type: ignore[valid-type]
 
 
 @dataclass(frozen=True)
@@ -228,7 +82,7 @@ def read(path: str | os.PathLike[str]) -> SweepFile:
     try:
         body = Body.model_validate(document.values)
     except ValidationError as error:
-        raise _first(document, error, Body) from None
+        raise _first(document, error) from None
     file = SweepFile(document, body)
     if not body.runs and not body.include:
         raise document.wrong((), "the file has no runs; give at least one item under 'runs:', such as {kind: score, methods: [relp], sites: [z]}.")
@@ -239,15 +93,9 @@ def read(path: str | os.PathLike[str]) -> SweepFile:
             raise document.wrong(
                 (name,), f"{name} without runs would be ignored, since items of 'include:' have their own; add 'runs:' or remove them."
             )
-    for name in ("directions", "exclude"):
-        if not body.runs and name == "exclude" and body.exclude:
-            raise document.wrong((name,), "exclude takes runs out of the grid of 'runs:', and there is none; remove it.")
+    if not body.runs and body.exclude:
+        raise document.wrong(("exclude",), "exclude takes runs out of the grid of 'runs:', and there is none; remove it.")
     return file
-
-
-def schema() -> dict[str, Any]:
-    """The JSON schema of a sweep, by which editors complete and check."""
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Body.model_json_schema()}
 
 
 @dataclass(frozen=True)
@@ -306,7 +154,7 @@ class _Expansion:
         if not found:
             raise self.document.wrong(("exclude",), "every run is excluded; exclude less.")
         runs = [run for run, _ in found]
-        order: dict[Any, int] = {}
+        order: dict[str, int] = {}
         places = [[order.setdefault(_same(part), len(order)) for part in (run.model, run.task, run.direction)] for run in runs]
         return [runs[i] for i in sorted(range(len(runs)), key=lambda i: places[i])]
 
@@ -331,10 +179,10 @@ class _Expansion:
             except ValidationError as error:
                 path = _path(error)
                 choice = {"model": model, "task": task}.get(str(path[0]) if path else "", what).choice
-                raise self.document.wrong(choice.place(path[1:]), _said(error.errors()[0])) from None
+                raise self.document.wrong(choice.place(path[1:]), said(error.errors()[0])) from None
             yield run, choices
 
-    def _directions(self, item: Any, place: Place) -> dict[str, Place]:
+    def _directions(self, item: Any, place: Place) -> dict[Any, Place]:
         own = bool(item.directions)
         names, at = (item.directions, (*place, "directions")) if own else (self.body.directions, ("directions",))
         repeated = [i for i, name in enumerate(names) if name in names[:i]]
@@ -349,25 +197,25 @@ class _Expansion:
             try:
                 made.append(_Made(make(dict(choice.values), item), choice, item))
             except ValidationError as error:
-                raise self.document.wrong(choice.place(_path(error)), _said(error.errors()[0])) from None
+                raise self.document.wrong(choice.place(_path(error)), said(error.errors()[0])) from None
             except SweepError as error:
                 raise self.document.wrong(choice.place(("name",)), str(error)) from None
         return made
 
     def _choices(self, item: Any, place: Place) -> Iterator[_Choice]:
         grids: list[list[tuple[Place, Any, Place]]] = []
-        for name, about in type(item).model_fields.items():
-            values = getattr(item, name)
-            if name in ("kind", "directions", "batch_size", "models", "tasks") or values is None or values == ():
+        for name in type(item).model_fields:
+            given: Any = getattr(item, name)
+            if name in ("kind", "directions", "batch_size", "models", "tasks") or given is None or given == ():
                 continue
             if name == "options":
-                grids.append(self._options(values, (*place, name)))
+                grids.append(self._options(given, (*place, name)))
             elif name == "device":
-                grids.append([((name,), values, (*place, name))])
+                grids.append([((name,), given, (*place, name))])
             else:
                 own = name.removesuffix("s") if name == "methods" else name
-                listed = self.document.has((*place, name, len(values) - 1)) and not (name in TOGETHER and len(values) == 1)
-                grids.append([((own,), value, (*place, name, *([i] if listed else []))) for i, value in enumerate(values)])
+                listed = self.document.has((*place, name, len(given) - 1)) and not (name in TOGETHER and len(given) == 1)
+                grids.append([((own,), value, (*place, name, *([i] if listed else []))) for i, value in enumerate(given)])
         self._check_number(math.prod(map(len, grids)))
         for chosen in itertools.product(*grids):
             places: dict[Place, Place] = {}
@@ -444,7 +292,7 @@ class _Expansion:
             if name == "sites" and isinstance(value, (str, list)):
                 return ",".join(ScoreSpec(method="exact", sites=value).sites)  # type: ignore[arg-type]
         except ValidationError as error:
-            raise self.document.wrong(place, _said(error.errors()[0])) from None
+            raise self.document.wrong(place, said(error.errors()[0])) from None
         except PatchlabError as error:
             raise self.document.wrong(place, str(error)) from None
         if name == "sizes" and isinstance(value, list):
@@ -458,7 +306,9 @@ class _Expansion:
         for run, choices in found:
             if (earlier := seen.setdefault(run.key, choices)) is choices:
                 continue
-            differ = [pair for a, b in zip(earlier, choices, strict=True) for pair in _differences(a, b)]
+            items = earlier[-1].item != choices[-1].item
+            pairs = [(earlier[-1], choices[-1])] if items else list(zip(earlier, choices, strict=True))
+            differ = [one for pair in pairs for one in _differences(*pair)]
             first, second = (list(dict.fromkeys(pair[i] for pair in differ)) for i in (0, 1))
             names = " with ".join(map(self.document.path_of, first))
             raise self.document.wrong(
@@ -495,59 +345,20 @@ def _path(error: ValidationError) -> Place:
     return (*first["loc"], *own)
 
 
-def _first(document: Document, error: ValidationError, root: type[BaseModel]) -> SweepError:
+def _spelt(document: Document, place: Place) -> Place:
+    """A place without the index of the one list of a field whose lists belong together, where it is the only one."""
+    for i, part in enumerate(place[:-1]):
+        if part in TOGETHER and not document.has((*place[: i + 2], 0)):
+            return (*place[: i + 1], *place[i + 2 :])
+    return place
+
+
+def _first(document: Document, error: ValidationError) -> SweepError:
     """The error that stands first in the file, as one of ours."""
-    found = [((*one["loc"], *one.get("ctx", {}).get("path", ())), one) for one in error.errors()]
+    errors = [one for one in error.errors() if one["type"] != "too_short" or not one["input"]]  # values that are refused count as missing
+    found = [(_spelt(document, (*one["loc"], *one.get("ctx", {}).get("path", ()))), one) for one in errors]
     lines = [document.line(place) for place, _ in found]
     number = lines.index(min(lines))
     place, one = found[number]
-    others = f" ({len(found) - 1} more of the file's values are refused.)" if len(found) > 1 else ""
-    return document.wrong(place, _said(one) + others)
-
-
-_KINDS = {
-    "int_type": "a whole number",
-    "float_type": "a number",
-    "string_type": "a text",
-    "bool_type": "true or false",
-    "dict_type": "a mapping (key: value)",
-    "model_type": "a mapping (key: value)",
-    "model_attributes_type": "a mapping (key: value)",
-    "finite_number": "a finite number",
-}
-
-
-def _said(error: Any) -> str:
-    """What is wrong, in the words of patchlab."""
-    kind, got, about = error["type"], error.get("input"), error.get("ctx", {})
-    name = next((part for part in reversed(error["loc"]) if isinstance(part, str)), "this")
-    if kind == "refused":
-        return str(about["message"])
-    if kind == "missing":
-        return f"{name!r} is missing; add '{name}: ...'."
-    if kind in ("union_tag_not_found", "union_tag_invalid"):
-        valid = re.findall(r"'([^']+)'", str(about.get("expected_tags", ""))) or [spec.model_fields["kind"].default for spec in KINDS_OF_RUN]
-        if kind == "union_tag_invalid":
-            return unknown("kind of run", about["tag"], valid)
-        return f"an item of runs says what kind it is: 'kind: {valid[0]}' (or {', '.join(valid[1:])}); got {shown(got)}."
-    if kind == "literal_error":
-        return unknown(name.removesuffix("s"), got, re.findall(r"'([^']+)'", str(about["expected"]))) if name != "version" else _no_version(got)
-    if kind == "too_short":
-        return f"{name} is empty; give at least one value, or leave {name} out."
-    if kind == "string_too_short":
-        return f"{name} is an empty text; give a name."
-    if kind == "string_pattern_mismatch":
-        return f"{name} is made of letters, digits, '.', '_' and '-'; got {shown(got)}."
-    if kind in ("greater_than_equal", "greater_than", "less_than_equal", "less_than"):
-        limit = next(about[key] for key in ("ge", "gt", "le", "lt") if key in about)
-        words = {"greater_than_equal": "at least", "greater_than": "more than", "less_than_equal": "at most", "less_than": "less than"}[kind]
-        return f"{name} must be {words} {limit:g}; got {shown(got)}."
-    if kind in _KINDS:
-        quotes = " Put a text in quotes." if kind == "string_type" and not isinstance(got, (list, dict)) else ""
-        quotes = " Write the number without quotes, spelt out." if kind in ("int_type", "float_type") and isinstance(got, str) else quotes
-        return f"{name} is {_KINDS[kind]}; got {shown(got)}.{quotes}"
-    return f"{error['msg']}; got {shown(got)}."
-
-
-def _no_version(got: Any) -> str:
-    return f"version is the number {VERSION}; got {shown(got)}."
+    others = f" ({len(found) - 1} more to correct after that.)" if len(found) > 1 else ""
+    return document.wrong(place, said(one) + others)

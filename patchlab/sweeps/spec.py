@@ -1,10 +1,12 @@
 """The spec of a run: everything that its result depends on, as plain values, with one key for all ways to write it down."""
 
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import date
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
@@ -76,6 +78,12 @@ def _metric(name: str) -> str:
 def _sites(given: Any) -> tuple[str, ...]:
     if not isinstance(given, (str, list, tuple)) or not all(isinstance(one, str) for one in given):
         raise SweepError(f"sites are a name such as 'resid_pre' or a list of names; got {shown(given)}.")
+    if not isinstance(given, str):
+        for i, one in enumerate(given):
+            try:
+                parse_sites([one])
+            except PatchlabError as error:
+                raise refusal(str(error), i) from error
     return tuple(map(str, parse_sites(given)))
 
 
@@ -98,14 +106,14 @@ def _device(name: str) -> str:
 
 
 def _increasing(sizes: tuple[int, ...]) -> tuple[int, ...]:
-    if not sizes or sizes[0] < 0 or any(a >= b for a, b in zip(sizes, sizes[1:], strict=False)):
+    if not sizes or sizes[0] < 0 or any(a >= b for a, b in itertools.pairwise(sizes)):
         raise SweepError(f"sizes are numbers of edges, 0 or more, each larger than the one before; got {list(sizes)}.")
     return sizes
 
 
 def shown(value: Any) -> str:
     """A value as a message shows it, as YAML would write it."""
-    return json.dumps(value, default=str, ensure_ascii=False)[:80]
+    return str(value) if isinstance(value, date) else json.dumps(value, default=str, ensure_ascii=False)[:80]
 
 
 Name = Annotated[str, Field(min_length=1)]
@@ -140,7 +148,8 @@ class Spec(BaseModel):
 
     def _settle(self, **values: Any) -> None:
         """Fill in what was left out, while the object is made."""
-        self.__dict__.update(values)
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
 
 
 class ModelSpec(Spec):
