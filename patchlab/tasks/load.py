@@ -19,7 +19,7 @@ from patchlab.tasks.task import Pair, Task, TaskModel
 
 DEFAULT_N = 64
 _CANDIDATES = 10  # with only_correct, a generator draws at most this many candidates per pair asked for
-_FILE_OPTIONS = ("corrupted", "on_mismatch", "chat")
+FILE_OPTIONS = ("corrupted", "on_mismatch", "chat")
 
 
 def load_task(
@@ -62,8 +62,8 @@ def load_task(
     if str(name_or_path) in GENERATORS:
         task = _generated(GENERATORS[str(name_or_path)], model, DEFAULT_N if n is None else n, seed, with_bos, only_correct, options)
     elif path.suffix in SUFFIXES or path.exists():
-        if bad := [option for option in options if option not in _FILE_OPTIONS]:
-            raise TaskError(unknown("option of a task file", bad[0], _FILE_OPTIONS))
+        if bad := [option for option in options if option not in FILE_OPTIONS]:
+            raise TaskError(unknown("option of a task file", bad[0], FILE_OPTIONS))
         task = _of_rows(path.name, path.stem, load_file(path, model, bos=with_bos, **options), model, n, only_correct)
         common = _about_rows(task, model, common)
     else:
@@ -82,8 +82,8 @@ def task_of_pairs(
     **options: Any,
 ) -> Task:
     """A task from a Python list; see :meth:`Task.from_pairs`."""
-    if bad := [option for option in options if option not in _FILE_OPTIONS]:
-        raise TaskError(unknown("option of a list of pairs", bad[0], _FILE_OPTIONS))
+    if bad := [option for option in options if option not in FILE_OPTIONS]:
+        raise TaskError(unknown("option of a list of pairs", bad[0], FILE_OPTIONS))
     if isinstance(pairs, (str, bytes, Mapping)) or not isinstance(pairs, Sequence) or not pairs:
         raise TaskError(f"pairs is a list of (clean, corrupted, correct, incorrect), of dictionaries or of Pair; got {pairs!r:.80}.")
     with_bos = _with_bos(model, bos)

@@ -1,0 +1,80 @@
+"""Contents of inputs: by what a key knows the models and files that a run reads, however they are spelt."""
+
+import hashlib
+from functools import lru_cache
+from pathlib import Path
+
+from patchlab.errors import SweepError
+
+MODEL_FILES = (
+    "config.json",
+    "*.safetensors",
+    "*.bin",
+    "*.index.json",
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+)
+"""The files of a model folder that its results depend on: configuration, weights and tokenizer."""
+
+
+def file_content(path: Path) -> str:
+    """The content of a file, ``sha256:...`` of its bytes.
+
+    Raises:
+        SweepError: a file that cannot be read.
+    """
+    try:
+        about = path.stat()
+        return f"sha256:{_digest(path.resolve(), about.st_size, about.st_mtime_ns)}"
+    except OSError as error:
+        raise SweepError(f"cannot read {path}: {error.strerror or error}.") from error
+
+
+def folder_content(folder: Path) -> str:
+    """The content of a model folder, ``sha256:...`` of the names and bytes of its configuration, weights and tokenizer.
+
+    Raises:
+        SweepError: a folder that is no model, or that cannot be read.
+    """
+    files = {path.name: path for pattern in MODEL_FILES for path in folder.glob(pattern) if path.is_file()}
+    if "config.json" not in files:
+        raise SweepError(f"the folder {folder} has no config.json; give a Hugging Face model folder.")
+    if not any(name.endswith((".safetensors", ".bin")) for name in files):
+        raise SweepError(f"the folder {folder} has no weights (*.safetensors or *.bin); give a Hugging Face model folder.")
+    lines = "\n".join(f"{name} {file_content(files[name])}" for name in sorted(files))
+    return f"sha256:{hashlib.sha256(lines.encode()).hexdigest()}"
+
+
+def hub_content(name: str) -> str:
+    """The content of a hub model, ``hub:NAME@COMMIT``, of the commit that is in the cache.
+
+    Raises:
+        SweepError: a model that is not in the cache, or not wholly.
+    """
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    from patchlab.models import DEMO_MODELS
+    from patchlab.models.hub import has_weights
+
+    valid = f"Packaged models: {', '.join(DEMO_MODELS)}. Or give a folder or a hub name."
+    try:
+        found = try_to_load_from_cache(name, "config.json")
+    except HFValidationError as error:
+        raise SweepError(f"unknown model {name!r}: there is no such folder, and it cannot be a hub name. {valid}") from error
+    if not isinstance(found, str) or not has_weights(Path(found).parent):
+        state = "is only in part in the hub cache" if isinstance(found, str) else "is neither packaged nor a folder nor in the hub cache"
+        raise SweepError(f"the model {name!r} {state}. If it is a hub name, fetch it with: patchlab sweep prefetch FILE. {valid}")
+    return f"hub:{name}@{Path(found).parent.name}"
+
+
+@lru_cache(maxsize=1024)
+def _digest(path: Path, size: int, changed: int) -> str:
+    """The hash of a file, computed once while its size and time stay."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

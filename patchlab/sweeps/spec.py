@@ -1,0 +1,523 @@
+"""The spec of a run: everything that its result depends on, as plain values, with one key for all ways to write it down."""
+
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import date
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from patchlab.errors import PatchlabError, SweepError, unknown
+from patchlab.sites import KINDS, parse_sites
+from patchlab.sweeps.content import file_content, folder_content, hub_content
+
+if TYPE_CHECKING:
+    from patchlab.methods.verified.search import VerifiedPatching
+    from patchlab.models import Model
+    from patchlab.tasks.task import Task
+
+BATCH_SIZE = 32
+
+
+@dataclass(frozen=True)
+class Added:
+    """Mark of a field that came after keys were in use: at ``old``, the value that means what was done before, it is left out of the key.
+
+    >>> class Later(ScoreSpec):
+    ...     folds: Annotated[int, Added(old=1)] = 1
+    """
+
+    old: Any
+
+
+@dataclass(frozen=True)
+class Apart:
+    """Mark of a field that results do not depend on: no part of the key."""
+
+
+ADDED_OPTIONS: dict[tuple[str, str], Any] = {}
+"""Options of generators that came after keys were in use: (generator, option) and the value that means what was done before."""
+
+
+def refusal(message: str, *path: str | int) -> PydanticCustomError:
+    """An error with a message of its own, about a part of what is validated."""
+    return PydanticCustomError("refused", "{message}", {"message": message, "path": path})
+
+
+def _told(read: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """A validator whose errors are those that patchlab raises."""
+
+    def validated(value: Any) -> Any:
+        try:
+            return read(value)
+        except PatchlabError as error:
+            raise refusal(str(error)) from error
+
+    return validated
+
+
+def _method(name: str) -> str:
+    from patchlab.methods.names import scoring_method
+
+    return scoring_method(name).name
+
+
+def _metric(name: str) -> str:
+    from patchlab.metrics import get_metric
+
+    return get_metric(name).name
+
+
+def _sites(given: Any) -> tuple[str, ...]:
+    if not isinstance(given, (str, list, tuple)) or not all(isinstance(one, str) for one in given):
+        raise SweepError(f"sites are a name such as 'resid_pre' or a list of names; got {shown(given)}.")
+    if not isinstance(given, str):
+        for i, one in enumerate(given):
+            try:
+                parse_sites([one])
+            except PatchlabError as error:
+                raise refusal(str(error), i) from error
+    return tuple(map(str, parse_sites(given)))
+
+
+def _number(given: Any) -> Any:
+    """YAML 1.1 takes 1e-6 for a text; it is meant as a number."""
+    return float(given) if isinstance(given, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", given) else given
+
+
+def _positions(text: str) -> str:
+    names = [name.strip() for name in text.split(",")]
+    if not all(names) or len(set(names)) < len(names):
+        raise SweepError(f"positions are names with commas between them, each once, such as S2,END; got {text!r}.")
+    return ",".join(names)
+
+
+def _device(name: str) -> str:
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
+        raise SweepError(f"unknown device {name!r}; give cpu, cuda, cuda:1 or mps, or leave it out.")
+    return name
+
+
+def _increasing(sizes: tuple[int, ...]) -> tuple[int, ...]:
+    if not sizes or sizes[0] < 0 or any(a >= b for a, b in itertools.pairwise(sizes)):
+        raise SweepError(f"sizes are numbers of edges, 0 or more, each larger than the one before; got {list(sizes)}.")
+    return sizes
+
+
+def shown(value: Any) -> str:
+    """A value as a message shows it, as YAML would write it."""
+    return str(value) if isinstance(value, date) else json.dumps(value, default=str, ensure_ascii=False)[:80]
+
+
+Name = Annotated[str, Field(min_length=1)]
+Number = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
+MethodName = Annotated[str, AfterValidator(_told(_method))]
+Sites = Annotated[tuple[str, ...], BeforeValidator(_told(_sites))]
+Sizes = Annotated[
+    tuple[int, ...], BeforeValidator(lambda given: tuple(given) if isinstance(given, list) else given), AfterValidator(_told(_increasing))
+]
+Count = Annotated[int, Field(ge=1)]
+NotNegative = Annotated[int, Field(ge=0)]
+Plain = str | int | float | bool | None
+Options = dict[str, Plain]
+Direction = Literal["denoising", "noising"]
+
+
+class Spec(BaseModel):
+    """What has a canonical form: plain values that are the same for all ways to write the same thing."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    def plain(self) -> dict[str, Any]:
+        """The values that results depend on."""
+        found: dict[str, Any] = {}
+        for name, field in type(self).model_fields.items():
+            value = getattr(self, name)
+            old = [mark.old for mark in field.metadata if isinstance(mark, Added)]
+            if any(isinstance(mark, Apart) for mark in field.metadata) or (old and type(value) is type(old[0]) and value == old[0]):
+                continue
+            found[name] = value.plain() if isinstance(value, Spec) else list(value) if isinstance(value, tuple) else value
+        return found
+
+    def _settle(self, **values: Any) -> None:
+        """Fill in what was left out, while the object is made."""
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+
+class ModelSpec(Spec):
+    """A model: packaged, a folder or a hub name.
+
+    Args:
+        name: as results refer to it.
+        dtype: of weights and activations.
+        device: where it runs; None for CUDA if there is one, else the CPU.
+        path: the folder that it is loaded from; None for packaged models and hub names.
+        content: what is in it: ``sha256:...`` of a folder, ``hub:NAME@COMMIT`` of a hub model.
+    """
+
+    name: Annotated[Name, Apart()]
+    dtype: Literal["float32", "float64", "bfloat16", "float16"] = "float32"
+    device: Annotated[Annotated[str, AfterValidator(_told(_device))] | None, Apart()] = None
+    path: Annotated[str | None, Apart()] = None
+    content: str | None = None
+
+    @staticmethod
+    def of(name: str, *, folder: Path | None = None, instead: Path | None = None, **fields: Any) -> "ModelSpec":
+        """The model of a name, with its content.
+
+        Args:
+            name: a packaged model, a folder or a hub name.
+            folder: what a relative folder is relative to; default the current one.
+            instead: a folder that is taken in place of what the name means.
+            fields: the others.
+
+        Raises:
+            SweepError: no such model, one that cannot be read, or a hub model that is not in the cache.
+        """
+        from patchlab.models import DEMO_MODELS
+
+        path = None
+        if instead is not None:
+            path = instead.expanduser().resolve()
+            content = folder_content(path)
+        elif name in DEMO_MODELS:
+            content = folder_content(DEMO_MODELS[name])
+        elif (found := (folder or Path()) / Path(name).expanduser()).is_dir():
+            path = found.resolve()
+            content = folder_content(path)
+        elif name.startswith(("/", ".", "~")) or name.count("/") > 1:
+            raise SweepError(f"there is no folder {found}; give a model folder, a hub name, or one of: {', '.join(DEMO_MODELS)}.")
+        else:
+            content = hub_content(name)
+        return ModelSpec(name=name, path=None if path is None else str(path), content=content, **fields)
+
+    def load(self, load: Callable[..., "Model"] | None = None) -> "Model":
+        """The model itself, with ``load`` in place of :func:`patchlab.load_model`.
+
+        Raises:
+            ModelError: as :func:`patchlab.load_model`.
+        """
+        if load is None:
+            from patchlab.models import load_model as load
+        return load(self.path or self.name, device=self.device, dtype=self.dtype)
+
+
+class TaskSpec(Spec):
+    """A task: a generator with its options, or a file.
+
+    What is left out of a generator is filled in: its number of pairs, metric and options.
+
+    Args:
+        name: of the generator, or of the file as results refer to it.
+        n: pairs; None for all rows of a file.
+        seed: of the generator, and of the halves that circuits are chosen and measured on.
+        metric: instead of the task's own.
+        only_correct: keep only pairs whose clean prompt the model solves.
+        positions: the named positions to score, with commas between them; None for all.
+        options: of the generator, or of the file: ``corrupted``, ``on_mismatch``, ``chat``.
+        path: the file.
+        content: ``sha256:...`` of the file.
+    """
+
+    name: Name
+    n: Count | None = None
+    metric: Annotated[str, AfterValidator(_told(_metric))] | None = None
+    only_correct: bool = False
+    positions: Annotated[str, AfterValidator(_told(_positions))] | None = None
+    options: Options = {}
+    seed: int = 0
+    path: Annotated[str | None, Apart()] = None
+    content: str | None = None
+
+    @model_validator(mode="after")
+    def _filled(self) -> "TaskSpec":
+        from patchlab.comparison.job import DEFAULT_N
+        from patchlab.tasks import GENERATORS
+        from patchlab.tasks.load import FILE_OPTIONS
+
+        own = [name for name in self.options if name in type(self).model_fields]
+        if own:
+            raise refusal(f"{own[0]} is not an option of a task but stands beside its name; move it out of options.", "options", own[0])
+        if self.content is not None:
+            if bad := [name for name in self.options if name not in FILE_OPTIONS]:
+                raise refusal(unknown("option of a task file", bad[0], FILE_OPTIONS), "options", bad[0])
+            return self
+        if self.name not in GENERATORS:
+            raise refusal(unknown("task", self.name, GENERATORS, more="Or give a file."), "name")
+        generator = GENERATORS[self.name]
+        options = {name: _number(value) if isinstance(generator.defaults.get(name), float) else value for name, value in self.options.items()}
+        for name, value in options.items():
+            try:
+                generator.options({name: value})
+            except PatchlabError as error:
+                raise refusal(str(error), "options", name) from error
+        filled = dict(sorted(generator.options(options).items()))
+        self._settle(n=DEFAULT_N if self.n is None else self.n, metric=self.metric or generator.metric, options=filled)
+        return self
+
+    @staticmethod
+    def of(name: str, *, folder: Path | None = None, **fields: Any) -> "TaskSpec":
+        """The task of a name: a generator's, or a file's with its content.
+
+        ``folder`` is what a relative file is relative to; default the current one.
+
+        Raises:
+            SweepError: no such file, or one that cannot be read.
+            ValidationError: no such generator, or fields that do not fit.
+        """
+        from patchlab.tasks import GENERATORS
+        from patchlab.tasks.files.read import SUFFIXES
+
+        path = (folder or Path()) / Path(name).expanduser()
+        if name in GENERATORS or not (path.suffix in SUFFIXES or path.exists()):
+            return TaskSpec(name=name, **fields)
+        if not path.is_file():
+            raise SweepError(f"there is no task file {path}; give a file, or one of: {', '.join(sorted(GENERATORS))}.")
+        if path.suffix not in SUFFIXES:
+            raise SweepError(f"{path} ends in {path.suffix!r}; a task file is one of {', '.join(SUFFIXES)}.")
+        return TaskSpec(name=name, path=str(path.resolve()), content=file_content(path), **fields)
+
+    def plain(self) -> dict[str, Any]:
+        found = super().plain()
+        if self.content is not None:
+            del found["name"]
+        kept = {name: value for name, value in self.options.items() if not self._means_old(name, value)}
+        return {**found, "options": kept}
+
+    def _means_old(self, option: str, value: Plain) -> bool:
+        return (self.name, option) in ADDED_OPTIONS and self.content is None and ADDED_OPTIONS[self.name, option] == value
+
+    def load(self, model: "Model") -> "Task":
+        """The prompt pairs, as token ids for a model.
+
+        Raises:
+            PatchlabError: as :func:`patchlab.load_task`.
+        """
+        from patchlab.comparison.job import named_task
+
+        given: dict[str, Any] = {"metric": self.metric, "only_correct": self.only_correct, "positions": self.positions}
+        options = {**self.options, **{name: value for name, value in given.items() if value is not None}}
+        return named_task(self.path or self.name, model, n=self.n, seed=self.seed, options=options)
+
+
+class ScoreSpec(Spec):
+    """Scores of every cell of some sites by one method.
+
+    Args:
+        sites: as :func:`patchlab.sites.parse_sites` reads them; their order does not matter.
+        method: its name.
+    """
+
+    kind: Literal["score"] = "score"
+    sites: Sites
+    method: MethodName
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "ScoreSpec":
+        self._settle(sites=tuple(sorted(self.sites, key=_place_of)))
+        return self
+
+
+class VerifySpec(Spec):
+    """The cells with the largest exact effects, found with a screen: the arguments of :class:`patchlab.methods.VerifiedPatching`."""
+
+    kind: Literal["verify"] = "verify"
+    sites: Sites
+    screen: MethodName = "relp"
+    k: Count | None = None
+    target: Number | None = None
+    recall: Number | None = None
+    sample: NotNegative | None = None
+    confidence: Number = 0.95
+    subsets: NotNegative = 0
+    hierarchical: bool = False
+    population: bool = False
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _checked(self) -> "VerifySpec":
+        if self.k is not None and self.target is not None:
+            raise refusal("k and target say in two ways how many cells are wanted; give one of them.", "target")
+        if self.target is None:
+            self._settle(k=_K if self.k is None else self.k)
+        try:
+            self.patching()
+        except PatchlabError as error:
+            raise refusal(str(error)) from error
+        return self
+
+    @property
+    def method(self) -> str:
+        """The name of the screen."""
+        return self.screen
+
+    def patching(self) -> "VerifiedPatching":
+        """The search that is run."""
+        from patchlab.methods.names import scoring_method
+        from patchlab.methods.verified.search import VerifiedPatching
+
+        given = {name: getattr(self, name) for name in type(self).model_fields if name not in ("kind", "sites", "screen", "k")}
+        return VerifiedPatching(screen=scoring_method(self.screen), k=self.k or _K, **given)
+
+
+_K = 20
+
+
+class CircuitSpec(Spec):
+    """Circuits chosen by the edge scores of a method on one half of the pairs, and how faithful they are on the other.
+
+    Args:
+        method: scores the edges.
+        ablation: what the other edges carry, one of :data:`patchlab.circuits.ABLATIONS`.
+        how: edges are chosen, ``top_n`` or ``greedy``.
+        by: importance, ``abs`` or ``signed``.
+        sizes: of circuits, in edges before pruning; None for MIB's ten.
+        random: draws of random circuits of the same sizes.
+        level: what counts as faithful.
+        smallest: find the smallest faithful circuit as well, on a quarter of the pairs, and report its faithfulness on another.
+    """
+
+    kind: Literal["circuit"] = "circuit"
+    method: MethodName
+    ablation: Literal["resample", "zero", "mean", "mean_positional", "optimal"] = "resample"
+    how: Literal["top_n", "greedy"] = "top_n"
+    by: Literal["abs", "signed"] = "abs"
+    sizes: Sizes | None = None
+    random: NotNegative = 5
+    level: Annotated[Number, Field(gt=0, le=1)] = 0.9
+    smallest: bool = True
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """What is scored."""
+        return ("edges",)
+
+    @property
+    def least(self) -> int:
+        """The fewest pairs: two that differ in each half, and with ``smallest`` in each quarter of one half."""
+        return 8 if self.smallest else 4
+
+
+What = Annotated[ScoreSpec | VerifySpec | CircuitSpec, Field(discriminator="kind")]
+KINDS_OF_RUN: tuple[type[ScoreSpec] | type[VerifySpec] | type[CircuitSpec], ...] = (ScoreSpec, VerifySpec, CircuitSpec)
+
+
+class RunSpec(Spec):
+    """One run: one model, task, direction and method.
+
+    ``batch_size`` is no part of the key, since results do not depend on it; it is fixed so that the very numbers repeat.
+
+    Example:
+        >>> model = ModelSpec(name="demo-gpt2-4l", content="sha256:00")
+        >>> run = RunSpec(model=model, task=TaskSpec(name="ioi"), what=ScoreSpec(method="relp", sites=["z"]))
+        >>> run.label
+        'demo-gpt2-4l × ioi[32] seed 0, denoising: relp on z'
+    """
+
+    model: ModelSpec
+    task: TaskSpec
+    direction: Direction = "denoising"
+    what: What
+    batch_size: Annotated[Count, Apart()] = BATCH_SIZE
+
+    shared: ClassVar[tuple[str, ...]] = ("model", "task", "direction")
+
+    @model_validator(mode="after")
+    def _fits(self) -> "RunSpec":
+        circuit = isinstance(self.what, CircuitSpec)
+        if self.task.content is not None and self.task.seed and not circuit:
+            raise refusal(
+                f"a file has no seed: its rows stay the same, and {self.what.kind} cuts them into no halves; got {self.task.seed}. Leave seed out, "
+                f"or give the task with a seed to circuits alone (under include:).",
+                "task",
+                "seed",
+            )
+        if isinstance(self.what, CircuitSpec) and self.task.n is not None and self.task.n < self.what.least:
+            raise refusal(
+                f"{self.task.n} pairs cannot be cut into the halves that circuits are chosen and measured on; give n of at least {self.what.least}"
+                + (" (4 with smallest: false)." if self.what.smallest else "."),
+                "task",
+                "n",
+            )
+        return self
+
+    def canonical(self) -> str:
+        """Canonical JSON of everything that the result depends on.
+
+        Raises:
+            SweepError: the content of the model is not known.
+        """
+        if self.model.content is None:
+            raise SweepError(f"the content of the model {self.model.name} is not known, so its runs have no key; make it with ModelSpec.of.")
+        return _json(self.plain())
+
+    @cached_property
+    def key(self) -> str:
+        """The sha256 of the canonical JSON."""
+        return hashlib.sha256(self.canonical().encode()).hexdigest()
+
+    @property
+    def group(self) -> str:
+        """What runs that share work have in common: model, task, direction and sites; circuits are a group of their own."""
+        self.canonical()
+        shared = {name: value for name, value in self.plain().items() if name in self.shared}
+        sites = "edges" if isinstance(self.what, CircuitSpec) else sorted(self.what.sites, key=_place_of)
+        return hashlib.sha256(_json({**shared, "sites": sites}).encode()).hexdigest()[:16]
+
+    @property
+    def label(self) -> str:
+        """A line for people."""
+        task, what = self.task, self.what
+        pairs = "" if task.n is None else f"[{task.n}]"
+        seed = "" if task.content is not None and not isinstance(what, CircuitSpec) else f" seed {task.seed}"
+        options = "".join(f" {name}={value}" for name, value in self._unusual().items())
+        sites = ",".join(what.sites)
+        wanted = {
+            "score": f"{what.method} on {sites}",
+            "verify": f"verified by {what.method} on {sites}",
+            "circuit": f"circuits by {what.method}, {getattr(what, 'ablation', '')}",
+        }[what.kind]
+        return f"{self.model.name} × {task.name}{pairs}{options}{seed}, {self.direction}: {wanted}"
+
+    def _unusual(self) -> Mapping[str, Plain]:
+        from patchlab.tasks import GENERATORS
+
+        usual = GENERATORS[self.task.name].defaults if self.task.content is None else {}
+        return {name: value for name, value in self.task.options.items() if usual.get(name) != value}
+
+    def fields(self) -> dict[str, Plain]:
+        """The run as flat plain values, for tables; the options of task and kind by their names, with a prefix where the name is taken."""
+        model, task, what = self.model, self.task, self.what
+        found: dict[str, Plain] = {
+            "model": model.name,
+            "dtype": model.dtype,
+            "task": task.name,
+            **{name: getattr(task, name) for name in ("n", "seed", "metric", "only_correct", "positions")},
+            "direction": self.direction,
+            "kind": what.kind,
+            "method": what.method,
+            "sites": ",".join(what.sites),
+        }
+        rest = {name: getattr(what, name) for name in type(what).model_fields if name not in ("kind", "method", "screen", "sites")}
+        for prefix, values in (("task", task.options), (what.kind, rest)):
+            for name, value in values.items():
+                plain = ",".join(map(str, value)) if isinstance(value, tuple) else value
+                found[f"{prefix}_{name}" if name in found else name] = plain
+        return found
+
+
+def _place_of(site: str) -> tuple[int, str]:
+    """Where a site stands among others: in the order of the kinds."""
+    return list(KINDS).index(site.partition("[")[0]), site
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
