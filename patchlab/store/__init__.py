@@ -1,6 +1,7 @@
-"""Files and folders: written whole or not at all."""
+"""Files, folders and stores of runs: written whole or not at all."""
 
 from patchlab.store.files import writing
 from patchlab.store.folder import result_folder
+from patchlab.store.runs import RunStore, Stored
 
-__all__ = ["result_folder", "writing"]
+__all__ = ["RunStore", "Stored", "result_folder", "writing"]
