@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from patchlab import plots as plots
     from patchlab import rules as rules
     from patchlab import sources as sources
+    from patchlab import sweeps as sweeps
     from patchlab.circuits import Circuit as Circuit
     from patchlab.comparison import Comparison as Comparison
     from patchlab.comparison import compare as compare
@@ -40,6 +41,7 @@ _HOMES = {
     "plots": "",
     "rules": "",
     "sources": "",
+    "sweeps": "",
     "Circuit": "circuits",
     "Comparison": "comparison",
     "compare": "comparison",

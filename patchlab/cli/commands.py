@@ -34,6 +34,7 @@ from patchlab.cli.options import (
     say,
     task_settings,
 )
+from patchlab.cli.sweep import sweep
 
 DEMO = (("ioi", {}), ("agreement", {"variant": "across_rc"}))
 METHODS = "exact,atp,ig:5,relp"
@@ -58,6 +59,7 @@ def _main(version: Annotated[bool, typer.Option("--version", callback=_version, 
 
 
 app.add_typer(circuit, name="circuit")
+app.add_typer(sweep, name="sweep")
 
 
 @app.command(cls=Command)

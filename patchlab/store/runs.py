@@ -51,6 +51,11 @@ class Stored:
     folder: Path
     _run: Mapping[str, Any]
 
+    @property
+    def sums(self) -> Mapping[str, str]:
+        """The SHA-256 of each file."""
+        return self._run["sha256"]
+
     def path(self, name: str) -> Path:
         """The path of a file, after comparing its checksum.
 

@@ -1,0 +1,169 @@
+"""``patchlab sweep``: many runs from one file, done so that nothing finished is lost, and read as one table."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from patchlab.cli.options import SETTINGS, Command, Json, say
+
+sweep = typer.Typer(
+    context_settings=SETTINGS,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    help="Many runs from one file: what is done is kept, what is missing is run.",
+)
+File = Annotated[Path, typer.Argument(metavar="FILE.yaml", help="The sweep: models, tasks and runs.", show_default=False)]
+Folder = Annotated[Path, typer.Argument(metavar="DIR", help="The folder of a sweep.", show_default=False)]
+Models = Annotated[
+    list[str] | None,
+    typer.Option("--model-folder", help="NAME=FOLDER: take a folder in place of a model of the file; repeat for several.", show_default=False),
+]
+
+
+@sweep.command(cls=Command)
+def run(
+    file: File,
+    out: Annotated[Path, typer.Option(help="Folder for the results, new or of an earlier call.")],
+    workers: Annotated[int | None, typer.Option(help="Processes on this machine [default: this one alone].", show_default=False)] = None,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Run again what failed before.")] = False,
+    models: Models = None,
+    json_: Json = False,
+) -> None:
+    """Do the runs of a file that the folder does not hold yet.
+
+    The same command goes on after Ctrl-C, a crash or a power cut, and with more runs in the file does those. A run that fails is stored as
+    failed, with its traceback, and the others go on.
+    """
+    from transformers.utils.logging import disable_progress_bar
+
+    from patchlab.sweeps.driver import run_sweep
+    from patchlab.sweeps.executors.local import Local
+    from patchlab.sweeps.executors.processes import Processes
+
+    disable_progress_bar()  # for files that load in a second
+    name, runs = _runs(file, models)
+    executor = Local(progress=False) if workers is None else Processes(workers)
+    about = {"name": name, "file": file.read_text(encoding="utf-8")}
+    counts = run_sweep(runs, out, executor, retry_failed=retry_failed, about=about, say=say)
+    if json_:
+        typer.echo(json.dumps({"out": str(out.expanduser().resolve()), **counts}))
+    else:
+        typer.echo(", ".join(f"{number} {what}" for what, number in counts.items()))
+    if counts["failed"]:
+        raise typer.Exit(1)
+
+
+@sweep.command(cls=Command)
+def plan(file: File, models: Models = None, json_: Json = False) -> None:
+    """What a file asks for: its runs, and about what they take, before anything starts."""
+    from patchlab.sweeps.plan import estimate
+    from patchlab.terminal import fitted, terminal_width
+
+    _, runs = _runs(file, models)
+    found = estimate(runs)
+    typer.echo(json.dumps(found.as_dict(), allow_nan=False) if json_ else fitted(str(found), terminal_width()))
+
+
+@sweep.command(cls=Command)
+def schema() -> None:
+    """The JSON schema of a file, from which editors complete and check."""
+    from patchlab.sweeps.file import schema as described
+
+    typer.echo(json.dumps(described(), indent=2))
+
+
+@sweep.command(cls=Command)
+def status(folder: Folder, json_: Json = False) -> None:
+    """How far a sweep is, also while it runs."""
+    from patchlab.sweeps.results import Sweep
+    from patchlab.tables import table
+    from patchlab.terminal import fitted, terminal_width
+
+    found = Sweep(folder)
+    counts = found.counts()
+    if json_:
+        typer.echo(json.dumps(counts))
+        return
+    rows = found.runs()
+    typer.echo(f"{found.name}: " + ", ".join(f"{number} {what}" for what, number in counts.items()))
+    left = rows[rows["status"] != "done"]
+    if len(left):
+        shown = left.assign(key=left["key"].str[:10], error=left["error"].str.split("\n").str[0].str[:60])[["key", "status", "label", "error"]]
+        typer.echo(fitted(table(shown, terminal_width()), terminal_width()))
+
+
+@sweep.command(cls=Command)
+def show(folder: Folder, key: Annotated[str, typer.Argument(help="The beginning of a run's key.")], json_: Json = False) -> None:
+    """All that is known of one run: what was asked, what came of it, where and how it ran."""
+    from patchlab.sweeps.results import Sweep
+    from patchlab.tables import table
+    from patchlab.terminal import fitted, terminal_width
+
+    found = Sweep(folder).find(key)
+    if json_:
+        typer.echo(json.dumps({"key": found.key, "status": found.status, "files": list(found.files), **found.record}, allow_nan=False))
+        return
+    import pandas as pd
+
+    record, width = found.record, terminal_width()
+    lines = [record["label"], f"key {found.key}", f"status {found.status}, ended {record['ended']}"]
+    lines += [f"files {', '.join(str(found.folder / name) for name in found.files)}"] if found.files else []
+    lines += [*record.get("log", ()), *record.get("warnings", ())]
+    typer.echo(fitted("\n".join(lines), width))
+    if "statistics" in record:
+        shown = pd.DataFrame(record["statistics"])
+        typer.echo(table(shown.assign(**{name: shown[name].map(_number) for name in ("value", "lo", "hi")}), width))
+    if "error" in record:
+        typer.echo(record["error"]["traceback"])
+
+
+@sweep.command(cls=Command)
+def export(
+    folder: Folder,
+    file: Annotated[Path, typer.Argument(metavar="FILE.csv", help="A .csv or .parquet file.", show_default=False)],
+    seconds: Annotated[bool, typer.Option("--seconds", help="Also the seconds of each run, which no two sweeps share.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
+) -> None:
+    """Write everything that was measured as one table: a row per run, site and statistic, in a fixed order."""
+    from patchlab.errors import OutputError
+    from patchlab.store.files import writing
+    from patchlab.sweeps.results import Sweep
+
+    if file.suffix not in (".csv", ".parquet"):
+        raise OutputError(f"a table is a .csv or a .parquet file; got {file}.")
+    if file.exists() and not force:
+        raise OutputError(f"{file} exists and is not overwritten; choose another name, or replace it with --force.")
+    table = Sweep(folder).table(seconds=seconds)
+    with writing(file, overwrite=force) as temporary:
+        if file.suffix == ".csv":
+            table.to_csv(temporary, index=False)
+        else:
+            _to_parquet(table, temporary)
+    typer.echo(f"wrote {len(table):,} rows to {file}")
+
+
+def _to_parquet(table: Any, path: Path) -> None:
+    from patchlab.errors import OutputError
+
+    try:
+        import pyarrow as _  # noqa: F401
+    except ImportError as error:
+        raise OutputError("parquet files need pyarrow: pip install 'patchlab[parquet]', or export to .csv.") from error
+    table.to_parquet(path, index=False)
+
+
+def _runs(file: Path, models: list[str] | None) -> tuple[str, list[Any]]:
+    """The name of a sweep and its runs."""
+    from patchlab.sweeps.file import read, runs_of
+
+    found = read(file)
+    instead: dict[str, Path] = {}
+    for text in models or []:
+        name, equals, folder = text.partition("=")
+        if not (name and equals and folder):
+            raise typer.BadParameter(f"{text!r} is not of the form NAME=FOLDER.", param_hint="--model-folder")
+        instead[name] = Path(folder)
+    return found.name, runs_of(found, **({"models": instead} if instead else {}))

@@ -1,0 +1,1 @@
+"""Executors: who does the runs of a sweep."""

@@ -1,0 +1,241 @@
+"""Results of a sweep: one table of everything, and the score maps, curves and circuits of single runs."""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from patchlab.errors import OutputError, PatchlabError, SweepError
+from patchlab.store.files import writing
+from patchlab.store.runs import RunStore, Stored
+
+if TYPE_CHECKING:
+    from patchlab.circuits import Circuit, FaithfulnessCurve
+    from patchlab.scores import ScoreMap
+
+AGREEMENT = (
+    *("pearson", "pearson_per_prompt", "pearson_pooled", "spearman", "slope", "sign_agreement", "topk_recall"),
+    *("pearson_per_prompt_q25", "pearson_per_prompt_q50", "pearson_per_prompt_q75"),
+)
+"""Statistics of the agreement of a method with exact patching, over live cells."""
+_DERIVED = "derived"
+
+
+class Sweep:
+    """A folder of a sweep, to be read: also while it runs, and where nothing may be written.
+
+    Example:
+        >>> sweep = pl.sweeps.open("out")  # doctest: +SKIP
+        >>> sweep.table().query("statistic == 'pearson'")  # doctest: +SKIP
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.store = RunStore.open(path)
+
+    @property
+    def folder(self) -> Path:
+        """Its folder."""
+        return self.store.folder
+
+    @property
+    def name(self) -> str:
+        """The sweep's name."""
+        return str(self.store.about["about"].get("name") or self.folder.name)
+
+    def counts(self) -> dict[str, int]:
+        """How many runs are ``planned``, ``done``, ``failed``, ``pending`` and ``running``."""
+        return self.store.counts()
+
+    def runs(self) -> pd.DataFrame:
+        """One row per planned run, in the order of the plan: ``key``, ``label``, ``status``, ``seconds``, ``error``, and what was asked for."""
+        rows: list[dict[str, Any]] = []
+        status = self.store.status()
+        for key, plan in self.store.planned().items():
+            record: Mapping[str, Any] = self.store.get(key).record if status[key] in ("done", "failed") else {}
+            error = record.get("error", {}).get("message", "")
+            rows.append(
+                {"key": key, "label": plan["label"], "status": status[key], "seconds": record.get("seconds"), "error": error, **plan["fields"]}
+            )
+        return pd.DataFrame(rows)
+
+    def find(self, key: str) -> Stored:
+        """A result by its key, or by the beginning of one.
+
+        Raises:
+            SweepError: no such run, or several.
+            OutputError: it has no result, or a stale or damaged one.
+        """
+        found = [one for one in self.store.planned() if one.startswith(key)] if key else []
+        if len(found) != 1:
+            what = f"{len(found)} runs begin with" if found else "no run begins with"
+            raise SweepError(f"{what} {key!r}; give the key of a run, as Sweep.runs() and `patchlab sweep status` list them.")
+        return self.store.get(found[0])
+
+    def scores(self, key: str) -> "ScoreMap":
+        """The scores of a run; of verified patching those of the screen.
+
+        Raises:
+            SweepError, OutputError: as :meth:`find`, or a run without scores.
+        """
+        from patchlab.scores import ScoreMap
+        from patchlab.sweeps.kinds import SCORES
+
+        return ScoreMap.load(self._file(key, SCORES))
+
+    def curve(self, key: str) -> "FaithfulnessCurve":
+        """The faithfulness curve of a run, without its circuits.
+
+        Raises:
+            SweepError, OutputError: as :meth:`find`, or a run without a curve.
+        """
+        from patchlab.circuits import FaithfulnessCurve
+        from patchlab.sweeps.kinds import CURVE
+
+        return FaithfulnessCurve.load(self._file(key, CURVE))
+
+    def circuits(self, **where: Any) -> "dict[str, Circuit]":
+        """The smallest faithful circuits of runs whose fields have these values (``method="relp"``), by key; runs that found none are left out.
+
+        Raises:
+            SweepError: no run has such a field.
+        """
+        from patchlab.circuits import read
+        from patchlab.sweeps.kinds import CIRCUIT
+
+        runs = self.runs()
+        for name, value in where.items():
+            if name not in runs:
+                raise SweepError(f"runs have no field {name!r}; they have {', '.join(map(str, runs))}.")
+            runs = runs[runs[name] == value]
+        done = [self.store.get(key) for key in runs.loc[runs["status"] == "done", "key"]]
+        return {one.key: read(one.path(CIRCUIT)) for one in done if CIRCUIT in one.files}
+
+    def table(self, *, seconds: bool = False) -> pd.DataFrame:
+        """One row per finished run, site and statistic, in the order of the plan.
+
+        The columns: ``key``, ``label``, the fields of the run (``model``, ``task``, ``direction``, ``kind``, ``method``, ...), ``site`` ("" for the
+        whole run), ``statistic``, ``value``, and its 95 % interval ``lo``, ``hi`` where it has one. Beside what each run found by itself there is
+        the agreement of each method with exact patching of the same model, task, direction, sites and source, over live cells. It is the same
+        however often the sweep was interrupted.
+
+        Args:
+            seconds: also the seconds that each run took, which no two sweeps share.
+        """
+        rows: list[dict[str, Any]] = []
+        for stored, plan in self.done():
+            about = {"key": stored.key, "label": plan["label"], **plan["fields"]}
+            found = [*stored.record["statistics"], *self._agreement(stored)]
+            if seconds:
+                found.append({"site": "", "statistic": "seconds", "value": stored.record["seconds"], "lo": None, "hi": None})
+            rows += [{**about, **one} for one in found]
+        table = pd.DataFrame(rows)
+        last = ["site", "statistic", "value", "lo", "hi"]
+        return table if table.empty else table[[*(name for name in table if name not in last), *last]]
+
+    def done(self) -> Iterator[tuple[Stored, dict[str, Any]]]:
+        """The finished runs and what was planned, in the order of the plan."""
+        status = self.store.status()
+        for key, plan in self.store.planned().items():
+            if status[key] == "done":
+                yield self.store.get(key), plan
+
+    def reference(self, key: str) -> str | None:
+        """The run of exact patching that a run of scores is compared with; None where there is none (yet), or it is one itself."""
+        plans, status = self.store.planned(), self.store.status()
+        alike = _compared_with(plans[key])
+        if alike is None:
+            return None
+        return next((one for one, plan in plans.items() if status[one] == "done" and _exact(plan) == alike), None)
+
+    def _agreement(self, stored: Stored) -> list[dict[str, Any]]:
+        reference = self.reference(stored.key)
+        if reference is None:
+            return []
+        kept = self.folder / _DERIVED / f"{stored.key[:32]}-{reference[:32]}.json"
+        made = [self._sum(key) for key in (stored.key, reference)]
+        try:
+            known = json.loads(kept.read_text(encoding="utf-8"))
+            if known["of"] == made:
+                return known["statistics"]
+        except (OSError, ValueError, KeyError, TypeError):  # it is not there, or no longer what it was: it is computed again
+            pass
+        statistics = _agreement(self.scores(reference), self.scores(stored.key))
+        try:
+            kept.parent.mkdir(exist_ok=True)
+            with writing(kept, overwrite=True) as temporary:
+                temporary.write_text(json.dumps({"of": made, "statistics": statistics}), encoding="utf-8")
+        except (OSError, OutputError):  # where nothing may be written it is computed every time
+            pass
+        return statistics
+
+    def _sum(self, key: str) -> Any:
+        from patchlab.sweeps.kinds import SCORES
+
+        return self.store.get(key).sums[SCORES]
+
+    def _file(self, key: str, name: str) -> Path:
+        stored = self.find(key)
+        if name not in stored.files:
+            raise SweepError(f"the run {stored.record['label']} has no {name}; it has {', '.join(stored.files) or 'no files'}.")
+        return stored.path(name)
+
+    def __repr__(self) -> str:
+        return f"Sweep({self.name}): " + ", ".join(f"{number} {name}" for name, number in self.counts().items())
+
+
+def open_sweep(path: str | os.PathLike[str]) -> Sweep:
+    """Open the folder of a sweep for reading.
+
+    Raises:
+        OutputError: there is no sweep, or it is damaged or of another format.
+
+    Example:
+        >>> pl.sweeps.open("out").counts()  # doctest: +SKIP
+        {'planned': 42, 'done': 42, 'failed': 0, 'pending': 0, 'running': 0}
+    """
+    return Sweep(path)
+
+
+def _alike(plan: Mapping[str, Any], source: str) -> str:
+    """What a run and its reference have in common."""
+    spec = plan["spec"]
+    return json.dumps([spec["model"], spec["task"], spec["direction"], spec["what"]["sites"], source], sort_keys=True)
+
+
+def _compared_with(plan: Mapping[str, Any]) -> str | None:
+    method = plan["spec"]["what"].get("method", "")
+    if plan["spec"]["what"]["kind"] != "score" or _word(method) == "exact":
+        return None
+    return _alike(plan, method.partition("@")[2])
+
+
+def _exact(plan: Mapping[str, Any]) -> str | None:
+    what = plan["spec"]["what"]
+    if what["kind"] != "score" or _word(what["method"]) != "exact":
+        return None
+    return _alike(plan, what["method"].partition("@")[2])
+
+
+def _word(method: str) -> str:
+    return method.partition("@")[0]
+
+
+def _agreement(exact: "ScoreMap", scores: "ScoreMap") -> list[dict[str, Any]]:
+    """The agreement of one map with the exact one, per site, as statistics of a run."""
+    from patchlab.comparison import compare
+    from patchlab.tables import json_able
+
+    name = str(scores.provenance["method"])
+    try:
+        table = compare(exact, {name: scores}).table
+    except PatchlabError as error:
+        return [{"site": "", "statistic": "not_compared", "value": None, "lo": None, "hi": None, "why": str(error)}]
+    rows: list[dict[str, Any]] = []
+    for row in table[table["cells"] == "live"].to_dict("records"):
+        for statistic in AGREEMENT:
+            ends = {end: row.get(f"{statistic}_{end}") for end in ("lo", "hi")}
+            rows.append({"site": row["site"], "statistic": statistic, **json_able({"value": row[statistic], **ends})})
+    return rows
