@@ -5,10 +5,10 @@ effects of one batch are found.
 """
 
 import importlib.metadata
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -34,6 +34,7 @@ from patchlab.progress import progress_bar
 from patchlab.scores import Cost, ScoreMap
 from patchlab.scores.arrays import Patterns, concatenated
 from patchlab.sites import POSITION_AXES, Site, parse_sites
+from patchlab.store import Keeper
 from patchlab.tasks.task import Batch, Task
 
 
@@ -107,7 +108,7 @@ class Method(ABC):
         batch_size: int | None = None,
         progress: bool = True,
         max_memory: int | float | None = None,
-        checkpoint: str | Path | None = None,
+        checkpoint: str | os.PathLike[str] | Keeper | None = None,
     ) -> ScoreMap:
         """Score every cell of the sites: an estimate, per example, of the effect of patching it.
 
@@ -121,10 +122,10 @@ class Method(ABC):
             progress: show a progress bar on stderr; without a terminal, a line every ten seconds.
             max_memory: most bytes to use for activations; default half of what is free. A run that is
                 predicted to need more than a given max_memory does not start.
-            checkpoint: a file that finished work is written to every few seconds and after an exception; it is removed when the run
-                ends normally. The same call again, also in a new process, goes on from there, with the very numbers of an
-                uninterrupted run and the cost of all parts. Without a path an interrupted run (Ctrl-C) leaves its finished work on the
-                model: the same call again goes on. Finished work is cells in exact patching, batches in other methods.
+            checkpoint: a file, or another :class:`~patchlab.store.Keeper`, that finished work is written to every few seconds and after an
+                exception; it is removed when the run ends normally. The same call again, also in a new process, goes on from there, with
+                the very numbers of an uninterrupted run and the cost of all parts. Without one an interrupted run (Ctrl-C) leaves its
+                finished work on the model: the same call again goes on. Finished work is cells in exact patching, batches in other methods.
 
         Returns:
             Effects in the metric's unit.

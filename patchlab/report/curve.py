@@ -1,6 +1,5 @@
 """Files of a comparison of scores by their circuits: table, curve, figure, and the smallest faithful circuit of each method."""
 
-import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -11,8 +10,9 @@ import pandas as pd
 from patchlab import __version__, plots
 from patchlab.circuits import FaithfulnessCurve, Sets, SmallestFaithful, write
 from patchlab.circuits.evaluation.ablations import still_falling
-from patchlab.errors import OutputError
-from patchlab.store.folder import INDEX, JOB
+from patchlab.store.files import writing
+from patchlab.store.folder import listed
+from patchlab.store.record import finish
 from patchlab.tables import records
 
 
@@ -70,11 +70,9 @@ def write_curve(
     tables = {"faithfulness": curve.table, "areas": curve.areas}
     if found is not None:
         tables |= {"smallest": found.table, "sizes": found.curve.table}
-    try:
-        for name, table in tables.items():
-            table.to_csv(folder / f"{name}.csv", index=False)
-    except OSError as error:
-        raise OutputError(f"cannot write to {folder} ({error.strerror}); make room, or choose another folder.") from error
+    for name, table in tables.items():
+        with writing(folder / f"{name}.csv", overwrite=True) as temporary:
+            table.to_csv(temporary, index=False)
     curve.save(folder / "curve.json", overwrite=True)
     if found is not None:
         found.curve.save(folder / "sizes.json", overwrite=True)
@@ -88,13 +86,11 @@ def write_curve(
     for name, circuit in chosen.items():
         if circuit is not None and circuit.n_edges:
             write(circuit, folder / f"circuit.{name.replace(':', '-').replace('+', '-')}.json", overwrite=True)
-    files = sorted([*(path.name for path in folder.iterdir() if path.name != JOB), INDEX])
     rows = [] if found is None else records(found.table)
     best = {row["method"]: None if row["n_edges"] is None else row for row in rows} or smallest(curve, level)
-    run = {"patchlab": __version__, "files": files, "level": level, "smallest": best, "provenance": curve.provenance}
+    run = {"patchlab": __version__, "level": level, "smallest": best, "provenance": curve.provenance}
     if sets is not None:
         run["sets"] = sets.as_dict()
-    with (folder / INDEX).open("w", encoding="utf-8") as file:
-        json.dump(run, file, indent=2, ensure_ascii=False)
+    run = finish(folder, run, listed(folder))
     more = {} if found is None else {"sizes": records(found.curve.table)}
     return run | {"table": records(curve.table), "areas": records(curve.areas)} | more

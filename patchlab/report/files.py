@@ -12,9 +12,10 @@ import plotly.graph_objects as go
 
 from patchlab import __version__, plots
 from patchlab.comparison.job import Job, Results, scores_file
-from patchlab.errors import OutputError
 from patchlab.report.page import render
-from patchlab.store.folder import INDEX, JOB
+from patchlab.store.files import writing
+from patchlab.store.folder import listed
+from patchlab.store.record import finish
 
 
 def write(folder: Path, results: Results, *, images: bool = True, say: Callable[[str], Any] = lambda _: None) -> dict[str, Any]:
@@ -50,13 +51,11 @@ def write(folder: Path, results: Results, *, images: bool = True, say: Callable[
         plots.save(figure, folder / f"{name}.html", include_plotlyjs="directory", overwrite=True)
     if images and (reason := _images(figures, folder)):
         say(f"no PNG files: {reason}")
-    run = _record(results, [*(path.name for path in folder.iterdir() if path.name != JOB), "index.html", INDEX])
+    run = _record(results, listed(folder, "index.html"))
     inline = {name: _inline(name, figure) for name, figure in figures.items()}
-    try:
-        (folder / "index.html").write_text(render(results, inline, run["files"], run), encoding="utf-8")
-        (folder / INDEX).write_text(json.dumps(run, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise OutputError(f"cannot write to {folder} ({error.strerror}); make room, or choose another folder with --out.") from error
+    with writing(folder / "index.html", overwrite=True) as temporary:
+        temporary.write_text(render(results, inline, run["files"], run), encoding="utf-8")
+    run = finish(folder, run, run["files"])
     return run | {"comparison": results.comparison.to_dict()}
 
 
@@ -90,7 +89,7 @@ def _record(results: Results, files: list[str]) -> dict[str, Any]:
         "versions": provenance.get("versions", {}),
         "seconds": results.seconds,
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        "files": sorted(files),
+        "files": files,
     }
 
 

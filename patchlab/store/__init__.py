@@ -2,6 +2,7 @@
 
 from patchlab.store.files import writing
 from patchlab.store.folder import result_folder
+from patchlab.store.keeper import FileKeeper, Keeper
 from patchlab.store.runs import RunStore, Stored
 
-__all__ = ["RunStore", "Stored", "result_folder", "writing"]
+__all__ = ["FileKeeper", "Keeper", "RunStore", "Stored", "result_folder", "writing"]

@@ -14,11 +14,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from patchlab.errors import OutputError
+from patchlab.store.files import flush, write_json
+from patchlab.store.lock import Lock
+from patchlab.store.record import RECORD
 
-INDEX = "run.json"
 JOB = "job.json"
 _HIDDEN = ".patchlab-"
 UNFINISHED, _LOCK, _OLD = f"{_HIDDEN}unfinished", f"{_HIDDEN}lock", f"{_HIDDEN}old-"
@@ -87,11 +87,9 @@ def _unwritable(target: Path, error: OSError) -> str:
 
 @contextmanager
 def _alone(target: Path) -> Iterator[None]:
-    lock = FileLock(target / _LOCK, timeout=0)
+    lock = Lock(target / _LOCK)
     try:
-        lock.acquire()
-    except Timeout as error:
-        raise OutputError(f"another run is writing to {target}; wait until it has ended, or choose another folder with --out.") from error
+        lock.acquire(lambda who: f"another run is writing to {target}; wait until it has ended, or choose another folder with --out. It is {who}.")
     except OSError as error:
         raise OutputError(_unwritable(target, error)) from error
     try:
@@ -105,7 +103,7 @@ def _clean(target: Path) -> None:
     for left in target.glob(f"{_HIDDEN}*"):
         if not left.is_dir() or left.name == UNFINISHED:
             continue
-        if left.name.startswith(_OLD) and not (target / INDEX).exists():  # it was killed while it replaced earlier results
+        if left.name.startswith(_OLD) and not (target / RECORD).exists():  # it was killed while it replaced earlier results
             for old in left.iterdir():
                 old.replace(target / old.name)
         shutil.rmtree(left)
@@ -114,7 +112,7 @@ def _clean(target: Path) -> None:
 def _refuse_if_held(target: Path, force: bool) -> None:
     held = sorted(entry.name for entry in target.iterdir() if not entry.name.startswith(_HIDDEN))
     if held and not force:
-        what = "already holds results" if INDEX in held else f"is not empty (it holds {held[0]}{', ...' if held[1:] else ''})"
+        what = "already holds results" if RECORD in held else f"is not empty (it holds {held[0]}{', ...' if held[1:] else ''})"
         raise OutputError(f"{target} {what}; choose another folder with --out, or replace earlier results with --force.")
 
 
@@ -135,7 +133,7 @@ def _begin(staging: Path, job: Mapping[str, Any] | None, force: bool, say: Calla
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir()
         if record is not None:
-            (staging / JOB).write_text(json.dumps(record), encoding="utf-8")
+            write_json(staging / JOB, record)
     except OSError as error:
         raise OutputError(_unwritable(staging.parent, error)) from error
 
@@ -151,6 +149,11 @@ def _finished(staging: Path) -> list[str]:
     return sorted(entry.name for entry in staging.iterdir() if entry.name != JOB and not entry.name.startswith("."))
 
 
+def listed(staging: Path, *more: str) -> list[str]:
+    """Names for ``run.json``: the files that are there, ``run.json`` itself, and more that are still to be written."""
+    return sorted({RECORD, *more, *_finished(staging)})
+
+
 def _keep_or_drop(staging: Path, job: Mapping[str, Any] | None, say: Callable[[str], Any]) -> None:
     if job is not None and (found := _finished(staging)):
         say(f"what is finished is kept in {staging}: {', '.join(found)}. The same command goes on from there.")
@@ -161,18 +164,21 @@ def _keep_or_drop(staging: Path, job: Mapping[str, Any] | None, say: Callable[[s
 def _earlier(target: Path) -> set[str]:
     """Names of the files that an earlier run wrote."""
     try:
-        listed = json.loads((target / INDEX).read_text(encoding="utf-8"))["files"]
+        listed = json.loads((target / RECORD).read_text(encoding="utf-8"))["files"]
     except (OSError, ValueError, KeyError, TypeError):
         return set()
     return {name for name in map(str, listed) if Path(name).name == name and (target / name).is_file()}
 
 
 def _index_last(names: set[str]) -> list[str]:
-    return sorted(names, key=lambda name: (name == INDEX, name))
+    return sorted(names, key=lambda name: (name == RECORD, name))
 
 
 def _move_in(staging: Path, target: Path) -> None:
-    """Replace the earlier run's files by the staged ones; a failed move puts the earlier ones back."""
+    """Replace the earlier run's files by the staged ones; a failed move puts the earlier ones back.
+
+    What is staged is on disk before it moves, and all other names are before that of ``run.json``.
+    """
     new = {entry.name for entry in staging.iterdir()}
     earlier = _earlier(target)
     if foreign := sorted(name for name in new - earlier if (target / name).exists()):
@@ -185,9 +191,15 @@ def _move_in(staging: Path, target: Path) -> None:
     moves = [(target / name, kept / name) for name in reversed(_index_last(old))] + [(staging / name, target / name) for name in _index_last(new)]
     done: list[tuple[Path, Path]] = []
     try:
+        for path in (*(staging / name for name in new), staging):
+            flush(path)
         for source, destination in moves:
+            if source == staging / RECORD:
+                flush(kept)
+                flush(target)
             source.rename(destination)
             done.append((source, destination))
+        flush(target)
     except OSError as error:
         for source, destination in reversed(done):
             destination.rename(source)

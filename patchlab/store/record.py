@@ -17,7 +17,7 @@ def finish(folder: Path, record: Mapping[str, Any], names: Iterable[str]) -> dic
     That is the record with ``files`` (the names, ``run.json`` among them), and ``sha256`` and ``bytes`` of each of the others.
 
     Raises:
-        OutputError: a file is missing, the record is not plain JSON, there is a ``run.json`` already, or it cannot be written.
+        OutputError: a file is missing, the record is not plain JSON, or ``run.json`` cannot be written.
     """
     names = sorted({*names} - {RECORD})
     try:
@@ -26,7 +26,7 @@ def finish(folder: Path, record: Mapping[str, Any], names: Iterable[str]) -> dic
     except OSError as error:
         raise OutputError(f"cannot list {error.filename} in {folder / RECORD}: {error.strerror}.") from error
     whole = {**record, "files": sorted([*names, RECORD]), "sha256": sums, "bytes": sizes}
-    write_json(folder / RECORD, whole)
+    write_json(folder / RECORD, whole, overwrite=True)
     return whole
 
 

@@ -1,13 +1,14 @@
 """The finished work of a run, kept so that an interrupted run goes on where it stopped."""
 
+import io
 import json
+import os
 import time
 import zipfile
 import zlib
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from patchlab.errors import MethodError, PatchlabError
 from patchlab.methods.setting.meter import Meter
 from patchlab.methods.setting.unpatched import Scored
 from patchlab.scores.arrays import Effects, Sparse, values_of
-from patchlab.store.files import writing
+from patchlab.store.keeper import Keeper, keeper_of
 
 FORMAT = 2
 SECONDS = 5.0
@@ -46,7 +47,7 @@ class Checkpoint:
     """
 
     identity: dict[str, str | None]
-    path: Path | None = None
+    keeper: Keeper | None = None
     batches: list[Finished] = field(default_factory=list[Finished])
     cells: tuple[int, dict[int, np.ndarray]] = field(default_factory=lambda: (0, {}))
     before: tuple[int, int, int, float] = (0, 0, 0, 0.0)
@@ -88,12 +89,12 @@ class Checkpoint:
 
     def save_if_due(self) -> None:
         """Write the checkpoint, if there is one and the last writing is long enough ago."""
-        if self.path is not None and time.perf_counter() >= self.due:
+        if self.keeper is not None and time.perf_counter() >= self.due:
             self.save()
 
     def save(self) -> None:
-        """Write the checkpoint: the old file is replaced in one step."""
-        if self.path is None:
+        """Write the checkpoint: the old one is replaced in one step."""
+        if self.keeper is None:
             return
         began = time.perf_counter()
         number, cells = self.cells
@@ -113,8 +114,9 @@ class Checkpoint:
             "spent": self.spent(),
             "engine": self.engine if self.meter is None else self.meter.engine,
         }
-        with writing(self.path, overwrite=True) as temporary, temporary.open("wb") as stream:
-            np.savez(stream, about=np.array(json.dumps(about)), **arrays)  # pyright: ignore[reportArgumentType]
+        stream = io.BytesIO()
+        np.savez(stream, about=np.array(json.dumps(about)), **arrays)  # pyright: ignore[reportArgumentType]
+        self.keeper.write(stream.getvalue())
         now = time.perf_counter()
         self.due = now + max(SECONDS, 20 * (now - began))
 
@@ -131,7 +133,7 @@ def joined(parts: Sequence[Finished]) -> dict[str, dict[str, list[Any]]]:
 
 @contextmanager
 def keeping(
-    unfinished: dict[str, Checkpoint], identity: Mapping[str, str | None], checkpoint: str | Path | None
+    unfinished: dict[str, Checkpoint], identity: Mapping[str, str | None], checkpoint: str | os.PathLike[str] | Keeper | None
 ) -> Generator[Checkpoint, None, None]:
     """Give the work of a run: what an interrupted run of the same identity left, or none yet.
 
@@ -146,25 +148,24 @@ def keeping(
     if vague and checkpoint is not None:
         raise MethodError(f"this run cannot have a checkpoint: its {vague[0]} cannot be compared with that of a later call. {_WHY[vague[0]]}")
     key = json.dumps(identity, sort_keys=True)
-    path = None if checkpoint is None else Path(checkpoint)
-    if path is not None and path.is_file():
-        work = _opened(path, identity)
-    else:
+    keeper = None if checkpoint is None else keeper_of(checkpoint)
+    work = None if keeper is None else _opened(keeper, identity)
+    if work is None:
         work = Checkpoint(dict(identity)) if vague or key not in unfinished else unfinished[key]
-        work.path = path
+        work.keeper = keeper
         work.save()  # whether it can be written shows now, not hours later
     unfinished.pop(key, None)
     try:
         yield work
     except BaseException as error:
         _stopped(work, error, vague)
-        if work.path is None and not vague and str(work):
+        if work.keeper is None and not vague and str(work):
             while len(unfinished) >= KEPT:
                 unfinished.pop(next(iter(unfinished)))
             unfinished[key] = work
         raise
-    if work.path is not None:
-        work.path.unlink(missing_ok=True)
+    if work.keeper is not None:
+        work.keeper.remove()
 
 
 _WHY = {
@@ -173,11 +174,13 @@ _WHY = {
 }
 
 
-def batch_rows(unfinished: Mapping[str, Checkpoint], identity: Mapping[str, str | None], checkpoint: str | Path | None) -> int | None:
+def batch_rows(
+    unfinished: Mapping[str, Checkpoint], identity: Mapping[str, str | None], checkpoint: str | os.PathLike[str] | Keeper | None
+) -> int | None:
     """Examples per batch of an unfinished run that differs in nothing but its batches: their default follows the free memory."""
     known = [work.identity for work in unfinished.values()]
-    if checkpoint is not None and Path(checkpoint).is_file():
-        known = [_read(Path(checkpoint)).identity]
+    if checkpoint is not None and (kept := _read(keeper_of(checkpoint))) is not None:
+        known = [kept.identity]
     for other in known:
         if other != dict(identity) and {**other, "batches": None} == {**identity, "batches": None}:
             return int(str(other["batches"]).split()[-2])
@@ -194,13 +197,13 @@ def _stopped(work: Checkpoint, error: BaseException, vague: list[str]) -> None:
     if work.meter is not None:
         work.before, work.engine, work.meter = work.spent(), work.meter.engine, None
     if not str(work):
-        if work.path is not None:
-            work.path.unlink(missing_ok=True)
+        if work.keeper is not None:
+            work.keeper.remove()
         return
     if vague:
         error.add_note(f"patchlab: the finished work ({work}) is not kept: the {vague[0]} cannot be compared with that of a later call.")
         return
-    where = "on the model" if work.path is None else f"in {work.path}"
+    where = "on the model" if work.keeper is None else f"in {work.keeper}"
     note = f"patchlab: the finished work ({work}) is kept {where}; the same call again goes on from there."
     try:
         work.save()
@@ -209,9 +212,11 @@ def _stopped(work: Checkpoint, error: BaseException, vague: list[str]) -> None:
     error.add_note(note)
 
 
-def _opened(path: Path, identity: Mapping[str, str | None]) -> Checkpoint:
-    """The work in a checkpoint, which must be of the same run."""
-    work = _read(path)
+def _opened(keeper: Keeper, identity: Mapping[str, str | None]) -> Checkpoint | None:
+    """The work in a checkpoint, which must be of the same run; None if there is none."""
+    work = _read(keeper)
+    if work is None:
+        return None
     differing = [
         f"{name} is {work.identity.get(name)!r} there and {identity.get(name)!r} here"
         for name in dict.fromkeys((*identity, *work.identity))
@@ -219,7 +224,7 @@ def _opened(path: Path, identity: Mapping[str, str | None]) -> Checkpoint:
     ]
     if differing:
         raise MethodError(
-            f"the checkpoint {path} is of another run: {'; '.join(differing)}. It is left as it is: repeat the call that made it, "
+            f"the checkpoint {keeper} is of another run: {'; '.join(differing)}. It is left as it is: repeat the call that made it, "
             f"give another path, or remove the file."
         )
     return work
@@ -243,9 +248,11 @@ def _effects(arrays: Mapping[str, np.ndarray]) -> dict[str, Effects]:
     }
 
 
-def _read(path: Path) -> Checkpoint:
+def _read(keeper: Keeper) -> Checkpoint | None:
     try:
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as stored:
+        if (data := keeper.read()) is None:
+            return None
+        with np.load(io.BytesIO(data), allow_pickle=False) as stored:
             arrays = {name: stored[name] for name in stored.files}
         about = json.loads(str(arrays["about"]))
         if about["patchlab_checkpoint"] != FORMAT:
@@ -264,9 +271,9 @@ def _read(path: Path) -> Checkpoint:
         cells = dict(zip(arrays["cells"].tolist(), arrays["effects"], strict=True))
         forwards, backwards, positions, seconds = about["spent"]
         spent = (forwards, backwards, positions, float(seconds))
-        return Checkpoint(about["identity"], path, batches, (about["batch"], cells), spent, about["engine"])
+        return Checkpoint(about["identity"], keeper, batches, (about["batch"], cells), spent, about["engine"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise MethodError(
-            f"{path} is no checkpoint of patchlab, or it is damaged ({str(error).splitlines()[0][:100] if str(error) else type(error).__name__}). "
+            f"{keeper} is no checkpoint of patchlab, or it is damaged ({str(error).splitlines()[0][:100] if str(error) else type(error).__name__}). "
             f"It is left as it is: give another path, or remove the file."
         ) from error

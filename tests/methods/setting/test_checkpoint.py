@@ -30,6 +30,7 @@ from patchlab.methods.setting.unpatched import Scored
 from patchlab.metrics import METRICS, Metric
 from patchlab.models import Model
 from patchlab.scores import ScoreMap
+from patchlab.store import FileKeeper
 from patchlab.tasks.task import Task
 
 SITES = ("resid_pre", "z[layer,pos,head]", "mlp_out")
@@ -289,6 +290,48 @@ def test_a_new_model_goes_on_from_a_file(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert rest.provenance["engine"] == whole.provenance["engine"]
 
 
+class InMemory:
+    """A keeper that keeps bytes in memory."""
+
+    def __init__(self) -> None:
+        self.data: bytes | None = None
+        self.calls: list[str] = []
+
+    def read(self) -> bytes | None:
+        self.calls.append("read")
+        return self.data
+
+    def write(self, data: bytes) -> None:
+        self.calls.append("write")
+        self.data = data
+
+    def remove(self) -> None:
+        self.calls.append("remove")
+        self.data = None
+
+    def __str__(self) -> str:
+        return "the memory of the test"
+
+
+def test_a_run_goes_on_from_whatever_keeps_its_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    models, keeper = [native_model() for _ in range(2)], InMemory()
+    whole = scores(models[0])
+    notes = interrupted(monkeypatch, 9, lambda: scores(models[0], checkpoint=keeper))
+    assert "is kept in the memory of the test; the same call again goes on from there" in notes[0]
+    assert keeper.data
+    with pytest.raises(MethodError, match="the checkpoint the memory of the test is of another run: direction"):
+        scores(models[1], checkpoint=keeper, direction="noising")
+    rest = scores(models[1], checkpoint=keeper)
+    same(rest, whole)
+    assert whole.cost.forwards < rest.cost.forwards <= whole.cost.forwards + 4
+    assert keeper.data is None
+    assert keeper.calls[-1] == "remove"
+    keeper.data = b"my notes"
+    with pytest.raises(MethodError, match="the memory of the test is no checkpoint of patchlab"):
+        scores(models[1], checkpoint=keeper)
+    assert keeper.data == b"my notes"
+
+
 def test_a_checkpoint_begins_with_what_the_model_remembers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     whole, model = scores(), model_of("gpt2")
     interrupted(monkeypatch, 8, scores)
@@ -338,7 +381,7 @@ def test_the_file_is_written_now_and_then(monkeypatch: pytest.MonkeyPatch, tmp_p
 
 def test_writing_takes_a_small_share_of_the_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     clock = iter([100.0, 102.0])
-    work = Checkpoint({"batches": "1"}, tmp_path / "run")
+    work = Checkpoint({"batches": "1"}, FileKeeper(tmp_path / "run"))
     monkeypatch.setattr(checkpoint.time, "perf_counter", lambda: next(clock))
     work.save()
     assert work.due == 102.0 + 20 * 2.0
