@@ -78,15 +78,15 @@ def size_grid(scores: ScoreMap | Mapping[str, ScoreMap]) -> list[int]:
         raise CircuitError(f"a grid of sizes is for maps of one graph and one granularity; their edges are {totals or 'none: there is no map'}.")
     total = next(iter(totals.values()))
     scored = min(int(np.isfinite(values[maps[name].graph.allowed]).sum()) for name, values in effects.items())
-    sizes = _grid(scored)
+    sizes = sizes_to(scored)
     whole = total == next(iter(maps.values())).graph.n_edges
     return [*sizes, total] if scored < total and whole else sizes
 
 
-def _grid(largest: int) -> list[int]:
+def sizes_to(largest: int) -> list[int]:
     """Whole numbers up to the largest, in steps of at most 1.1, or of one.
 
-    >>> _grid(25)[-8:]
+    >>> sizes_to(25)[-8:]
     [16, 17, 18, 19, 20, 22, 24, 25]
     """
     sizes = [1]

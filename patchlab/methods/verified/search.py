@@ -134,7 +134,7 @@ class VerifiedPatching:
             raise MethodError(f"group_fraction is {self.group_fraction}; give a share of the k-th |effect|, 0 or more.")
         if isinstance(self.screen, ActivationPatching):
             raise MethodError("the screen is exact patching itself, so there is nothing to verify; give a cheap one such as RelevancePatching().")
-        _ = self._exact
+        _ = self.exact
 
     @property
     def name(self) -> str:
@@ -142,7 +142,8 @@ class VerifiedPatching:
         return name_of(self)
 
     @property
-    def _exact(self) -> ActivationPatching:
+    def exact(self) -> ActivationPatching:
+        """The method that patches the cells."""
         return ActivationPatching(source=self.screen.source, engine=self.engine)
 
     @property
@@ -164,12 +165,12 @@ class VerifiedPatching:
         Raises:
             MethodError, SiteError: as :meth:`run`, where that can be known.
         """
-        return self._price(self._exact.prepared(model, task, sites, direction=direction)[0])
+        return self._price(self.exact.prepared(model, task, sites, direction=direction)[0])
 
     def _price(self, setting: Setting, screen: ScoreMap | None = None) -> Price:
         if screen is None and any(live is None for live in setting.live.values()):
             raise MethodError(f"which cells {', '.join(map(str, setting.sites))} have is only known after a run, and so is the price; run it.")
-        n_live = self._exact.forwards(setting) if screen is None else sum(int(screen.live[str(site)].sum()) for site in setting.sites)
+        n_live = self.exact.forwards(setting) if screen is None else sum(int(screen.live[str(site)].sum()) for site in setting.sites)
         if not n_live:
             raise MethodError(f"none of the cells of {', '.join(map(str, setting.sites))} can matter: all are structural zeros. Name other sites.")
         if self.population and len(setting.task) < 2:
@@ -186,7 +187,7 @@ class VerifiedPatching:
             sample = min(next(look_sizes(unverified, lambda found: missed, self.level)), most)
         else:
             sample = 0  # how many exceed the target, and so how many may be missed, is not known yet
-        grouped = [live for site in setting.sites if (live := setting.live[str(site)]) is not None and _levels(site)]
+        grouped = [live for site in setting.sites if (live := setting.live[str(site)]) is not None and levels(site)]
         groups = sum(live.shape[0] for live in grouped) if self.hierarchical else 0
         screening = 3 * self.screen.forwards(setting) - 2  # all but the first run may have a backward pass, which counts as two
         wanted = self.k if self.target is None else None
@@ -214,7 +215,7 @@ class VerifiedPatching:
         """
         started = time.perf_counter()
         options: dict[str, Any] = {"direction": direction, "batch_size": batch_size, "max_memory": max_memory}
-        setting, batches, predicted = self._exact.prepared(model, task, sites, **options)
+        setting, batches, predicted = self.exact.prepared(model, task, sites, **options)
         known = all(live is not None for live in setting.live.values())
         screen = None if known else self.screen.run(model, task, setting.sites, progress=progress, **options)
         price = self._price(setting, screen)
@@ -223,7 +224,7 @@ class VerifiedPatching:
         elif progress:
             sys.stderr.write(f"{price}\n")
         if price.dearer:
-            scores = self._exact.run(model, task, setting.sites, progress=progress, **options)
+            scores = self.exact.run(model, task, setting.sites, progress=progress, **options)
             cells = Cells.of(setting, scores)
             search = _Search(self, setting, cells, _read(scores, cells))
             search.take_all(_target(self.target, scores))
@@ -232,7 +233,7 @@ class VerifiedPatching:
             screen = self.screen.run(model, task, setting.sites, progress=progress, **options)
         with progress_bar(self.name, "forward", show=progress) as bar:
             meter = Meter(bar)
-            patcher = Patcher(self._exact, setting, batches, predicted, meter)
+            patcher = Patcher(self.exact, setting, batches, predicted, meter)
             search = _Search(self, setting, Cells.of(setting, screen), patcher.joint)
             search.run(_target(self.target, screen))
         cost = Cost(
@@ -385,7 +386,7 @@ class _Search:
         floor = self.method.group_fraction * self._threshold()
         for number, site in enumerate(self.setting.sites):
             mine = np.flatnonzero(self.cells.site == number)
-            for axes in _levels(site):
+            for axes in levels(site):
                 live = self.setting.live[str(site)]
                 if live is None:
                     break
@@ -538,7 +539,7 @@ class _Search:
         return table.reindex(columns=ordered(list(table.columns)))
 
 
-def _levels(site: Site) -> list[tuple[str, ...]]:
+def levels(site: Site) -> list[tuple[str, ...]]:
     """Coarser granularities of a site, the coarsest first: per layer, then per layer and position."""
     kind = KINDS[site.kind]
     if "layer" not in kind.axes:

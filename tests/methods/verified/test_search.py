@@ -14,7 +14,7 @@ from patchlab.methods.cells import cells_of
 from patchlab.methods.setting.setting import Setting
 from patchlab.methods.verified.bound import Price, Recall, look_sizes, most_exceeding
 from patchlab.methods.verified.patcher import Cells
-from patchlab.methods.verified.search import VerifiedPatching, _levels, _Search
+from patchlab.methods.verified.search import VerifiedPatching, _Search, levels
 from patchlab.methods.verified.subsets import largest_effect, memberships, most_exceeding_additive
 from patchlab.sites import Site
 from patchlab.stats.distributions import t_quantile
@@ -327,12 +327,12 @@ def test_cancellation_hides_a_group_from_the_search_but_not_from_the_sample() ->
 
 
 def test_levels_go_from_layers_over_positions() -> None:
-    assert _levels(Site.parse(HEADS)) == [("layer",), ("layer", "pos")]
-    assert _levels(Site.parse("z")) == [("layer",)]
-    assert _levels(Site.parse("resid_pre")) == [("layer",)]
-    assert _levels(Site.parse("pattern[layer,head,dest,src]")) == [("layer",), ("layer", "dest")]
-    assert _levels(Site.parse("mlp_post[layer,pos,neuron]")) == [("layer",), ("layer", "pos")]
-    assert _levels(Site.parse("input")) == []
+    assert levels(Site.parse(HEADS)) == [("layer",), ("layer", "pos")]
+    assert levels(Site.parse("z")) == [("layer",)]
+    assert levels(Site.parse("resid_pre")) == [("layer",)]
+    assert levels(Site.parse("pattern[layer,head,dest,src]")) == [("layer",), ("layer", "dest")]
+    assert levels(Site.parse("mlp_post[layer,pos,neuron]")) == [("layer",), ("layer", "pos")]
+    assert levels(Site.parse("input")) == []
 
 
 # subsets
