@@ -28,6 +28,8 @@ def run(
     file: File,
     out: Annotated[Path, typer.Option(help="Folder for the results, new or of an earlier call.")],
     workers: Annotated[int | None, typer.Option(help="Processes on this machine [default: this one alone].", show_default=False)] = None,
+    ray: Annotated[str | None, typer.Option(help="Address of a Ray cluster, or local to start one.", show_default=False)] = None,
+    per_gpu: Annotated[int, typer.Option(help="With --ray: workers that share a GPU.")] = 1,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Run again what failed before.")] = False,
     models: Models = None,
     json_: Json = False,
@@ -40,12 +42,12 @@ def run(
     from transformers.utils.logging import disable_progress_bar
 
     from patchlab.sweeps.driver import run_sweep
-    from patchlab.sweeps.executors.local import Local
-    from patchlab.sweeps.executors.processes import Processes
 
+    if workers is not None and ray is not None:
+        raise typer.BadParameter("give processes on this machine or a cluster, not both.", param_hint="--workers, --ray")
+    executor = _executor(workers, ray, per_gpu)
     disable_progress_bar()  # for files that load in a second
     name, runs = _runs(file, models)
-    executor = Local(progress=False) if workers is None else Processes(workers)
     about = {"name": name, "file": file.read_text(encoding="utf-8")}
     counts = run_sweep(runs, out, executor, retry_failed=retry_failed, about=about, say=say)
     if json_:
@@ -64,7 +66,11 @@ def plan(file: File, models: Models = None, json_: Json = False) -> None:
 
     _, runs = _runs(file, models)
     found = estimate(runs)
-    typer.echo(json.dumps(found.as_dict(), allow_nan=False) if json_ else fitted(str(found), terminal_width()))
+    if json_:
+        totals = {name: getattr(found, name) for name in ("forwards", "backwards", "seconds", "peak_bytes")}
+        typer.echo(json.dumps({"planned": len(runs), **totals, "runs": [one.as_dict() for one in found.runs]}, allow_nan=False))
+    else:
+        typer.echo(fitted(str(found), terminal_width()))
 
 
 @sweep.command(cls=Command)
@@ -115,7 +121,8 @@ def show(folder: Folder, key: Annotated[str, typer.Argument(help="The beginning 
     typer.echo(fitted("\n".join(lines), width))
     if "statistics" in record:
         shown = pd.DataFrame(record["statistics"])
-        typer.echo(table(shown.assign(**{name: shown[name].map(_number) for name in ("value", "lo", "hi")}), width))
+        numbers = {name: ["" if pd.isna(value) else f"{value:.4g}" for value in shown[name]] for name in ("value", "lo", "hi")}
+        typer.echo(table(shown.assign(**numbers), width))
     if "error" in record:
         typer.echo(record["error"]["traceback"])
 
@@ -143,6 +150,16 @@ def export(
         else:
             _to_parquet(table, temporary)
     typer.echo(f"wrote {len(table):,} rows to {file}")
+
+
+def _executor(workers: int | None, ray: str | None, per_gpu: int) -> Any:
+    from patchlab.sweeps.executors.local import Local
+    from patchlab.sweeps.executors.on_ray import OnRay
+    from patchlab.sweeps.executors.processes import Processes
+
+    if ray is not None:
+        return OnRay(ray, per_gpu=per_gpu)
+    return Local() if workers is None else Processes(workers)
 
 
 def _to_parquet(table: Any, path: Path) -> None:

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from patchlab import __version__
 from patchlab.errors import SweepError
@@ -18,6 +18,7 @@ ATTEMPTS = 3
 """Workers that a run may take with it before it counts as failed."""
 
 
+@runtime_checkable
 class Executor(Protocol):
     """Who does the groups of a sweep: this process, several, or a cluster."""
 

@@ -140,10 +140,21 @@ def _scored(run: RunSpec, name: str, task: "Task", sites: list[str], desk: Desk,
     needed, room = method.prepared(desk.model, task, sites, **options)[2], free_bytes(desk.model.device) * desk.share
     if needed > room:
         raise MethodError(
-            f"{run.label} is predicted to need {needed / 1e9:.1f} GB for a batch of {min(run.batch_size, len(task))} pairs, and {room / 1e9:.1f} GB are "
-            f"free for it. Lower batch_size, run fewer at once (--workers), or use a larger machine."
+            f"{run.label} is predicted to need {needed / 1e9:.1f} GB for a batch of {min(run.batch_size, len(task))} pairs, and "
+            f"{room / 1e9:.1f} GB are free for it. Lower batch_size, run fewer at once (--workers), or use a larger machine."
         )
-    scores = method.run(desk.model, task, sites, checkpoint=keeper, progress=desk.progress, **options)
+
+    def scored() -> ScoreMap:
+        return method.run(desk.model, task, sites, checkpoint=keeper, progress=desk.progress, **options)
+
+    try:
+        scores = scored()
+    except MethodError as error:
+        if keeper is None or keeper.read() is None:
+            raise
+        say(f"note: what was finished before is not used: {error}")
+        keeper.remove()
+        scores = scored()
     _warn(scores, say)
     return scores
 
