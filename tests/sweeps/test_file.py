@@ -183,11 +183,7 @@ exclude:
 
 def test_exclude_leaves_what_is_included(expanded):
     included = "include: {kind: score, methods: atp, sites: z, models: demo-gpt2-4l, tasks: ioi}"
-    runs = expanded(
-        HEAD
-        + RUNS.replace("[relp]", "[relp, atp]")
-        + "exclude: {method: atp}\ninclude: {kind: score, methods: atp, sites: z, models: demo-gpt2-4l, tasks: ioi}"
-    )
+    runs = expanded(HEAD + RUNS.replace("[relp]", "[relp, atp]") + "exclude: {method: atp}\n" + included)
     assert [run.what.method for run in runs] == ["relp", "atp"]
 
 
