@@ -14,7 +14,7 @@ import pandas as pd
 
 from patchlab.circuits.circuit import Circuit
 from patchlab.circuits.evaluation.ablations import OptimalFit
-from patchlab.circuits.evaluation.curve import check_plan
+from patchlab.circuits.evaluation.curve import check_plan, scored_edges
 from patchlab.circuits.evaluation.runner import Runner
 from patchlab.circuits.formats.mib import MIB_FRACTIONS
 from patchlab.circuits.heldout import three_sets
@@ -398,7 +398,8 @@ class _Planner:
         parts = [(held, circuits)]
         if what.smallest:
             sets = three_sets(task, seed=run.task.seed)
-            parts += [(sets.finding, 2 + len(sizes_to(graph.n_edges))), (sets.reporting, 2)]
+            scored, _ = scored_edges(graph, method)
+            parts += [(sets.finding, 1 + len(sizes_to(scored)) + (scored < graph.n_edges)), (sets.reporting, 2)]  # as size_grid
         plan = method.plan(self.model, choosing, ["edges"], **options)
         peak = method.prepared(self.model, choosing, ["edges"], **options)[2]
         shared = (run.group, method.name) in self.scored

@@ -265,14 +265,19 @@ def check_plan(graph: Graph, methods: Mapping[str, Any], sizes: Sequence[int] | 
             raise CircuitError(unknown(what, got, valid))
     for name, method in methods.items():
         wanted = [n for n, _, _ in _sizes_of(name, graph.n_edges, sizes)]
-        composite = getattr(method, "composite", None)
-        cut = {} if composite is None else composite.not_scored
-        scored = int(graph.allowed[:, ~np.isin(graph.reader_kind, list(cut))].sum())
+        scored, cut = scored_edges(graph, method)
         if beyond := [n for n in wanted if scored < n < graph.n_edges]:
             raise CircuitError(
                 f"{name} scores {scored:,} of the {graph.n_edges:,} edges (none into {' and '.join(cut)}), and circuits of {beyond[0]:,} edges were "
                 f"asked for. Give sizes up to {scored:,}, or leave {name} out."
             )
+
+
+def scored_edges(graph: Graph, method: Any) -> tuple[int, list[str]]:
+    """How many edges a method scores, and the kinds of readers whose edges it does not."""
+    composite = getattr(method, "composite", None)
+    cut = [] if composite is None else list(composite.not_scored)
+    return int(graph.allowed[:, ~np.isin(graph.reader_kind, cut)].sum()), cut
 
 
 Size = tuple[int, float, int]
