@@ -10,7 +10,8 @@ The files are the truth, and what is said of them elsewhere can be made again fr
     DIR/index.sqlite      which runs have results
 
 A result is acknowledged when each of its files, then ``run.json``, then the name of its folder, then the row of the index is on disk. What a
-killed process had not acknowledged is either whole, and found when the store is opened the next time, or removed.
+killed process had not acknowledged is either whole, and found when the store is opened the next time, or no result at all. Nothing but temporary
+files is ever deleted, unless :func:`patchlab.store.gc` is asked to.
 """
 
 import json
@@ -211,6 +212,8 @@ class RunStore:
                 raise OutputError(f"a file of a result cannot be called {name!r}. Use letters, digits and . _ + -, and neither {RECORD} nor {STALE}.")
         json_text(dict(record), f"the record of run {key}")
         folder = self.folder / RUNS / key
+        if known is not None:
+            index.write({key: None})  # readers look for it no more
         with _saying(folder):
             if folder.exists():
                 self._take_away(key)
@@ -273,10 +276,10 @@ class RunStore:
             self._say(f"the result of run {key[:12]} is stale: {why}. It is not used, and its run is pending again.")
 
     def _take_away(self, key: str) -> None:
-        """Move what a run's folder holds to ``stale/``, or remove it if it never was a result."""
+        """Move what a run's folder holds to ``stale/``."""
         folder, number = self.folder / RUNS / key, 1
-        if not (folder / RECORD).exists():
-            shutil.rmtree(folder)
+        if not any(folder.iterdir()):
+            folder.rmdir()
             return
         while (away := self.folder / OLD / f"{key}.{number}").exists():
             number += 1
@@ -353,21 +356,14 @@ class RunStore:
         return (_scanned(self.folder / RUNS, {}, lambda _: None), {}) if found is None else found
 
     def _settle(self, anew: bool) -> None:
-        """Make the index say what the files say, and remove what writes left that were cut off."""
+        """Make the index say what the files say."""
         index = self._writable()
         before = index.results()
-        known = {} if anew else before
-        found = _scanned(self.folder / RUNS, known, self._say)
+        found = _scanned(self.folder / RUNS, {} if anew else before, self._say)
         changes: dict[str, Result | None] = {key: one for key, one in found.items() if before.get(key) != one}
         if changes := changes | dict.fromkeys(before.keys() - found.keys()):
             index.write(changes)
         index.nothing_runs()
-        if anew:
-            return  # nobody knows which folders had results
-        with _saying(self.folder):
-            for folder in (self.folder / RUNS).iterdir():
-                if _KEY.fullmatch(folder.name) and folder.name not in before and folder.is_dir() and not (folder / RECORD).exists():
-                    shutil.rmtree(folder)
 
     def _writable(self) -> Index:
         if self._index is None:
