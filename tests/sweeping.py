@@ -55,7 +55,9 @@ def same_tables(one: Path, other: Path) -> None:
 
 def command(file: Path, out: Path, *options: str) -> subprocess.Popen[str]:
     """The command line, in a process group of its own."""
-    words = [sys.executable, "-c", "from patchlab.cli import main; main()", "sweep", "run", str(file), "--out", str(out), *options]
+    # where the tests run in the background of a shell, Ctrl-C is ignored, and what they start would do so too
+    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from patchlab.cli import main; main()"
+    words = [sys.executable, "-c", code, "sweep", "run", str(file), "--out", str(out), *options]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env, start_new_session=True)
 

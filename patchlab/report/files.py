@@ -12,6 +12,7 @@ import plotly.graph_objects as go
 
 from patchlab import __version__, plots
 from patchlab.comparison.job import Job, Results, scores_file
+from patchlab.report.html import inline
 from patchlab.report.page import render
 from patchlab.store.files import writing
 from patchlab.store.folder import listed
@@ -52,15 +53,11 @@ def write(folder: Path, results: Results, *, images: bool = True, say: Callable[
     if images and (reason := _images(figures, folder)):
         say(f"no PNG files: {reason}")
     run = _record(results, listed(folder, "index.html"))
-    inline = {name: _inline(name, figure) for name, figure in figures.items()}
+    drawn = {name: inline(name, figure) for name, figure in figures.items()}
     with writing(folder / "index.html", overwrite=True) as temporary:
-        temporary.write_text(render(results, inline, run["files"], run), encoding="utf-8")
+        temporary.write_text(render(results, drawn, run["files"], run), encoding="utf-8")
     run = finish(folder, run, run["files"])
     return run | {"comparison": results.comparison.to_dict()}
-
-
-def _inline(name: str, figure: go.Figure) -> str:
-    return figure.to_html(full_html=False, include_plotlyjs=False, div_id=f"figure-{name}", config={"displaylogo": False})
 
 
 def _images(figures: dict[str, go.Figure], folder: Path) -> str:

@@ -2,15 +2,14 @@
 
 from collections.abc import Mapping
 from html import escape
-from importlib.resources import files
 from pathlib import Path
 
 import pandas as pd
 
 from patchlab.comparison.job import Results
 from patchlab.errors import OutputError
-from patchlab.plots import DARK
 from patchlab.report.findings import FORMS, findings, with_interval
+from patchlab.report.html import document, listed
 from patchlab.store.files import writing
 
 PAGE = "index.html"
@@ -59,14 +58,12 @@ def write_overview(folder: Path, comparisons: Mapping[str, Results]) -> None:
     Raises:
         OutputError: the page cannot be written.
     """
-    css = files("patchlab.report").joinpath("page.css").read_text(encoding="utf-8")
     body = [f"<h1>{escape(' and '.join(dict.fromkeys(one.model.name for one in comparisons.values())))}: patching methods compared</h1>"]
     for name, results in comparisons.items():
-        lines = "".join(f"<li>{escape(line)}</li>" for line in findings(results.comparison, results.maps[results.job.reference]))
-        body.append(f'<section><h3><a href="{escape(name)}/index.html">{escape(headline(results))}</a></h3><ul>{lines}</ul></section>')
+        lines = listed(findings(results.comparison, results.maps[results.job.reference]))
+        body.append(f'<section><h3><a href="{escape(name)}/index.html">{escape(headline(results))}</a></h3>{lines}</section>')
     table = agreement_table(comparisons).to_html(index=False, border=0)
     body.append(f'<h2>Pearson correlation with exact patching, live cells, 95 % intervals</h2><div class="scroll">{table}</div>')
-    head = f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">{_MARK}<meta name="viewport" content="width=device-width, initial-scale=1">'
-    text = f"{head}<title>Patching methods compared</title><style>\n{css}{DARK}\n</style></head><body><main>{''.join(body)}</main></body></html>\n"
+    text = document("Patching methods compared", "".join(body), plotly=False, head=_MARK)
     with writing(folder / PAGE, overwrite=True) as temporary:
         temporary.write_text(text, encoding="utf-8")

@@ -2,17 +2,16 @@
 
 import json
 import math
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping
 from html import escape
-from importlib.resources import files
 from typing import Any
 
 import pandas as pd
 
 from patchlab.comparison.compare import CELLS, FORMS, QUARTILES, STATISTICS, Comparison
 from patchlab.comparison.job import Results
-from patchlab.plots import DARK
 from patchlab.report.findings import findings
+from patchlab.report.html import captioned, document, paragraph, table
 
 _MOVED = {
     "denoising": "clean activations are moved into the corrupted run",
@@ -32,22 +31,6 @@ COSTS = {
     "cuda_peak_bytes": "most GPU memory used, MB",
 }
 
-FIT = """
-function fit() {
-  for (const figure of document.querySelectorAll("figure .plotly-graph-div")) {
-    const { width, height } = figure.layout, box = figure.parentElement;
-    if (!width) continue;
-    const room = figure.closest("figure").clientWidth - 16, scale = Math.max(0.65, Math.min(1, room / width));
-    const transform = scale < 1 ? `scale(${scale})` : "";
-    Object.assign(figure.style, { width: `${width}px`, height: `${height}px`, transformOrigin: "0 0", transform });
-    Object.assign(box.style, { width: `${width * scale}px`, height: `${height * scale}px`, overflow: "hidden" });
-  }
-}
-addEventListener("load", fit);
-addEventListener("resize", fit);
-"""
-"""Figures have a width in pixels: on a narrower page they shrink, to no less than 65 % (below that they scroll)."""
-
 
 def render(results: Results, figures: Mapping[str, str], written: Iterable[str], run: Mapping[str, Any]) -> str:
     """The whole page.
@@ -64,29 +47,23 @@ def render(results: Results, figures: Mapping[str, str], written: Iterable[str],
         "Agreement": _agreement(results),
         **({"Differences": _differences(results.comparison, figures["differences"])} if "differences" in figures else {}),
         "Cost": _costs(results),
-        "Intervals": _figure(figures["comparison"], "The table, drawn: each bar is a statistic with its 95 % interval."),
-        "Cell by cell": _figure(figures["agreement"], "Each point is one cell of the example-mean map: the approximation against the exact effect."),
-        "Heatmaps": _figure(figures["heatmaps"], "Example-mean effect of patching each cell; the methods of a site share a colour scale."),
+        "Intervals": captioned(figures["comparison"], "The table, drawn: each bar is a statistic with its 95 % interval."),
+        "Cell by cell": captioned(
+            figures["agreement"], "Each point is one cell of the example-mean map: the approximation against the exact effect."
+        ),
+        "Heatmaps": captioned(figures["heatmaps"], "Example-mean effect of patching each cell; the methods of a site share a colour scale."),
         "Provenance": _provenance(results, run),
         "Files": _files(name for name in written if name != "index.html"),
     }
     anchors = {name: name.lower().replace(" ", "-") for name in sections}
-    css = files("patchlab.report").joinpath("page.css").read_text(encoding="utf-8")
-    return "\n".join(
-        [
-            "<!doctype html>",
-            '<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">',
-            f"<title>{escape(title)}</title>",
-            f"<style>\n{css}{DARK}\n</style>",
-            '<script src="plotly.min.js"></script></head>',
-            f"<body><main><h1>{escape(title)}</h1>",
-            _introduction(results),
-            *(_paragraph(line) for line in findings(results.comparison, results.maps[results.job.reference])),
-            "<nav>" + "".join(f'<a href="#{anchor}">{name}</a>' for name, anchor in anchors.items()) + "</nav>",
-            *(f'<section id="{anchors[name]}"><h2>{name}</h2>{body}</section>' for name, body in sections.items()),
-            f"</main><script>{FIT}</script></body></html>\n",
-        ]
-    )
+    body = [
+        f"<h1>{escape(title)}</h1>",
+        _introduction(results),
+        *(paragraph(line) for line in findings(results.comparison, results.maps[results.job.reference])),
+        "<nav>" + "".join(f'<a href="#{anchor}">{name}</a>' for name, anchor in anchors.items()) + "</nav>",
+        *(f'<section id="{anchors[name]}"><h2>{name}</h2>{part}</section>' for name, part in sections.items()),
+    ]
+    return document(title, "\n".join(body))
 
 
 def _introduction(results: Results) -> str:
@@ -97,7 +74,7 @@ def _introduction(results: Results) -> str:
     source = str(exact.provenance["method_options"].get("source", "paired"))
     run = "corrupted" if job.direction == "denoising" else "clean"
     moved = _MOVED.get(job.direction, "") if source == "paired" else f"{SOURCES[source]} put into the {run} run"
-    return _paragraph(
+    return paragraph(
         f"{len(results.task)} pairs of a clean and a corrupted prompt; {results.model.name} prefers the clean answer on "
         f"{results.accuracy['clean']:.0%} of the clean and {results.accuracy['corrupted']:.0%} of the corrupted prompts. "
         f"Direction {job.direction}: {moved}, one cell at a time, and a score is the effect of that on "
@@ -110,7 +87,7 @@ def _agreement(results: Results) -> str:
     comparison = results.comparison
     about = comparison.setting
     parts = [
-        _paragraph(
+        paragraph(
             f"With 95 % bootstrap intervals over examples ({about['n_boot']} draws, the same for all methods). The Pearson correlation has three "
             "forms: of example-mean maps; per prompt, over the effects on one prompt (the mean over prompts, with their quartiles); and pooled, over "
             "the effects on all prompts at once. The other statistics are of example-mean maps. Slope is through the origin: approximation = "
@@ -119,23 +96,23 @@ def _agreement(results: Results) -> str:
         )
     ]
     for cells, what in CELLS.items():
-        table = _statistics(comparison.table.query("cells == @cells"))
+        shown = _statistics(comparison.table.query("cells == @cells"))
         rows = comparison.reliability.query("cells == @cells")
         reliability = ", ".join(f"{site} {_number(value)}" for site, value in zip(rows["site"], rows["reliability"], strict=True))
-        body = table + _paragraph(f"Split-half reliability of the exact map (Spearman–Brown): {reliability}.", "muted")
+        body = shown + paragraph(f"Split-half reliability of the exact map (Spearman–Brown): {reliability}.", "muted")
         title = f"Over {escape(what)}"
         parts.append(f"<h3>{title}</h3>{body}" if cells == "live" else f"<details><summary>{title}</summary>{body}</details>")
-    return "".join(parts + [_paragraph(f"Note: {note}") for note in comparison.notes])
+    return "".join(parts + [paragraph(f"Note: {note}") for note in comparison.notes])
 
 
-def _statistics(table: pd.DataFrame) -> str:
+def _statistics(agreement: pd.DataFrame) -> str:
     rows = []
-    for site, group in table.groupby("site", sort=False):
+    for site, group in agreement.groupby("site", sort=False):
         for row in group.to_dict("records"):
             values = {name: _with_interval(*(row[f"{name}{end}"] for end in ("", "_lo", "_hi"))) for name in STATISTICS}
             values["pearson_per_prompt"] += _prompts(row)
             rows.append([escape(str(site)), escape(str(row["method"])), *values.values(), str(row["k"]), str(row["n_cells"])])
-    return _table(["site", "method", *STATISTICS.values(), "k", "cells"], rows, text_columns=2)
+    return table(["site", "method", *STATISTICS.values(), "k", "cells"], rows, text_columns=2)
 
 
 def _prompts(row: Mapping[Hashable, Any]) -> str:
@@ -152,7 +129,7 @@ def _differences(comparison: Comparison, figure: str) -> str:
         "methods see the same draws, so it can exclude 0 where their own intervals overlap. Intervals are of one pair each; among many, some "
         "exclude 0 by chance."
     )
-    parts = [_paragraph(text), _figure(figure, "The differences, drawn: right of the line the first method of the pair agrees better.")]
+    parts = [paragraph(text), captioned(figure, "The differences, drawn: right of the line the first method of the pair agrees better.")]
     for cells, what in CELLS.items():
         rows = []
         for site, group in comparison.differences.query("cells == @cells").groupby("site", sort=False):
@@ -160,8 +137,8 @@ def _differences(comparison: Comparison, figure: str) -> str:
                 values = (_with_interval(*(row[f"{name}{end}"] for end in ("", "_lo", "_hi")), signed=True) for name in FORMS)
                 pair = f"{row['method']} − {row['other']}"
                 rows.append([escape(str(site)), escape(pair), *values, str(row["pearson_per_prompt_undefined"])])
-        table = _table(["site", "difference", *FORMS.values(), "undefined prompts"], rows, text_columns=2)
-        parts.append(f"<details{' open' if cells == 'live' else ''}><summary>Over {escape(what)}</summary>{table}</details>")
+        shown = table(["site", "difference", *FORMS.values(), "undefined prompts"], rows, text_columns=2)
+        parts.append(f"<details{' open' if cells == 'live' else ''}><summary>Over {escape(what)}</summary>{shown}</details>")
     return "".join(parts)
 
 
@@ -173,7 +150,7 @@ def _costs(results: Results) -> str:
         values = [_number(row[name], 2) if name == "seconds" else _count(row[name], name) for name in shown]
         rows.append([escape(str(row["method"])), *values])
     sentences = "".join(f"<li>{escape(sentence)}</li>" for sentence in results.comparison.cost_sentences())
-    return f"<ul>{sentences}</ul>" + _table(["method", *(COSTS[name] for name in shown)], rows) + _verified_recall(results)
+    return f"<ul>{sentences}</ul>" + table(["method", *(COSTS[name] for name in shown)], rows) + _verified_recall(results)
 
 
 def _verified_recall(results: Results) -> str:
@@ -189,7 +166,7 @@ def _verified_recall(results: Results) -> str:
         "What it costs to verify the k largest exact effects with a method as the screen: how many of the live cells must be patched "
         "exactly, in the order of |score|, to have 95 % and all of them."
     )
-    return _paragraph(text) + _table(["site", "method", "k", "live cells", "95 % found in", "all found in"], rows, text_columns=2)
+    return paragraph(text) + table(["site", "method", "k", "live cells", "95 % found in", "all found in"], rows, text_columns=2)
 
 
 def _provenance(results: Results, run: Mapping[str, Any]) -> str:
@@ -214,27 +191,6 @@ def _provenance(results: Results, run: Mapping[str, Any]) -> str:
 
 def _files(names: Iterable[str]) -> str:
     return "<ul>" + "".join(f'<li><a href="{escape(name)}">{escape(name)}</a></li>' for name in sorted(names)) + "</ul>"
-
-
-def _figure(html: str, caption: str) -> str:
-    return f"<figure><figcaption>{escape(caption)}</figcaption>{html}</figure>"
-
-
-def _paragraph(text: str, kind: str = "") -> str:
-    return f'<p class="{kind}">{escape(text)}</p>' if kind else f"<p>{escape(text)}</p>"
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]], *, text_columns: int = 1) -> str:
-    """A table of cells that are HTML already; rows whose first cell repeats are one group, which names it once."""
-    kinds = [' class="text"' if column < text_columns else "" for column in range(len(head))]
-    body, group = [], None
-    for row in rows:
-        first, group = row[0] != group, row[0]
-        cells = [row[0] if first else "", *row[1:]]
-        columns = "".join(f"<td{kind}>{cell}</td>" for kind, cell in zip(kinds, cells, strict=True))
-        body.append(f"<tr{' class=first' if first else ''}>{columns}</tr>")
-    top = "".join(f"<th{kind}>{escape(name)}</th>" for kind, name in zip(kinds, head, strict=True))
-    return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
 
 
 def _with_interval(value: float | int, low: float | int, high: float | int, *, signed: bool = False) -> str:
