@@ -74,10 +74,12 @@ class Steps:
 
 
 def no_space(at: int) -> Callable[[int], None]:
-    """A disk that is full at one step."""
+    """A disk that is full at one step, for once."""
+    left = [at]
 
     def fail(number: int) -> None:
-        if number == at:
+        if number in left:
+            left.clear()
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     return fail

@@ -187,7 +187,10 @@ def _move_in(staging: Path, target: Path) -> None:
             f"with --out."
         )
     old = {name for name in earlier | new if (target / name).exists()}
-    kept = Path(tempfile.mkdtemp(prefix=_OLD, dir=target))
+    try:
+        kept = Path(tempfile.mkdtemp(prefix=_OLD, dir=target))
+    except OSError as error:
+        raise OutputError(_unwritable(target, error)) from error
     moves = [(target / name, kept / name) for name in reversed(_index_last(old))] + [(staging / name, target / name) for name in _index_last(new)]
     done: list[tuple[Path, Path]] = []
     try:

@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import sys
+import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -16,12 +17,13 @@ from patchlab.errors import OutputError
 
 _PATIENCE = 0.2
 """Seconds in which a lock that was only looked at is free again."""
-_held: set[tuple[int, int]] = set()
-"""Lock files that this process holds. Looking at one would release it where the system keeps locks per process (NFS)."""
+_held: "weakref.WeakSet[Lock]" = weakref.WeakSet()
+"""Locks that this process holds. Looking at the file of one would release it where the system keeps locks per process (NFS)."""
 
 
 class Lock:
-    """A kernel lock on a file, with a second file that says who holds it: it is free as soon as the holder has ended, however that was.
+    """A kernel lock on a file, with a second file that says who holds it: it is free as soon as the holder
+    has ended, however that was.
 
     >>> Lock(Path("out/.lock")).acquire(lambda who: f"out is in use by {who}.")  # doctest: +SKIP
     """
@@ -53,7 +55,7 @@ class Lock:
         try:
             found = self.path.stat()
             self._id = (found.st_dev, found.st_ino)
-            _held.add(self._id)
+            _held.add(self)
             now = datetime.now(UTC).isoformat(sep=" ", timespec="seconds")
             self.owner.write_text(json.dumps({"pid": os.getpid(), "host": platform.node(), "since": f"{now[:19]} UTC"}), encoding="utf-8")
         except BaseException:
@@ -66,7 +68,7 @@ class Lock:
             with suppress(OSError):
                 self.owner.unlink(missing_ok=True)
             self._lock.release()
-        _held.discard(self._id or (0, 0))
+        _held.discard(self)
         self._id = None
 
     def holder(self) -> str:
@@ -81,7 +83,7 @@ class Lock:
         """Whether anybody holds it, found out without writing anything."""
         try:
             found = self.path.stat()
-            if (found.st_dev, found.st_ino) in _held:
+            if any(lock._id == (found.st_dev, found.st_ino) for lock in _held):
                 return True
             handle = os.open(self.path, os.O_RDONLY)
         except OSError:

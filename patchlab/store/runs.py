@@ -175,8 +175,8 @@ class RunStore:
     def unplan(self, keys: Iterable[str]) -> None:
         """Take runs out of the plan; results that they have stay until they are removed."""
         self._writable()
-        gone = set(keys)
-        self._write_plan({key: record for key, record in self._plan.items() if key not in gone})
+        if gone := set(keys) & self._plan.keys():
+            self._write_plan({key: record for key, record in self._plan.items() if key not in gone})
 
     def _write_plan(self, runs: dict[str, dict[str, Any]]) -> None:
         write_json(self.folder / PLAN, {"format": FORMAT, "runs": runs}, overwrite=True)

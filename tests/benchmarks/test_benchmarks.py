@@ -97,9 +97,26 @@ def test_results_are_replaced_row_by_row() -> None:
     assert found["pairs"] == 8
 
 
+def test_store() -> None:
+    script = [sys.executable, str(ROOT / "benchmarks" / "store.py"), "--runs", "3", "--stored", "2", "--kilobytes", "1", "--json"]
+    done = subprocess.run(script, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert (report["runs"], report["stored"]) == (3, 2)
+    assert report["store_ms"] > 0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "script", ["benchmarks/edges.py", "benchmarks/exact_sweep.py", "benchmarks/linearized.py", "scripts/pages/make_performance_page.py"]
+    "script",
+    [
+        "benchmarks/edges.py",
+        "benchmarks/exact_sweep.py",
+        "benchmarks/linearized.py",
+        "benchmarks/store.py",
+        "scripts/kill_store.py",
+        "scripts/pages/make_performance_page.py",
+    ],
 )
 def test_every_benchmark_says_what_it_does(script: str) -> None:
     done = subprocess.run([sys.executable, str(ROOT / script), "--help"], capture_output=True, text=True, check=False)

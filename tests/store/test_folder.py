@@ -1,9 +1,11 @@
 """The result folder: refused before computing, whole or absent, and never at the cost of earlier results."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
+from store_steps import Steps, no_space
 
 from patchlab.errors import OutputError
 from patchlab.store.folder import result_folder
@@ -164,3 +166,36 @@ def test_a_file_and_an_unwritable_place_are_named(tmp_path):
     for place, message in ((tmp_path / "file", "is a file; results go into a folder"), (Path("/proc/patchlab"), "cannot write to /proc/patchlab")):
         with pytest.raises(OutputError, match=message), result_folder(place):
             pytest.fail("must be refused")
+
+
+def test_what_is_staged_is_on_disk_before_it_moves_and_run_json_moves_last(tmp_path):
+    with result_folder(tmp_path / "out") as folder:
+        write(folder, a__txt="old", b__txt="old")
+    steps = Steps(tmp_path / "out")
+    with steps.watched(), result_folder(tmp_path / "out", force=True) as folder:
+        write(folder, a__txt="new", c__txt="new")
+        steps.taken.clear()
+    staged = ".patchlab-unfinished"
+    taken = [(what, re.sub(r"old-\w+", "old", name)) for what, name in steps.taken if what in ("flush", "rename")]
+    assert sorted(taken[:4]) == [("flush", staged), *(("flush", f"{staged}/{name}") for name in ("a.txt", "c.txt", "run.json"))]
+    assert taken[4:] == [
+        *(("rename", f".patchlab-old/{name}") for name in ("run.json", "b.txt", "a.txt")),
+        *(("rename", name) for name in ("a.txt", "c.txt")),
+        ("flush", ".patchlab-old"),
+        ("flush", "."),
+        ("rename", "run.json"),
+        ("flush", "."),
+    ]
+
+
+@pytest.mark.parametrize("at", range(14))
+def test_a_full_disk_while_results_move_leaves_the_earlier_ones(tmp_path, at):
+    with result_folder(tmp_path / "out") as folder:
+        write(folder, a__txt="old", b__txt="old")
+    steps = Steps(tmp_path / "out")
+    with pytest.raises(OutputError, match="No space left on device"), steps.watched(), result_folder(tmp_path / "out", force=True) as folder:
+        write(folder, a__txt="new", c__txt="new")
+        steps.taken.clear()
+        steps.before = no_space(at)
+    assert contents(tmp_path / "out") == {"a.txt": "old", "b.txt": "old"}
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["files"] == ["a.txt", "b.txt", "run.json"]

@@ -193,7 +193,7 @@ def test_a_disk_that_is_full(small_disk: Path) -> None:
 
 
 def test_killed_at_random_moments() -> None:
-    command = [sys.executable, str(ROOT / "scripts" / "kill_store.py"), "--kills", "5", "--runs", "100", "--json"]
+    command = [sys.executable, str(ROOT / "scripts" / "kill_store.py"), "--kills", "5", "--runs", "40", "--json"]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
