@@ -171,6 +171,7 @@ def loaded_after(code: str) -> set[str]:
     [
         "import patchlab; patchlab.__version__; dir(patchlab)",
         "import patchlab.cli",
+        "import patchlab.sweeps.file",
         "import sys; from patchlab.cli import app; app(['--help'], standalone_mode=False)",
         "import sys; from patchlab.cli import app; app(['compare', '--help'], standalone_mode=False)",
         "import sys; from patchlab.cli import app; app(['sites'], standalone_mode=False)",

@@ -27,7 +27,7 @@ from patchlab.methods.setting.fingerprint import identify
 from patchlab.methods.setting.liveness import live_cells, live_patterns, pattern_cells, without_path
 from patchlab.methods.setting.meter import Meter
 from patchlab.methods.setting.setting import DIRECTIONS, SOURCES, Setting
-from patchlab.methods.setting.unpatched import Runs, Scored, check_metric, mean_source, unpatched
+from patchlab.methods.setting.unpatched import Runs, Scored, check_metric, mean_source, resumable, unpatched
 from patchlab.metrics import PACKAGED
 from patchlab.models import Model
 from patchlab.progress import progress_bar
@@ -215,6 +215,8 @@ class Method(ABC):
         setting, batches, _ = self.prepared(model, task, sites, direction=direction, batch_size=batch_size, max_memory=max_memory)
         means = self.source.startswith("mean")
         forwards = (self.forwards(setting) + (2 if self.unit == "cell" else 0) + means) * len(batches)
+        if self.unit == "cell" and self.resumes(setting):  # a baseline in the whole leaves nothing to resume cells from, so it is run once more
+            forwards += sum(not resumable(setting, batch, self.source) for batch in batches)
         return Plan(forwards, self.backwards(setting) * len(batches), self.work(setting) + means, self._uncounted(setting))
 
     def _uncounted(self, setting: Setting) -> tuple[str, ...]:

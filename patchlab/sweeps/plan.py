@@ -159,13 +159,13 @@ def _passes(forwards: int, backwards: int) -> str:
     return f"{forwards:,} forward" + (f" and {backwards:,} backward" if backwards else "") + " passes"
 
 
-def _time(seconds: float) -> str:
+def _time(seconds: int | float) -> str:
     if not np.isfinite(seconds):
         return "time not known"
     return duration(seconds) if seconds >= 1 else "under 1 s"
 
 
-def size(count: float) -> str:
+def size(count: int | float) -> str:
     """A number of bytes as people say it.
 
     >>> size(1.5e6), size(3e10)
@@ -174,7 +174,7 @@ def size(count: float) -> str:
     return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
 
 
-def estimate(runs: Iterable[RunSpec], *, load: Callable[..., Model] = load_model, calibration: float = CALIBRATION) -> Plan:
+def estimate(runs: Iterable[RunSpec], *, load: Callable[..., Model] = load_model, calibration: int | float = CALIBRATION) -> Plan:
     """Estimate what runs take; every model is loaded once and nothing is patched.
 
     A run that would fail for another reason than memory is part of the plan, with its reason: the sweep goes on without it.
@@ -261,7 +261,7 @@ def _folder(spec: ModelSpec) -> Path | None:
 class _Clock:
     """Seconds per token on this machine, measured while there is time left, and scaled by the number of weights after that."""
 
-    def __init__(self, limit: float, models: int) -> None:
+    def __init__(self, limit: int | float, models: int) -> None:
         self.limit, self.left, self.models = limit, limit, models
         self.rates: dict[str, list[tuple[int, float]]] = {"forward": [], "circuit": []}
         self.scaled: list[str] = []

@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from paths import ROOT
+from safetensors.torch import load_file
 
 from patchlab import circuits
 from patchlab.circuits.evaluation.runner import Runner
@@ -35,7 +36,7 @@ def planned(demo_gpt2_4l):
     return lambda *runs, **options: estimate(runs, load=lambda *_, **__: demo_gpt2_4l, **options)
 
 
-@pytest.mark.parametrize("method", ["exact", "atp", "relp+ig:3", "exact@mean", "atp+qk"])
+@pytest.mark.parametrize("method", ["exact", "exact@zero", "exact@mean", "atp", "relp+ig:3", "atp+qk", "relp@mean"])
 @pytest.mark.parametrize("direction", ["denoising", "noising"])
 def test_scores_take_the_passes_that_were_planned(planned, demo_gpt2_4l, method, direction):
     run = run_of(ScoreSpec(method=method, sites=["z", "q"]), direction=direction)
@@ -45,7 +46,17 @@ def test_scores_take_the_passes_that_were_planned(planned, demo_gpt2_4l, method,
     )
     assert (one.forwards, one.backwards) == (found.cost.forwards, found.cost.backwards)
     assert one.forwards > 2
-    assert one.peak_bytes == found.cost.predicted_bytes + weight_bytes(MODEL) + sum(part.nbytes for part in demo_gpt2_4l.bridge.buffers())
+    weights = sum(part.nbytes for part in (*demo_gpt2_4l.bridge.parameters(), *demo_gpt2_4l.bridge.buffers()))
+    assert one.peak_bytes == found.cost.predicted_bytes + weights
+
+
+@pytest.mark.parametrize("metric", ["neg_kl", "prob_diff"])
+@pytest.mark.parametrize("direction", ["denoising", "noising"])
+@pytest.mark.parametrize("method", ["exact", "exact[engine=literal]@mean"])
+def test_exact_patching_takes_the_passes_that_were_planned_with_every_metric(planned, demo_gpt2_4l, metric, direction, method):
+    run = run_of(ScoreSpec(method=method, sites="z"), direction=direction, metric=metric)
+    found = scoring_method(method).run(demo_gpt2_4l, run.task.load(demo_gpt2_4l), "z", direction=direction, batch_size=3, progress=False)
+    assert planned(run).forwards == found.cost.forwards
 
 
 @pytest.mark.parametrize(
@@ -129,7 +140,7 @@ def test_constants_that_are_fitted_take_their_steps(planned):
 def test_a_run_that_would_fail_is_told_and_the_others_are_planned(planned):
     runs = [
         run_of(ScoreSpec(method="atp", sites="z")),
-        run_of(ScoreSpec(method="atp", sites="z"), n=100_000),
+        run_of(ScoreSpec(method="atp", sites="z"), name="facts", n=5000),
         run_of(ScoreSpec(method="atp", sites="z"), positions="NOWHERE"),
         run_of(CircuitSpec(method="relp-ah")),
         run_of(CircuitSpec(method="atp", sizes=(10**9,))),
@@ -159,8 +170,7 @@ def replace_model(**fields: Any) -> ModelSpec:
 
 def test_a_run_that_cannot_fit_is_refused(planned, monkeypatch):
     run = run_of(ScoreSpec(method="exact", sites="resid_pre"))
-    (one,) = planned(run).runs
-    monkeypatch.setattr(module, "free_bytes", lambda device: one.peak_bytes - weight_bytes(MODEL) - 200_000)
+    monkeypatch.setattr(module, "free_bytes", lambda device: 100_000)
     monkeypatch.setattr(module, "_check_weights", lambda *_: None)
     with pytest.raises(
         SweepError, match=r"ioi\[8\] seed 0, denoising: exact on resid_pre: it is predicted to need .* free on cpu\. Lower batch_size \(now 3\)"
@@ -174,12 +184,13 @@ def test_a_model_whose_weights_cannot_fit_is_refused_before_it_is_loaded(monkeyp
     def load(*_, **__):
         raise AssertionError("it was loaded")
 
-    with pytest.raises(SweepError, match=r"the weights of demo-gpt2-4l in float32 take 0\.5 MB, and .* are free on cpu\. Take a smaller dtype"):
+    with pytest.raises(SweepError, match=r"the weights of demo-gpt2-4l in float32 take 0\.9 MB, and .* are free on cpu\. Take a smaller dtype"):
         estimate([run_of(ScoreSpec(method="exact", sites="z"))], load=load)
 
 
 def test_weights_take_what_their_files_say(demo_gpt2_4l, tmp_path):
-    numbers = sum(part.numel() for part in {id(part): part for part in demo_gpt2_4l.bridge.parameters()}.values())
+    numbers = sum(part.numel() for part in load_file(DEMO_MODELS["demo-gpt2-4l"] / "model.safetensors").values())
+    assert 0 < numbers <= sum(part.numel() for part in demo_gpt2_4l.bridge.parameters())
     assert weight_bytes(MODEL) == 4 * numbers
     assert weight_bytes(replace_model(dtype="bfloat16")) == 2 * numbers
     assert weight_bytes(ModelSpec(name="nobody-has-this", content="hub:x@y")) == 0
@@ -252,7 +263,8 @@ def small(folder: Path, family: str, sizes: dict[str, Any], vocabulary: int) -> 
     width = {"n_embd": 32, "n_positions": 32} if family == "GPT2" else {"hidden_size": 32, "intermediate_size": 48, "max_position_embeddings": 32}
     torch.manual_seed(0)
     config = getattr(transformers, f"{family}Config")(vocab_size=vocabulary, bos_token_id=0, eos_token_id=0, pad_token_id=None, **width, **sizes)
-    getattr(transformers, f"{family}ForCausalLM")(config).save_pretrained(folder)
+    head = "LMHeadModel" if family == "GPT2" else "ForCausalLM"
+    getattr(transformers, f"{family}{head}")(config).save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(DEMO_MODELS["demo-gpt2"] / name, folder)
     return folder
@@ -269,12 +281,15 @@ def test_the_study_of_the_paper_is_planned_without_a_network(tmp_path, demo_gpt2
     assert {run.model.dtype for run in runs if run.model.name == "Qwen/Qwen2-7B"} == {"bfloat16"}
     plan = estimate(runs)
     assert not plan.problems
-    for name, (_, sizes) in SHAPES.items():
-        layers = sizes.get("n_layer", sizes.get("num_hidden_layers"))
+    cells = {}
+    for name in SHAPES:
         exact, atp, relp = (one for one in plan.runs if one.run.model.name == name)
-        assert (atp.forwards, atp.backwards) == (relp.forwards, relp.backwards) == (2 * atp.backwards, -(-100 // exact.run.batch_size))
-        cells = exact.forwards / atp.backwards - 2
-        assert layers * 3 < cells <= layers * 3 * 20
+        batches = -(-100 // exact.run.batch_size)
+        assert (atp.forwards, atp.backwards) == (relp.forwards, relp.backwards) == (2 * batches, batches)
+        cells[name] = exact.forwards / batches - 2
+    assert 0 < cells["gpt2"] < cells["gpt2-medium"] < cells["gpt2-large"], "deeper models have more cells"
+    assert 0 < cells["EleutherAI/pythia-70m"] < cells["EleutherAI/pythia-410m"]
+    assert 0 < cells["Qwen/Qwen2-0.5B"] < cells["Qwen/Qwen2-7B"] == cells["google/gemma-2-2b"]
     assert len(plan.by_model) == 8
 
 

@@ -76,10 +76,8 @@ def unpatched(
         resume: run the baseline only from the first difference on where that gives the same. Its gradients before are then zero, as are
             the differences that they are multiplied by.
     """
-    start = first_difference(batch)
-    answer_only = setting.task.metric.reads == "answer" and not (setting.task.metric.needs_clean and setting.direction == "noising")
-    if resume and start and source == "paired" and answer_only and not setting.surrounding:
-        return _resumed(setting, batch, meter, at=at, baseline=baseline, start=start)
+    if resume and resumable(setting, batch, source):
+        return _resumed(setting, batch, meter, at=at, baseline=baseline, start=first_difference(batch))
     denoising = setting.direction == "denoising"
     kept = {"keep": at if source == "paired" else ()}
     clean = _run_clean(setting, batch, meter, kept if denoising else baseline)
@@ -131,6 +129,12 @@ def of_rows(runs: Runs, rows: Int[np.ndarray, " row"]) -> Runs:
 def first_difference(batch: Batch) -> int:
     """First position at which any pair of a batch differs (0 if none does): with paired sources nothing before it can change."""
     return int((batch.clean != batch.corrupted).any(0).int().argmax())
+
+
+def resumable(setting: Setting, batch: Batch, source: str) -> bool:
+    """Whether running the baseline only from the first difference on gives the same."""
+    answer_only = setting.task.metric.reads == "answer" and not (setting.task.metric.needs_clean and setting.direction == "noising")
+    return first_difference(batch) > 0 and source == "paired" and answer_only and not setting.surrounding
 
 
 def _resumed(setting: Setting, batch: Batch, meter: Meter, *, at: tuple[Target, ...], baseline: Mapping[str, Any], start: int) -> Runs:
