@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from patchlab import sources as sources
     from patchlab import sweeps as sweeps
     from patchlab.circuits import Circuit as Circuit
-    from patchlab.comparison import Comparison as Comparison
     from patchlab.comparison import compare as compare
     from patchlab.engine import intervene as intervene
     from patchlab.errors import PatchlabError as PatchlabError
@@ -43,7 +42,6 @@ _HOMES = {
     "sources": "",
     "sweeps": "",
     "Circuit": "circuits",
-    "Comparison": "comparison",
     "compare": "comparison",
     "intervene": "engine",
     "PatchlabError": "errors",

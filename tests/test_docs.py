@@ -15,7 +15,10 @@ from paths import ROOT
 from typer.testing import CliRunner
 
 DOCS = ROOT / "docs"
-NOT_RUN = {("docs/howto/own.md", 'model = pl.load_model("gpt2", dtype="float32", device="cpu")'): "a hub model: tests have no network"}
+NOT_RUN = {
+    ("docs/howto/own.md", 'model = pl.load_model("gpt2", dtype="float32", device="cpu")'): "a hub model: tests have no network",
+    ("docs/howto/sweeps.md", 'sweep = pl.sweeps.open("out")'): "tests/sweeps reads sweeps",
+}
 """Blocks that are shown and not run, by page and first line, with the reason."""
 
 

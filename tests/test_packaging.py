@@ -217,7 +217,6 @@ def test_compare_is_the_function_also_after_its_module_was_imported():
 
     module = importlib.import_module("patchlab.comparison.compare")
     assert pl.compare is module.compare
-    assert pl.Comparison is module.Comparison
 
 
 def test_packaged_models_and_typing_marker_are_in_the_package():

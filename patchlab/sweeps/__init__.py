@@ -5,7 +5,18 @@
 :mod:`patchlab.sweeps.results` reads what came of them.
 """
 
-from patchlab.sweeps.results import Sweep
-from patchlab.sweeps.results import open_sweep as open  # noqa: A004 - as in pl.sweeps.open
+import importlib
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["Sweep", "open"]
+if TYPE_CHECKING:
+    from patchlab.sweeps.results import Sweep as Sweep
+    from patchlab.sweeps.results import open_sweep as open  # noqa: A004 - as in pl.sweeps.open
+
+_HOMES = {"Sweep": "Sweep", "open": "open_sweep"}
+__all__ = [*_HOMES]  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'patchlab.sweeps' has no attribute {name!r}")
+    return getattr(importlib.import_module("patchlab.sweeps.results"), _HOMES[name])
