@@ -47,7 +47,7 @@ def swept(wanted: list[RunSpec], out: Path, executor: Executor | None = None, **
 
 
 def same_tables(one: Path, other: Path) -> None:
-    """Two folders hold the same numbers, to the last bit."""
+    """Two folders hold the same numbers, to the last bit; what they took may differ."""
     tables = [Sweep(folder).table() for folder in (one, other)]
     assert len(tables[0])
     pd.testing.assert_frame_equal(*tables, check_exact=True)

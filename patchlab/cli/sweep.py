@@ -131,7 +131,7 @@ def show(folder: Folder, key: Annotated[str, typer.Argument(help="The beginning 
 def export(
     folder: Folder,
     file: Annotated[Path, typer.Argument(metavar="FILE.csv", help="A .csv or .parquet file.", show_default=False)],
-    seconds: Annotated[bool, typer.Option("--seconds", help="Also the seconds of each run, which no two sweeps share.")] = False,
+    costs: Annotated[bool, typer.Option("--costs", help="Also the passes and seconds of each run, which depend on interruptions.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
 ) -> None:
     """Write everything that was measured as one table: a row per run, site and statistic, in a fixed order."""
@@ -143,7 +143,7 @@ def export(
         raise OutputError(f"a table is a .csv or a .parquet file; got {file}.")
     if file.exists() and not force:
         raise OutputError(f"{file} exists and is not overwritten; choose another name, or replace it with --force.")
-    table = Sweep(folder).table(seconds=seconds)
+    table = Sweep(folder).table(costs=costs)
     with writing(file, overwrite=force) as temporary:
         if file.suffix == ".csv":
             table.to_csv(temporary, index=False)

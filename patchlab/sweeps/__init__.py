@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from patchlab.sweeps.results import Sweep as Sweep
-    from patchlab.sweeps.results import open_sweep as open  # noqa: A004 - as in pl.sweeps.open
+    from patchlab.sweeps.results import open_sweep as open  # noqa: A004, F401 - as in pl.sweeps.open
 
 _HOMES = {"Sweep": "Sweep", "open": "open_sweep"}
 __all__ = [*_HOMES]  # pyright: ignore[reportUnsupportedDunderAll]

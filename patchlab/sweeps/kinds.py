@@ -85,7 +85,7 @@ def _score(run: RunSpec, what: ScoreSpec, desk: Desk, keeper: Any, say: Callable
         live = scores.live[site].to_numpy() & scores.scored(site).to_numpy()
         effects = scores.mean(site).to_numpy()[live]
         rows += [_row(site, "live_cells", int(live.sum())), _row(site, "largest_effect", float(np.abs(effects).max()) if effects.size else None)]
-    return Outcome({SCORES: saved(scores.save, ".nc")}, scores.cost, rows + _passes(scores.cost))
+    return Outcome({SCORES: saved(scores.save, ".nc")}, scores.cost, rows)
 
 
 def _verify(run: RunSpec, what: VerifySpec, desk: Desk, say: Callable[[str], Any]) -> Outcome:
@@ -93,7 +93,7 @@ def _verify(run: RunSpec, what: VerifySpec, desk: Desk, say: Callable[[str], Any
     result = what.patching().run(desk.model, desk.task, list(what.sites), say=say, **options)
     _warn(result.screen, say)
     files = {VERIFIED: json.dumps(result.to_dict(), indent=1, allow_nan=False).encode(), SCORES: saved(result.screen.save, ".nc")}
-    return Outcome(files, result.cost, _ends(result.screen) + _of_verified(result) + _passes(result.cost))
+    return Outcome(files, result.cost, _ends(result.screen) + _of_verified(result))
 
 
 def _circuit(run: RunSpec, what: CircuitSpec, desk: Desk, keeper: Any, say: Callable[[str], Any]) -> Outcome:
@@ -114,7 +114,7 @@ def _circuit(run: RunSpec, what: CircuitSpec, desk: Desk, keeper: Any, say: Call
     if sets is not None:
         more, sizes_found = _smallest(what, desk, scores, sets, options, say)
         files, rows = files | more, rows + sizes_found
-    return Outcome(files, scores.cost, _ends(scores) + rows + _passes(scores.cost))
+    return Outcome(files, scores.cost, _ends(scores) + rows)
 
 
 def _smallest(
@@ -188,10 +188,6 @@ def _ends(scores: ScoreMap) -> list[Statistic]:
     interval = scores.gap_interval()
     rows = [_row("", "pairs", len(ends["metric_clean"]))]
     return [*rows, *(_row("", side, float(values.mean())) for side, values in ends.items()), _row("", "gap", scores.gap, *interval)]
-
-
-def _passes(cost: Cost) -> list[Statistic]:
-    return [_row("", name, getattr(cost, name)) for name in ("forwards", "backwards", "positions")]
 
 
 def _of_verified(result: "VerifiedResult") -> list[Statistic]:

@@ -21,6 +21,7 @@ AGREEMENT = (
     *("pearson_per_prompt_q25", "pearson_per_prompt_q50", "pearson_per_prompt_q75"),
 )
 """Statistics of the agreement of a method with exact patching, over live cells."""
+COSTS = ("forwards", "backwards", "positions", "seconds")
 _DERIVED = "derived"
 
 
@@ -113,7 +114,7 @@ class Sweep:
         done = [self.store.get(key) for key in runs.loc[runs["status"] == "done", "key"]]
         return {one.key: read(one.path(CIRCUIT)) for one in done if CIRCUIT in one.files}
 
-    def table(self, *, seconds: bool = False) -> pd.DataFrame:
+    def table(self, *, costs: bool = False) -> pd.DataFrame:
         """One row per finished run, site and statistic, in the order of the plan.
 
         The columns: ``key``, ``label``, the fields of the run (``model``, ``task``, ``direction``, ``kind``, ``method``, ...), ``site`` ("" for the
@@ -122,14 +123,16 @@ class Sweep:
         however often the sweep was interrupted.
 
         Args:
-            seconds: also the seconds that each run took, which no two sweeps share.
+            costs: also what each run took: ``forwards``, ``backwards``, ``positions`` and ``seconds``, with the work that was repeated after an
+                interruption, so that no two sweeps share them.
         """
         rows: list[dict[str, Any]] = []
         for stored, plan in self.done():
             about = {"key": stored.key, "label": plan["label"], **plan["fields"]}
             found = [*stored.record["statistics"], *self._agreement(stored)]
-            if seconds:
-                found.append({"site": "", "statistic": "seconds", "value": stored.record["seconds"], "lo": None, "hi": None})
+            if costs:
+                taken = {**stored.record["cost"], "seconds": stored.record["seconds"]}
+                found += [{"site": "", "statistic": name, "value": taken[name], "lo": None, "hi": None} for name in COSTS]
             rows += [{**about, **one} for one in found]
         table = pd.DataFrame(rows)
         last = ["site", "statistic", "value", "lo", "hi"]

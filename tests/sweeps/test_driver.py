@@ -213,7 +213,7 @@ def test_models_are_loaded_once_and_unpatched_runs_and_edge_scores_are_shared(tm
 def test_passes_are_those_that_were_planned(whole, tmp_path):
     from patchlab.sweeps.plan import estimate
 
-    table = pl.sweeps.open(whole).table()
+    table = pl.sweeps.open(whole).table(costs=True)
     for one in estimate(runs(tmp_path)).runs:
         if one.run.what.kind != "score":
             continue
