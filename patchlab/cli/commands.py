@@ -34,6 +34,7 @@ from patchlab.cli.options import (
     say,
     task_settings,
 )
+from patchlab.cli.study import study
 from patchlab.cli.sweep import sweep
 
 DEMO = (("ioi", {}), ("agreement", {"variant": "across_rc"}))
@@ -60,6 +61,7 @@ def _main(version: Annotated[bool, typer.Option("--version", callback=_version, 
 
 app.add_typer(circuit, name="circuit")
 app.add_typer(sweep, name="sweep")
+app.command(cls=Command)(study)
 
 
 @app.command(cls=Command)

@@ -7,6 +7,7 @@ from patchlab.plots._differences import differences
 from patchlab.plots._edges import edge_heatmap
 from patchlab.plots._faithfulness import faithfulness
 from patchlab.plots._heatmaps import heatmaps
+from patchlab.plots._patterns import patterns
 from patchlab.plots._save import DARK, save
 
-__all__ = ["DARK", "agreement", "circuit", "comparison", "differences", "edge_heatmap", "faithfulness", "heatmaps", "save"]
+__all__ = ["DARK", "agreement", "circuit", "comparison", "differences", "edge_heatmap", "faithfulness", "heatmaps", "patterns", "save"]

@@ -223,6 +223,7 @@ class TaskSpec(Spec):
         only_correct: keep only pairs whose clean prompt the model solves.
         positions: the named positions to score, with commas between them; None for all.
         options: of the generator, or of the file: ``corrupted``, ``on_mismatch``, ``chat``.
+        half: only the ``first`` or the ``second`` half of the pairs (:meth:`patchlab.Task.split` with the seed); None for all.
         path: the file.
         content: ``sha256:...`` of the file.
     """
@@ -234,6 +235,7 @@ class TaskSpec(Spec):
     positions: Annotated[str, AfterValidator(_told(_positions))] | None = None
     options: Options = {}
     seed: int = 0
+    half: Annotated[Literal["first", "second"] | None, Added(old=None)] = None
     path: Annotated[str | None, Apart()] = None
     content: str | None = None
 
@@ -305,7 +307,8 @@ class TaskSpec(Spec):
 
         given: dict[str, Any] = {"metric": self.metric, "only_correct": self.only_correct, "positions": self.positions}
         options = {**self.options, **{name: value for name, value in given.items() if value is not None}}
-        return named_task(self.path or self.name, model, n=self.n, seed=self.seed, options=options)
+        task = named_task(self.path or self.name, model, n=self.n, seed=self.seed, options=options)
+        return task if self.half is None else task.split(seed=self.seed)[self.half == "second"]
 
 
 class ScoreSpec(Spec):
@@ -433,7 +436,7 @@ class RunSpec(Spec):
     @model_validator(mode="after")
     def _fits(self) -> "RunSpec":
         circuit = isinstance(self.what, CircuitSpec)
-        if self.task.content is not None and self.task.seed and not circuit:
+        if self.task.content is not None and self.task.seed and not circuit and self.task.half is None:
             raise refusal(
                 f"a file has no seed: its rows stay the same, and {self.what.kind} cuts them into no halves; got {self.task.seed}. Leave seed out, "
                 f"or give the task with a seed to circuits alone (under include:).",
@@ -478,6 +481,7 @@ class RunSpec(Spec):
         task, what = self.task, self.what
         pairs = "" if task.n is None else f"[{task.n}]"
         seed = "" if task.content is not None and not isinstance(what, CircuitSpec) else f" seed {task.seed}"
+        seed += "" if task.half is None else f", {task.half} half"
         options = "".join(f" {name}={value}" for name, value in self._unusual().items())
         sites = ",".join(what.sites)
         wanted = {
@@ -500,7 +504,7 @@ class RunSpec(Spec):
             "model": model.name,
             "dtype": model.dtype,
             "task": task.name,
-            **{name: getattr(task, name) for name in ("n", "seed", "metric", "only_correct", "positions")},
+            **{name: getattr(task, name) for name in ("n", "seed", "half", "metric", "only_correct", "positions")},
             "direction": self.direction,
             "kind": what.kind,
             "method": what.method,

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from patchlab import __version__
-from patchlab.sweeps.spec import RunSpec
+from patchlab.sweeps.spec import ModelSpec, RunSpec
 
 if TYPE_CHECKING:
     from patchlab.models import Model
@@ -86,12 +86,13 @@ class Worker:
     Args:
         share: of this machine's free memory, for one run: what is predicted to need more fails.
         progress: show the progress of cells on stderr.
+        loaded: a model that is in memory already, and what it is.
     """
 
-    def __init__(self, *, share: float = 1.0, progress: bool = False) -> None:
+    def __init__(self, *, share: float = 1.0, progress: bool = False, loaded: "tuple[ModelSpec, Model] | None" = None) -> None:
         self.share, self.progress = share, progress
-        self.model: Model | None = None
-        self._loaded = ""
+        self.model: Model | None = None if loaded is None else loaded[1]
+        self._loaded = "" if loaded is None else loaded[0].model_dump_json()
 
     def do(self, group: Group, tell: Tell) -> None:
         """Do the runs of a group, and tell what comes of each. An exception is a run's result; only what ends the work goes through."""
