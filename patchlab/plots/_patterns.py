@@ -10,7 +10,7 @@ from jaxtyping import Float
 from patchlab.errors import ScoreError
 from patchlab.plots._style import Box, Page, flow, shown
 
-_CELL, _GAP, _LEFT, _TOP, _WIDEST = 22, 60, 110, 150, 1400
+_CELL, _GAP, _TOP, _WIDEST = 22, 60, 100, 1400
 
 
 @dataclass(frozen=True)
@@ -64,13 +64,13 @@ def _draw(data: PatternsData) -> go.Figure:
     margin = 16 + 6.5 * max(map(len, data.ticks))
     rows = flow([side + margin + _GAP] * len(data.patterns), _WIDEST)
     width = max(len(row) for row in rows) * (side + margin + _GAP) + 40
-    height = _TOP + len(rows) * (side + margin + _GAP)
+    height = _TOP + len(rows) * (side + margin + _GAP) - _GAP
     page = Page(max(width, 420), height, data.title, data.subtitle)
     names = list(data.patterns)
     numbers = list(range(count))
     for r, row in enumerate(rows):
         for c, i in enumerate(row):
-            box = Box(margin + c * (side + margin + _GAP), 92 + r * (side + margin + _GAP), side, side)
+            box = Box(margin + c * (side + margin + _GAP), _TOP - 8 + r * (side + margin + _GAP), side, side)
             page.note(box.left, box.top - 22, f"<b>{names[i]}</b>", size=13)
             ticks = {"tickmode": "array", "tickvals": numbers, "ticktext": list(data.ticks), "showgrid": False, "zeroline": False}
             where = page.panel(box, {**ticks, "tickangle": -90, "range": [-0.5, count - 0.5]}, {**ticks, "range": [count - 0.5, -0.5]})

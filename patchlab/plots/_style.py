@@ -169,7 +169,7 @@ class Page:
 def words_width(title: str, subtitle: str) -> Pixels:
     """Pixels that a figure's title and subtitle need."""
     plain = re.sub(r"<[^>]*>|&nbsp;", "", subtitle)
-    return 32 + max(10 * len(title), 6.3 * len(plain))
+    return 32 + max(10 * len(title), 7 * len(plain))
 
 
 def lines(words: Iterable[str], width: Pixels) -> list[str]:
