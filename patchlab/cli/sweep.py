@@ -159,7 +159,7 @@ def _executor(workers: int | None, ray: str | None, per_gpu: int) -> Any:
 
     if ray is not None:
         return OnRay(ray, per_gpu=per_gpu)
-    return Local() if workers is None else Processes(workers)
+    return Local(progress=True) if workers is None else Processes(workers)
 
 
 def _to_parquet(table: Any, path: Path) -> None:

@@ -1,6 +1,8 @@
 """Sweeps: what is done is kept, what is missing is run, and how a run ended is a result."""
 
+import errno
 import json
+import os
 
 import pytest
 import torch
@@ -308,3 +310,23 @@ def test_a_worker_that_dies_again_and_again_makes_a_failed_run(tmp_path):
 def test_records_are_plain_json(whole):
     for path in whole.glob("runs/*/run.json"):
         json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+
+
+def test_a_full_disk_ends_it_clearly_and_the_same_command_goes_on(tmp_path, monkeypatch):
+    swept(runs(tmp_path, SCORES), tmp_path / "whole")
+    fsync, count = os.fsync, []
+
+    def full(handle):
+        count.append(handle)
+        if len(count) > 12:  # in the middle of a result
+            raise OSError(errno.ENOSPC, "No space left on device")
+        fsync(handle)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(OutputError, match="No space left on device"):
+            swept(runs(tmp_path, SCORES), tmp_path / "out")
+    assert pl.sweeps.open(tmp_path / "out").counts()["running"] == 0
+    counts, _ = swept(runs(tmp_path, SCORES), tmp_path / "out")
+    assert counts["done"] == 3
+    same_tables(tmp_path / "whole", tmp_path / "out")
