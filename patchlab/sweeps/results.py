@@ -173,6 +173,10 @@ class Sweep:
                     rows.append({"reference": reference, **keys_of_pair, **row})
         return pd.DataFrame(rows, columns=["reference", "key", "other_key", "method", "other", "site", "statistic", "value", "lo", "hi"])
 
+    def references(self) -> dict[str, str]:
+        """By their keys, the finished runs of scores and the run of exact patching that each is compared with."""
+        return self._references({stored.key: plan for stored, plan in self.done()})
+
     def _references(self, plans: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
         """The exact run that each of these runs is compared with, among these."""
         exact: dict[str, str] = {}
