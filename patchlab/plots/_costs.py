@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from html import escape
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -52,9 +53,7 @@ def _prepare_costs(values: pd.DataFrame, reference: pd.DataFrame, what: str) -> 
         raise ScoreError("no run has an agreement and passes, so there is nothing to draw.")
     sites = tuple(map(str, dict.fromkeys(drawn["site"])))
     methods = list(dict.fromkeys(drawn["method"]))
-    panels = tuple(
-        tuple(_points(drawn[(drawn["site"] == site) & (drawn["method"] == name)], name) for name in methods) for site in sites
-    )
+    panels = tuple(tuple(_points(drawn[(drawn["site"] == site) & (drawn["method"] == name)], name) for name in methods) for site in sites)
     exact = tuple(_points(reference[reference["site"] == site].assign(value=1.0), "exact") for site in sites)
     passes = np.concatenate([one.passes for panel in panels for one in panel] + [one.passes for one in exact])
     across = (float(np.log10(passes.min())) - 0.12, float(np.log10(passes.max())) + 0.12)
@@ -96,16 +95,15 @@ def _draw(data: CostsData) -> go.Figure:
     legend = _broken(keys, width)
     head = 66 + 19 * len(legend) + 32
     n_rows = -(-len(data.sites) // columns)
-    page = Page(width, head + n_rows * (PANEL * 0.8 + GAP_Y) - 10, data.title, escape(data.subtitle, quote=False))
+    page = Page(width, head + n_rows * (PANEL * 0.8 + GAP_Y) - 22, data.title, escape(data.subtitle, quote=False))
     for i, line in enumerate(legend):
         page.note(16, 60 + 19 * i, line, size=13)
     for i, (site, panel, exact) in enumerate(zip(data.sites, data.panels, data.reference, strict=True)):
         row, column = divmod(i, columns)
         box = Box(64 + column * (PANEL + GAP_X), head + row * (PANEL * 0.8 + GAP_Y), PANEL, PANEL * 0.8)
         page.note(box.left, box.top - 24, f"<b>{escape(site, quote=False)}</b>", size=12)
-        across = {"type": "log", "range": data.across, "title": {"text": "forwards + 2 · backwards"}, "exponentformat": "SI"}
-        if data.across[1] - data.across[0] > 1.2:
-            across["dtick"] = 1
+        across: dict[str, Any] = {"type": "log", "range": data.across, "title": {"text": "forwards + 2 · backwards"}, "exponentformat": "SI"}
+        across["dtick"] = 1 if data.across[1] - data.across[0] > 2.2 else "D2"
         where = page.panel(box, across, {"range": data.down, "nticks": 7})
         line = {"color": MUTED, "width": 1, "dash": "dot"}
         page.figure.add_shape(type="line", xref=f"{where['xaxis']} domain", yref=where["yaxis"], x0=0, x1=1, y0=1, y1=1, line=line, layer="below")
@@ -116,7 +114,7 @@ def _draw(data: CostsData) -> go.Figure:
     return page.figure
 
 
-def _draw_points(page: Page, one: Points, look: dict, where: dict[str, str]) -> None:
+def _draw_points(page: Page, one: Points, look: dict[str, Any], where: dict[str, str]) -> None:
     texts = [
         f"<b>{escape(one.method)}</b><br>{escape(setting)}<br>{value:.3f} at {passes:,.0f} passes"
         for setting, value, passes in zip(one.settings, one.value, one.passes, strict=True)

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from patchlab.errors import ScoreError
 from patchlab.plots._style import GREY, INK, MUTED, Box, Page, method_colours, words_width
 
-ROW, LEFT_PANEL, RIGHT_PANEL, WORDS = 34, 280, 380, 150
+ROW, LEFT_PANEL, RIGHT_PANEL, WORDS = 34, 280, 380, 170
 _RANKING, _DIFFERENCES = {"site", "setting", "method", "value"}, {"site", "setting", "method", "other", "value", "lo", "hi"}
 
 
@@ -84,13 +84,13 @@ def rank_methods(values: pd.DataFrame, differences: pd.DataFrame) -> tuple[SiteR
 
 def _site(site: str, rows: pd.DataFrame, differences: pd.DataFrame, names: list[str]) -> SiteRanking:
     order = list(dict.fromkeys(rows["setting"]))
-    spread = rows.pivot(index="setting", columns="method", values="value").reindex(order).astype(float)
+    spread = rows.pivot_table(index="setting", columns="method", values="value", dropna=False).reindex(order).astype(float)
     spread = spread.reindex(columns=[name for name in names if name in spread]).dropna(axis="columns", how="all")
     whole = spread.dropna()
     ranks = whole.rank(axis="columns", ascending=False)
     best = whole.eq(whole.max(axis="columns"), axis="index")
     mean = ranks.mean()
-    listed = sorted(spread.columns, key=lambda name: (mean[name] if len(whole) else 0.0))  # in the order of the table where ranks are equal
+    listed = sorted(spread.columns, key=lambda name: mean[name] if len(whole) else 0.0)  # in the order of the table where ranks are equal
     first = listed[0] if listed and len(whole) else None
     methods = tuple(
         _ranked(str(name), float(mean[name]) if len(whole) else np.nan, ranks[name].to_numpy(float), int(best[name].sum()), first, differences)
@@ -145,7 +145,7 @@ def _draw(data: RankingData) -> go.Figure:
     colours = method_colours(one.method for site in data.sites for one in site.methods)
     left = 30 + 7 * max(len(name) for name in colours)
     width = max(left + LEFT_PANEL + WORDS + RIGHT_PANEL + WORDS, words_width(data.title, data.subtitle))
-    heights = [ROW * max(1, len(site.methods)) + 124 for site in data.sites]
+    heights = [ROW * max(1, len(site.methods)) + 100 for site in data.sites]
     page = Page(width, 68 + sum(heights), data.title, escape(data.subtitle, quote=False))
     ends = [bound for site in data.sites for one in site.methods for part in (one.value, one.low, one.high) for bound in part[np.isfinite(part)]]
     low, high = min([0.0, *ends]), max([0.0, *ends])

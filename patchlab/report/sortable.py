@@ -35,7 +35,9 @@ def missing(why: str) -> Cell:
     return Cell(f'<span class="none" title="{escape(why)}">–</span>')
 
 
-def number(value: float | int | None, low: float | None = None, high: float | None = None, *, digits: int = 3, why: str = "it is not defined") -> Cell:
+def number(
+    value: float | int | None, low: float | None = None, high: float | None = None, *, digits: int = 3, why: str = "it is not defined"
+) -> Cell:
     """A cell of a number, with its interval where there is one; a dash and the reason where there is none.
 
     An interval whose lower end alone is known has no upper end.
@@ -69,13 +71,14 @@ def sortable(name: str, columns: Sequence[Column], rows: Iterable[Sequence[Cell]
     """
     body = [list(row) for row in rows]
     heads = "".join(
-        f'<th{"" if column.number else " class=text"}{f" title={_quoted(column.hint)}" if column.hint else ""}>'
+        f"<th{'' if column.number else ' class=text'}{f' title={_quoted(column.hint)}' if column.hint else ''}>"
         f"<button type=button>{escape(column.name)}</button></th>"
         for column in columns
     )
     lines = "".join("<tr>" + "".join(_cell(column, cell) for column, cell in zip(columns, row, strict=True)) + "</tr>\n" for row in body)
     controls = _controls(name, columns, body) if filters else ""
-    return f'{controls}<div class="scroll tall"><table class="sortable" id="{name}"><thead><tr>{heads}</tr></thead><tbody>\n{lines}</tbody></table></div>'
+    inner = f"<thead><tr>{heads}</tr></thead><tbody>\n{lines}</tbody>"
+    return f'{controls}<div class="scroll tall"><table class="sortable" id="{name}">{inner}</table></div>'
 
 
 def _cell(column: Column, cell: Cell) -> str:

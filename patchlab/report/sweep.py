@@ -151,9 +151,7 @@ def figure_of(key: str) -> str:
     return f"run-{key[:24]}"
 
 
-def write_sweep(
-    sweep: Sweep, folder: str | Path | None = None, *, force: bool = False, say: Callable[[str], Any] = lambda _: None
-) -> dict[str, Any]:
+def write_sweep(sweep: Sweep, folder: str | Path | None = None, *, force: bool = False, say: Callable[[str], Any] = lambda _: None) -> dict[str, Any]:
     """Write the report of a sweep: ``index.html``, which needs no network, ``plotly.min.js``, and a small file per figure; returns what
     ``run.json`` holds.
 
@@ -212,10 +210,8 @@ def gather(sweep: Sweep, say: Callable[[str], Any] = lambda _: None) -> Findings
     say("comparing methods with exact patching")
     table, differences = sweep.table(seconds=True), sweep.differences()
     done = {key: sweep.store.get(key) for key, state in status.items() if state == "done"}
-    if len(table):
-        table = table[table["key"].isin([*done])]  # others may have ended meanwhile
-    else:
-        table = pd.DataFrame(columns=["key", "site", "statistic", "value", "lo", "hi"])
+    empty = pd.DataFrame(columns=["key", "site", "statistic", "value", "lo", "hi"])
+    table = table[table["key"].isin([*done])] if len(table) else empty  # others may have ended meanwhile
     references = {key: one for key, one in sweep.references().items() if key in done and one in done}
     differences = differences[differences["key"].isin([*references]) & differences["other_key"].isin([*references])]
     trouble = {key: sweep.store.get(key) for key, state in status.items() if state == "failed"}

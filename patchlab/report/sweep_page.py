@@ -1,6 +1,5 @@
 """The page of a sweep, from top to bottom: what ran, agreement with exact patching, ranks, cost, circuits, verified cells, and every run."""
 
-import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
@@ -62,7 +61,10 @@ def _headline(found: Findings, counts: Mapping[str, int]) -> str:
     words = ", ".join(f"{count:,} {name}" for name, count in counts.items() if name != "planned" and count)
     total = sum(found.value(key, "seconds") or 0.0 for key in found.done)
     passes = {name: sum(found.value(key, name) or 0.0 for key in found.done) for name in PASSES}
-    ran = f" Those that are done took {passes['forwards']:,.0f} forward and {passes['backwards']:,.0f} backward passes and {_duration(total)}."
+    counted = " (of circuits, those of their scores alone)" if found.of_kind("circuit") else ""
+    ran = (
+        f" Those that are done took {passes['forwards']:,.0f} forward and {passes['backwards']:,.0f} backward passes{counted} and {_duration(total)}."
+    )
     return f"{_runs(counts['planned'])} planned: {words}.{ran if found.done else ''}"
 
 
@@ -84,6 +86,7 @@ def _ran(found: Findings, counts: Mapping[str, int]) -> str:
     facts = {
         "models": _counted(found.models.values()),
         "tasks": _counted(found.tasks.values()),
+        "their options": "; ".join(dict.fromkeys(f"{found.tasks[key]}: {_options(plan)}" for key, plan in found.plans.items())),
         "seeds": _counted(str(one["seed"]) for one in fields),
         "directions": _counted(str(one["direction"]) for one in fields),
         **{f"{kind} runs": f"{count:,}: " + _counted(str(one["method"]) for one in fields if one["kind"] == kind) for kind, count in kinds.items()},
@@ -97,7 +100,24 @@ def _ran(found: Findings, counts: Mapping[str, int]) -> str:
     warned = {key: [*stored.record.get("warnings", ()), *stored.record.get("log", ())] for key, stored in found.done.items()}
     said = [f"{found.plans[key]['label']}: {line}" for key, lines in warned.items() for line in lines]
     notes = f"<details><summary>{len(said):,} warnings and notes of runs</summary>{listed(said)}</details>" if said else ""
-    return f"<dl>{shown}</dl>{notes}"
+    unsure = sorted({f"{found.models[key]} × {found.tasks[key]}, seed {found.plans[key]['fields']['seed']}" for key in _unsure(found)})
+    doubt = paragraph(f"The model does not surely do the task (the interval of the gap contains 0): {'; '.join(unsure)}.") if unsure else ""
+    return f"<dl>{shown}</dl>{doubt}{notes}"
+
+
+def _options(plan: Mapping[str, Any]) -> str:
+    """The metric of a run and the options of its task, in words."""
+    fields, spec = plan["fields"], plan["spec"]["task"]
+    more = {name: fields[name] for name in ("only_correct", "positions") if fields.get(name)}
+    return ", ".join(
+        f"{name} {value}" for name, value in {"metric": fields["metric"], **spec.get("options", {}), **more}.items() if value is not None
+    )
+
+
+def _unsure(found: Findings) -> list[str]:
+    """Finished runs whose gap is not told from 0."""
+    rows = (found.statistics.get((key, "", "gap")) for key in found.done)
+    return [str(row["key"]) for row in rows if row is not None and row["lo"] is not None and row["lo"] <= 0 <= row["hi"]]
 
 
 def _counted(names: Iterable[str]) -> str:
@@ -304,7 +324,9 @@ def _circuits(found: Findings) -> str:
     ]
     rows = []
     for key in keys:
-        areas = [_statistic(found, key, "edges", name, why="no random circuits were asked for") for name in ("cpr", "cmd", "random_cpr", "random_cmd")]
+        areas = [
+            _statistic(found, key, "edges", name, why="no random circuits were asked for") for name in ("cpr", "cmd", "random_cpr", "random_cmd")
+        ]
         looked = (key, "edges", "smallest_edges") in found.statistics
         why = f"no size reaches {_level(found, key)}" if looked else "it was not looked for, or not to be found on so few pairs: see the run's log"
         smallest = [
@@ -317,8 +339,8 @@ def _circuits(found: Findings) -> str:
     words = (
         "Edges are scored on one half of the pairs, and the faithfulness of the circuits that they make is measured on the other. "
         + ("Where sizes were given, CPR and CMD are over those and are not MIB's. " if own else "")
-        + f"A circuit is faithful from {', '.join(sorted({_level(found, key) for key in keys}))} on. Values of different ablations are not comparable. "
-        "Passes are those of the scores."
+        + f"A circuit is faithful from {', '.join(sorted({_level(found, key) for key in keys}))} on. "
+        "Values of different ablations are not comparable. Passes are those of the scores."
     )
     figures = [_figure(name, _caption(found, group[0])) for name, group in found.circuits.items() if name in found.figures]
     more = figures[_SHOWN:]
@@ -402,9 +424,3 @@ def _all_runs(found: Findings) -> str:
         figure = _button(found, key) if key in found.done else missing(why)
         rows.append([text(plan["label"]), text(status), text(plan["fields"]["kind"]), gap, *said, Cell(f"<code>{key[:10]}</code>"), figure])
     return sortable("runs-table", heads, rows)
-
-
-def unsure(found: Findings) -> list[str]:
-    """Finished runs whose gap is not told from 0."""
-    rows = (found.statistics.get((key, "", "gap")) for key in found.done)
-    return [str(row["key"]) for row in rows if row is not None and not math.isnan(row["lo"]) and row["lo"] <= 0 <= row["hi"]]
