@@ -57,6 +57,8 @@ def specs(folder: Path, seeds: int) -> list[RunSpec]:
 
 def synthetic(folder: Path, runs: int) -> Path:
     """A sweep of so many runs: those of one seed are done, and the others have copies of their results; in a hundred, one has failed."""
+    if (folder / "many").exists():
+        return folder / "many"
     done = quietly(lambda: run_sweep(specs(folder, 1), folder / "one", Local(), progress=False, about={"name": "one"}))
     assert done["failed"] == 0, done
     first = {plan["fields"]["kind"] + plan["fields"]["method"]: stored for stored, plan in Sweep(folder / "one").done()}
@@ -98,7 +100,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     parser.add_argument("--runs", type=int, default=500, help=f"of the sweep, in steps of {PER_SEED}")
     parser.add_argument("--repeats", type=int, default=5, help="times that the page is opened, each in a new browser")
-    parser.add_argument("--keep", type=Path, default=None, help="leave the sweep with its report in this folder")
+    parser.add_argument("--keep", type=Path, default=None, help="leave the sweep with its report in this folder, and take the one that is there")
     options = parser.parse_args()
     browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
     with tempfile.TemporaryDirectory() as place:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,10 +20,11 @@ from patchlab.errors import OutputError
 from patchlab.scores import ScoreMap
 from patchlab.store.files import writing
 from patchlab.store.folder import listed, result_folder
-from patchlab.store.record import finish, read
+from patchlab.store.record import checked, finish, read
 from patchlab.store.runs import Stored
 from patchlab.sweeps.kinds import CURVE, SCORES, SIZES, SMALLEST
 from patchlab.sweeps.results import Sweep
+from patchlab.sweeps.work import code_digest
 
 PAGE, PLOTLY = "index.html", "plotly.min.js"
 RANKING, COSTS = "ranking", "costs"
@@ -44,7 +46,6 @@ class Findings:
         references: the exact run that each run of scores is compared with.
         trouble: failed runs by key.
         stale: why a run is stale, by key.
-        unscored: why a run scores nothing at a site, by key and site.
         figures: names of files of figures: of each by its own name, and of each run that has one by :func:`figure_of` its key.
     """
 
@@ -57,7 +58,6 @@ class Findings:
     references: Mapping[str, str]
     trouble: Mapping[str, Stored]
     stale: Mapping[str, str]
-    unscored: dict[tuple[str, str], str] = field(default_factory=dict[tuple[str, str], str])
     figures: dict[str, str] = field(default_factory=dict[str, str])
 
     @cached_property
@@ -94,6 +94,13 @@ class Findings:
             name = f"{self.models[key]} × {self.tasks[key]} seed {fields['seed']}, {fields['direction']}"
             named[key] = name, {"sites": fields["sites"], "source": fields["method"].partition("@")[2] or "paired"}
         return _labels(named)
+
+    @cached_property
+    def unscored(self) -> dict[tuple[str, str], str]:
+        """Why a run scores nothing at a site, by key and site, for runs that are compared and have no agreement there."""
+        lacking = [key for key in self.references if any(self.value(key, RANKED_BY, site) is None for site in self.sites(key))]
+        maps = {key: ScoreMap.load(self.done[key].path(SCORES)) for key in lacking}
+        return {(key, site): why for key, scores in maps.items() for site, why in scores.not_scored.items()}
 
     def of_kind(self, kind: str) -> list[str]:
         """The finished runs of a kind."""
@@ -171,24 +178,33 @@ def write_sweep(sweep: Sweep, folder: str | Path | None = None, *, force: bool =
     if target.resolve() == sweep.folder.resolve():
         raise OutputError(f"{target} is the folder of the sweep itself; leave --out away (then it is {target / 'report'}), or choose another one.")
     about = {"report": "sweep", "name": sweep.name, "created": sweep.store.about["created"]}
-    with result_folder(target, force=force or _is_own(target, about)) as staging:
+    earlier = _earlier(target, about)
+    with result_folder(target, force=force or earlier is not None) as staging:
         found = gather(sweep, say)
-        _write_figures(found, staging, say)
+        made = _write_figures(found, staging, say, earlier)
         with writing(staging / PLOTLY) as temporary:
             temporary.write_text(get_plotlyjs(), encoding="utf-8")
         counts = sweep_counts(found)
         with writing(staging / PAGE) as temporary:
             temporary.write_text(render(found, counts), encoding="utf-8")
-        return finish(staging, {**about, "patchlab": __version__, "counts": counts, "figures": len({*found.figures.values()})}, listed(staging))
+        record = {**about, "patchlab": __version__, "counts": counts, "figures": len({*found.figures.values()}), "made": made}
+        return finish(staging, record, listed(staging))
 
 
-def _is_own(target: Path, about: Mapping[str, Any]) -> bool:
-    """Whether a folder holds an earlier report of the same sweep."""
+@dataclass(frozen=True)
+class Earlier:
+    """An earlier report of the same sweep: its folder and what its ``run.json`` holds."""
+
+    folder: Path
+    record: dict[str, Any]
+
+
+def _earlier(target: Path, about: Mapping[str, Any]) -> Earlier | None:
     try:
         record = read(target)
-    except OutputError:
-        return False
-    return all(record.get(name) == value for name, value in about.items())
+    except OutputError:  # there is none, or it is not known whose it is
+        return None
+    return Earlier(target, record) if all(record.get(name) == value for name, value in about.items()) else None
 
 
 def sweep_counts(found: Findings) -> dict[str, int]:
@@ -227,8 +243,9 @@ def _why_stale(sweep: Sweep, key: str) -> str:
     return "it was noted as such"
 
 
-def _write_figures(found: Findings, folder: Path, say: Callable[[str], Any]) -> None:
-    """A file per figure, and in ``found`` their names."""
+def _write_figures(found: Findings, folder: Path, say: Callable[[str], Any], earlier: Earlier | None) -> dict[str, list[str]]:
+    """A file per figure, and in ``found`` their names; what those of score maps were made of, so that the next report need not draw them again."""
+    made: dict[str, list[str]] = {}
 
     def write(name: str, figure: go.Figure, runs: Sequence[str] = ()) -> None:
         with writing(folder / f"{name}.js") as temporary:
@@ -249,20 +266,32 @@ def _write_figures(found: Findings, folder: Path, say: Callable[[str], Any]) -> 
     for name, keys in found.circuits.items():
         write(name, plots.faithfulness(*joined({found.method(key): found.done[key] for key in keys})), keys)
     scored = [key for key, stored in found.done.items() if SCORES in stored.files]
-    if scored:
-        say(f"drawing the heatmaps of {len(scored)} runs")
-    exact_maps: dict[str, ScoreMap] = {}
+    drawn = 0
     for key in scored:
-        scores, reference = ScoreMap.load(found.done[key].path(SCORES)), found.references.get(key)
-        found.unscored.update({(key, site): why for site, why in scores.not_scored.items()})
-        compared = all(found.statistics.get((key, site, "not_compared")) is None for site in ("", *found.sites(key)))
-        if reference is not None and compared:
-            if reference not in exact_maps:
-                exact_maps = {reference: ScoreMap.load(found.done[reference].path(SCORES))}
-            shown = plots.heatmaps({found.method(reference): exact_maps[reference], found.method(key): scores})
-        else:
-            shown = plots.heatmaps(scores)
-        write(figure_of(key), shown)
+        name, reference = figure_of(key), found.references.get(key)
+        reference = None if (key, "", "not_compared") in found.statistics else reference
+        shown = [found.done[one] for one in (reference, key) if one is not None]
+        made[name] = [code_digest(), *(one.sums[SCORES] for one in shown)]
+        found.figures[name] = name
+        if earlier is not None and _copied(earlier, name, made[name], folder):
+            continue
+        if not drawn:
+            say(f"drawing the heatmaps of up to {len(scored):,} runs")
+        drawn += 1
+        maps = {found.method(one.key): ScoreMap.load(one.path(SCORES)) for one in shown}
+        write(name, plots.heatmaps(maps if reference is not None else maps[found.method(key)]))
+    return made
+
+
+def _copied(earlier: Earlier, name: str, made: list[str], folder: Path) -> bool:
+    """Whether a figure of an earlier report, made of the same, is there to be used again."""
+    if earlier.record.get("made", {}).get(name) != made:
+        return False
+    try:
+        shutil.copyfile(checked(earlier.folder, earlier.record, f"{name}.js", "It is drawn again."), folder / f"{name}.js")
+    except OutputError:  # somebody changed or removed it
+        return False
+    return True
 
 
 def joined(runs: Mapping[str, Stored]) -> tuple[FaithfulnessCurve, SmallestFaithful | None]:
