@@ -152,6 +152,30 @@ def export(
     typer.echo(f"wrote {len(table):,} rows to {file}")
 
 
+@sweep.command(cls=Command)
+def report(
+    folder: Folder,
+    out: Annotated[Path | None, typer.Option(help="Folder for the report [default: DIR/report].", show_default=False)] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the files of another result there.")] = False,
+    json_: Json = False,
+) -> None:
+    """Write what came of a sweep as a page that needs no network: also while it runs, of what is finished.
+
+    An earlier report of the same sweep is replaced.
+    """
+    from patchlab.report.sweep import PAGE, write_sweep
+    from patchlab.sweeps.results import Sweep
+
+    found = Sweep(folder)
+    target = found.folder / "report" if out is None else out.expanduser().resolve()
+    written = write_sweep(found, target, force=force, say=say)
+    if json_:
+        counts = {name: written[name] for name in ("counts", "figures", "bytes")}
+        typer.echo(json.dumps({"out": str(target), "page": str(target / PAGE), **counts}))
+    else:
+        typer.echo(f"wrote {target / PAGE}")
+
+
 def _executor(workers: int | None, ray: str | None, per_gpu: int) -> Any:
     from patchlab.sweeps.executors.local import Local
     from patchlab.sweeps.executors.on_ray import OnRay

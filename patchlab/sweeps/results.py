@@ -1,8 +1,9 @@
 """Results of a sweep: one table of everything, and the score maps, curves and circuits of single runs."""
 
+import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -127,9 +128,12 @@ class Sweep:
                 interruption, so that no two sweeps share them.
         """
         rows: list[dict[str, Any]] = []
-        for stored, plan in self.done():
-            about = {"key": stored.key, "label": plan["label"], **plan["fields"]}
-            found = [*stored.record["statistics"], *self._agreement(stored)]
+        done = {stored.key: (stored, plan) for stored, plan in self.done()}
+        references = self._references({key: plan for key, (_, plan) in done.items()})
+        for key, (stored, plan) in done.items():
+            about = {"key": key, "label": plan["label"], **plan["fields"]}
+            reference = references.get(key)
+            found = [*stored.record["statistics"], *([] if reference is None else self._agreement(stored, done[reference][0]))]
             if costs:
                 taken = {**stored.record["cost"], "seconds": stored.record["seconds"]}
                 found += [{"site": "", "statistic": name, "value": taken[name], "lo": None, "hi": None} for name in COSTS]
@@ -147,37 +151,74 @@ class Sweep:
 
     def reference(self, key: str) -> str | None:
         """The run of exact patching that a run of scores is compared with; None where there is none (yet), or it is one itself."""
-        plans, status = self.store.planned(), self.store.status()
-        alike = _compared_with(plans[key])
-        if alike is None:
-            return None
-        return next((one for one, plan in plans.items() if status[one] == "done" and _exact(plan) == alike), None)
+        status, plans = self.store.status(), self.store.planned()
+        done = {one: plan for one, plan in plans.items() if status[one] == "done"}
+        return self._references({**done, key: plans[key]}).get(key)
 
-    def _agreement(self, stored: Stored) -> list[dict[str, Any]]:
-        reference = self.reference(stored.key)
-        if reference is None:
-            return []
-        kept = self.folder / _DERIVED / f"{stored.key[:32]}-{reference[:32]}.json"
-        made = [self._sum(key) for key in (stored.key, reference)]
+    def differences(self) -> pd.DataFrame:
+        """Paired differences between methods in their agreement with exact patching, of all that were compared with the same exact run.
+
+        One row per pair, site and form of the Pearson correlation, over the live cells that all of those methods score: ``reference`` (the key of
+        the exact run), ``key`` and ``other_key``, ``method`` and ``other``, ``site``, ``statistic``, ``value`` (method minus other), and its 95 %
+        interval ``lo``, ``hi``: both methods see the same draws of examples. A method whose scores have no sign is not set against one whose have.
+        """
+        done = {stored.key: (stored, plan) for stored, plan in self.done()}
+        groups: dict[str, list[str]] = {}
+        for key, reference in self._references({key: plan for key, (_, plan) in done.items()}).items():
+            if all(row["statistic"] != "not_compared" for row in self._agreement(done[key][0], done[reference][0])):
+                groups.setdefault(reference, []).append(key)
+        rows: list[dict[str, Any]] = []
+        for reference, keys in groups.items():
+            if len(keys) > 1:
+                named = {str(done[key][1]["fields"]["method"]): done[key][0] for key in keys}
+                for row in self._differences(named, done[reference][0]):
+                    keys_of_pair = {"key": named[row["method"]].key, "other_key": named[row["other"]].key}
+                    rows.append({"reference": reference, **keys_of_pair, **row})
+        return pd.DataFrame(rows, columns=["reference", "key", "other_key", "method", "other", "site", "statistic", "value", "lo", "hi"])
+
+    def references(self) -> dict[str, str]:
+        """By their keys, the finished runs of scores and the run of exact patching that each is compared with."""
+        return self._references({stored.key: plan for stored, plan in self.done()})
+
+    def _references(self, plans: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+        """The exact run that each of these runs is compared with, among these."""
+        exact: dict[str, str] = {}
+        for key, plan in plans.items():
+            if (alike := _exact(plan)) is not None:
+                exact.setdefault(alike, key)
+        wanted = {key: _compared_with(plan) for key, plan in plans.items()}
+        return {key: exact[alike] for key, alike in wanted.items() if alike in exact}
+
+    def _agreement(self, stored: Stored, reference: Stored) -> list[dict[str, Any]]:
+        name = f"{stored.key[:32]}-{reference.key[:32]}"
+        return self._derived(name, [stored, reference], lambda: _agreement(_scores_of(reference), _scores_of(stored)))
+
+    def _differences(self, named: Mapping[str, Stored], reference: Stored) -> list[dict[str, Any]]:
+        whole = json.dumps([reference.key, *(stored.key for stored in named.values())])
+        name = f"differences-{hashlib.sha256(whole.encode()).hexdigest()[:32]}"
+        made = [*named.values(), reference]
+        return self._derived(name, made, lambda: _differences(_scores_of(reference), {name: _scores_of(one) for name, one in named.items()}))
+
+    def _derived(self, name: str, made: list[Stored], compute: Callable[[], list[dict[str, Any]]]) -> list[dict[str, Any]]:
+        """What is computed from the scores of runs, and kept as long as they and the code are the same."""
+        from patchlab.sweeps.kinds import SCORES
+        from patchlab.sweeps.work import code_digest
+
+        kept, sums = self.folder / _DERIVED / f"{name}.json", [*(stored.sums[SCORES] for stored in made), code_digest()]
         try:
             known = json.loads(kept.read_text(encoding="utf-8"))
-            if known["of"] == made:
+            if known["of"] == sums:
                 return known["statistics"]
         except (OSError, ValueError, KeyError, TypeError):  # it is not there, or no longer what it was: it is computed again
             pass
-        statistics = _agreement(self.scores(reference), self.scores(stored.key))
+        statistics = compute()
         try:
             kept.parent.mkdir(exist_ok=True)
             with writing(kept, overwrite=True) as temporary:
-                temporary.write_text(json.dumps({"of": made, "statistics": statistics}), encoding="utf-8")
+                temporary.write_text(json.dumps({"of": sums, "statistics": statistics}), encoding="utf-8")
         except (OSError, OutputError):  # where nothing may be written it is computed every time
             pass
         return statistics
-
-    def _sum(self, key: str) -> Any:
-        from patchlab.sweeps.kinds import SCORES
-
-        return self.store.get(key).sums[SCORES]
 
     def _file(self, key: str, name: str) -> Path:
         stored = self.find(key)
@@ -222,6 +263,13 @@ def _exact(plan: Mapping[str, Any]) -> str | None:
     return _alike(plan, what["method"].partition("@")[2])
 
 
+def _scores_of(stored: Stored) -> "ScoreMap":
+    from patchlab.scores import ScoreMap
+    from patchlab.sweeps.kinds import SCORES
+
+    return ScoreMap.load(stored.path(SCORES))
+
+
 def _word(method: str) -> str:
     return method.partition("@")[0]
 
@@ -241,4 +289,19 @@ def _agreement(exact: "ScoreMap", scores: "ScoreMap") -> list[dict[str, Any]]:
         for statistic in AGREEMENT:
             ends = {end: row.get(f"{statistic}_{end}") for end in ("lo", "hi")}
             rows.append({"site": row["site"], "statistic": statistic, **json_able({"value": row[statistic], **ends})})
+    return rows
+
+
+def _differences(exact: "ScoreMap", maps: "Mapping[str, ScoreMap]") -> list[dict[str, Any]]:
+    """Paired differences between maps in their agreement with the exact one, per site and form of correlation."""
+    from patchlab.comparison import compare
+    from patchlab.comparison.compare import FORMS
+    from patchlab.tables import json_able
+
+    rows: list[dict[str, Any]] = []
+    table = compare(exact, maps).differences
+    for row in table[table["cells"] == "live"].to_dict("records") if len(table) else ():
+        for form in FORMS:
+            values = {"value": row[form], "lo": row[f"{form}_lo"], "hi": row[f"{form}_hi"]}
+            rows.append({"method": row["method"], "other": row["other"], "site": row["site"], "statistic": form, **json_able(values)})
     return rows
