@@ -36,7 +36,7 @@ def missing(why: str) -> Cell:
 
 
 def number(
-    value: float | int | None, low: float | None = None, high: float | None = None, *, digits: int = 3, why: str = "it is not defined"
+    value: float | int | None, low: float | int | None = None, high: float | int | None = None, *, digits: int = 3, why: str = "it is not defined"
 ) -> Cell:
     """A cell of a number, with its interval where there is one; a dash and the reason where there is none.
 

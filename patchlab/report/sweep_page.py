@@ -59,12 +59,9 @@ def _runs(count: int) -> str:
 
 def _headline(found: Findings, counts: Mapping[str, int]) -> str:
     words = ", ".join(f"{count:,} {name}" for name, count in counts.items() if name != "planned" and count)
-    total = sum(found.value(key, "seconds") or 0.0 for key in found.done)
-    passes = {name: sum(found.value(key, name) or 0.0 for key in found.done) for name in PASSES}
+    total, *passes = (sum((found.value(key, name) or 0.0 for key in found.done), 0.0) for name in ("seconds", *PASSES))
     counted = " (of circuits, those of their scores alone)" if found.of_kind("circuit") else ""
-    ran = (
-        f" Those that are done took {passes['forwards']:,.0f} forward and {passes['backwards']:,.0f} backward passes{counted} and {_duration(total)}."
-    )
+    ran = f" Those that are done took {passes[0]:,.0f} forward and {passes[1]:,.0f} backward passes{counted} and {_duration(total)}."
     return f"{_runs(counts['planned'])} planned: {words}.{ran if found.done else ''}"
 
 

@@ -409,14 +409,14 @@ def test_an_empty_plan_is_no_report(tmp_path):
 
 def test_models_and_tasks_of_one_name_are_told_apart(tmp_path):
     text = STUDY.replace("models: demo-gpt2-4l", "models: [demo-gpt2-4l, {name: demo-gpt2-4l, dtype: bfloat16}]")
-    text = text.replace("seed: [0, 1]", "options: {template: [plain, varied]}")
+    text = text.replace("seed: [0, 1]", "options: {template: [plain, mixed]}")
     text = text.replace("methods: [exact, atp, relp]", "methods: [exact, exact@mean, relp, relp@mean]")
     wanted = runs(tmp_path, text)
     with RunStore.create(tmp_path / "store", {}) as store:
         store.plan({run.key: planned(run) for run in wanted})
     found = report.gather(pl.sweeps.open(tmp_path / "store"))
     assert {*found.models.values()} == {"demo-gpt2-4l dtype=float32", "demo-gpt2-4l dtype=bfloat16"}
-    assert {*found.tasks.values()} == {"ioi[16] template=plain", "ioi[16] template=varied"}
+    assert {*found.tasks.values()} == {"ioi[16] template=plain", "ioi[16] template=mixed"}
     assert report.bare("relp@mean") == "relp"
 
 
