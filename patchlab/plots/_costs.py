@@ -102,8 +102,9 @@ def _draw(data: CostsData) -> go.Figure:
         row, column = divmod(i, columns)
         box = Box(64 + column * (PANEL + GAP_X), head + row * (PANEL * 0.8 + GAP_Y), PANEL, PANEL * 0.8)
         page.note(box.left, box.top - 24, f"<b>{escape(site, quote=False)}</b>", size=12)
-        across: dict[str, Any] = {"type": "log", "range": data.across, "title": {"text": "forwards + 2 · backwards"}, "exponentformat": "SI"}
-        across["dtick"] = 1 if data.across[1] - data.across[0] > 2.2 else "D2"
+        across: dict[str, Any] = {"type": "log", "range": data.across, "title": {"text": "forwards + 2 · backwards"}}
+        ticks = _ticks(data.across)
+        across |= {"tickmode": "array", "tickvals": ticks, "ticktext": [f"{tick:,}" for tick in ticks]}
         where = page.panel(box, across, {"range": data.down, "nticks": 7})
         line = {"color": MUTED, "width": 1, "dash": "dot"}
         page.figure.add_shape(type="line", xref=f"{where['xaxis']} domain", yref=where["yaxis"], x0=0, x1=1, y0=1, y1=1, line=line, layer="below")
@@ -121,6 +122,16 @@ def _draw_points(page: Page, one: Points, look: dict[str, Any], where: dict[str,
     ]
     hover = {"text": texts, "hovertemplate": "%{text}<extra></extra>"}
     page.figure.add_trace(go.Scatter(x=one.passes, y=one.value, mode="markers", marker=look, name=one.method, **hover, **where))
+
+
+def _ticks(span: tuple[float, float]) -> list[int]:
+    """Whole numbers on a log axis: 1, 2, 5, 10, ..., or powers of ten where those are many.
+
+    >>> _ticks((0.5, 1.8)), _ticks((0.5, 3.8))
+    ([5, 10, 20, 50], [10, 100, 1000])
+    """
+    digits = (1, 2, 5) if span[1] - span[0] <= 2.2 else (1,)
+    return [digit * 10**power for power in range(12) for digit in digits if span[0] <= np.log10(digit * 10**power) <= span[1]]
 
 
 def _broken(keys: list[str], width: float | int) -> list[str]:

@@ -261,8 +261,8 @@ def _leader(site: SiteRanking) -> str:
     names = " and ".join(one.method for one in first)
     said = f"{site.site}, over {over}: {names} {'has' if len(first) == 1 else 'share'} the best mean rank, {first[0].mean_rank:.2f}"
     best = ", ".join(f"{one.method} in {one.best}" for one in site.methods if one.best)
-    rest = [f"{one.method} in {one.worse} and above it in {one.better} of {len(one.value)}" for one in site.methods[1:] if len(one.value)]
-    return f"{said}; best: {best}." + (f" Surely below {site.methods[0].method}: {'; '.join(rest)}." if rest else "")
+    rest = [f"is {one.method} in {one.worse} of {len(one.value)}, above it in {one.better}" for one in site.methods[1:] if len(one.value)]
+    return f"{said}; best: {best}." + (f" Surely below {site.methods[0].method} {', '.join(rest)}." if rest else "")
 
 
 def _pairs(found: Findings) -> str:
@@ -314,7 +314,7 @@ def _circuits(found: Findings) -> str:
         Column("random CPR", "of random circuits of the same sizes", number=True),
         Column("random CMD", "of random circuits of the same sizes", number=True),
         Column("smallest", "edges of the smallest circuit from which on all larger ones are faithful; 95 % interval over resamples", number=True),
-        Column("share", "of all edges", number=True),
+        Column("share", "of all edges that were asked for, before pruning", number=True),
         Column("faithfulness", "of that circuit, on pairs that had no part in finding it", number=True),
         *_PASSES,
         Column("curve"),
