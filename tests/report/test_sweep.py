@@ -98,6 +98,9 @@ def swept_study(tmp_path_factory):
     folder = tmp_path_factory.mktemp("study")
     counts, _ = swept(runs(folder, STUDY), folder / "out", about={"name": "study"})
     assert counts["done"] == 12
+    sweep = pl.sweeps.open(folder / "out")
+    assert len(sweep.table())
+    assert len(sweep.differences())
     return folder / "out"
 
 
@@ -313,6 +316,7 @@ def test_sections_without_data_are_left_out(swept_study, tmp_path, kinds, headin
             elif not kinds:
                 store.plan({key: plan})
                 store.put(key, {**stored.record, "error": {"type": "Error", "message": "", "traceback": "all of it"}}, {}, status="failed")
+    shutil.copytree(swept_study / "derived", tmp_path / "part" / "derived")
     page, tables = written(tmp_path / "part", tmp_path / "out")
     assert tables.headings == headings
     assert len(tables.rows["runs-table"]) == {"score": 6, "circuit": 4, "verify": 2, "": 12}[kinds]
@@ -352,6 +356,22 @@ def test_nothing_but_its_own_report_is_replaced(copy, tmp_path):
     report.write_sweep(pl.sweeps.open(other), out, force=True)
     assert "12 pending" in (out / "index.html").read_text()
     assert {path.name for path in out.iterdir()} == {"index.html", "plotly.min.js", "run.json", "notes.txt"}, "figures of the other are gone"
+
+
+def test_only_figures_whose_scores_changed_are_drawn_again(copy, monkeypatch):
+    sweep, drawn = pl.sweeps.open(copy), []
+    report.write_sweep(sweep)
+    before, draw = tree(copy / "report"), pl.plots.heatmaps
+    monkeypatch.setattr(report.plots, "heatmaps", lambda maps: drawn.append(maps) or draw(maps))
+    figures = sorted((copy / "report").glob("run-*.js"))
+    figures[0].write_text("damaged")
+    figures[1].unlink()
+    report.write_sweep(sweep)
+    assert len(drawn) == 2
+    assert tree(copy / "report") == before
+    monkeypatch.setattr(report, "code_digest", lambda: "other code")
+    report.write_sweep(sweep)
+    assert len(drawn) == 2 + len(figures)
 
 
 def test_an_interrupted_report_leaves_the_earlier_one(copy, monkeypatch):
