@@ -9,7 +9,7 @@ from typing import Any
 from patchlab.plots._ranking import SiteRanking, rank_methods
 from patchlab.report.html import FIT, document, listed, paragraph
 from patchlab.report.sortable import Cell, Column, missing, number, sortable, text
-from patchlab.report.sweep import COSTS, RANKING, Findings, bare, figure_of
+from patchlab.report.sweep_findings import COSTS, RANKING, Findings, bare, figure_of
 
 AGREEMENT = {
     "pearson_per_prompt": ("r per prompt", "Pearson correlation with the exact effects on one prompt, mean over prompts, with its 95 % interval"),
@@ -65,7 +65,7 @@ def _headline(found: Findings, counts: Mapping[str, int]) -> str:
     return f"{_runs(counts['planned'])} planned: {words}.{ran if found.done else ''}"
 
 
-def _duration(seconds: float) -> str:
+def _duration(seconds: float | int) -> str:
     """Seconds in words: ``41.3 s``, ``2 h 05 min``."""
     if seconds < 120:
         return f"{seconds:.1f} s"
