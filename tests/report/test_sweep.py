@@ -18,7 +18,6 @@ import patchlab as pl
 from patchlab import cli
 from patchlab.errors import OutputError
 from patchlab.report import sweep as report
-from patchlab.report import sweep_page
 from patchlab.report.sortable import Column, missing, number, sortable, text
 from patchlab.store import gc
 from patchlab.store.runs import RunStore
@@ -382,7 +381,7 @@ def test_an_interrupted_report_leaves_the_earlier_one(copy, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sweep_page, "render", interrupted)
+    monkeypatch.setattr(report, "render", interrupted)
     with pytest.raises(KeyboardInterrupt):
         report.write_sweep(sweep)
     assert tree(copy / "report") == before
