@@ -40,7 +40,7 @@ def merge(
         OutputError: results disagree, or a file is damaged (all of it is listed, and nothing is written); or something cannot be written.
     """
     target.plan({})  # whether it can be written to shows now
-    kept, planned = agreed([target, *sources], same=same, say=say)
+    kept, planned = agreed([target, *sources], same=same, ours=target, say=say)
     target.plan({key: planned[key] for key in dict.fromkeys((*order, *planned)) if key in planned})
     copied = {key: kept[key] for key in target.planned() if key in kept and kept[key].folder.parent.parent != target.folder}
     for key, one in copied.items():
@@ -49,11 +49,15 @@ def merge(
 
 
 def agreed(
-    stores: Sequence[RunStore], *, same: Callable[[Stored, Stored], str | None], say: Callable[[str], Any] = lambda _: None
+    stores: Sequence[RunStore],
+    *,
+    same: Callable[[Stored, Stored], str | None],
+    ours: RunStore | None = None,
+    say: Callable[[str], Any] = lambda _: None,
 ) -> tuple[dict[str, Stored], dict[str, Mapping[str, object]]]:
-    """The results that the union of stores has, and what it plans: of all but the first, those whose files are whole.
+    """The results that the union of stores has, and what it plans.
 
-    The arguments are those of :func:`merge`.
+    The arguments are those of :func:`merge`; results in ``ours`` stay where they are, so that their files are not looked at.
 
     Raises:
         OutputError: results disagree, or a file is damaged.
@@ -66,10 +70,10 @@ def agreed(
     faults: list[str] = []
     left = 0
     kept: dict[str, Stored] = {}
-    for i, store in enumerate(stores):
+    for store in stores:
         for key, status in store.results().items():
             if status == "stale" or key not in planned:
-                left += i > 0
+                left += store is not ours
                 continue
             try:
                 one = store.get(key)
@@ -81,7 +85,7 @@ def agreed(
             except OutputError as error:
                 faults.append(f"{key[:12]}: {error}")
     for key, one in kept.items():
-        for name in one.files if one.folder.parent.parent != stores[0].folder else ():
+        for name in one.files if ours is None or one.folder.parent.parent != ours.folder else ():
             try:
                 one.path(name)
             except OutputError as error:

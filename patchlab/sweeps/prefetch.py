@@ -44,5 +44,6 @@ def fetch(file: SweepFile, *, say: Callable[[str], Any] = lambda _: None) -> dic
             say(f"{name}: {error}")
             missing.append(name)
     if missing:
+        number = len(file.model_names)
         raise SweepError(f"{len(missing)} of {number} models cannot be fetched: {', '.join(missing)}. The same command tries again.")
     return {name: found[name] for name in file.model_names}

@@ -457,7 +457,7 @@ class RunSpec(Spec):
         """The sha256 of the canonical JSON."""
         return hashlib.sha256(self.canonical().encode()).hexdigest()
 
-    @property
+    @cached_property
     def group(self) -> str:
         """What runs that share work have in common: model, task, direction and sites; circuits are a group of their own."""
         self.canonical()
