@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
+from page_scripts import script
 from sweeping import runs, swept
-from test_results_page import script
 
 import patchlab as pl
 
