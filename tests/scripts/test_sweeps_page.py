@@ -1,11 +1,17 @@
 """The page of studies: wins, ties and losses as the stored scores give them, and what has not been run is named as such."""
 
+from types import SimpleNamespace
+
 import numpy as np
+import pandas as pd
 import pytest
 from page_scripts import script
 from sweeping import runs, swept
 
 import patchlab as pl
+from patchlab.circuits import Circuit
+from patchlab.graph import Graph
+from patchlab.store.runs import RunStore
 
 page = script("make_sweeps_page")
 
@@ -13,10 +19,10 @@ TEXT = """
 version: 1
 name: seeds
 models: [demo-gpt2-4l, demo-llama]
-tasks: [{name: ioi, n: 16, seed: [0, 1]}]
+tasks: [{name: ioi, n: 8, seed: [0, 1]}]
 runs:
-  - {kind: score, methods: [exact, relp, atp], sites: [z, resid_pre]}
-  - {kind: circuit, methods: [atp, relp], sizes: [20, 60], random: 0, directions: noising}
+  - {kind: score, methods: [exact, relp, atp], sites: z}
+  - {kind: circuit, methods: [atp, relp], sizes: [20, 60], random: 0, smallest: false, directions: noising}
 """
 
 
@@ -27,6 +33,11 @@ def folder(tmp_path_factory):
     return folder / "out"
 
 
+@pytest.fixture(scope="module")
+def text(folder):
+    return page.page([folder])
+
+
 def cells(text: str, *first: str) -> list[str]:
     """The row of a table that begins with these cells."""
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
@@ -34,7 +45,7 @@ def cells(text: str, *first: str) -> list[str]:
     return found[len(first) :]
 
 
-def test_wins_are_paired_intervals_of_the_base_minus_the_other(folder):
+def test_wins_are_paired_intervals_of_the_base_minus_the_other(folder, text):
     sweep = pl.sweeps.open(folder)
     table = sweep.runs()
     found = []
@@ -48,27 +59,25 @@ def test_wins_are_paired_intervals_of_the_base_minus_the_other(folder):
         assert (row["method"], row["other"]) == ("relp", "atp")
         found.append((row["pearson"], row["pearson_lo"], row["pearson_hi"]))
     wins, losses = sum(low > 0 for _, low, _ in found), sum(high < 0 for _, _, high in found)
-    text = page.page([folder])
     row = cells(text, "`z`", "`atp`")
     assert row[0] == f"{wins} / {4 - wins - losses} / {losses}"
     assert row[1].split()[0].replace("−", "-") == f"{np.mean([value for value, _, _ in found]):+.2f}"
     assert "4 settings (model × task × seed × direction) of 2 models" in text
 
 
-def test_edges_are_paired_over_models(folder):
+def test_edges_are_paired_over_models(folder, text):
     sweep = pl.sweeps.open(folder)
     table = sweep.table().query("statistic == 'cmd'")
     wide = table.pivot_table(index=["model", "seed"], columns="method", values="value")
     apart = (wide["relp"] - wide["atp"]).groupby("model").mean()
-    row = cells(page.page([folder]), "CMD", "ioi", "`atp`")
+    row = cells(text, "CMD", "ioi", "`atp`")
     assert row[0] == "2"
     assert row[1].split()[0].replace("−", "-") == f"{apart.mean():+.2f}"
     less, more = int((wide["relp"] < wide["atp"]).sum()), int((wide["relp"] > wide["atp"]).sum())
     assert row[3] == f"{less} / {4 - less - more} / {more}"
 
 
-def test_what_has_not_been_run_is_named(folder):
-    text = page.page([folder])
+def test_what_has_not_been_run_is_named(text):
     for name in ("methods", "relp_rules", "relp_paper"):
         assert f"- **{name}**" in text.partition("## Not run yet")[2]
     assert "**seeds**" not in text.partition("## Not run yet")[2]
@@ -77,8 +86,20 @@ def test_what_has_not_been_run_is_named(folder):
 def test_other_folders_are_refused(folder, tmp_path):
     with pytest.raises(SystemExit, match="give one folder with finished runs for each of"):
         page.page([folder, folder])
-    swept(
-        runs(tmp_path, TEXT.split("  - {kind: circuit")[0].replace("demo-gpt2-4l, demo-llama", "demo-gpt2-4l")), tmp_path / "x", about={"name": "x"}
-    )
-    with pytest.raises(SystemExit, match="Sweep"):
-        page.page([tmp_path / "x"])
+    RunStore.create(tmp_path / "x", {"name": "x"}).close()
+    RunStore.create(tmp_path / "seeds", {"name": "seeds"}).close()
+    for wrong in ("x", "seeds"):  # another sweep, and one without a finished run
+        with pytest.raises(SystemExit, match=rf"Sweep\({wrong}\)"):
+            page.page([tmp_path / wrong])
+
+
+def test_stability_is_what_circuits_of_other_pairs_share():
+    graph = Graph(1, 1, 4)
+    edges = (["input->m0", "m0->logits"], ["input->m0", "m0->logits", "input->logits"], ["input->logits"], ["input->logits"])
+    circuits = {str(i): Circuit.of(graph, some) for i, some in enumerate(edges)}
+    about = {"kind": "circuit", "task": "ioi", "method": ["relp", "relp", "relp", "atp"], "model": ["a", "a", "b", "b"], "key": list(circuits)}
+    runs = pd.DataFrame(about)
+    sweep = SimpleNamespace(runs=lambda: runs, circuits=lambda **_: circuits)
+    lines = page._stability(sweep, runs)
+    assert cells("\n".join(lines), "`relp`") == ["0.67", "1"], "two of three edges; model b has one circuit alone"
+    assert not any("atp" in line for line in lines)
