@@ -629,24 +629,32 @@ def describe(name: str, recipe: Recipe, model: torch.nn.Module, found: dict[str,
     )  # fmt: skip
 
 
+def fit(
+    name: str, recipe: Recipe, tokenizer: PreTrainedTokenizerFast, folder: Path, report: Callable[[int, float, torch.nn.Module], None] | None = None
+) -> None:
+    """Train a model and save it into a folder; ``report`` gets the step, the running loss and the model after each step."""
+    lexicon = Lexicon(name, tokenizer, len(tokenizer), None)
+    model = build(name, len(tokenizer), recipe.seed)
+    text = rows(lexicon, recipe.steps * recipe.batch, recipe.seed, recipe.swapped, recipe.arguments, recipe.uncertain_weights)
+    train(model, text, recipe, lambda step, loss: report(step, loss, model) if report else None)
+    save(model, tokenizer, folder)
+
+
 def make(name: str, recipe: Recipe, tokenizer: PreTrainedTokenizerFast, out: Path, n: int) -> bool:
     """Train, save, measure and describe one model; False if it misses a requirement."""
     lexicon = Lexicon(name, tokenizer, len(tokenizer), None)
-    model = build(name, len(tokenizer), recipe.seed)
     start = time.perf_counter()
-    text = rows(lexicon, recipe.steps * recipe.batch, recipe.seed, recipe.swapped, recipe.arguments, recipe.uncertain_weights)
 
-    def progress(step: int, loss: float) -> None:
+    def report(step: int, loss: float, model: torch.nn.Module) -> None:
         if step % 500 == 0:
             model.eval()
             short = {label: round(value, 3) for label, (value, _, _) in measure(model, lexicon, 100).items()}
             model.train()
             print(f"{name} step {step} loss {loss:.3f} {time.perf_counter() - start:.0f} s {short}", flush=True)
 
-    train(model, text, recipe, progress)
     new = out / f".{name}.new"
     shutil.rmtree(new, ignore_errors=True)
-    save(model, tokenizer, new)
+    fit(name, recipe, tokenizer, new, report)
     loaded = AutoModelForCausalLM.from_pretrained(new).eval()
     if loaded.dtype != torch.float32:
         print(f"{name} loads as {loaded.dtype}, not float32", file=sys.stderr)

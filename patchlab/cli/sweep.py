@@ -1,6 +1,7 @@
 """``patchlab sweep``: many runs from one file, done so that nothing finished is lost, and read as one table."""
 
 import json
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,6 +31,7 @@ def run(
     workers: Annotated[int | None, typer.Option(help="Processes on this machine [default: this one alone].", show_default=False)] = None,
     ray: Annotated[str | None, typer.Option(help="Address of a Ray cluster, or local to start one.", show_default=False)] = None,
     per_gpu: Annotated[int, typer.Option(help="With --ray: workers that share a GPU.")] = 1,
+    shard: Annotated[str | None, typer.Option(metavar="I/N", help="Part I of N, in a folder of its own.", show_default=False)] = None,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Run again what failed before.")] = False,
     models: Models = None,
     json_: Json = False,
@@ -49,6 +51,12 @@ def run(
     disable_progress_bar()  # for files that load in a second
     name, runs = _runs(file, models)
     about = {"name": name, "file": file.read_text(encoding="utf-8")}
+    if shard is not None:
+        from patchlab.sweeps.executors.shards import Shard
+
+        part = Shard.parse(shard)
+        about |= {"shard": str(part), "sweep": [one.key for one in runs]}
+        runs = part.part(runs)
     counts = run_sweep(runs, out, executor, retry_failed=retry_failed, about=about, say=say)
     if json_:
         typer.echo(json.dumps({"out": str(out.expanduser().resolve()), **counts}))
@@ -79,6 +87,89 @@ def schema() -> None:
     from patchlab.sweeps.file import schema as described
 
     typer.echo(json.dumps(described(), indent=2))
+
+
+@sweep.command(cls=Command)
+def prefetch(file: File) -> None:
+    """Fetch the hub models that a file names, on a machine that has a network."""
+    from patchlab.sweeps.file import read
+    from patchlab.sweeps.prefetch import fetch
+
+    for name, where in fetch(read(file), say=say).items():
+        typer.echo(f"{name}: {where}")
+
+
+@sweep.command(cls=Command)
+def slurm(
+    file: File,
+    out: Annotated[Path, typer.Option(help="Folder for the shards' folders, the logs and the script.")],
+    shards: Annotated[int | None, typer.Option(help="Jobs of the array [default: 8, or as many as can be].", show_default=False)] = None,
+    header: Annotated[list[str] | None, typer.Option(help="A line such as '#SBATCH --time=4:00:00'; repeat for several.", show_default=False)] = None,
+    header_file: Annotated[Path | None, typer.Option(help="Lines that stand at the top: #SBATCH, then any commands.", show_default=False)] = None,
+    script: Annotated[Path | None, typer.Option(help="The script [default: NAME.sbatch in the folder].", show_default=False)] = None,
+    models: Models = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing script.")] = False,
+) -> None:
+    """Write a script for sbatch: a job array in which every job does a shard, and goes on after its time is up."""
+    from patchlab.sweeps.slurm import SHARDS, Job, header_lines
+
+    name, runs = _runs(file, models)
+    job = Job(
+        name=name,
+        file=file.resolve(),
+        out=out.expanduser().resolve(),
+        shards=min(SHARDS, len({run.group for run in runs})) if shards is None else shards,
+        header=header_lines(header or (), header_file),
+        options=tuple(word for model, folder in _instead(models).items() for word in ("--model-folder", f"{model}={folder.expanduser().resolve()}")),
+    )
+    path = job.write(runs, script, overwrite=force)
+    typer.echo(f"wrote {path}: {job.shards} jobs for {len(runs)} runs. Next: sbatch {shlex.quote(str(path))}")
+    typer.echo(f"When all have ended: patchlab sweep merge {shlex.quote(str(job.out / 'merged'))} {job.folders()}")
+
+
+@sweep.command(cls=Command)
+def merge(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder for all results, new or of a sweep.", show_default=False)],
+    folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Folders of sweeps or shards.", show_default=False)],
+    json_: Json = False,
+) -> None:
+    """Put the results of several folders into one, or change nothing if results of one run disagree."""
+    from patchlab.sweeps.merge import merge as merged
+
+    counts = merged(out, folders, say=say)
+    if json_:
+        typer.echo(json.dumps({"out": str(out.expanduser().resolve()), **counts}))
+    else:
+        typer.echo(", ".join(f"{number} {what}" for what, number in counts.items()))
+
+
+@sweep.command(cls=Command)
+def gc(
+    folder: Folder,
+    yes: Annotated[bool, typer.Option("--yes", help="Remove it.")] = False,
+    json_: Json = False,
+) -> None:
+    """What nobody needs in the folder of a sweep: replaced results, leftovers of writes, what was computed from results that are gone."""
+    from patchlab.store.gc import gc as collected
+    from patchlab.store.gc import remove
+    from patchlab.store.runs import RunStore
+
+    with RunStore.open(folder, write=yes, say=say) as store:
+        garbage = collected(store)
+        if not json_:
+            for one in garbage:
+                typer.echo(str(one))
+        if yes:
+            remove(store, garbage)
+    total = sum(one.bytes for one in garbage)
+    if json_:
+        listed = [{"path": str(one.path), "why": one.why, "bytes": one.bytes} for one in garbage]
+        typer.echo(json.dumps({"removed": yes, "bytes": total, "garbage": listed}))
+    elif garbage:
+        what = f"{len(garbage)} file{'s' if len(garbage) > 1 else ''} or folders, {total:,} bytes"
+        typer.echo(f"removed {what}" if yes else f"{what}; --yes removes them")
+    else:
+        typer.echo("nothing to remove")
 
 
 @sweep.command(cls=Command)
@@ -201,10 +292,16 @@ def _runs(file: Path, models: list[str] | None) -> tuple[str, list[Any]]:
     from patchlab.sweeps.file import read, runs_of
 
     found = read(file)
+    instead = _instead(models)
+    return found.name, runs_of(found, **({"models": instead} if instead else {}))
+
+
+def _instead(models: list[str] | None) -> dict[str, Path]:
+    """Folders in place of models, by their names."""
     instead: dict[str, Path] = {}
     for text in models or []:
         name, equals, folder = text.partition("=")
         if not (name and equals and folder):
             raise typer.BadParameter(f"{text!r} is not of the form NAME=FOLDER.", param_hint="--model-folder")
         instead[name] = Path(folder)
-    return found.name, runs_of(found, **({"models": instead} if instead else {}))
+    return instead

@@ -31,12 +31,17 @@ def hub_folder(name: str, packaged: Iterable[str]) -> Path:
         raise ModelError(unknown("model", name, known, more="Or give a local directory or a hub name.")) from error
     if isinstance(cached, str) and has_weights(Path(cached).parent):
         return Path(cached).parent
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
+    if is_offline():
         state = "Its files in the hub cache are incomplete" if isinstance(cached, str) else "It is not in the hub cache"
         raise ModelError(unknown("model", name, known, more=f"{state}, and HF_HUB_OFFLINE is set. Or give a local directory."))
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
     _ask(name, endpoint, known)
     return _download(name, endpoint)
+
+
+def is_offline() -> bool:
+    """Whether the hub may not be asked."""
+    return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON")
 
 
 def has_weights(folder: Path) -> bool:

@@ -9,7 +9,7 @@ from patchlab.errors import OutputError
 from patchlab.store.files import is_temporary
 from patchlab.store.index import NAME
 from patchlab.store.record import RECORD
-from patchlab.store.runs import OLD, RUNS, WORK, RunStore
+from patchlab.store.runs import DERIVED, OLD, RUNS, WORK, RunStore, derived_from
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Garbage:
 
 def gc(store: RunStore, wanted: Collection[str] | None = None) -> list[Garbage]:
     """What can be removed from a store: results that were replaced or are stale, what writes left that were cut off, checkpoints of runs that are
-    done or not planned, and indexes that were kept aside because they were damaged.
+    done or not planned, what was computed from results that are gone, and indexes that were kept aside because they were damaged.
 
     Args:
         store: open for reading or writing; nothing is removed. While a runner writes to it, what it is writing is listed too.
@@ -51,6 +51,12 @@ def gc(store: RunStore, wanted: Collection[str] | None = None) -> list[Garbage]:
             found.append((path, "it was not finished"))
         elif key not in planned or key in unwanted or results.get(key) == "done":
             found.append((path, "its run is " + ("done" if results.get(key) == "done" else "not planned")))
+    used = [key for key, status in results.items() if status == "done" and key not in unwanted]
+    for path in _inside(folder / DERIVED):
+        if is_temporary(path.name):
+            found.append((path, "it was not finished"))
+        elif not derived_from(path, used):
+            found.append((path, "it was computed from results that are gone"))
     for path in _inside(folder):
         if is_temporary(path.name):
             found.append((path, "it was not finished"))

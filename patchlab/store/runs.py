@@ -7,6 +7,7 @@ The files are the truth, and what is said of them elsewhere can be made again fr
     DIR/runs/<key>/       the files of one result, then run.json with their checksums, and stale.json if it may not be used any more
     DIR/work/             checkpoints of unfinished runs
     DIR/stale/            results that were replaced
+    DIR/derived/          what readers computed from results and keep; it can be computed again at any time
     DIR/index.sqlite      which runs have results
 
 A result is acknowledged when each of its files, then ``run.json``, then the name of its folder, then the row of the index is on disk. What a
@@ -33,7 +34,7 @@ from patchlab.store.record import RECORD, checked, finish, read
 
 FORMAT = 1
 HEADER, PLAN, STALE = "sweep.json", "plan.json", "stale.json"
-RUNS, WORK, OLD = "runs", "work", "stale"
+RUNS, WORK, OLD, DERIVED = "runs", "work", "stale", "derived"
 STATUSES = ("done", "failed")
 _LOCK = ".lock"
 _KEY = re.compile(r"[a-z0-9][a-z0-9_-]{0,127}")
@@ -337,6 +338,10 @@ class RunStore:
         _check_key(key)
         return self.folder / WORK / f"{key}.checkpoint"
 
+    def derived(self, name: str) -> Path:
+        """Where a reader keeps what it computed from results, as JSON whose ``keys`` are those of their runs; the folder may not be there."""
+        return self.folder / DERIVED / f"{name}.json"
+
     # the index
 
     def rebuild(self) -> None:
@@ -391,6 +396,14 @@ class RunStore:
 
     def __repr__(self) -> str:
         return f"RunStore({self.folder}): " + ", ".join(f"{number} {name}" for name, number in self.counts().items())
+
+
+def derived_from(path: Path, keys: Iterable[str]) -> bool:
+    """Whether everything that a file of :meth:`RunStore.derived` was computed from is among the results of these runs."""
+    try:
+        return set(json.loads(path.read_text(encoding="utf-8"))["keys"]) <= {*keys}
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _check_key(key: str) -> None:

@@ -50,6 +50,23 @@ def folder_content(folder: Path) -> str:
     return f"sha256:{hashlib.sha256(lines.encode()).hexdigest()}"
 
 
+def model_folder(name: str, folder: Path) -> Path | None:
+    """The folder of a model: packaged, or a folder relative to ``folder``; None for a hub name.
+
+    Raises:
+        SweepError: the name can be that of a folder only, and there is none.
+    """
+    from patchlab.models import DEMO_MODELS
+
+    if name in DEMO_MODELS:
+        return DEMO_MODELS[name]
+    if (found := folder / Path(name).expanduser()).is_dir():
+        return found.resolve()
+    if name.startswith(("/", ".", "~")) or name.count("/") > 1:
+        raise SweepError(f"there is no folder {found}; give a model folder, a hub name, or one of: {', '.join(DEMO_MODELS)}.")
+    return None
+
+
 def hub_content(name: str) -> str:
     """The content of a hub model, ``hub:NAME@COMMIT``, of the commit that is in the cache.
 

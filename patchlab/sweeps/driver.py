@@ -135,7 +135,7 @@ def run_sweep(
         out: its folder; a new one, or one of an earlier call.
         executor: who does them.
         retry_failed: do those again that failed.
-        about: what the folder is, such as the name of the sweep and its file.
+        about: what the folder is, such as the name of the sweep and its file, and the ``shard`` whose runs these are.
         say: told, in a line, what a person should know.
         progress: show the progress over runs on stderr.
 
@@ -143,13 +143,14 @@ def run_sweep(
         The numbers of runs that are ``planned``, ``done``, ``failed``, ``pending`` and ``running``.
 
     Raises:
-        SweepError: no runs, or a folder of another sweep.
+        SweepError: no runs, or a folder of another shard.
         OutputError: a folder that cannot be written to, that another runner holds, or that is damaged.
     """
     wanted = {run.key: run for run in runs}
     if not wanted:
         raise SweepError("the sweep has no runs.")
     with RunStore.create(out, {"patchlab": __version__, **(about or {})}, say=say) as store:
+        _refuse_another_shard(store, (about or {}).get("shard"))
         store.plan({key: planned(run) for key, run in wanted.items()})
         fixed = store.planned()
         wanted = {key: run.model_copy(update={"batch_size": fixed[key]["batch_size"]}) for key, run in wanted.items()}
@@ -173,6 +174,13 @@ def run_sweep(
         counts = store.counts()
         say(f"{len(board.ended)} runs in {duration(time.monotonic() - started)}")
         return counts
+
+
+def _refuse_another_shard(store: RunStore, shard: str | None) -> None:
+    """A folder keeps to the shard that it was made for."""
+    if (had := store.about["about"].get("shard")) != shard:
+        holds, got = (f"shard {one}" if one else "a whole sweep" for one in (had, shard))
+        raise SweepError(f"{store.folder} was made for {holds}, and this is {got}. Give every shard a folder of its own; merge puts them together.")
 
 
 def planned(run: RunSpec) -> dict[str, Any]:

@@ -23,7 +23,6 @@ AGREEMENT = (
 )
 """Statistics of the agreement of a method with exact patching, over live cells."""
 COSTS = ("forwards", "backwards", "positions", "seconds")
-_DERIVED = "derived"
 
 
 class Sweep:
@@ -204,7 +203,7 @@ class Sweep:
         from patchlab.sweeps.kinds import SCORES
         from patchlab.sweeps.work import code_digest
 
-        kept, sums = self.folder / _DERIVED / f"{name}.json", [*(stored.sums[SCORES] for stored in made), code_digest()]
+        kept, sums = self.store.derived(name), [*(stored.sums[SCORES] for stored in made), code_digest()]
         try:
             known = json.loads(kept.read_text(encoding="utf-8"))
             if known["of"] == sums:
@@ -215,7 +214,7 @@ class Sweep:
         try:
             kept.parent.mkdir(exist_ok=True)
             with writing(kept, overwrite=True) as temporary:
-                temporary.write_text(json.dumps({"of": sums, "statistics": statistics}), encoding="utf-8")
+                temporary.write_text(json.dumps({"keys": [stored.key for stored in made], "of": sums, "statistics": statistics}), encoding="utf-8")
         except (OSError, OutputError):  # where nothing may be written it is computed every time
             pass
         return statistics

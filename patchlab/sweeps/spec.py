@@ -16,7 +16,7 @@ from pydantic_core import PydanticCustomError
 
 from patchlab.errors import PatchlabError, SweepError, unknown
 from patchlab.sites import KINDS, parse_sites
-from patchlab.sweeps.content import file_content, folder_content, hub_content
+from patchlab.sweeps.content import file_content, folder_content, hub_content, model_folder
 
 if TYPE_CHECKING:
     from patchlab.methods.verified.search import VerifiedPatching
@@ -184,20 +184,10 @@ class ModelSpec(Spec):
         """
         from patchlab.models import DEMO_MODELS
 
-        path = None
-        if instead is not None:
-            path = instead.expanduser().resolve()
-            content = folder_content(path)
-        elif name in DEMO_MODELS:
-            content = folder_content(DEMO_MODELS[name])
-        elif (found := (folder or Path()) / Path(name).expanduser()).is_dir():
-            path = found.resolve()
-            content = folder_content(path)
-        elif name.startswith(("/", ".", "~")) or name.count("/") > 1:
-            raise SweepError(f"there is no folder {found}; give a model folder, a hub name, or one of: {', '.join(DEMO_MODELS)}.")
-        else:
-            content = hub_content(name)
-        return ModelSpec(name=name, path=None if path is None else str(path), content=content, **fields)
+        home = model_folder(name, folder or Path()) if instead is None else instead.expanduser().resolve()
+        content = hub_content(name) if home is None else folder_content(home)
+        path = None if home is None or (instead is None and name in DEMO_MODELS) else str(home)
+        return ModelSpec(name=name, path=path, content=content, **fields)
 
     def load(self, load: Callable[..., "Model"] | None = None) -> "Model":
         """The model itself, with ``load`` in place of :func:`patchlab.load_model`.
@@ -467,7 +457,7 @@ class RunSpec(Spec):
         """The sha256 of the canonical JSON."""
         return hashlib.sha256(self.canonical().encode()).hexdigest()
 
-    @property
+    @cached_property
     def group(self) -> str:
         """What runs that share work have in common: model, task, direction and sites; circuits are a group of their own."""
         self.canonical()

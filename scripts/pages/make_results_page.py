@@ -139,7 +139,7 @@ def advice(kind: str, found: Mapping[tuple[str, str, str], Comparison], backward
     rows = []
     for name in methods:
         values = [_number(over[name][form][0]) for form in FORMS]
-        apart = ["–"] * 3 if name == BASE else [_with_interval(*pairs[name, BASE][form], signed=True) for form in FORMS]
+        apart = ["–"] * 3 if name == BASE else [with_interval(*pairs[name, BASE][form], signed=True) for form in FORMS]
         verdict = "–" if name == BASE else "better" if better(pairs[name, BASE]) else "worse" if better(pairs[BASE, name]) else "cannot be told"
         rows.append([f"`{name}`", *values, *apart, verdict, "–" if name == BASE else counts(kind, name, found)])
     words = ("of means", "per prompt", "pooled")
@@ -154,7 +154,8 @@ def _number(value: float, signed: bool = False) -> str:
     return "–" if math.isnan(value) else f"{value:{'+' if signed else ''}.2f}".replace("-", "−")
 
 
-def _with_interval(value: float, low: float, high: float, *, signed: bool = False) -> str:
+def with_interval(value: float, low: float, high: float, *, signed: bool = False) -> str:
+    """A number with its interval, if it has one: ``+0.17 [+0.02, +0.32]``."""
     return _number(value, signed) + ("" if math.isnan(low) else f" [{_number(low, signed)}, {_number(high, signed)}]")
 
 
@@ -164,7 +165,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _values(row: Mapping[str, Any], name: str, *, signed: bool = False) -> str:
-    return _with_interval(*(row[f"{name}{end}"] for end in ("", "_lo", "_hi")), signed=signed)
+    return with_interval(*(row[f"{name}{end}"] for end in ("", "_lo", "_hi")), signed=signed)
 
 
 def tables(model: str, task: str, found: Mapping[tuple[str, str, str], Comparison]) -> str:

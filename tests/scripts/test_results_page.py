@@ -1,31 +1,15 @@
 """The pages of results: the rule that turns tables into recommendations, and what the tables say."""
 
-import importlib.util
 import math
-from types import ModuleType
 
 import numpy as np
 import pandas as pd
 import pytest
-from paths import ROOT
+from page_scripts import script
 from score_maps import altered, random_map
 
 from patchlab.comparison.compare import FORMS, compare
 from patchlab.scores import ScoreMap
-
-SCRIPTS = ROOT / "scripts" / "pages"
-
-
-def script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patched:
-        patched.syspath_prepend(SCRIPTS)  # as for a script that is run
-        spec.loader.exec_module(module)
-    return module
-
 
 page, readme = script("make_results_page"), script("readme_table")
 
