@@ -34,6 +34,7 @@ RANKS = (
     {"plots", "sweeps"},
     {"report"},
     {"cli"},
+    {"__main__"},
 )
 # testing is for tests: it may import anything and nothing imports it
 FREE = {"testing"}

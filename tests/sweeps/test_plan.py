@@ -270,6 +270,7 @@ def small(folder: Path, family: str, sizes: dict[str, Any], vocabulary: int) -> 
     return folder
 
 
+@pytest.mark.slow
 def test_the_study_of_the_paper_is_planned_without_a_network(tmp_path, demo_gpt2):
     file = read(ROOT / "examples" / "sweeps" / "relp_paper.yaml")
     assert set(file.model_names) == set(SHAPES)

@@ -88,6 +88,7 @@ def test_workers_end_with_the_driver(tmp_path):
     assert "running" not in RunStore.open(tmp_path / "out").status().values()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "a request to end"])
 @pytest.mark.parametrize("options", [(), ("--workers", "2")], ids=["one process", "two workers"])
 def test_ctrl_c_stops_it_cleanly(tmp_path, how, options):
@@ -106,6 +107,7 @@ def test_ctrl_c_stops_it_cleanly(tmp_path, how, options):
     assert RunStore.open(tmp_path / "out").counts()["running"] == 0
 
 
+@pytest.mark.slow
 def test_a_killed_worker_costs_a_retry(whole, tmp_path):
     killed: list[int] = []
 
@@ -124,6 +126,7 @@ def test_a_killed_worker_costs_a_retry(whole, tmp_path):
     same_tables(whole, tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_a_run_that_kills_its_worker_three_times_fails_and_the_others_are_done(tmp_path):
     wanted = runs(tmp_path, SCORES)
     victim, ended = wanted[0].key, threading.Event()
@@ -144,6 +147,7 @@ def test_a_run_that_kills_its_worker_three_times_fails_and_the_others_are_done(t
     assert "3 workers died" in pl.sweeps.open(tmp_path / "out").find(victim).record["error"]["message"]
 
 
+@pytest.mark.slow
 def test_one_process_and_several_agree(whole, tmp_path):
     swept(runs(tmp_path, SCORES), tmp_path / "out")
     one, several = (pl.sweeps.open(folder).table() for folder in (tmp_path / "out", whole))

@@ -105,6 +105,7 @@ def test_a_job_queues_again_only_when_its_time_is_up(tmp_path, cluster, code, as
     assert ("cancelled, so it is not queued again" in text) == (asked and code == 143 and state != "RUNNING")
 
 
+@pytest.mark.slow
 def test_a_request_to_stop_keeps_the_checkpoint_and_the_shards_are_the_sweep(tmp_path, cluster):
     folder = tmp_path / "with 'spaces' & %"
     folder.mkdir()
