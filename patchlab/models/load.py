@@ -45,8 +45,8 @@ def load_model(
         >>> load_model(AutoModelForCausalLM.from_pretrained(path), tokenizer=AutoTokenizer.from_pretrained(path))  # doctest: +SKIP
     """
     if isinstance(name_or_path, nn.Module):
-        return _taken_over(name_or_path, tokenizer, None if device is None else _device(device), None if dtype is None else _dtype(dtype))
-    where, kind = _device(device), _dtype(dtype)
+        return _taken_over(name_or_path, tokenizer, None if device is None else chosen_device(device), None if dtype is None else _dtype(dtype))
+    where, kind = chosen_device(device), _dtype(dtype)
     name = str(name_or_path)
     if name in DEMO_MODELS:
         folder = DEMO_MODELS[name]
@@ -211,7 +211,12 @@ def _round_trips(tokenizer: Any) -> bool:
     return kept > len(texts) / 2
 
 
-def _device(device: str | torch.device | None) -> torch.device:
+def chosen_device(device: str | torch.device | None) -> torch.device:
+    """The device that is asked for; None for CUDA if present, else the CPU.
+
+    Raises:
+        ModelError: an unknown device, or one that is not there.
+    """
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

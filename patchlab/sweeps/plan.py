@@ -21,11 +21,12 @@ from patchlab.circuits.heldout import three_sets
 from patchlab.circuits.smallest import sizes_to
 from patchlab.engine.masked import pass_bytes, row_bytes
 from patchlab.engine.memory import free_bytes
-from patchlab.errors import PatchlabError, SweepError
+from patchlab.errors import ModelError, PatchlabError, SweepError
 from patchlab.methods.names import scoring_method
 from patchlab.methods.plan import forward_seconds
 from patchlab.methods.verified.search import SAMPLE, VerifiedPatching, levels
 from patchlab.models import DEMO_MODELS, Model, load_model
+from patchlab.models.load import chosen_device
 from patchlab.progress import duration
 from patchlab.sweeps.spec import CircuitSpec, ModelSpec, RunSpec, ScoreSpec, VerifySpec
 from patchlab.tasks.task import Task
@@ -215,10 +216,9 @@ def _of_model(runs: list[tuple[int, RunSpec]], load: Callable[..., Model], clock
 
 def _check_weights(spec: ModelSpec, run: RunSpec) -> None:
     """Refuse a model whose weights alone cannot fit, before it is loaded."""
-    import torch
-
-    device = torch.device(spec.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda" and not torch.cuda.is_available():
+    try:
+        device = chosen_device(spec.device)
+    except ModelError:
         return  # loading says so
     needed, free = weight_bytes(spec), free_bytes(device)
     if needed > free:

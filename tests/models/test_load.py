@@ -313,10 +313,10 @@ def test_a_cuda_device_beyond_the_last(directories: dict[str, Path], monkeypatch
 
 @pytest.mark.parametrize(("present", "expected"), [(True, "cuda"), (False, "cpu")])
 def test_the_default_device_is_cuda_if_present(present: bool, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from patchlab.models.load import _device
+    from patchlab.models.load import chosen_device
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: present)
-    assert _device(None) == torch.device(expected)
+    assert chosen_device(None) == torch.device(expected)
 
 
 def test_no_device_is_written_into_the_code() -> None:
