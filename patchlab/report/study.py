@@ -15,7 +15,7 @@ from patchlab.errors import OutputError
 from patchlab.report.html import captioned, document, inline, listed, paragraph, table
 from patchlab.store.files import write_json, writing
 from patchlab.sweeps.kinds import CIRCUIT, SIZES, SMALLEST
-from patchlab.sweeps.study import FOUND, HEADS, NOT_FOUND, OTHERS, SCREEN, SHARE, Study
+from patchlab.sweeps.study import ESTIMATES, FOUND, HEADS, NOT_FOUND, SHARE, Study
 from patchlab.tables import json_able, records
 
 PAGE, RECORD = "index.html", "study.json"
@@ -173,13 +173,13 @@ def _does_it(study: Study) -> str:
 
 def _flows(study: Study) -> str:
     exact = study.scores("exact places")
-    shown = exact if exact is not None else study.scores(f"{SCREEN} places")
+    shown = exact if exact is not None else study.scores(f"{study.screen} places")
     if shown is None:
         return paragraph("Nothing was computed within the budget.")
     how = (
         "Measured: every layer and position was patched by itself."
         if exact is not None
-        else f"Estimated with {SCREEN}: patching every layer and position by itself would have taken longer than the budget."
+        else f"Estimated with {study.screen}: patching every layer and position by itself would have taken longer than the budget."
     )
     text = (
         f"{how} The residual stream shows where the information is at each depth; attention and MLP outputs show where it is moved and made. Blue "
@@ -192,11 +192,11 @@ def _flows(study: Study) -> str:
 
 def _heads(study: Study) -> str:
     exact = study.scores(f"exact {HEADS}")
-    screened = exact if exact is not None else study.scores(f"{SCREEN} {HEADS}")
+    screened = exact if exact is not None else study.scores(f"{study.screen} {HEADS}")
     how = (
         "Every head was patched by itself on the choosing half."
         if exact is not None
-        else f"Not every head could be patched within the budget; {SCREEN} said where to look, and the largest were verified by patching."
+        else f"Not every head could be patched within the budget; {study.screen} said where to look, and the largest were verified by patching."
     )
     text = (
         f"{how} The {len(study.heads)} with the largest effects were then patched on the measuring half; their intervals hold for all of them "
@@ -224,7 +224,7 @@ def _heads(study: Study) -> str:
         found = json.loads(study.sweep.find(study.keys["verified"]).path("verified.json").read_text(encoding="utf-8"))
         parts += [paragraph(found["recall"]["statement"]), paragraph(found["bound"]["statement"], "muted")]
     if screened is not None:
-        caption = "Exact effect of every head" if exact is not None else f"{SCREEN}'s estimate for every head"
+        caption = "Exact effect of every head" if exact is not None else f"{study.screen}'s estimate for every head"
         parts.append(
             captioned(inline("heads", plots.heatmaps(screened, normalised=True)), f"{caption}, mean over the choosing half, as a share of the gap.")
         )
@@ -307,18 +307,19 @@ def _of_curve(curve: FaithfulnessCurve, method: str, row: Mapping[str, Any]) -> 
 
 def _methods(study: Study) -> str:
     methods = list(dict.fromkeys(study.methods["method"]))
+    estimates = [method for method in ESTIMATES if method in methods or method == study.screen]
     table_of = study.methods.set_index(["address", "method"])
     rows = []
     for row in study.heads.to_dict("records"):
-        cells = [str(table_of.loc[(row["address"], method), "place"]) if method in methods else "–" for method in ("exact", SCREEN, *OTHERS)]
+        cells = [str(table_of.loc[(row["address"], method), "place"]) if method in methods else "–" for method in ("exact", *estimates)]
         rows.append([_name(row), _percent(row["share"]), *cells])
     text = (
         f"The place of each head among all heads by the size of its score, on the choosing half: exact patching measures, "
-        f"{_listed([SCREEN, *OTHERS])} "
+        f"{_listed(estimates)} "
         "estimate from gradients in a few passes. Where an estimate puts a found head far down, a study with that method alone would have missed it."
     )
     lines = [_said(study, method) for method in methods if method != "exact"]
-    return paragraph(text) + table(["head", "share of the gap", "exact", SCREEN, *OTHERS], rows) + listed(lines)
+    return paragraph(text) + table(["head", "share of the gap", "exact", *estimates], rows) + listed(lines)
 
 
 def _said(study: Study, method: str) -> str:

@@ -1,7 +1,6 @@
 """The report of a sweep: a folder with one page, and a file for each figure that the page loads when a reader asks for it."""
 
 import json
-import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
 from patchlab import __version__, plots
-from patchlab.circuits import FaithfulnessCurve, SmallestFaithful
+from patchlab.circuits import FaithfulnessCurve
 from patchlab.circuits.evaluation.curve import RANDOM
 from patchlab.errors import OutputError
 from patchlab.report.sweep_findings import COSTS, RANKING, Findings, figure_of, gather, sweep_counts
@@ -23,7 +22,7 @@ from patchlab.store.files import writing
 from patchlab.store.folder import listed, result_folder
 from patchlab.store.record import checked, finish, read
 from patchlab.store.runs import Stored
-from patchlab.sweeps.kinds import CURVE, SCORES, SIZES, SMALLEST
+from patchlab.sweeps.kinds import CURVE, SCORES
 from patchlab.sweeps.results import Sweep
 from patchlab.sweeps.work import code_digest
 
@@ -51,7 +50,7 @@ def write_sweep(sweep: Sweep, folder: str | Path | None = None, *, force: bool =
     earlier = _earlier(target, about)
     with result_folder(target, force=force or earlier is not None) as staging:
         found = gather(sweep, say)
-        made = _write_figures(found, staging, say, earlier)
+        made = _write_figures(sweep, found, staging, say, earlier)
         with writing(staging / PLOTLY) as temporary:
             temporary.write_text(get_plotlyjs(), encoding="utf-8")
         counts = sweep_counts(found)
@@ -77,7 +76,7 @@ def _earlier(target: Path, about: Mapping[str, Any]) -> Earlier | None:
     return Earlier(target, record) if all(record.get(name) == value for name, value in about.items()) else None
 
 
-def _write_figures(found: Findings, folder: Path, say: Callable[[str], Any], earlier: Earlier | None) -> dict[str, list[str]]:
+def _write_figures(sweep: Sweep, found: Findings, folder: Path, say: Callable[[str], Any], earlier: Earlier | None) -> dict[str, list[str]]:
     """A file per figure, and in ``found`` their names; what those of score maps were made of, so that the next report need not draw them again."""
     made: dict[str, list[str]] = {}
 
@@ -98,7 +97,7 @@ def _write_figures(found: Findings, folder: Path, say: Callable[[str], Any], ear
         if (found.agreement["value"].notna() & (found.agreement["passes"] > 0)).any():
             write(COSTS, plots.costs(found.agreement, pd.DataFrame(exact, columns=["site", "setting", "method", "passes"])))
     for name, keys in found.circuits.items():
-        write(name, plots.faithfulness(*joined({found.method(key): found.done[key] for key in keys})), keys)
+        write(name, plots.faithfulness(joined({found.method(key): found.done[key] for key in keys}), sweep.smallest(*keys)), keys)
     scored = [key for key, stored in found.done.items() if SCORES in stored.files]
     drawn = 0
     for key in scored:
@@ -128,8 +127,8 @@ def _copied(earlier: Earlier, name: str, made: list[str], folder: Path) -> bool:
     return True
 
 
-def joined(runs: Mapping[str, Stored]) -> tuple[FaithfulnessCurve, SmallestFaithful | None]:
-    """The curves of runs that differ in their method as one, and their smallest faithful circuits where they were looked for.
+def joined(runs: Mapping[str, Stored]) -> FaithfulnessCurve:
+    """The curves of runs that differ in their method as one.
 
     Circuits of random edges do not depend on the method; where those of two runs differ all the same, each is named after its run.
     """
@@ -144,20 +143,9 @@ def joined(runs: Mapping[str, Stored]) -> tuple[FaithfulnessCurve, SmallestFaith
                 frames.append(frame[frame["method"] != RANDOM])
             else:
                 frames.append(frame.assign(method=frame["method"].replace(RANDOM, f"{RANDOM} ({name})")))
-    curve = FaithfulnessCurve(pd.concat(tables, ignore_index=True), pd.concat(areas, ignore_index=True), {}, dict(first.provenance))
-    looked = {name: stored for name, stored in runs.items() if SMALLEST in stored.files}
-    if not looked:
-        return curve, None
-    rows = [_restored(json.loads(stored.path(SMALLEST).read_text(encoding="utf-8"))) for stored in looked.values()]
-    sizes = FaithfulnessCurve.load(next(iter(looked.values())).path(SIZES))
-    return curve, SmallestFaithful(pd.DataFrame(rows), sizes, {}, sizes.provenance)
+    return FaithfulnessCurve(pd.concat(tables, ignore_index=True), pd.concat(areas, ignore_index=True), {}, dict(first.provenance))
 
 
 def _same_random(one: FaithfulnessCurve, other: FaithfulnessCurve) -> bool:
     rows = [curve.table[curve.table["method"] == RANDOM].drop(columns="method").reset_index(drop=True) for curve in (one, other)]
     return rows[0].equals(rows[1])
-
-
-def _restored(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row as it was before JSON, which has no infinity and no NaN."""
-    return {name: (math.inf if name in ("n_edges_lo", "n_edges_hi") else math.nan) if value is None else value for name, value in row.items()}

@@ -13,7 +13,7 @@ from patchlab.errors import OutputError
 from patchlab.scores import ScoreMap
 from patchlab.store.runs import Stored
 from patchlab.sweeps.kinds import SCORES
-from patchlab.sweeps.results import Sweep
+from patchlab.sweeps.results import Sweep, without_source
 
 RANKING, COSTS = "ranking", "costs"
 RANKED_BY = "pearson_per_prompt"
@@ -106,7 +106,7 @@ class Findings:
     def agreement(self) -> pd.DataFrame:
         """What is ranked and drawn against cost: ``site``, ``setting``, ``method`` (without its source), ``key``, ``passes`` and ``value``."""
         rows = [
-            {"site": site, "setting": self.settings[reference], "method": bare(self.method(key)), "key": key, "passes": self.passes(key)}
+            {"site": site, "setting": self.settings[reference], "method": without_source(self.method(key)), "key": key, "passes": self.passes(key)}
             | {"value": self.value(key, RANKED_BY, site)}
             for key, reference in self.references.items()
             for site in self.sites(key)
@@ -117,7 +117,11 @@ class Findings:
     def paired(self) -> pd.DataFrame:
         """Paired differences of what is ranked, with the names of :attr:`agreement`."""
         rows = self.differences[self.differences["statistic"] == RANKED_BY]
-        names = {"setting": rows["reference"].map(self.settings), "method": rows["method"].map(bare), "other": rows["other"].map(bare)}
+        names = {
+            "setting": rows["reference"].map(self.settings),
+            "method": rows["method"].map(without_source),
+            "other": rows["other"].map(without_source),
+        }
         return rows.assign(**names).astype({"value": float, "lo": float, "hi": float})
 
     def passes(self, key: str) -> float:
@@ -134,11 +138,6 @@ class Findings:
             rest = {name: value for name, value in spec["what"].items() if name != "method"}
             groups.setdefault(json.dumps({**spec, "what": rest}, sort_keys=True), []).append(key)
         return {f"curve-{keys[0][:16]}": keys for keys in groups.values()}
-
-
-def bare(method: str) -> str:
-    """A method's name without its source."""
-    return method.partition("@")[0]
 
 
 def figure_of(key: str) -> str:

@@ -9,7 +9,8 @@ from typing import Any
 from patchlab.plots._ranking import SiteRanking, rank_methods
 from patchlab.report.html import FIT, document, listed, paragraph
 from patchlab.report.sortable import Cell, Column, missing, number, sortable, text
-from patchlab.report.sweep_findings import COSTS, RANKING, Findings, bare, figure_of
+from patchlab.report.sweep_findings import COSTS, RANKING, Findings, figure_of
+from patchlab.sweeps.results import without_source
 
 AGREEMENT = {
     "pearson_per_prompt": ("r per prompt", "Pearson correlation with the exact effects on one prompt, mean over prompts, with its 95 % interval"),
@@ -232,7 +233,7 @@ def _agreement(found: Findings) -> str:
 
 def _why_none(found: Findings, key: str, site: str) -> str:
     """Why a run has no agreement at a site."""
-    if bare(found.method(key)).startswith("exact"):
+    if without_source(found.method(key)).startswith("exact"):
         return "this is what the others are compared with"
     if key not in found.references:
         return "no exact patching of the same model, pairs, direction, sites and source is done in this sweep"

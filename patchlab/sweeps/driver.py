@@ -50,6 +50,7 @@ class Board:
     ended: set[str] = field(default_factory=set[str])
     checked: set[str] = field(default_factory=set[str])
     stale: set[str] = field(default_factory=set[str])
+    warned: set[tuple[str, str]] = field(default_factory=set[tuple[str, str]])
 
     def names(self) -> list[str]:
         """The groups, in order."""
@@ -104,7 +105,8 @@ class Board:
         if error is not None:
             self.say(f"failed: {label}: {error['type']}: {error['message'].strip().splitlines()[0] if error['message'].strip() else ''}")
         for line in event.record.get("log", ()):
-            if line.startswith("warning"):
+            if line.startswith("warning") and (event.record["fields"]["model"], line) not in self.warned:  # methods of one task share theirs
+                self.warned.add((event.record["fields"]["model"], line))
                 self.say(f"{label}: {line}")
 
     def _compare(self, event: Checked) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -14,7 +15,7 @@ from patchlab.store.files import writing
 from patchlab.store.runs import RunStore, Stored
 
 if TYPE_CHECKING:
-    from patchlab.circuits import Circuit, FaithfulnessCurve
+    from patchlab.circuits import Circuit, FaithfulnessCurve, SmallestFaithful
     from patchlab.scores import ScoreMap
 
 AGREEMENT = (
@@ -96,6 +97,22 @@ class Sweep:
         from patchlab.sweeps.kinds import CURVE
 
         return FaithfulnessCurve.load(self._file(key, CURVE))
+
+    def smallest(self, *keys: str) -> "SmallestFaithful | None":
+        """What runs found about their smallest faithful circuits, a row each; the curve is that of the first. None where none of them looked.
+
+        Raises:
+            SweepError, OutputError: as :meth:`find`.
+        """
+        from patchlab.circuits import FaithfulnessCurve, SmallestFaithful
+        from patchlab.sweeps.kinds import SIZES, SMALLEST
+
+        looked = [stored for stored in map(self.find, keys) if SMALLEST in stored.files]
+        if not looked:
+            return None
+        rows = [_restored(json.loads(stored.path(SMALLEST).read_text(encoding="utf-8"))) for stored in looked]
+        sizes = FaithfulnessCurve.load(looked[0].path(SIZES))
+        return SmallestFaithful(pd.DataFrame(rows), sizes, {}, sizes.provenance)
 
     def circuits(self, **where: Any) -> "dict[str, Circuit]":
         """The smallest faithful circuits of runs whose fields have these values (``method="relp"``), by key; runs that found none are left out.
@@ -242,6 +259,20 @@ def open_sweep(path: str | os.PathLike[str]) -> Sweep:
     return Sweep(path)
 
 
+def _restored(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of the smallest circuits as it was before JSON, which has no infinity and no NaN."""
+    return {name: (math.inf if name in ("n_edges_lo", "n_edges_hi") else math.nan) if value is None else value for name, value in row.items()}
+
+
+def without_source(method: str) -> str:
+    """A method's name without its source.
+
+    >>> without_source("relp+ig:5@mean")
+    'relp+ig:5'
+    """
+    return method.partition("@")[0]
+
+
 def _alike(plan: Mapping[str, Any], source: str) -> str:
     """What a run and its reference have in common."""
     spec = plan["spec"]
@@ -250,14 +281,14 @@ def _alike(plan: Mapping[str, Any], source: str) -> str:
 
 def _compared_with(plan: Mapping[str, Any]) -> str | None:
     method = plan["spec"]["what"].get("method", "")
-    if plan["spec"]["what"]["kind"] != "score" or _word(method) == "exact":
+    if plan["spec"]["what"]["kind"] != "score" or without_source(method) == "exact":
         return None
     return _alike(plan, method.partition("@")[2])
 
 
 def _exact(plan: Mapping[str, Any]) -> str | None:
     what = plan["spec"]["what"]
-    if what["kind"] != "score" or _word(what["method"]) != "exact":
+    if what["kind"] != "score" or without_source(what["method"]) != "exact":
         return None
     return _alike(plan, what["method"].partition("@")[2])
 
@@ -267,10 +298,6 @@ def _scores_of(stored: Stored) -> "ScoreMap":
     from patchlab.sweeps.kinds import SCORES
 
     return ScoreMap.load(stored.path(SCORES))
-
-
-def _word(method: str) -> str:
-    return method.partition("@")[0]
 
 
 def _agreement(exact: "ScoreMap", scores: "ScoreMap") -> list[dict[str, Any]]:

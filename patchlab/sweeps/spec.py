@@ -479,7 +479,8 @@ class RunSpec(Spec):
             "verify": f"verified by {what.method} on {sites}",
             "circuit": f"circuits by {what.method}, {getattr(what, 'ablation', '')}",
         }[what.kind]
-        return f"{self.model.name} × {task.name}{pairs}{options}{seed}, {self.direction}: {wanted}"
+        model = self.model.name + ("" if self.model.dtype == "float32" else f" {self.model.dtype}")
+        return f"{model} × {task.name}{pairs}{options}{seed}, {self.direction}: {wanted}"
 
     def _unusual(self) -> Mapping[str, Plain]:
         from patchlab.tasks import GENERATORS

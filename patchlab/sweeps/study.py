@@ -11,8 +11,9 @@ import torch
 from jaxtyping import Float
 
 from patchlab.engine import Program, run
-from patchlab.errors import SweepError
+from patchlab.errors import MethodError, RuleError, SweepError
 from patchlab.methods.exact import ActivationPatching
+from patchlab.methods.names import scoring_method
 from patchlab.methods.setting.meter import Meter
 from patchlab.methods.verified.patcher import Patcher
 from patchlab.models import Model
@@ -29,7 +30,9 @@ from patchlab.tasks.task import Task
 BUDGET = 600.0
 """Seconds that a study may take, about."""
 HEADS, PLACES = "z", ("resid_pre", "attn_out", "mlp_out")
-SCREEN, OTHERS = "relp", ("atp", "ig:5")
+SCREENS = ("relp", "atp")
+"""What says where to look: the first that this model allows (rules do not cover every kind of module)."""
+ESTIMATES = ("relp", "atp", "ig:5")
 CANDIDATES = 10
 """Heads that are chosen on one half of the pairs and measured on the other."""
 SHARE = 0.05
@@ -66,6 +69,7 @@ class Study:
             ``found``.
         together: all heads that support the behaviour patched at once, on the measuring half: how many ``heads``, ``effect``, ``lo``, ``hi`` and
             ``share``, ``share_lo``, ``share_hi``.
+        screen: the method that estimates every component.
         patterns: mean attention of each found head on the clean prompts of the measuring half, ``[dest, src]``, by address; empty where the prompts
             do not line up.
         methods: per method and candidate its place among all heads on the choosing half.
@@ -83,6 +87,7 @@ class Study:
     solved: dict[str, float]
     heads: pd.DataFrame
     together: dict[str, float]
+    screen: str
     patterns: dict[str, Float[np.ndarray, "dest src"]]
     methods: pd.DataFrame
     decisions: tuple[Decision, ...]
@@ -120,7 +125,8 @@ def study(
 ) -> Study:
     """Find out which heads and edges of a model carry a behaviour, within a budget, and measure on other pairs what they do.
 
-    Everything is chosen on one half of the pairs and measured on the other. RelP scores every component; exact patching replaces it, cheapest
+    Everything is chosen on one half of the pairs and measured on the other. RelP scores every component (AtP where no rules
+    cover the model); exact patching replaces it, cheapest
     question first, as far as the budget allows; heads that cannot all be patched are searched for and verified. The runs are kept in ``out/runs`` and
     a study that was interrupted goes on.
 
@@ -149,7 +155,8 @@ def study(
     choosing, measuring = pairs.split(seed=task.seed)
     solved = _solved(loaded, measuring, batch_size)
     trouble = _unsolved(solved, len(measuring))
-    questions = _questions(model, task, [site for site in PLACES if site in loaded.arch.sites], batch_size)
+    screen, notes = _screen(loaded, choosing, batch_size)
+    questions = _questions(model, task, screen, [site for site in PLACES if site in loaded.arch.sites], batch_size)
     runs, decisions, spent = _planned(questions if trouble is None else questions[:1], loaded, budget)
     say(f"{pairs!r}: {len(runs)} of {len(questions)} questions, about {duration(spent)} of a budget of {duration(budget)}")
     folder = Path(out) / _FOLDER
@@ -163,12 +170,12 @@ def study(
     )
     sweep = Sweep(folder)
     keys = {what: one.key for what, one in runs.items() if sweep.store.status()[one.key] == "done"}
-    notes = [] if trouble is None else [trouble]
+    notes = [*([] if trouble is None else [trouble]), *notes]
     if counts["failed"]:
         notes.append(f"{counts['failed']} runs failed; `patchlab sweep status {folder}` says why.")
     heads, together, patterns, methods = pd.DataFrame(), {}, {}, pd.DataFrame()
     if trouble is None:
-        heads = _candidates(sweep, keys, loaded)
+        heads = _candidates(sweep, keys, screen)
         heads, patcher = _measured(heads, loaded, measuring, batch_size, solved)
         methods = _places(sweep, keys, heads)
         if _addresses(heads, 1):
@@ -178,7 +185,9 @@ def study(
             if not patterns:
                 notes.append("The prompts differ in length or template, so mean attention patterns have no common axes and are left out.")
     verdict = NOT_FOUND if trouble is not None else FOUND if _addresses(heads, 1) else SPREAD
-    return Study(verdict, loaded, pairs, choosing, measuring, solved, heads, together, patterns, methods, tuple(decisions), sweep, keys, tuple(notes))
+    return Study(
+        verdict, loaded, pairs, choosing, measuring, solved, heads, together, screen, patterns, methods, tuple(decisions), sweep, keys, tuple(notes)
+    )
 
 
 @dataclass(frozen=True)
@@ -193,7 +202,24 @@ class _Question:
     instead_of: str = ""
 
 
-def _questions(model: ModelSpec, task: TaskSpec, sites: Sequence[str], batch_size: int) -> list[_Question]:
+def _screen(model: Model, task: Task, batch_size: int) -> tuple[str, list[str]]:
+    """The method that estimates every component, and why those before it are not used.
+
+    Raises:
+        MethodError, RuleError, SiteError: the last of them cannot be used either.
+    """
+    notes: list[str] = []
+    for name in SCREENS[:-1]:
+        try:
+            scoring_method(name).prepared(model, task, HEADS, batch_size=batch_size)
+            return name, notes
+        except (RuleError, MethodError) as error:
+            notes.append(f"{name} cannot be used on this model: {error}")
+    scoring_method(SCREENS[-1]).prepared(model, task, HEADS, batch_size=batch_size)
+    return SCREENS[-1], notes
+
+
+def _questions(model: ModelSpec, task: TaskSpec, screen: str, sites: Sequence[str], batch_size: int) -> list[_Question]:
     """The questions of a study, in the order of what their answers are worth."""
 
     def asked(what: ScoreSpec | VerifySpec | CircuitSpec, of: TaskSpec) -> RunSpec:
@@ -203,19 +229,22 @@ def _questions(model: ModelSpec, task: TaskSpec, sites: Sequence[str], batch_siz
         return asked(ScoreSpec(method=method, sites=tuple(sites)), task.model_copy(update={"half": "first"}))
 
     places = ", ".join(sites)
-    verify = VerifySpec(sites=(HEADS,), screen=SCREEN, k=CANDIDATES)
+    verify = VerifySpec(sites=(HEADS,), screen=screen, k=CANDIDATES)
     return [
-        _Question(f"{SCREEN} {HEADS}", scores(SCREEN, [HEADS]), f"every head, by {SCREEN}", "estimated", must=True),
-        _Question(f"{SCREEN} places", scores(SCREEN, sites), f"{places}, by {SCREEN}", "estimated", must=True),
-        *(_Question(f"{other} {HEADS}", scores(other, [HEADS]), f"every head, by {other}", "estimated") for other in OTHERS),
+        _Question(f"{screen} {HEADS}", scores(screen, [HEADS]), f"every head, by {screen}", "estimated", must=True),
+        _Question(f"{screen} places", scores(screen, sites), f"{places}, by {screen}", "estimated", must=True),
+        *(_Question(f"{other} {HEADS}", scores(other, [HEADS]), f"every head, by {other}", "estimated") for other in ESTIMATES if other != screen),
         _Question(f"exact {HEADS}", scores("exact", [HEADS]), "every head, patched by itself", "exact"),
         _Question(
             "verified", asked(verify, task.model_copy(update={"half": "first"})), f"the {CANDIDATES} largest heads, verified", "exact",
             instead_of=f"exact {HEADS}",
         ),
-        _Question(f"circuit {SCREEN}", asked(CircuitSpec(method=SCREEN), task), f"circuits of edges, chosen by {SCREEN}", "exact"),
+        _Question(f"circuit {screen}", asked(CircuitSpec(method=screen), task), f"circuits of edges, chosen by {screen}", "exact"),
         _Question("exact places", scores("exact", sites), f"{places}, each layer and position patched by itself", "exact"),
-        _Question("circuit atp", asked(CircuitSpec(method="atp"), task), "circuits of edges, chosen by atp", "exact"),
+        *(
+            _Question(f"circuit {other}", asked(CircuitSpec(method=other), task), f"circuits of edges, chosen by {other}", "exact")
+            for other in SCREENS[1:] if other != screen
+        ),
     ]  # fmt: skip
 
 
@@ -288,12 +317,12 @@ def _unsolved(solved: Mapping[str, float], pairs: int) -> str | None:
     return None
 
 
-def _candidates(sweep: Sweep, keys: Mapping[str, str], model: Model) -> pd.DataFrame:
+def _candidates(sweep: Sweep, keys: Mapping[str, str], screen: str) -> pd.DataFrame:
     """The heads that the choosing half brings up: by exact effects where all were patched, else the verified ones, else by the screen."""
     import json
 
     if f"exact {HEADS}" in keys or "verified" not in keys:
-        by = f"exact {HEADS}" if f"exact {HEADS}" in keys else f"{SCREEN} {HEADS}"
+        by = f"exact {HEADS}" if f"exact {HEADS}" in keys else f"{screen} {HEADS}"
         scores = sweep.scores(keys[by])
         mean, live = scores.mean(HEADS).to_numpy(), scores.live[HEADS].to_numpy()
         order = [index for index in np.argsort(-np.abs(mean), axis=None).tolist() if live.flat[index]][:CANDIDATES]
@@ -369,7 +398,7 @@ def _patterns(heads: pd.DataFrame, model: Model, task: Task) -> dict[str, Float[
 def _places(sweep: Sweep, keys: Mapping[str, str], heads: pd.DataFrame) -> pd.DataFrame:
     """Per method and candidate its place among all live heads by |score|."""
     rows: list[dict[str, Any]] = []
-    for method in ("exact", SCREEN, *OTHERS):
+    for method in ("exact", *ESTIMATES):
         if f"{method} {HEADS}" not in keys:
             continue
         scores = sweep.scores(keys[f"{method} {HEADS}"])

@@ -18,11 +18,11 @@ import patchlab as pl
 from patchlab import cli
 from patchlab.errors import OutputError
 from patchlab.report import sweep as report
-from patchlab.report import sweep_findings
 from patchlab.report.sortable import Column, missing, number, sortable, text
 from patchlab.store import gc
 from patchlab.store.runs import RunStore
 from patchlab.sweeps.driver import planned
+from patchlab.sweeps.results import without_source
 
 STUDY = """
 version: 1
@@ -437,7 +437,7 @@ def test_models_and_tasks_of_one_name_are_told_apart(tmp_path):
     found = report.gather(pl.sweeps.open(tmp_path / "store"))
     assert {*found.models.values()} == {"demo-gpt2-4l dtype=float32", "demo-gpt2-4l dtype=bfloat16"}
     assert {*found.tasks.values()} == {"ioi[16] template=plain", "ioi[16] template=mixed"}
-    assert sweep_findings.bare("relp@mean") == "relp"
+    assert without_source("relp@mean") == "relp"
 
 
 def test_cells_say_what_is_missing_and_intervals_without_an_end():

@@ -49,7 +49,7 @@ class OnRay:
                 raise SweepError(f"no Ray cluster answers at {self.address}: {error}. Start one with `ray start --head`, or use local.") from error
         crew: dict[Any, _Hand] = {}
         try:
-            _Crew(board, self._many(ray), self._resources(ray), crew).work()
+            _Crew(board, self._many(ray), self._resources(ray), self._share(ray), crew).work()
         finally:
             for hand in crew.values():
                 ray.kill(hand.actor)
@@ -60,6 +60,13 @@ class OnRay:
         resources = ray.cluster_resources()
         found = int(resources.get("GPU", 0)) * self.per_gpu or max(1, int(resources.get("CPU", 1)))
         return found if self.workers is None else min(found, self.workers)
+
+    def _share(self, ray: Any) -> float:
+        """Of the free memory, for one worker: of its GPU, or of its node."""
+        if ray.cluster_resources().get("GPU", 0):
+            return 1 / self.per_gpu
+        nodes = sum(bool(node["Alive"]) for node in ray.nodes())
+        return 1 / max(1, -(-self._many(ray) // max(1, nodes)))
 
     def _resources(self, ray: Any) -> dict[str, Any]:
         gpus = ray.cluster_resources().get("GPU", 0)
@@ -82,10 +89,10 @@ class _Hand:
 class _Crew:
     """The workers and the groups that are left."""
 
-    def __init__(self, board: Board, many: int, resources: dict[str, Any], crew: dict[Any, _Hand]) -> None:
+    def __init__(self, board: Board, many: int, resources: dict[str, Any], share: float, crew: dict[Any, _Hand]) -> None:
         import ray
 
-        self.ray, self.board, self.many, self.busy = ray, board, many, crew
+        self.ray, self.board, self.many, self.share, self.busy = ray, board, many, share, crew
         self.queue, self.idle = board.names(), list[_Hand]()
         self.actor = ray.remote(**resources, max_restarts=0)(Actor)
 
@@ -104,7 +111,7 @@ class _Crew:
             name = self.queue.pop(0)
             if (group := self.board.left(name)) is None:
                 continue
-            hand = self.idle.pop() if self.idle else _Hand(self.actor.remote(1 / max(1, self.many)))
+            hand = self.idle.pop() if self.idle else _Hand(self.actor.remote(self.share))
             hand.give(name, group)
             self.busy[hand.events] = hand
 
