@@ -15,6 +15,16 @@ jointly), optionally narrowed to one layer, head or neuron and some positions::
     L2.N17.mlp_post         neuron 17 of layer 2, all positions
     L5.H1.pattern@END<S1    the attention of head 1 from END to S1
 
+Dictionaries (:meth:`patchlab.Model.add_dictionaries`) give the points that they write to two more kinds each::
+
+    features.resid_post                     one score per layer and feature of the dictionaries on resid_post, all positions jointly
+    features.resid_post[layer,pos,feature]  also per position
+    error.resid_post[layer,pos]             what they leave out, one score (of the whole vector) per position; by default per layer
+    features, error[layer,pos]              the same at the point that has dictionaries; at each such point where there are several
+    L3.F512.resid_post@END                  feature 512 of the dictionary on resid_post of layer 3, at END
+    L3.error.resid_post                     what that dictionary leaves out
+    L3.features.resid_post                  all of its features
+
 Edges between components (:class:`patchlab.graph.Graph`) are scored like sites, but not edited::
 
     edges                           one score per writer and reader, all positions jointly
@@ -50,6 +60,8 @@ class SiteKind:
         attended: later positions attend to it within its own layer.
         granularities: the only combinations of axes that can be scored; None: any with the first axis.
         cells: name of the kind of cells that its scores are (:mod:`patchlab.methods.cells`).
+        of: the point that it is a part of (``resid_post``), by which its entries are addressed: ``L3.F512.resid_post``.
+        points: the kinds that it stands for, one per point; those that a model has are meant (:meth:`patchlab.adapters.Architecture.meant`).
     """
 
     name: str
@@ -64,6 +76,8 @@ class SiteKind:
     attended: bool = False
     granularities: tuple[tuple[str, ...], ...] | None = None
     cells: str = "nodes"
+    of: str = ""
+    points: tuple[str, ...] = ()
 
     @property
     def layered(self) -> bool:
@@ -143,10 +157,24 @@ for _kind in (
 ):
     add_kind(_kind)
 
-_SCORED = re.compile(r"(?P<kind>[a-z_]+)(\[(?P<axes>[^\]]*)\])?")
+POINTS = ("resid_pre", "resid_mid", "resid_post", "attn_out", "z", "mlp_out")
+"""Where dictionaries can be: the activations that they reconstruct."""
+_FEATURES: dict[str, Any] = {"unit": "feature", "letter": "F"}
+_ERROR: dict[str, Any] = {}
+for _name, _axes, _default, _width, _what, _own in (
+    ("features", ("layer", "pos", "feature"), ("layer", "feature"), None, "features of dictionaries", _FEATURES),
+    ("error", _BY_POS, ("layer",), "d_model", "what dictionaries leave out", _ERROR),
+):
+    for _point in POINTS:
+        add_kind(SiteKind(f"{_name}.{_point}", _axes, _default, _width, f"{_what} on {_point}", cells=_name, of=_point, **_own))
+    _names = tuple(f"{_name}.{point}" for point in POINTS)
+    add_kind(SiteKind(_name, _axes, _default, _width, f"{_what}, at each point that has any", cells=_name, points=_names))
+
+_NAME = r"[a-z_]+(\.[a-z_]+)?"
+_SCORED = re.compile(rf"(?P<kind>{_NAME})(\[(?P<axes>[^\]]*)\])?")
 _POSITION = r"[A-Za-z0-9_\-]+"
 _NARROWED = (
-    r"(L(?P<layer>\d+)\.)?((?P<letter>[{letters}])(?P<index>\d+)\.)?(?P<kind>[a-z_]+)"
+    r"(L(?P<layer>\d+)\.)?((?P<letter>[{letters}])(?P<index>\d+)\.)?(?P<kind>{name})"
     rf"(@(?P<pos>\*|{_POSITION}(,{_POSITION})*)(<(?P<src>\*|{_POSITION}(,{_POSITION})*))?)?"
 )
 
@@ -168,8 +196,13 @@ class Site:
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
-            raise SiteError(unknown("site", self.kind, KINDS))
+            raise _unknown_kind(self.kind)
         kind = KINDS[self.kind]
+        if kind.points and not self.axes:
+            raise SiteError(
+                f"an address names the point as well, as in L3.{'F512' if self.kind == 'features' else self.kind}.resid_post; "
+                f"got {self.kind} without one of {', '.join(POINTS)}."
+            )
         bad = [axis for axis in self.axes if axis not in kind.axes]
         if bad or len(set(self.axes)) != len(self.axes):
             raise SiteError(f"{self.kind} has the axes {list(kind.axes)}; got {list(self.axes)}. Name each of the axes to score once.")
@@ -214,15 +247,14 @@ class Site:
         if match := _SCORED.fullmatch(compact):
             kind = match["kind"]
             if kind not in KINDS:
-                raise SiteError(unknown("site", kind, KINDS))
+                raise _unknown_kind(kind)
             axes = KINDS[kind].default if match["axes"] is None else tuple(match["axes"].split(","))
             return Site(kind, axes)
-        if match := re.fullmatch(_NARROWED.replace("{letters}", "".join(sorted(_nouns()))), compact):
+        if match := re.fullmatch(_NARROWED.replace("{letters}", "".join(sorted(_nouns()))).replace("{name}", _NAME), compact):
             if match["layer"] is None and match["kind"] in KINDS and KINDS[match["kind"]].layered:
                 raise SiteError(f"the address {text!r} lacks its layer; write L0.{compact} (or another layer).")
-            _check_letter(match["kind"], match["letter"], match["index"])
             return Site(
-                match["kind"],
+                _kind_of(match["kind"], match["letter"], match["index"]),
                 (),
                 layer=None if match["layer"] is None else int(match["layer"]),
                 index=None if match["index"] is None else int(match["index"]),
@@ -230,7 +262,7 @@ class Site:
                 src=_positions(match["src"]),
             )
         raise SiteError(
-            f"cannot read the site {text!r}. Write a kind ({', '.join(KINDS)}), a kind with axes (z[layer,pos,head]) or an address (L9.H6.z@END)."
+            f"cannot read the site {text!r}. Write a kind ({', '.join(_short())}), a kind with axes (z[layer,pos,head]) or an address (L9.H6.z@END)."
         )
 
     @property
@@ -253,7 +285,7 @@ class Site:
         text = "" if self.layer is None else f"L{self.layer}."
         if self.index is not None:
             text += f"{KINDS[self.kind].letter}{self.index}."
-        text += self.kind
+        text += self.kind if self.index is None else KINDS[self.kind].of or self.kind
         if self.pos is not None:
             text += "@" + ",".join(map(str, self.pos))
         if self.src is not None:
@@ -282,13 +314,30 @@ def _nouns() -> dict[str, str]:
     return {kind.letter: kind.unit.removeprefix("kv_") for kind in KINDS.values() if kind.unit is not None}
 
 
-def _check_letter(name: str, letter: str | None, index: str | None) -> None:
-    """Refuse a head of what has no heads."""
-    if letter is None or index is None or name not in KINDS or KINDS[name].letter == letter:
-        return
-    noun, owners = _nouns()[letter], [kind.name for kind in KINDS.values() if kind.letter == letter]
-    where = f"Sites with {noun}s: {', '.join(owners)}." if len(owners) > 1 else f"The site with {noun}s is {owners[0]}."
+def _kind_of(name: str, letter: str | None, index: str | None) -> str:
+    """The kind whose entry an address names: ``features.resid_post`` of the name resid_post with an F.
+
+    Raises:
+        SiteError: a head of what has no heads.
+    """
+    if letter is None or index is None or name not in KINDS or KINDS[name].letter == letter or KINDS[name].points:
+        return name
+    owners = [kind for kind in KINDS.values() if kind.letter == letter]
+    if own := [kind.name for kind in owners if kind.of == name]:
+        return own[0]
+    noun, points = _nouns()[letter], [kind.of or kind.name for kind in owners]
+    where = f"Sites with {noun}s: {', '.join(points)}." if len(points) > 1 else f"The site with {noun}s is {points[0]}."
     raise SiteError(f"{name} has no {noun}s; drop {letter}{int(index)}. {where}")
+
+
+def _unknown_kind(name: str) -> SiteError:
+    """An error for a name that no kind has; kinds of single points go by what stands for them."""
+    return SiteError(unknown("site", name, KINDS if "." in name else _short()))
+
+
+def _short() -> list[str]:
+    """The kinds, those of single points left to what stands for them."""
+    return [kind.name for kind in KINDS.values() if not kind.of]
 
 
 def address(kind: str, layer: int | None) -> Site:
@@ -313,7 +362,7 @@ def parse_sites(sites: "str | Site | Iterable[str | Site]") -> tuple[Site, ...]:
         raise SiteError(f"sites are a name such as 'resid_pre', or a list of names; got {sites!r}.")
     parsed = tuple(Site.parse(site) for site in sites)
     if not parsed:
-        raise SiteError(f"no sites given. Name at least one of: {', '.join(KINDS)}.")
+        raise SiteError(f"no sites given. Name at least one of: {', '.join(_short())}.")
     for site in parsed:
         if site.narrowed:
             raise SiteError(f"{site} is an address; a sweep scores a whole kind, such as {site.kind}. Use it in an edit instead.")

@@ -13,7 +13,8 @@ from patchlab.errors import SiteError
 from patchlab.sites import KINDS, Site, SiteKind, parse_sites
 
 ACTIVATIONS = [kind for kind in KINDS.values() if kind.granularities is None]
-LAYERED = [kind for kind in KINDS if "layer" in KINDS[kind].axes]
+ADDRESSED = [kind for kind in ACTIVATIONS if not kind.points]
+LAYERED = [kind for kind in KINDS if "layer" in KINDS[kind].axes and not (KINDS[kind].of or KINDS[kind].points)]
 
 
 POSITIONS = st.none() | st.lists(st.integers(-50, 50) | st.sampled_from(["END", "S1", "a-b", "x_2"]), min_size=1, max_size=3).map(tuple)
@@ -28,14 +29,14 @@ def test_a_printed_sweep_is_read_back(kind: SiteKind, kept: tuple[bool, ...]) ->
 
 
 @settings(deadline=None)
-@given(kind=st.sampled_from(ACTIVATIONS), layer=st.integers(0, 99), index=NUMBER, pos=POSITIONS, src=POSITIONS)
+@given(kind=st.sampled_from(ADDRESSED), layer=st.integers(0, 99), index=NUMBER, pos=POSITIONS, src=POSITIONS)
 def test_a_printed_address_is_read_back(kind: SiteKind, layer: int, index: int | None, pos: Any, src: Any) -> None:
     axes = set(kind.axes)
     site = Site(
         kind.name,
         (),
         layer=layer if "layer" in axes else None,
-        index=index if axes & {"head", "kv_head", "neuron"} else None,
+        index=index if axes & {"head", "kv_head", "neuron", "feature"} else None,
         pos=pos,
         src=src if "src" in axes else None,
     )
@@ -63,11 +64,32 @@ def test_a_printed_address_is_read_back(kind: SiteKind, layer: int, index: int |
         ("L5.H1.pattern@*<S1,2", Site("pattern", (), layer=5, index=1, src=("S1", 2))),
         ("L5.pattern@END<*", Site("pattern", (), layer=5, pos=("END",))),
         ("input@0", Site("input", (), pos=(0,))),
+        ("features", Site("features", ("layer", "feature"))),
+        ("features[layer,pos,feature]", Site("features", ("layer", "pos", "feature"))),
+        ("features.resid_post", Site("features.resid_post", ("layer", "feature"))),
+        ("features.z[layer,pos,feature]", Site("features.z", ("layer", "pos", "feature"))),
+        ("error", Site("error", ("layer",))),
+        ("error.mlp_out[layer,pos]", Site("error.mlp_out", ("layer", "pos"))),
+        ("L3.F512.resid_post", Site("features.resid_post", (), layer=3, index=512)),
+        ("L3.F512.features.resid_post", Site("features.resid_post", (), layer=3, index=512)),
+        ("L3.F512.z@END", Site("features.z", (), layer=3, index=512, pos=("END",))),
+        ("L3.F512.mlp_out@S1,S2", Site("features.mlp_out", (), layer=3, index=512, pos=("S1", "S2"))),
+        ("L3.F512.resid_mid@-1", Site("features.resid_mid", (), layer=3, index=512, pos=(-1,))),
+        ("L3.features.attn_out", Site("features.attn_out", (), layer=3)),
+        ("L3.error.resid_post", Site("error.resid_post", (), layer=3)),
+        ("L3.error.resid_post@END", Site("error.resid_post", (), layer=3, pos=("END",))),
     ],
 )
 def test_read(text: str, expected: Site) -> None:
     assert Site.parse(text) == expected
     assert Site.parse(expected) is expected
+
+
+@pytest.mark.parametrize(
+    "text", ["L3.F512.resid_post@END", "L3.error.resid_post", "L3.features.z@1,-1", "features.mlp_out[layer,pos,feature]", "error.z", "features"]
+)
+def test_names_of_features_are_printed_as_they_are_written(text: str) -> None:
+    assert str(Site.parse(text)) == text
 
 
 def test_default_granularity_is_not_printed_but_others_are() -> None:
@@ -77,7 +99,7 @@ def test_default_granularity_is_not_printed_but_others_are() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("resid_pree", r"unknown site 'resid_pree'; did you mean 'resid_pre'\? Valid: attn_out, edges, input, k, "),
+        ("resid_pree", r"unknown site 'resid_pree'; did you mean 'resid_pre'\? Valid: attn_out, edges, error, features, input, k, "),
         ("L3.attnout", r"unknown site 'attnout'; did you mean 'attn_out'\?"),
         ("z[layer,neuron]", r"z has the axes \['layer', 'pos', 'head'\]; got \['layer', 'neuron'\]"),
         ("z[layer,layer]", r"got \['layer', 'layer'\]. Name each of the axes to score once"),
@@ -93,6 +115,13 @@ def test_default_granularity_is_not_printed_but_others_are() -> None:
         ("L3.z@END<S1", r"z has no source positions; the '<' belongs to pattern"),
         ("L3.H1.N2.z", r"cannot read the site 'L3.H1.N2.z'. Write a kind \(input, resid_pre, .*\), a kind with axes .* or an address"),
         ("L3.z@", r"cannot read the site 'L3.z@'"),
+        ("L3.F2.pattern", r"pattern has no features; drop F2. Sites with features: resid_pre, resid_mid, resid_post, attn_out, z, mlp_out"),
+        ("L3.H1.error.z", r"error.z has no heads; drop H1"),
+        ("L3.error", r"an address names the point as well, as in L3.error.resid_post; got error without one of resid_pre, resid_mid, "),
+        ("L3.F7.features", r"an address names the point as well, as in L3.F512.resid_post; got features without"),
+        ("features.resid", r"unknown site 'features.resid'; did you mean 'features.resid_"),
+        ("error[layer,feature]", r"error has the axes \['layer', 'pos'\]; got \['layer', 'feature'\]"),
+        ("L3.F2.resid_post@END<S1", r"features.resid_post has no source positions"),
         ("L3.z@*,END", r"cannot read the site 'L3.z@\*,END'"),
         ("", r"cannot read the site ''"),
     ],

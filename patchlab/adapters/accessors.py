@@ -49,6 +49,18 @@ class Accessor:
         """
         return digest(self, self.kind)
 
+    def at(self, layer: int | None) -> "Accessor":
+        """The accessor of one layer, where layers differ."""
+        return self
+
+    def layers(self, n_layers: int) -> tuple[int, ...]:
+        """The layers of a model that have the site."""
+        return tuple(range(n_layers))
+
+    def entries(self, layer: int | None) -> int | None:
+        """How many entries (features) the site has in a layer, where no axis of the model says it."""
+        return None
+
     @staticmethod
     def _name(layer: int | None, hook: str) -> str:
         return hook if layer is None else f"blocks.{layer}.{hook}"

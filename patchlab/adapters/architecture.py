@@ -1,7 +1,7 @@
 """Architectures: the facts about one that everything else asks for."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from types import MappingProxyType
@@ -59,6 +59,29 @@ class Architecture:
         """The site kinds that this model has."""
         return tuple(kind for kind in self.accessors if kind not in self.absent)
 
+    def targets(self, kind: str) -> tuple[tuple[str, int | None], ...]:
+        """A kind in every layer that has it."""
+        if not KINDS[kind].layered:
+            return ((kind, None),)
+        return tuple((kind, layer) for layer in (self.accessors[kind].layers(self.n_layers) if kind in self.accessors else range(self.n_layers)))
+
+    def meant(self, sites: Iterable[Site]) -> tuple[Site, ...]:
+        """The sites of this model that are meant: in the place of ``features`` and ``error`` those of every point that has dictionaries.
+
+        Raises:
+            SiteError: the model has no dictionaries; a site is meant twice.
+        """
+        found: list[Site] = []
+        for site in sites:
+            points = [kind for kind in KINDS[site.kind].points if kind in self.sites]
+            if KINDS[site.kind].points and not points:
+                raise SiteError(f"{site}: the model has no dictionaries, so there are none. Give it some with model.add_dictionaries(...).")
+            for one in [replace(site, kind=kind) for kind in points] or [site]:
+                if one in found:
+                    raise SiteError(f"the site {one} is named twice ({site} stands for it as well); name it once.")
+                found.append(one)
+        return tuple(found)
+
     def size(self, axis: str) -> int:
         """Length of a model axis: layer, head, kv_head, neuron, writer or reader."""
         if axis in ("writer", "reader"):
@@ -97,10 +120,25 @@ class Architecture:
             return
         if site.kind in self.absent:
             raise SiteError(f"{self.family} has no site {site.kind}: {self.absent[site.kind]}. Sites of this model: {', '.join(self.sites)}.")
-        unit = KINDS[site.kind].unit
+        about = KINDS[site.kind]
+        if about.points:
+            raise SiteError(f"{site} stands for several sites of a model; name one of {', '.join(about.points)}.")
+        if about.of and site.kind not in self.accessors:
+            raise SiteError(
+                f"{self.family} has no dictionary on {about.of}, so there is no site {site.kind}. Give it one with model.add_dictionaries(...). "
+                f"Sites of this model: {', '.join(self.sites)}."
+            )
+        entries = None
+        if site.kind in self.accessors and site.layer is not None:
+            layers = self.accessors[site.kind].layers(self.n_layers)
+            if site.layer < self.n_layers and site.layer not in layers:
+                raise SiteError(f"{site}: layer {site.layer} has no {site.kind}; the layers {', '.join(map(str, layers)) or '(none)'} have.")
+            entries = self.accessors[site.kind].at(site.layer).entries(site.layer) if site.layer < self.n_layers else None
+        unit = about.unit
         for what, value, axis in (("layer", site.layer, "layer"), ((unit or "").removeprefix("kv_"), site.index, unit)):
-            if value is not None and axis is not None and not 0 <= value < self.size(axis):
-                raise SiteError(f"{site} names {what} {value}, but this model has {self.size(axis)} ({axis} 0 to {self.size(axis) - 1}).")
+            size = 0 if value is None or axis is None else entries if axis == unit and entries is not None else self.size(axis)
+            if value is not None and axis is not None and not 0 <= value < size:
+                raise SiteError(f"{site} names {what} {value}, but this model has {size} ({axis} 0 to {size - 1}).")
 
 
 def _in_some_layers(hook: str, missing: list[int | None], n_layers: int) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor
 from patchlab.adapters import Architecture, BridgedModel
 from patchlab.adapters.places import LinearPlace, NormPlace
 from patchlab.engine.literal import run
-from patchlab.engine.program import Program, Target, row_numbers, targets
+from patchlab.engine.program import Program, Target, row_numbers
 from patchlab.engine.trust.precision import widened
 from patchlab.errors import ModelError, unknown
 
@@ -74,7 +74,7 @@ class Contributions:
 
 def written_at(arch: Architecture) -> tuple[Target, ...]:
     """The activations that tell what every writer writes: ``input``, and ``z`` and (where there are MLPs) ``mlp_out`` of every layer."""
-    return tuple(target for kind in ("input", "z", "mlp_out") if kind not in arch.absent for target in targets(kind, arch.n_layers))
+    return tuple(target for kind in ("input", "z", "mlp_out") if kind not in arch.absent for target in arch.targets(kind))
 
 
 def contributions(model: BridgedModel, tokens: Int[Tensor, "row pos"], form: str = "renormalised") -> Contributions:

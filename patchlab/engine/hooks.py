@@ -74,7 +74,7 @@ class Execution:
         return value
 
     def _lens(self, kind: str, layer: int | None) -> tuple[Accessor, Tensor | None]:
-        accessor = self.model.arch.accessors[kind]
+        accessor = self.model.arch.accessors[kind].at(layer)
         name = accessor.companion(layer)
         return accessor, None if name is None else self.recorded[canonical(self.model, name)]
 
@@ -90,7 +90,7 @@ def _at(plan: dict[str, Hook], model: BridgedModel, name: str) -> Hook:
 
 
 def _host(plan: dict[str, Hook], model: BridgedModel, kind: str, layer: int | None) -> Hook:
-    accessor = model.arch.accessors[kind]
+    accessor = model.arch.accessors[kind].at(layer)
     companion = accessor.companion(layer)
     if companion is not None:
         _at(plan, model, companion).recorded = True

@@ -158,7 +158,7 @@ def _gradients(
             where = f"the hook {key}" if isinstance(key, str) else f"{key[0]} of layer {key[1]}"
             raise InterventionError(f"no gradient reaches {where}; under these rules it cannot be scored.")
         gradients[key] = torch.zeros_like(leaf) if gradient is None else gradient
-    at_sites = {key: accessors[key[0]].pull(leaf, gradients[key]) for key, leaf in execution.leaves.items()}
+    at_sites = {key: accessors[key[0]].at(key[1]).pull(leaf, gradients[key]) for key, leaf in execution.leaves.items()}
     if split:
         at_sites |= _split(model, program, execution, gradients)
     at_hooks = {name: gradients[name] for name in execution.raw_leaves}

@@ -215,7 +215,7 @@ class Wave:
             site = edit.address
             if site.layer != layer:
                 continue
-            accessor = self.model.arch.accessors[site.kind]
+            accessor = self.model.arch.accessors[site.kind].at(site.layer)
             companion = accessor.companion(layer)
             if companion is not None:
                 hooks.setdefault(canonical(self.model, companion), partial(self._edit, [], canonical(self.model, companion), False))
@@ -235,7 +235,7 @@ class Wave:
         value = value.clone() if edits else value
         for edit, low, high in edits:
             site = edit.address
-            accessor = self.model.arch.accessors[site.kind]
+            accessor = self.model.arch.accessors[site.kind].at(site.layer)
             name = accessor.companion(site.layer)
             rows = slice(low * n, high * n)
             companion = None if name is None else self.companions[canonical(self.model, name)][rows, -value.shape[1] :]

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from patchlab.adapters import Architecture
 from patchlab.errors import InterventionError
 from patchlab.interventions import Edit
 from patchlab.metrics import Answers, Metric
@@ -104,21 +105,20 @@ class Result:
         return f"Result({self.examples.shape[0]} rows, {logits}; kept {kept})"
 
 
-def targets(sites: str | Site | list[str | Site] | tuple[str | Site, ...], n_layers: int) -> tuple[Target, ...]:
-    """The (kind, layer) pairs that site names stand for: a bare kind means every layer.
+def targets(sites: str | Site | list[str | Site] | tuple[str | Site, ...], arch: Architecture) -> tuple[Target, ...]:
+    """The (kind, layer) pairs that site names stand for: a bare kind means every layer that has it.
 
-    >>> targets(["L2.z", "mlp_out"], 2)
+    >>> targets(["L2.z", "mlp_out"], model.arch)  # doctest: +SKIP
     (('z', 2), ('mlp_out', 0), ('mlp_out', 1))
+
+    Raises:
+        SiteError: a name that is no site, or that stands for none here.
     """
     if isinstance(sites, (str, Site)):
         sites = [sites]
     found: list[Target] = []
-    for name in sites:
-        site = Site.parse(name)
-        if site.layer is not None or not KINDS[site.kind].layered:
-            found.append((site.kind, site.layer))
-        else:
-            found += [(site.kind, layer) for layer in range(n_layers)]
+    for site in (site for name in sites for site in arch.meant([Site.parse(name)])):
+        found += [(site.kind, site.layer)] if site.layer is not None else arch.targets(site.kind)
     return tuple(dict.fromkeys(found))
 
 

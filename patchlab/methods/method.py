@@ -166,7 +166,7 @@ class Method(ABC):
             raise MethodError(unknown("direction", direction, DIRECTIONS))
         if batch_size is not None and batch_size < 1:
             raise MethodError(f"batch_size is {batch_size}; it must be at least 1 (or None for all examples of one length at once).")
-        parsed = parse_sites(sites)
+        parsed = model.arch.meant(parse_sites(sites))
         for site in parsed:
             model.arch.check(site)
         bare = Setting(model, task, parsed, "denoising" if direction == "denoising" else "noising", None, {}, max_memory=max_memory)

@@ -145,7 +145,7 @@ class Model(BridgedModel):
         return soft_caps(self)
 
     def _targets(self, keep: Any) -> tuple[tuple[str, int | None], ...]:
-        found = targets(keep, self.arch.n_layers)
+        found = targets(keep, self.arch)
         for kind, layer in found:
             self.arch.check(Site(kind, (), layer=layer))
         return found

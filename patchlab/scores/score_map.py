@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ from patchlab.scores.arrays import (
     values_of,
 )
 from patchlab.scores.cost import Cost
-from patchlab.sites import POSITION_AXES, Site
+from patchlab.sites import KINDS, POSITION_AXES, Site
 from patchlab.stats.bootstrap import interval, resampling_weights
 from patchlab.store.files import writing
 
@@ -427,15 +427,19 @@ class ScoreMap:
         return whole.copy(data=np.sqrt(whole.to_numpy()) / self.data.sizes["example"])
 
     def site_name(self, site: str | Site) -> str:
-        """The name of a site in this map, however it was written.
+        """The name of a site in this map, however it was written; ``features`` is that of the only point whose features it scores.
 
         Raises:
             ScoreError: the map has no such site.
         """
         try:
-            name = str(Site.parse(site))
+            parsed = Site.parse(site)
+            name = str(parsed)
+            points = [str(replace(parsed, kind=kind)) for kind in KINDS[parsed.kind].points]
         except SiteError:
-            name = str(site)
+            name, points = str(site), []
+        if len(own := [point for point in points if point in self.data.data_vars]) == 1:
+            return own[0]
         if name not in self.data.data_vars:
             raise ScoreError(unknown("site of this score map", name, self.sites))
         return name

@@ -220,7 +220,7 @@ def test_every_gradient_agrees_with_finite_differences_of_edits(family: str) -> 
 
 def test_many_gradients_at_once_equal_one_at_a_time() -> None:
     model = model_of("gpt2", torch.float64)
-    every = tuple(target for kind in model.arch.sites for target in targets(kind, model.arch.n_layers))
+    every = tuple(target for kind in model.arch.sites for target in targets(kind, model.arch))
     together = _gradients(model, *every).gradients
     assert set(together) == set(every)
     for target in every[::4]:

@@ -9,7 +9,7 @@ from torch import Tensor
 from patchlab.adapters import BridgedModel
 from patchlab.engine.literal import run
 from patchlab.engine.node_sweep import Cell, sweep
-from patchlab.engine.program import Program, row_numbers, targets
+from patchlab.engine.program import Program, row_numbers
 from patchlab.engine.session import found_once
 from patchlab.engine.trust.precision import in_single_precision
 from patchlab.engine.trust.trials import tolerance, trial
@@ -84,7 +84,7 @@ def _trial(model: BridgedModel) -> tuple[Program, list[Cell]]:
     middle, length = prompts.middle, prompts.tokens.shape[1]
     donor = prompts.other(slice(middle, middle + 1))
     kinds = [kind for kind in arch.sites if kind != "input"]
-    keep = tuple(target for kind in kinds for target in targets(kind, arch.n_layers))
+    keep = tuple(target for kind in kinds for target in arch.targets(kind))
     source = run(model, Program(donor, row_numbers(donor), keep=keep)).as_source()
     layers = sorted({0, arch.n_layers // 2, arch.n_layers - 1})
     where: list[tuple[int, ...] | None] = [(middle,), (length - 1,), None]

@@ -17,7 +17,7 @@ from torch import Tensor
 from patchlab.adapters import BridgedModel
 from patchlab.engine.hooks import canonical
 from patchlab.engine.literal import run
-from patchlab.engine.program import Program, Target, row_numbers, targets
+from patchlab.engine.program import Program, Target, row_numbers
 from patchlab.engine.trust.trials import tolerance
 from patchlab.interventions import Edit
 from patchlab.sites import address
@@ -91,7 +91,7 @@ def probe(model: BridgedModel, tokens: Int[Tensor, "two pos"]) -> dict[str, str]
     head = arch.n_heads // 2
     place = Place(tokens.shape[1] // 2, head, head * arch.n_kv_heads // arch.n_heads, arch.n_heads // arch.n_kv_heads)
     ids = tokens[[row.prompt for row in rows]]
-    sites = tuple(target for kind in arch.sites if kind != "resid_mid" for target in targets(kind, arch.n_layers))
+    sites = tuple(target for kind in arch.sites if kind != "resid_mid" for target in arch.targets(kind))
     plain = run(model, Program(ids, row_numbers(ids), keep=sites)).activations
     edits = _edits(steps, rows, place, plain)
     with _Received(model, [target for target in sites if target[0] in ("z", "mlp_post")]) as received:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from patchlab.adapters import Accessor, Architecture, BridgedModel
 from patchlab.engine.literal import run
-from patchlab.engine.program import Program, Result, Target, row_numbers, targets
+from patchlab.engine.program import Program, Result, Target, row_numbers
 from patchlab.engine.session import exclusive
 from patchlab.engine.trust.places import checked_places
 from patchlab.engine.trust.precision import in_single_precision
@@ -75,7 +75,7 @@ def add_site(model: BridgedModel, accessor: Accessor, sizes: Mapping[str, int] =
         return ModelError(f"{model.name} gets no site {accessor.kind}: {why}.")
 
     arch = model.arch.with_site(accessor, sizes)
-    where = targets(accessor.kind, arch.n_layers)
+    where = arch.targets(accessor.kind)
     if missing := [host for _, layer in where if (host := accessor.host(layer)) not in model.hooks]:
         raise refuse(f"the model has no hook {missing[0]}, where its accessor reads")
     if accessor.identity is None:
@@ -116,7 +116,7 @@ def _shapeless(model: BridgedModel, tokens: Int[Tensor, "two pos"]) -> dict[str,
 def _of_other_slope(model: BridgedModel, tokens: Int[Tensor, "two pos"]) -> dict[str, str]:
     """A site kind where a small edit does not change the logits as the gradient says: it writes something else than it reads, or pulls wrongly."""
     (kind,) = model.arch.sites
-    where, metric = targets(kind, model.arch.n_layers), every_logit("all")
+    where, metric = model.arch.targets(kind), every_logit("all")
     ids, answers = tokens[:1], trial(model, tokens.shape[1]).answers
     answers = answers.rows(torch.zeros(1, dtype=torch.long, device=model.device))
     gradients = run(model, _program(ids, gradients=where, metric=metric, answers=answers)).gradients
@@ -205,7 +205,7 @@ def _measured(model: BridgedModel, arch: Architecture, tokens: Int[Tensor, "one 
         )
     widths: dict[str, int] = {}
     for kind in arch.sites:
-        shapes = {layer: tuple(result.hooks[hosts[kind, layer]].shape) for _, layer in targets(kind, arch.n_layers)}
+        shapes = {layer: tuple(result.hooks[hosts[kind, layer]].shape) for _, layer in arch.targets(kind)}
         problem, widths[kind] = _width(kind, shapes, arch, (n_rows, length))
         if problem is not None:
             absent[kind] = problem
@@ -263,7 +263,7 @@ def _silent(model: BridgedModel, tokens: Int[Tensor, "row pos"]) -> dict[str, st
     found: dict[str, str] = {}
     for kind in model.arch.sites:
         try:
-            run(model, _program(tokens, keep=targets(kind, model.arch.n_layers)))
+            run(model, _program(tokens, keep=model.arch.targets(kind)))
         except InterventionError as error:
             found[kind] = str(error)
     return found
@@ -274,7 +274,7 @@ def _changed_by_itself(model: BridgedModel, tokens: Int[Tensor, "row pos"]) -> d
     found: dict[str, str] = {}
     plain = run(model, _program(tokens, keep=_every(model), logits="all"))
     for kind in model.arch.sites:
-        patched = run(model, _program(tokens, edits=_edits(targets(kind, model.arch.n_layers), plain.as_source()), logits="all"))
+        patched = run(model, _program(tokens, edits=_edits(model.arch.targets(kind), plain.as_source()), logits="all"))
         if not torch.equal(_logits(plain), _logits(patched)):
             found[kind] = f"a run patched with its own {kind} differs by {_difference(_logits(plain), _logits(patched)):.2g} in the logits"
     return found
@@ -297,7 +297,7 @@ def _dropped(model: BridgedModel, tokens: Int[Tensor, "row pos"]) -> dict[str, s
     except InterventionError:  # some site is cut off: find out which
         for kind in model.arch.sites:
             try:
-                collect(targets(kind, model.arch.n_layers))
+                collect(model.arch.targets(kind))
             except InterventionError:
                 found[kind] = "an edit is dropped: the logits are not computed from what its hook returns"
     flat = [target for target, gradient in gradients.items() if not bool(gradient.any())]
@@ -362,7 +362,7 @@ def _not_arriving(model: BridgedModel, both: Result, donor: Kept, patched: Calla
 
 
 def _all(kinds: tuple[str, ...], arch: Architecture) -> tuple[Target, ...]:
-    return tuple(target for kind in kinds for target in targets(kind, arch.n_layers))
+    return tuple(target for kind in kinds for target in arch.targets(kind))
 
 
 def _imbalance(result: Result, arch: Architecture) -> float:

@@ -11,7 +11,6 @@ from torch import Tensor
 from patchlab.adapters import Architecture
 from patchlab.engine import Result, Support, Target, Work, support, sweep
 from patchlab.engine.memory import activation_bytes, itemsize, token_bytes
-from patchlab.engine.program import targets
 from patchlab.errors import MethodError
 from patchlab.interventions import Edit
 from patchlab.methods.cells.kind import Exactly, Index, Linear, Linearly, add_cells, listed
@@ -38,7 +37,7 @@ class Nodes:
         """Nodes go with everything, also inside edits."""
 
     def targets(self, arch: Architecture, sites: tuple[Site, ...]) -> tuple[Target, ...]:
-        return tuple(dict.fromkeys(target for site in sites for target in targets(site.kind, arch.n_layers)))
+        return tuple(dict.fromkeys(target for site in sites for target in arch.targets(site.kind)))
 
     def shape(self, arch: Architecture, site: Site, axis: PositionAxis | None) -> tuple[int, ...]:
         return tuple(len(axis) if name in POSITION_AXES and axis is not None else arch.size(name) for name in site.axes)

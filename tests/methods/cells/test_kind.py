@@ -32,25 +32,25 @@ from patchlab.plots._heatmaps import _prepare_heatmaps
 from patchlab.scores.arrays import Sparse
 from patchlab.sites import KINDS, Site, SiteKind, add_kind
 
-N_FEATURES, K = 24, 3
+N_TRAITS, K = 24, 3
 KIND = SiteKind(
-    "features",
-    ("layer", "pos", "feature"),
-    ("layer", "feature"),
+    "traits",
+    ("layer", "pos", "trait"),
+    ("layer", "trait"),
     None,
-    "features of a dictionary on the residual stream",
-    unit="feature",
-    letter="F",
-    cells="features",
+    "traits of a dictionary on the residual stream",
+    unit="trait",
+    letter="T",
+    cells="traits",
 )
-BOTH = ["features", "features[layer,pos,feature]"]
+BOTH = ["traits", "traits[layer,pos,trait]"]
 
 
 @dataclass(frozen=True)
 class Dictionary(Accessor):
     """Reads the K largest coordinates of the stream along random directions; writing moves the stream by the difference."""
 
-    kind: str = "features"
+    kind: str = "traits"
     encoder: Tensor = field(default_factory=lambda: torch.zeros(0))
     decoder: Tensor = field(default_factory=lambda: torch.zeros(0))
 
@@ -69,10 +69,10 @@ class Dictionary(Accessor):
         return host + (value - self.read(host)) @ self.decoder.to(host)
 
 
-class Features(Nodes):
-    """Features that are active in one of the two runs."""
+class Traits(Nodes):
+    """Traits that are active in one of the two runs."""
 
-    name = "features"
+    name = "traits"
 
     def live(self, *_: Any) -> None:
         return None
@@ -92,7 +92,7 @@ class Features(Nodes):
 class Sums:
     """Difference times mean coefficient, at the cells of a batch."""
 
-    def __init__(self, kind: Features, setting: Setting, runs: Runs) -> None:
+    def __init__(self, kind: Traits, setting: Setting, runs: Runs) -> None:
         self.kind, self.setting, self.runs = kind, setting, runs
         self.total: dict[Target, Tensor] = {}
 
@@ -115,20 +115,20 @@ class Sums:
 
 @pytest.fixture
 def model() -> Iterator[pl.Model]:
-    """A GPT-2 with a dictionary, and a grammar that knows features, until the test ends."""
+    """A GPT-2 with a dictionary, and a grammar that knows traits, until the test ends."""
     model = model_of("gpt2")
     generator = torch.Generator().manual_seed(0)
-    encoder = torch.randn(model.arch.d_model, N_FEATURES, generator=generator)
-    decoder = torch.nn.functional.normalize(torch.randn(N_FEATURES, model.arch.d_model, generator=generator), dim=1)
+    encoder = torch.randn(model.arch.d_model, N_TRAITS, generator=generator)
+    decoder = torch.nn.functional.normalize(torch.randn(N_TRAITS, model.arch.d_model, generator=generator), dim=1)
     plain = model.arch
     add_kind(KIND)
-    add_cells(Features())
+    add_cells(Traits())
     try:
-        model.add_site(Dictionary(encoder=encoder, decoder=decoder), {"feature": N_FEATURES})
+        model.add_site(Dictionary(encoder=encoder, decoder=decoder), {"trait": N_TRAITS})
         yield model
     finally:
         model.arch = plain
-        del KINDS["features"], CELLS["features"]
+        del KINDS["traits"], CELLS["traits"]
 
 
 @pytest.fixture
@@ -142,7 +142,7 @@ def run(method: Any, model: pl.Model, task: Any, sites: Any = BOTH, **options: A
 
 def stop_after_one(monkeypatch: pytest.MonkeyPatch, call: Callable[[], Any]) -> None:
     """Interrupt a call when it patches its second batch of features."""
-    real, seen = Features.patch, []
+    real, seen = Traits.patch, []
 
     def stopped(*arguments: Any, **options: Any) -> Any:
         seen.append(1)
@@ -151,14 +151,14 @@ def stop_after_one(monkeypatch: pytest.MonkeyPatch, call: Callable[[], Any]) -> 
         return real(*arguments, **options)
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(Features, "patch", stopped)
+        patched.setattr(Traits, "patch", stopped)
         call()
 
 
 def by_hand(model: pl.Model, task: Any) -> dict[tuple[int, int, int, int], float]:
     """Effect of patching each feature at each position, one example and one whole forward pass at a time, from nothing but hooks."""
     found = {}
-    dictionary = model.arch.accessors["features"]
+    dictionary = model.arch.accessors["traits"]
     names = [f"blocks.{layer}.hook_resid_post" for layer in range(model.arch.n_layers)]
     for example, pair in enumerate(task.pairs):
         clean, corrupted = (torch.tensor([ids]) for ids in (pair.clean_ids, pair.corrupted_ids))
@@ -201,9 +201,9 @@ def test_exact_effects_are_those_of_moving_the_stream_by_hand(model: pl.Model, t
 @pytest.mark.parametrize("name", ["relp", "atp", "ig:3"])
 def test_scores_are_small_steps_of_the_exact_effect(model: pl.Model, task: Any, name: str) -> None:
     scores = run(get_method(name), model, task)
-    assert scores.is_sparse("features")
-    by_pos, joint = scores.data[BOTH[1]].to_numpy(), scores.data["features"].to_numpy()
-    cells = [tuple(cell) for cell in scores.cells("features").tolist()]
+    assert scores.is_sparse("traits")
+    by_pos, joint = scores.data[BOTH[1]].to_numpy(), scores.data["traits"].to_numpy()
+    cells = [tuple(cell) for cell in scores.cells("traits").tolist()]
     sums = np.zeros_like(joint)
     for column, (layer, _, feature) in enumerate(scores.cells(BOTH[1]).tolist()):
         sums[:, cells.index((layer, feature))] += by_pos[:, column]
@@ -216,7 +216,7 @@ def test_scores_are_small_steps_of_the_exact_effect(model: pl.Model, task: Any, 
 
 def _directional(model: pl.Model, task: Any, scores: pl.ScoreMap) -> np.ndarray:
     """The slope of the metric along each feature's change, by a central difference on the first example."""
-    dictionary, pair = model.arch.accessors["features"], task.pairs[0]
+    dictionary, pair = model.arch.accessors["traits"], task.pairs[0]
     clean, corrupted = (torch.tensor([ids]) for ids in (pair.clean_ids, pair.corrupted_ids))
     found, step = [], 0.02
     for layer, pos, feature in scores.cells(BOTH[1]).tolist():
@@ -250,7 +250,7 @@ def test_verified_patching_finds_what_a_sweep_finds(model: pl.Model, task: Any) 
     exact = run(pl.ActivationPatching(), model, task, name)
     found = pl.VerifiedPatching(k=3, screen=get_method("relp"), sample=0).run(model, task, name, direction="denoising", progress=False)
     mean = np.abs(exact.mean(name).to_numpy())
-    effect = {f"L{layer}.F{feature}.features@{pos}": value for (layer, pos, feature), value in zip(exact.cells(name).tolist(), mean, strict=True)}
+    effect = {f"L{layer}.T{feature}.traits@{pos}": value for (layer, pos, feature), value in zip(exact.cells(name).tolist(), mean, strict=True)}
     for address, value in zip(found.table["address"], found.table["effect"], strict=True):
         assert abs(effect[address] - abs(value)) < 1e-4
     with pytest.raises(MethodError, match="only known after a run"):
@@ -269,22 +269,22 @@ def test_an_interrupted_run_goes_on(model: pl.Model, task: Any, tmp_path: Any, m
 
 def test_a_file_gives_back_the_map(model: pl.Model, task: Any, tmp_path: Any) -> None:
     scores = run(get_method("relp"), model, task)
-    scores.save(tmp_path / "features.nc")
-    loaded = pl.ScoreMap.load(tmp_path / "features.nc")
+    scores.save(tmp_path / "traits.nc")
+    loaded = pl.ScoreMap.load(tmp_path / "traits.nc")
     for name in BOTH:
         assert loaded.is_sparse(name)
         assert np.array_equal(loaded.cells(name), scores.cells(name))
         assert np.array_equal(loaded.data[name].to_numpy(), scores.data[name].to_numpy())
     table = loaded.to_dataframe()
-    assert {"layer", "feature", "pos"} <= set(table.columns)
+    assert {"layer", "trait", "pos"} <= set(table.columns)
     assert len(table) == sum(loaded.data[name].size for name in BOTH)
-    assert table.query("site == 'features'")["pos"].isna().all()
+    assert table.query("site == 'traits'")["pos"].isna().all()
 
 
 def test_maps_are_compared_on_the_cells_of_either(model: pl.Model, task: Any) -> None:
     exact, relp = (run(get_method(name), model, task) for name in ("exact", "relp"))
     comparison = pl.compare(exact, {"relp": relp, "same": exact}, n_boot=20)
-    rows = comparison.table.query("method == 'same' and site == 'features'")
+    rows = comparison.table.query("method == 'same' and site == 'traits'")
     assert np.allclose(rows["pearson"], 1)
     # a map that lacks the cells without any effect is the same map
     name = BOTH[1]
@@ -306,22 +306,22 @@ def test_heatmaps_and_agreement_are_drawn(model: pl.Model, task: Any, site: str)
     (facet,) = row
     mean = dict(zip(map(tuple, scores.cells(site).tolist()), scores.mean(site).to_numpy().tolist(), strict=True))
     assert np.isclose(np.abs(facet.values).max(), max(map(abs, mean.values())))
-    assert all(text.startswith("L") and ".F" in text for text in facet.rows.names)
+    assert all(text.startswith("L") and ".T" in text for text in facet.rows.names)
     for figure in (pl.plots.heatmaps(scores), pl.plots.agreement(scores, {"again": scores})):
         assert figure.to_json()
 
 
-def test_features_go_beside_nodes(model: pl.Model, task: Any) -> None:
-    scores = run(get_method("relp"), model, task, ["features", "z"])
+def test_traits_go_beside_nodes(model: pl.Model, task: Any) -> None:
+    scores = run(get_method("relp"), model, task, ["traits", "z"])
     alone = run(get_method("relp"), model, task, "z")
     assert np.array_equal(scores.data["z"].to_numpy(), alone.data["z"].to_numpy())
-    exact = run(pl.ActivationPatching(), model, task, ["features", "z"])
+    exact = run(pl.ActivationPatching(), model, task, ["traits", "z"])
     np.testing.assert_allclose(exact.data["z"].to_numpy(), run(pl.ActivationPatching(), model, task, "z").data["z"].to_numpy(), atol=1e-6)
 
 
 def test_an_accessor_that_does_not_do_what_it_says_is_refused(model: pl.Model) -> None:
-    own, plain = model.arch.accessors["features"], model.arch
-    model.arch = replace(plain, accessors={kind: one for kind, one in plain.accessors.items() if kind != "features"}, sizes={})
+    own, plain = model.arch.accessors["traits"], model.arch
+    model.arch = replace(plain, accessors={kind: one for kind, one in plain.accessors.items() if kind != "traits"}, sizes={})
     before = model.arch
 
     def made(**methods: Any) -> Dictionary:
@@ -335,13 +335,13 @@ def test_an_accessor_that_does_not_do_what_it_says_is_refused(model: pl.Model) -
         (made(host=lambda self, layer: f"blocks.{layer}.hook_nothing"), "the model has no hook blocks.0.hook_nothing"),
         (made(read=lambda self, host, companion=None: host), r"has the shape \[2, \d+, 16\] in layer 0 where \[2, \d+, 24\] is expected"),
         (made(read=ahead), "the last token changes it at earlier positions"),
-        (made(write=lambda self, host, companion, value: host + value.sum() * 1e-3), "a run patched with its own features differs"),
+        (made(write=lambda self, host, companion, value: host + value.sum() * 1e-3), "a run patched with its own traits differs"),
         (made(write=lambda self, host, companion, value: host.clone()), "an edit in layer 0 changes the logits by 0 where the gradient says"),
         (made(pull=lambda self, host, gradient: gradient @ self.encoder), "an edit in layer 0 changes the logits by .* where the gradient says"),
         (made(identity=None), "holds something that cannot be told from another"),
     ):
-        with pytest.raises(ModelError, match=f"gets no site features: .*({said})"):
-            model.add_site(accessor, {"feature": N_FEATURES})
+        with pytest.raises(ModelError, match=f"gets no site traits: .*({said})"):
+            model.add_site(accessor, {"trait": N_TRAITS})
         assert model.arch is before
 
 
@@ -352,14 +352,14 @@ def test_the_fast_engine_is_checked_at_the_new_site(model: pl.Model, monkeypatch
     def wrong(model: Any, program: Any, cells: Any, **options: Any) -> Tensor:
         found = right(model, program, cells, **options)
         for row, cell in enumerate(cells):
-            found[row] += 0.1 * found.abs().max() * (cell[0].address.kind == "features")
+            found[row] += 0.1 * found.abs().max() * (cell[0].address.kind == "traits")
         return found
 
     monkeypatch.setattr("patchlab.engine.trust.nodes.sweep", wrong)
     session_of(model).found.pop(sweep_key(model))
     try:
         found = support(model)
-        assert (found.mode, "L0.features@" in found.reason) == ("literal", True)
+        assert (found.mode, "L0.traits@" in found.reason) == ("literal", True)
     finally:
         session_of(model).found.pop(sweep_key(model))
 
@@ -367,11 +367,11 @@ def test_the_fast_engine_is_checked_at_the_new_site(model: pl.Model, monkeypatch
 def test_results_of_two_dictionaries_are_kept_apart(model: pl.Model, task: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     mine, path = run(get_method("relp"), model, task), tmp_path / "work.npz"
     stop_after_one(monkeypatch, lambda: run(pl.ActivationPatching(), model, task, batch_size=2, checkpoint=path))
-    own = model.arch.accessors["features"]
+    own = model.arch.accessors["traits"]
     other = replace(own, decoder=own.decoder.flip(0))
     assert replace(own).identity == own.identity != other.identity
-    model.arch = replace(model.arch, accessors={**model.arch.accessors, "features": other})
-    with pytest.raises(MethodError, match="added_sites is 'features "):
+    model.arch = replace(model.arch, accessors={**model.arch.accessors, "traits": other})
+    with pytest.raises(MethodError, match="added_sites is 'traits "):
         run(pl.ActivationPatching(), model, task, batch_size=2, checkpoint=path)
     with pytest.raises(ScoreError, match="the sites that were added to the model differ .* score the same dictionary with both"):
         pl.compare(mine, {"other": run(get_method("atp"), model, task)}, n_boot=20)
@@ -390,13 +390,13 @@ def test_cells_that_nobody_has_counted_are_not_priced_as_none(model: pl.Model, t
 
 
 def test_kinds_are_added_once(model: pl.Model) -> None:
-    with pytest.raises(SiteError, match="there is a site kind 'features' already"):
+    with pytest.raises(SiteError, match="there is a site kind 'traits' already"):
         add_kind(KIND)
-    with pytest.raises(MethodError, match="there is a kind of cells 'features' already"):
-        add_cells(Features())
-    with pytest.raises(SiteError, match="has a site features already"):
-        model.add_site(model.arch.accessors["features"])
-    with pytest.raises(SiteError, match=r"names feature 99, but this model has 24 \(feature 0 to 23\)"):
-        model.arch.check(pl.Site.parse("L0.F99.features"))
-    with pytest.raises(SiteError, match="z has no features; drop F3. The site with features is features"):
-        pl.Site.parse("L0.F3.z")
+    with pytest.raises(MethodError, match="there is a kind of cells 'traits' already"):
+        add_cells(Traits())
+    with pytest.raises(SiteError, match="has a site traits already"):
+        model.add_site(model.arch.accessors["traits"])
+    with pytest.raises(SiteError, match=r"names trait 99, but this model has 24 \(trait 0 to 23\)"):
+        model.arch.check(pl.Site.parse("L0.T99.traits"))
+    with pytest.raises(SiteError, match="z has no traits; drop T3. The site with traits is traits"):
+        pl.Site.parse("L0.T3.z")
