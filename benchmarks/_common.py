@@ -30,7 +30,7 @@ WORKLOADS = {"S2": (10 / 15,), "ABC": (2 / 15, 4 / 15, 10 / 15)}
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a model; ``kv_heads`` is for the Llama family only."""
+    """Sizes of a model; ``kv_heads`` and ``inner`` are for the families of Llama and Gemma-2 only."""
 
     family: str
     layers: int = 12
@@ -41,12 +41,17 @@ class Shape:
     vocab: int = 50257
 
     @property
+    def d_head(self) -> int:
+        """Width of a head: Gemma-2's is not its share of the width."""
+        return 256 if self.family == "gemma2" and self.width >= 2048 else self.width // self.heads
+
+    @property
     def block_parameters(self) -> int:
         """Weights of one block that every token passes through."""
         d = self.width
         if self.family == "gpt2":
             return 12 * d * d
-        return 2 * d * d + 2 * d * d * self.kv_heads // self.heads + 3 * d * self.inner
+        return 2 * d * self.d_head * (self.heads + self.kv_heads) + 3 * d * self.inner
 
     def forward_flops(self, tokens: int) -> int:
         """Of a whole forward pass with logits everywhere, without attention scores."""
@@ -57,23 +62,25 @@ GPT2, LLAMA = Shape("gpt2"), Shape("llama", vocab=32000)
 TINY_GPT2, TINY_LLAMA = Shape("gpt2", 3, 32, 4, vocab=120), Shape("llama", 3, 32, 4, 2, 48, 120)
 
 
-def hf_module(shape: Shape, device: str) -> Any:
-    """A Hugging Face model with random weights and eager attention."""
-    from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+def hf_module(shape: Shape, device: str, dtype: torch.dtype = torch.float32) -> Any:
+    """A Hugging Face model with random weights and eager attention, built on the device in its dtype: another one has other weights."""
+    from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaConfig
 
     torch.manual_seed(0)
     if shape.family == "gpt2":
         config: Any = GPT2Config(vocab_size=shape.vocab, n_embd=shape.width, n_layer=shape.layers, n_head=shape.heads)
     else:
-        config = LlamaConfig(
-            vocab_size=shape.vocab,
-            hidden_size=shape.width,
-            intermediate_size=shape.inner,
-            num_hidden_layers=shape.layers,
-            num_attention_heads=shape.heads,
-            num_key_value_heads=shape.kv_heads,
-        )
-    return AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval().to(device)
+        sizes: dict[str, Any] = {
+            "vocab_size": shape.vocab,
+            "hidden_size": shape.width,
+            "intermediate_size": shape.inner,
+            "num_hidden_layers": shape.layers,
+            "num_attention_heads": shape.heads,
+            "num_key_value_heads": shape.kv_heads,
+        }
+        config = Gemma2Config(head_dim=shape.d_head, **sizes) if shape.family == "gemma2" else LlamaConfig(**sizes)
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=dtype).eval().to(device)
 
 
 def bridged(shape: Shape, device: str, dtype: torch.dtype = torch.float32) -> Model:

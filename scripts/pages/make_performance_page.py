@@ -4,7 +4,8 @@
     python scripts/pages/make_performance_page.py sweep.txt
 
 Every file named is the output of a benchmark run with ``--json``; its last line goes into ``benchmarks/results/``, where rows
-of earlier runs that it does not measure again stay. Without files the page is written from what is there.
+of earlier runs that it does not measure again stay. The ``gpu.json`` of benchmarks/gpu.py is put there as it is. Without files the page is written
+from what is there.
 """
 
 import argparse
@@ -249,6 +250,68 @@ def edges_page(report: dict[str, Any]) -> str:
     )
 
 
+def gpu_page(report: dict[str, Any]) -> str:
+    """Everything on a GPU; or that nobody has run it yet."""
+    title = "## On a GPU\n"
+    how = "`python -m benchmarks.gpu --minutes 10 --out DIR`"
+    if not report:
+        return f"{title}\nNot measured yet: no number on this page comes from a GPU. {how} measures it in ten minutes, with nothing to download.\n"
+    results: dict[str, dict[str, Any]] = report["results"]
+    parts = [title, f"{_machine(report)} Made by {how}; {report['pairs']} pairs of {report['length']} tokens of which one differs.\n"]
+    of: dict[str, list[dict[str, Any]]] = {}
+    for result in results.values():
+        of.setdefault(result["piece"], []).append(result)
+    for row in of.get("agree", []):
+        worst = row["worst"]
+        parts.append(
+            f"{row['model']}: {len(row['rows'])} score maps on the GPU and on the CPU differ by {worst['off']:.1e} of the largest score at most "
+            f"({worst['method']}, {worst['site']}; {row['within']:.0e} allowed).\n"
+        )
+    for piece, what in (("linearised", "All node sites"), ("edges", "All edges")):
+        rows = [
+            [row["model"], row["dtype"], method, _number(row["seconds"][method], " s"), _number(ratio, "×"), _number(row["peak_gb"][method], " GB")]
+            for row in of.get(piece, [])
+            for method, ratio in row["ratios"].items()
+        ]
+        if rows:
+            parts += [f"{what}, against two forward passes and one backward pass of the plain model.\n"]
+            parts.append(table(["model", "dtype", "method", "time", "of the plain passes", "peak memory"], rows) + "\n")
+    rows = [
+        [
+            row["model"],
+            row["dtype"],
+            one["map"],
+            one["engine"],
+            _number(one["ratio"], "×"),
+            _number(one["seconds"], " s"),
+            _number(one["peak_gb"], " GB"),
+        ]
+        for row in of.get("maps", [])
+        for one in row["rows"]
+    ]
+    if rows:
+        parts += ["Exact maps, against TransformerLens' patching on the same GPU.\n"]
+        parts.append(table(["model", "dtype", "map", "engine", "ratio", "patchlab", "peak memory"], rows) + "\n")
+    rows = [
+        [row["model"], row["dtype"], row["edges"], f"{row['hours_for_all_edges_extrapolated']} h", *(_number(v, "×") for v in row["ratios"].values())]
+        for row in of.get("exact edges", [])
+    ]
+    if rows:
+        parts += ["Exact edges, a sample extrapolated to all, against whole passes for every edge (as above).\n"]
+        parts.append(table(["model", "dtype", "edges", "all edges", *of["exact edges"][0]["ratios"]], rows) + "\n")
+    rows = [
+        [row["model"], row["dtype"], _number(row["seconds"]["verified"], " s"), _number(row["ratio"], "×"), row["recall"]]
+        for row in of.get("verified", [])
+    ]
+    if rows:
+        parts += ["Verified patching of the 10 largest heads at positions, against the whole map.\n"]
+        parts.append(table(["model", "dtype", "time", "faster", "recall"], rows) + "\n")
+    missing = {**{name: f"failed: {row['error']}" for name, row in report["failed"].items()}, **report["left_out"]}
+    if missing:
+        parts.append("Not measured: " + "; ".join(f"{name} ({why})" for name, why in missing.items()) + ".\n")
+    return "\n".join(parts)
+
+
 PARTS: dict[str, Callable[[dict[str, Any]], str]] = {
     "exact_sweep": sweep_page,
     "linearized": linearized_page,
@@ -264,7 +327,7 @@ def page(reports: dict[str, dict[str, Any]]) -> str:
         "Made by `python scripts/pages/make_performance_page.py` from `benchmarks/results/`; do not edit. Models have random weights of the shapes "
         "of GPT-2 small and of a small Llama (12 layers, width 768, 12 heads, 4 of them for keys and values).\n",
     ]
-    return "\n".join(parts + [PARTS[name](reports[name]) + "\n" for name in PARTS if name in reports])
+    return "\n".join([*parts, *(PARTS[name](reports[name]) + "\n" for name in PARTS if name in reports), gpu_page(reports.get("gpu", {}))])
 
 
 def main() -> None:

@@ -122,3 +122,30 @@ def test_every_benchmark_says_what_it_does(script: str) -> None:
     done = subprocess.run([sys.executable, str(ROOT / script), "--help"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "--tiny" not in done.stdout
+
+
+@pytest.mark.slow
+def test_gpu(tmp_path: Any) -> None:
+    """On the CPU: it measures every piece, goes on where it stopped, keeps what it has, and says what failed; the page is made from it."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+
+    def gpu(*options: str) -> tuple[int, dict[str, Any], str]:
+        command = [sys.executable, "-m", "benchmarks.gpu", "--device", "cpu", "--tiny", "--repeats", "1", "--out", str(tmp_path / "out"), *options]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, cwd=ROOT)
+        return done.returncode, json.loads((tmp_path / "out" / "gpu.json").read_text()), done.stdout + done.stderr
+
+    code, found, _ = gpu("--minutes", "0", "--models", "gpt2", "--dtypes", "float32")
+    assert (code, found["results"]) == (0, {})
+    assert set(found["left_out"]) >= {"agree demo-gpt2 float32", "edges gpt2 float32"}
+    code, found, said = gpu("--minutes", "30", "--models", "gemma-2-2b", "--dtypes", "bfloat16")
+    assert code == 0, said
+    assert not found["left_out"]
+    assert {result["piece"] for result in found["results"].values()} == {"agree", "load", "linearised", "edges", "maps", "verified", "exact edges"}
+    assert all(found["results"][f"agree {name} float32"]["agrees"] for name in ("demo-gpt2", "demo-llama"))
+    page = page_maker().page({"gpu": found})
+    assert "gemma-2-2b | bfloat16 | relp |" in page
+    assert "Not measured yet: no number on this page comes from a GPU" in page_maker().page({})
+    before = (tmp_path / "out" / "gpu.json").read_text()
+    code, again, said = gpu("--minutes", "30", "--models", "gemma-2-2b", "--dtypes", "bfloat16")
+    assert again["results"] == json.loads(before)["results"]
+    assert "linearised gemma" not in said
