@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from patchlab import circuits as circuits
+    from patchlab import features as features
     from patchlab import methods as methods
     from patchlab import plots as plots
     from patchlab import rules as rules
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "circuits": "",
+    "features": "",
     "methods": "",
     "plots": "",
     "rules": "",

@@ -47,6 +47,10 @@ class CircuitError(PatchlabError):
     """A circuit cannot be built, combined, read, or does not belong to this model."""
 
 
+class DictionaryError(PatchlabError):
+    """A dictionary of features cannot be read, or does not belong to this model."""
+
+
 class SweepError(PatchlabError):
     """The file of a sweep, or a run that it describes, cannot be read or planned."""
 

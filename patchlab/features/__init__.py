@@ -1,0 +1,23 @@
+"""Sparse features: dictionaries that write an activation as a sum of few directions."""
+
+from patchlab.features.activations import AbsTopK, Activation, Codes, JumpRelu, Relu, TopK, gated
+from patchlab.features.dictionary import KINDS, Dictionary, codebook, folded
+from patchlab.features.normalisation import ConstantNorm, LayerNorm, Normalisation, Unchanged
+
+__all__ = [
+    "KINDS",
+    "AbsTopK",
+    "Activation",
+    "Codes",
+    "ConstantNorm",
+    "Dictionary",
+    "JumpRelu",
+    "LayerNorm",
+    "Normalisation",
+    "Relu",
+    "TopK",
+    "Unchanged",
+    "codebook",
+    "folded",
+    "gated",
+]
