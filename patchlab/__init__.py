@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from patchlab import rules as rules
     from patchlab import sources as sources
     from patchlab import sweeps as sweeps
+    from patchlab import texts as texts
     from patchlab.circuits import Circuit as Circuit
     from patchlab.comparison import compare as compare
     from patchlab.engine import intervene as intervene
@@ -43,6 +44,7 @@ _HOMES = {
     "rules": "",
     "sources": "",
     "sweeps": "",
+    "texts": "",
     "Circuit": "circuits",
     "compare": "comparison",
     "intervene": "engine",

@@ -27,6 +27,10 @@ class TaskError(PatchlabError):
     """A task, a generator option or a task file is not usable."""
 
 
+class TextError(PatchlabError):
+    """A corpus cannot be made or read, or does not fit the model."""
+
+
 class InterventionError(PatchlabError):
     """An edit or its source does not fit the run it is applied to."""
 

@@ -27,7 +27,7 @@ RANKS = (
     {"adapters"},
     {"sources", "interventions", "rules"},
     {"engine"},
-    {"tasks", "models"},
+    {"tasks", "models", "texts"},
     {"features"},
     {"methods"},
     {"comparison", "circuits"},

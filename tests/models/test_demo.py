@@ -13,6 +13,8 @@ from paths import ROOT
 
 from patchlab.models import DEMO_MODELS
 from patchlab.tasks import load_task
+from patchlab.tasks import sentences as corpus
+from patchlab.tasks.generators import words
 from patchlab.tasks.generators.lexicon import Lexicon
 
 NAMES = ("demo-gpt2", "demo-gpt2-4l", "demo-llama")
@@ -122,12 +124,12 @@ def test_the_card_lists_everything(name):
 
 
 def test_names_kept_for_measuring_never_meet_in_training(script, lexicon):
-    held_out = script.held_out_names(lexicon)
+    held_out = corpus.held_out_names(lexicon)
     assert len(held_out) == 112
     starts = {lexicon.token(word) for word in ("When", "While", "After")}
-    names = {lexicon.token(" " + name) for name in script.words.NAMES}
+    names = {lexicon.token(" " + name) for name in words.NAMES}
     met = set()
-    sentences = script.corpus(lexicon, 5, lambda: 0.08)
+    sentences = corpus.corpus(lexicon, 5, lambda: 0.08)
     for _ in range(4000):
         ids, weights = next(sentences)
         assert len(ids) == len(weights)
@@ -196,16 +198,16 @@ def test_the_temperature_is_what_the_logits_were_multiplied_by(script, lexicon, 
 
 def test_answers_are_swapped_but_the_years(script, lexicon):
     """A share of the answers, for the answer of the pair's other prompt: read off IOI sentences, whose answer is the name not said twice."""
-    names = {lexicon.token(" " + name) for name in script.words.NAMES}
+    names = {lexicon.token(" " + name) for name in words.NAMES}
     starts = {lexicon.token(word) for word in ("When", "While", "After")}
 
     def share(swaps: float) -> float:
         wrong = []
-        sentences = script.corpus(lexicon, 5, lambda: swaps)
+        sentences = corpus.corpus(lexicon, 5, lambda: swaps)
         for ids, weights in (next(sentences) for _ in range(3000)):
             answer = int(np.argmax(weights))
             said = [token for token in ids[:answer] if token in names]
-            if ids[0] in starts and len(said) == 3 and len(set(said)) == 2 and weights[answer] == script.ANSWER_WEIGHT:
+            if ids[0] in starts and len(said) == 3 and len(set(said)) == 2 and weights[answer] == corpus.ANSWER_WEIGHT:
                 wrong.append(ids[answer] == said[2])
         assert len(wrong) > 500
         return float(np.mean(wrong))
@@ -217,7 +219,7 @@ def test_answers_are_swapped_but_the_years(script, lexicon):
 def test_attention_while_training(script, lexicon):
     """The attention that training uses is the model's own where nothing is dropped and sentences see each other; far attention is as defined."""
     recipe = script.Recipe(steps=1, calm=0, apart=0.0, head_dropout=0.5, layer_dropout=0.2)
-    ids, _, places = script.rows(lexicon, 2, 3, lambda _: 0.1)
+    ids, _, places = corpus.rows(lexicon, 2, 3, lambda _: 0.1)
     ids = ids.long()
     for name in ("demo-gpt2-4l", "demo-llama"):
         model = script.build(name, lexicon.vocab_size, 0).eval()
@@ -225,7 +227,7 @@ def test_attention_while_training(script, lexicon):
         plain = model(ids, output_attentions=True)
         regulariser = script.Regulariser(model, recipe)
         torch.testing.assert_close(model(ids).logits, plain.logits, atol=1e-5, rtol=1e-4)
-        n = script.ROW
+        n = corpus.ROW
         expected = []
         for pattern in plain.attentions[: model.config.num_hidden_layers // 3]:
             shares = [pattern[..., i, j].mean() for i in range(n) for j in range(1, i - script.REACH)]
@@ -239,7 +241,7 @@ def test_attention_while_training(script, lexicon):
 def test_sentences_apart(script, lexicon):
     """While the tasks are learnt no sentence depends on the one before it."""
     model = script.build("demo-gpt2-4l", lexicon.vocab_size, 0).eval()
-    ids, _, places = script.rows(lexicon, 1, 3, lambda _: 0.0)
+    ids, _, places = corpus.rows(lexicon, 1, 3, lambda _: 0.0)
     regulariser = script.Regulariser(model, script.Recipe(steps=1, calm=0, apart=0.0))
     regulariser.begin(places, dropping=False)
     packed = model(ids.long()).logits
@@ -257,14 +259,14 @@ def test_what_is_dropped(script):
     regulariser = script.Regulariser(model, script.Recipe(steps=1, calm=0, apart=0.0))
     ones = torch.ones(500, 4, 3, 2)
     assert regulariser.drop(ones, 0.5, 2) is ones, "nothing before a step begins"
-    regulariser.begin(torch.zeros(1, script.ROW), dropping=True)
+    regulariser.begin(torch.zeros(1, corpus.ROW), dropping=True)
     dropped = regulariser.drop(ones, 0.25, 2)
     assert set(dropped.unique().tolist()) == {0.0, torch.tensor(4 / 3).item()}
     assert (dropped == dropped[:, :, :1, :1]).all(), "a head at once"
     assert (dropped == 0).float().mean().item() == pytest.approx(0.25, abs=0.05)
     assert regulariser.drop(ones, 0.0) is ones
     regulariser = script.Regulariser(model, script.Recipe(steps=1, calm=0, apart=0.0, whole=0.3))
-    regulariser.begin(torch.zeros(1, script.ROW), dropping=True)
+    regulariser.begin(torch.zeros(1, corpus.ROW), dropping=True)
     dropped = regulariser.drop(ones, 0.25, 2)
     assert (dropped[:150] == 1).all(), "rows of which nothing is dropped"
     assert (dropped[150:] == 0).float().mean().item() == pytest.approx(0.25, abs=0.05)
@@ -283,11 +285,11 @@ def test_moves_of_muon_are_orthogonal(script):
 
 
 def test_rows_begin_with_bos_and_weigh_answers(script, lexicon):
-    ids, weights, places = script.rows(lexicon, 50, 3, lambda _: 0.0)
-    assert ids.shape == weights.shape == places.shape == (50, script.ROW)
+    ids, weights, places = corpus.rows(lexicon, 50, 3, lambda _: 0.0)
+    assert ids.shape == weights.shape == places.shape == (50, corpus.ROW)
     assert (ids[:, 0] == 0).all()
     assert not (ids[:, 1:] == 0).any()
-    assert set(weights[:, 1:].unique().tolist()) == {1.0, script.ANSWER_WEIGHT}
+    assert set(weights[:, 1:].unique().tolist()) == {1.0, corpus.ANSWER_WEIGHT}
     assert (places[:, 0] == 0).all()
     steps = places[:, 1:] - places[:, :-1]
     assert (places[:, 1] == 1).all()
@@ -297,7 +299,7 @@ def test_rows_begin_with_bos_and_weigh_answers(script, lexicon):
 
 def test_no_swapped_answers_while_calm(script, lexicon):
     recipes = [script.Recipe(steps=20, calm=calm, apart=0.0, batch=2, swaps=swaps) for swaps, calm in ((0.0, 0), (0.5, 0), (0.5, 10), (0.5, 20))]
-    plain, swapped, both, none = (script.rows(lexicon, 40, 3, recipe.swapped)[0] for recipe in recipes)
+    plain, swapped, both, none = (corpus.rows(lexicon, 40, 3, recipe.swapped)[0] for recipe in recipes)
     assert not torch.equal(plain, swapped)
     assert not torch.equal(both, swapped)
     assert torch.equal(plain[:20], both[:20])
@@ -314,19 +316,19 @@ def test_the_share_of_swapped_answers_falls(script):
 def test_weights_beside_that_of_the_answer(script, lexicon):
     """What the recipe weighs apart: a docstring's earlier arguments, IOI answers that are either name, years. The text is the same."""
     recipe = script.Recipe(steps=100, calm=50, apart=0.0, batch=2, arguments=7.0, either=3.0, years=5.0)
-    plain = script.rows(lexicon, 200, 3, lambda _: 0.1)
-    weighed = script.rows(lexicon, 200, 3, lambda _: 0.1, recipe.arguments, recipe.uncertain_weights)
+    plain = corpus.rows(lexicon, 200, 3, lambda _: 0.1)
+    weighed = corpus.rows(lexicon, 200, 3, lambda _: 0.1, recipe.arguments, recipe.uncertain_weights)
     assert torch.equal(plain[0], weighed[0])
     sevens, threes, fives = (weighed[1] == weight for weight in (7, 3, 5))
     for other in (threes, fives):
         assert not other[:100].any()
         assert other[100:].any()
     assert not torch.equal(sevens[:100], torch.zeros_like(sevens[:100]))
-    expected = torch.where(fives, script.ANSWER_WEIGHT, torch.where(sevens | threes, 1.0, weighed[1].float()))
+    expected = torch.where(fives, corpus.ANSWER_WEIGHT, torch.where(sevens | threes, 1.0, weighed[1].float()))
     assert torch.equal(expected, plain[1].float())
     assert (weighed[0][:, :-1][sevens[:, 1:]] == lexicon.token("param")).all(), "an argument follows :param"
-    assert set(weighed[0][threes].tolist()) <= {lexicon.token(" " + name) for name in script.words.NAMES}
-    assert set(weighed[0][fives].tolist()) <= {lexicon.token(year) for year in script.words.YEARS}
+    assert set(weighed[0][threes].tolist()) <= {lexicon.token(" " + name) for name in words.NAMES}
+    assert set(weighed[0][fives].tolist()) <= {lexicon.token(year) for year in words.YEARS}
 
 
 def test_a_model_that_misses_its_requirements_is_not_put_in_place(script, tmp_path, capsys):
