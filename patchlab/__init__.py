@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from patchlab.comparison import compare as compare
     from patchlab.engine import intervene as intervene
     from patchlab.errors import PatchlabError as PatchlabError
+    from patchlab.features import load_dictionaries as load_dictionaries
+    from patchlab.features import load_dictionary as load_dictionary
     from patchlab.interventions import Edit as Edit
     from patchlab.methods import ActivationPatching as ActivationPatching
     from patchlab.methods import AttributionPatching as AttributionPatching
@@ -49,6 +51,8 @@ _HOMES = {
     "compare": "comparison",
     "intervene": "engine",
     "PatchlabError": "errors",
+    "load_dictionaries": "features",
+    "load_dictionary": "features",
     "Edit": "interventions",
     "ActivationPatching": "methods",
     "AttributionPatching": "methods",

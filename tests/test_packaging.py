@@ -192,7 +192,7 @@ def test_public_names_resolve_and_are_listed():
     import patchlab as pl
 
     assert set(pl.__all__) == set(dir(pl))
-    assert len(pl.__all__) <= 27
+    assert len(pl.__all__) <= 29
     for name in pl.__all__:
         assert getattr(pl, name) is not None
     assert pl.__version__ == metadata.version("patchlab")

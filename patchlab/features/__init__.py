@@ -2,6 +2,7 @@
 
 from patchlab.features.activations import AbsTopK, Activation, Codes, JumpRelu, Relu, TopK, gated
 from patchlab.features.dictionary import KINDS, Dictionary, codebook, folded
+from patchlab.features.load import load_dictionaries, load_dictionary
 from patchlab.features.normalisation import ConstantNorm, LayerNorm, Normalisation, Unchanged
 
 __all__ = [
@@ -20,4 +21,6 @@ __all__ = [
     "codebook",
     "folded",
     "gated",
+    "load_dictionaries",
+    "load_dictionary",
 ]

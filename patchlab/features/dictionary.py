@@ -1,8 +1,10 @@
 """Dictionaries: sparse autoencoders, transcoders and codebooks as frozen values."""
 
+import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -14,6 +16,7 @@ from patchlab.digest import digest
 from patchlab.errors import DictionaryError, unknown
 from patchlab.features.activations import Activation, Codes
 from patchlab.features.normalisation import UNCHANGED, Normalisation
+from patchlab.features.writer import write
 
 KINDS = {
     "sae": "reads an activation and reconstructs it",
@@ -104,7 +107,7 @@ class Dictionary:
             if value is not None and not bool(torch.isfinite(value).all()):
                 bad = int((~torch.isfinite(value)).sum())
                 raise DictionaryError(f"{part} holds {bad:,} of {value.numel():,} values that are NaN or infinite; the file is damaged.")
-        if (self.layer is None) != (self.kind == "multi_layer"):
+        if (self.layer is None) != (self.kind == "multi_layer" or self.reads == "input"):
             raise DictionaryError(f"a {self.kind} dictionary has {'no layer' if self.layer is None else f'the layer {self.layer}'}.")
         if self.kind in ("sae", "multi_layer", "codebook") and (self.reads != self.writes or d_in != d_out):
             raise DictionaryError(
@@ -209,6 +212,22 @@ class Dictionary:
         }
         return replace(self, activation=self.activation.to(where, dtype), **moved)
 
+    def save(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+        """Write it as ``cfg.json`` and ``sae_weights.safetensors``, as SAELens has them.
+
+        What SAELens has no architecture for (codebooks, cross-layer transcoders, transcoders with TopK) has the architecture ``patchlab`` there,
+        which only patchlab reads.
+
+        Args:
+            folder: made if it is not there.
+            overwrite: replace a dictionary that is there.
+
+        Raises:
+            OutputError: the folder holds a dictionary and ``overwrite`` is False, or it cannot be written to.
+            DictionaryError: an activation or a normalisation that is not patchlab's own.
+        """
+        write(Path(folder), {part.name: getattr(self, part.name) for part in fields(self)}, overwrite=overwrite)
+
     def _flat(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*rows d_in"]:
         wanted = (self.d_in,) if self.heads is None else (self.heads, self.d_in // self.heads)
         if x.shape[-len(wanted) :] != wanted:
@@ -216,11 +235,15 @@ class Dictionary:
         x = x.to(self.dtype)
         return x if self.heads is None else x.flatten(-2)
 
+    @property
+    def where(self) -> str:
+        """What it reads and writes, and in which layer."""
+        layer = "every layer" if self.kind == "multi_layer" else f"layer {self.layer}"
+        return f"{self.reads if self.reads == self.writes else f'{self.reads} → {self.writes}'} of {layer}"
+
     def __repr__(self) -> str:
-        where = self.reads if self.reads == self.writes else f"{self.reads} → {self.writes}"
-        layer = "every layer" if self.layer is None else f"layer {self.layer}"
         kind = self.kind.replace("_", " ") if self.w_skip is None else f"skip {self.kind.replace('_', ' ')}"
-        return f"Dictionary({self.name}: {kind}, {where} of {layer}, {self.d_in} -> {self.n_features} features, {type(self.activation).__name__})"
+        return f"Dictionary({self.name}: {kind}, {self.where}, {self.d_in} -> {self.n_features} features, {type(self.activation).__name__})"
 
 
 def folded(w_enc: Float[Tensor, "d_in feature"], w_dec: Float[Tensor, "feature d_out"], factor: float) -> tuple[Tensor, Tensor]:

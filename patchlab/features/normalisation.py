@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
+EPSILON = 1e-5
+"""Of the layer norm."""
+
 
 class Normalisation(ABC):
     """A shift and a scale per row: the encoder reads ``(x − shift) / divisor``, and the output is ``y · scale + shift``.
@@ -55,10 +58,8 @@ class LayerNorm(Normalisation):
     The two factors differ by ε, as in SAELens (``layer_norm``), whose files these are.
     """
 
-    epsilon: float = 1e-5
-
     def enter(self, x: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows d"]:
-        return (x - x.mean(-1, keepdim=True)) / (self.scale(x) + self.epsilon)
+        return (x - x.mean(-1, keepdim=True)) / (self.scale(x) + EPSILON)
 
     def leave(self, y: Float[Tensor, "*rows d_out"], x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_out"]:
         return y * self.scale(x) + x.mean(-1, keepdim=True)

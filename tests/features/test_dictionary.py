@@ -210,7 +210,7 @@ def test_identity_tells_what_computes_something_else():
         {"activation": JumpRelu(THRESHOLD)},
         {"subtract_b_dec": True},
         {"normalise": LayerNorm()},
-        {"normalise": LayerNorm(1e-3)},
+        {"normalise": ConstantNorm()},
         {"layer": 1},
         {"reads": "resid_pre", "writes": "resid_pre"},
         {"w_skip": torch.eye(D, dtype=torch.float64)},
