@@ -33,7 +33,7 @@ class Texts:
     """
 
     name: str
-    rows: tuple[Int[np.ndarray, " pos"], ...]
+    rows: tuple[Int[np.ndarray, " _"], ...]
 
     def __post_init__(self) -> None:
         if not self.rows or not all(len(row) for row in self.rows):
