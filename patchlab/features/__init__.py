@@ -1,6 +1,7 @@
 """Sparse features: dictionaries that write an activation as a sum of few directions."""
 
 from patchlab.features.activations import AbsTopK, Activation, Codes, JumpRelu, Relu, TopK, gated
+from patchlab.features.attribution import AttributionGraph, attribution_graph
 from patchlab.features.dictionary import KINDS, Dictionary, codebook, folded
 from patchlab.features.load import load_dictionaries, load_dictionary
 from patchlab.features.normalisation import ConstantNorm, LayerNorm, Normalisation, Unchanged
@@ -9,6 +10,7 @@ __all__ = [
     "KINDS",
     "AbsTopK",
     "Activation",
+    "AttributionGraph",
     "Codes",
     "ConstantNorm",
     "Dictionary",
@@ -18,6 +20,7 @@ __all__ = [
     "Relu",
     "TopK",
     "Unchanged",
+    "attribution_graph",
     "codebook",
     "folded",
     "gated",

@@ -103,7 +103,7 @@ class Model(BridgedModel):
             >>> model.run("When ...", edits=[pl.Edit("L9.H6.z@END", clean)]).logits.shape  # doctest: +SKIP
         """
         prompts = tokens if isinstance(tokens, Prompts) else None
-        ids = self._tokens(tokens if prompts is None else prompts.tokens)
+        ids = self.as_tokens(tokens if prompts is None else prompts.tokens)
         named = {"END": -1, **({} if prompts is None else prompts.positions), **(positions or {})}
         program = Program(
             ids,
@@ -159,7 +159,12 @@ class Model(BridgedModel):
             raise InterventionError(f"the named position {name!r} is {index!r}, but the run has {length} positions (0 to {length - 1}).")
         return (given % length).expand(rows)
 
-    def _tokens(self, tokens: Any) -> Int[Tensor, "row pos"]:
+    def as_tokens(self, tokens: Any) -> Int[Tensor, "row pos"]:
+        """Token ids of a text, texts with one number of tokens, ids or rows of them, on the model's device.
+
+        Raises:
+            InterventionError: no prompts, unequal lengths, ids that the model lacks, or more tokens than it reads.
+        """
         if isinstance(tokens, str):
             tokens = [tokens]
         if isinstance(tokens, Tensor):

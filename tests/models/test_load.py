@@ -615,7 +615,7 @@ def test_prompts_that_cannot_be_run(tokens, message: str, llama: pl.Model) -> No
 @pytest.mark.parametrize("tokens", [torch.zeros(2, 3), torch.zeros(1, 2, 3, dtype=torch.long), torch.zeros(2, 0, dtype=torch.long), torch.tensor(3)])
 def test_token_tensors_of_the_wrong_kind(tokens: torch.Tensor, llama: pl.Model) -> None:
     with pytest.raises(InterventionError, match=r"token ids are whole numbers of shape \[row, pos\]; got shape \["):
-        llama._tokens(tokens)
+        llama.as_tokens(tokens)
 
 
 def test_the_ways_to_give_prompts(llama: pl.Model) -> None:
