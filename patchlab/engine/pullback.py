@@ -40,9 +40,7 @@ class Pullback:
         shape = (cotangents.shape[0],)
         if start.is_leaf or not ends:  # nothing before it is differentiated by
             return {name: leaf.new_zeros(*shape, *leaf.shape) for name, leaf in zip(to, ends, strict=True)}
-        gradients: Any = torch.autograd.grad(
-            start, ends, cotangents.to(start.dtype), retain_graph=True, allow_unused=True, is_grads_batched=True
-        )
+        gradients: Any = torch.autograd.grad(start, ends, cotangents.to(start.dtype), retain_graph=True, allow_unused=True, is_grads_batched=True)
         found = zip(to, ends, gradients, strict=True)
         return {name: leaf.new_zeros(*shape, *leaf.shape) if gradient is None else gradient for name, leaf, gradient in found}
 

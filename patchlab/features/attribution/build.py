@@ -21,7 +21,8 @@ from patchlab.adapters import NormPlace
 from patchlab.engine.pullback import Pullback, pullback
 from patchlab.engine.trust.conservation import check_rules
 from patchlab.errors import MethodError, RuleError
-from patchlab.features.attribution.graph import AttributionGraph, Nodes
+from patchlab.features.attribution.graph import AttributionGraph
+from patchlab.features.attribution.nodes import Nodes
 from patchlab.features.dictionary import Dictionary
 from patchlab.models import Model
 from patchlab.rules import get_composite

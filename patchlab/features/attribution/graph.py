@@ -10,14 +10,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from scipy import sparse
 
 from patchlab.errors import CircuitError
+from patchlab.features.attribution.neuronpedia import save_json
+from patchlab.features.attribution.nodes import EMBEDDING, ERROR, FEATURE, LOGIT, NODE_KINDS, Nodes
 
-FEATURE, ERROR, EMBEDDING, LOGIT = "feature", "error", "embedding", "logit"
-NODE_KINDS = (FEATURE, ERROR, EMBEDDING, LOGIT)
-"""Kinds of nodes, in the order in which a graph lists them."""
 _SMALL = 1e-10
 
 
@@ -31,50 +30,6 @@ class GraphScores(NamedTuple):
 
     replacement: float
     completeness: float
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Nodes:
-    """The table of a graph's nodes: features (by layer, position, number), errors (by layer, position), token embeddings, logits.
-
-    Args:
-        kind: index into :data:`NODE_KINDS`.
-        layer: block of a feature or error; -1 of a token, the number of layers of a logit.
-        pos: position in the prompt.
-        unit: number of a feature; token id of a token or logit; -1 of an error.
-        activation: of a feature; NaN of the others.
-        probability: of a logit under the model; 0 of the others.
-        value: what a target has in the run: the pre-activation of a feature, the logit less the mean logit; NaN of the others.
-        constant: the part of ``value`` that no node gives: biases and positional embeddings.
-        positional: the part of ``constant`` that comes from the positional embedding.
-        left_out: the part of ``value`` that features give which are not in the graph.
-    """
-
-    kind: Int[np.ndarray, " node"]
-    layer: Int[np.ndarray, " node"]
-    pos: Int[np.ndarray, " node"]
-    unit: Int[np.ndarray, " node"]
-    activation: Float[np.ndarray, " node"]
-    probability: Float[np.ndarray, " node"]
-    value: Float[np.ndarray, " node"]
-    constant: Float[np.ndarray, " node"]
-    positional: Float[np.ndarray, " node"]
-    left_out: Float[np.ndarray, " node"]
-
-    def __post_init__(self) -> None:
-        for column in vars(self).values():
-            column.setflags(write=False)
-
-    def __len__(self) -> int:
-        return len(self.kind)
-
-    def of(self, kind: str) -> Bool[np.ndarray, " node"]:
-        """Which nodes are of a kind."""
-        return self.kind == NODE_KINDS.index(kind)
-
-    def take(self, chosen: Bool[np.ndarray, " node"] | Int[np.ndarray, " some"]) -> "Nodes":
-        """Some of the nodes."""
-        return Nodes(**{name: column[chosen].copy() for name, column in vars(self).items()})
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -214,8 +169,6 @@ class AttributionGraph:
 
     def save_json(self, path: str | Path, *, slug: str, scan: str, labels: Mapping[tuple[int, int], str] | None = None, **options: Any) -> Path:
         """Write the graph as Neuronpedia's graph JSON; see :func:`patchlab.features.attribution.neuronpedia.save_json`."""
-        from patchlab.features.attribution.neuronpedia import save_json
-
         return save_json(self, path, slug=slug, scan=scan, labels=labels, **options)
 
     def __repr__(self) -> str:

@@ -10,12 +10,14 @@ import re
 from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+from jaxtyping import Float
+from scipy import sparse
 
 from patchlab.errors import CircuitError, OutputError
-from patchlab.features.attribution.graph import EMBEDDING, ERROR, FEATURE, NODE_KINDS, AttributionGraph
+from patchlab.features.attribution.nodes import EMBEDDING, ERROR, FEATURE, NODE_KINDS, Nodes
 from patchlab.store.files import writing
 
 LARGEST = 100 * 10**6
@@ -24,8 +26,33 @@ _NAME = re.compile(r"[A-Za-z0-9_.-]+")
 _TYPES = {FEATURE: "cross layer transcoder", ERROR: "mlp reconstruction error", EMBEDDING: "embedding"}
 
 
+@runtime_checkable
+class Exported(Protocol):
+    """What is written of a graph (:class:`patchlab.features.attribution.AttributionGraph`)."""
+
+    @property
+    def nodes(self) -> Nodes: ...
+
+    @property
+    def adjacency(self) -> sparse.csr_array: ...
+
+    @property
+    def cumulative(self) -> Float[np.ndarray, " node"] | None: ...
+
+    @property
+    def strings(self) -> tuple[str, ...]: ...
+
+    @property
+    def n_layers(self) -> int: ...
+
+    @property
+    def provenance(self) -> Mapping[str, Any]: ...
+
+    def token_of(self, node: int) -> str: ...
+
+
 def graph_json(
-    graph: AttributionGraph,
+    graph: Exported,
     *,
     slug: str,
     scan: str,
@@ -80,7 +107,7 @@ def graph_json(
     return {"metadata": metadata, "qParams": query, "nodes": nodes, "links": links}
 
 
-def save_json(graph: AttributionGraph, path: str | Path, *, overwrite: bool = False, largest: int = LARGEST, **options: Any) -> Path:
+def save_json(graph: Exported, path: str | Path, *, overwrite: bool = False, largest: int = LARGEST, **options: Any) -> Path:
     """Write a graph as Neuronpedia's JSON; the options are those of :func:`graph_json`.
 
     Raises:
@@ -95,14 +122,14 @@ def save_json(graph: AttributionGraph, path: str | Path, *, overwrite: bool = Fa
     if (size := len(text.encode())) > largest:
         raise OutputError(
             f"{path} would take {size / 1e6:.0f} MB, and Neuronpedia takes {largest / 1e6:.0f} MB. Prune the graph of {len(graph.nodes):,} nodes and "
-            f"{graph.n_edges:,} edges (graph.prune(nodes=0.6, edges=0.9)), or make it with fewer max_features."
+            f"{graph.adjacency.nnz:,} edges (graph.prune(nodes=0.6, edges=0.9)), or make it with fewer max_features."
         )
     with writing(path, overwrite=overwrite) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return path
 
 
-def _nodes(graph: AttributionGraph, labels: Mapping[tuple[int, int], str]) -> Iterator[dict[str, Any]]:
+def _nodes(graph: Exported, labels: Mapping[tuple[int, int], str]) -> Iterator[dict[str, Any]]:
     table, last = graph.nodes, graph.n_layers + 1
     logits = table.of(NODE_KINDS[-1])
     likeliest = int((table.probability * logits).argmax())
