@@ -2,6 +2,7 @@
 
     python scripts/train_seeds.py                # eight with 4 layers, into examples/sweeps/seeds/demo-4l-0 ... -7
     python scripts/train_seeds.py --layers 12    # eight with 12 layers, demo-12l-0 ... -7
+    python scripts/train_seeds.py --seeds 4 & python scripts/train_seeds.py --first 4    # the same eight by two processes
 
 What is there already stays, so that the same command goes on after an interruption. A model is kept whatever it has learnt: measured.json beside its
 weights says how much of each task, and what the recipe requires of a packaged one.
@@ -53,6 +54,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--layers", type=int, choices=list(LAYERS), default=4)
     parser.add_argument("--seeds", type=int, default=8, help="models, with the seeds 0, 1, ...")
+    parser.add_argument("--first", type=int, default=0, help="begin with this seed, so that several processes can share the models")
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--pairs", type=int, default=200, help="pairs per measured task")
     parser.add_argument("--steps", type=int, help="instead of the recipe's, to see how long one takes")
@@ -60,10 +62,12 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.seeds < 1:
         parser.error(f"there is no fewer than one model; got {arguments.seeds}")
+    if not 0 <= arguments.first < arguments.seeds:
+        parser.error(f"--first is one of the seeds 0 to {arguments.seeds - 1}; got {arguments.first}")
     torch.set_num_threads(arguments.threads)
     tokenizer = make_tokenizer()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    for seed in range(arguments.seeds):
+    for seed in range(arguments.first, arguments.seeds):
         if (there := arguments.out / f"demo-{arguments.layers}l-{seed}").exists():
             print(f"{there.name}: there already", flush=True)
         else:
