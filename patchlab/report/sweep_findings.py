@@ -34,6 +34,7 @@ class Findings:
         references: the exact run that each run of scores is compared with.
         trouble: failed runs by key.
         stale: why a run is stale, by key.
+        damaged: what is wrong with a result that cannot be read any more, by key.
         figures: names of files of figures: of each by its own name, and of each run that has one by :func:`figure_of` its key.
     """
 
@@ -46,6 +47,7 @@ class Findings:
     references: Mapping[str, str]
     trouble: Mapping[str, Stored]
     stale: Mapping[str, str]
+    damaged: Mapping[str, str] = field(default_factory=dict[str, str])
     figures: dict[str, str] = field(default_factory=dict[str, str])
 
     @cached_property
@@ -146,16 +148,16 @@ def figure_of(key: str) -> str:
 
 
 def sweep_counts(found: Findings) -> dict[str, int]:
-    """How many runs are planned, done, failed, running, pending and stale."""
+    """How many runs are planned, done, failed, running, pending, stale and damaged."""
     status = list(found.runs["status"])
-    return {"planned": len(status)} | {name: status.count(name) for name in ("done", "failed", "running", "pending", "stale")}
+    return {"planned": len(status)} | {name: status.count(name) for name in ("done", "failed", "running", "pending", "stale", "damaged")}
 
 
 def gather(sweep: Sweep, say: Callable[[str], Any] = lambda _: None) -> Findings:
     """All that the page shows, but its figures.
 
     Raises:
-        OutputError: a result is damaged.
+        OutputError: nothing is planned.
     """
     runs, plans = sweep.runs(), sweep.store.planned()
     if runs.empty:
@@ -170,7 +172,8 @@ def gather(sweep: Sweep, say: Callable[[str], Any] = lambda _: None) -> Findings
     differences = differences[differences["key"].isin([*references]) & differences["other_key"].isin([*references])]
     trouble = {key: sweep.store.get(key) for key, state in status.items() if state == "failed"}
     stale = {key: _why_stale(sweep, key) for key, state in status.items() if state == "stale"}
-    return Findings(sweep.name, runs, {key: plans[key] for key in status}, done, table, differences, references, trouble, stale)
+    damaged = {row["key"]: row["error"] for row in runs[runs["status"] == "damaged"].to_dict("records")}
+    return Findings(sweep.name, runs, {key: plans[key] for key in status}, done, table, differences, references, trouble, stale, damaged)
 
 
 def _why_stale(sweep: Sweep, key: str) -> str:

@@ -34,7 +34,7 @@ def render(found: Findings, counts: Mapping[str, int]) -> str:
     sections = {
         "What ran": _ran(found, counts),
         "What failed": _failed(found),
-        "What is missing": _missing_runs(found, counts),
+        "What is missing": _missing_runs(found),
         "Agreement": _agreement(found),
         "Ranking": _ranking(found),
         "Cost": _costs(found),
@@ -153,9 +153,12 @@ def _first(message: str) -> str:
     return next((line.strip() for line in message.splitlines() if line.strip()), "(no message)")
 
 
-def _missing_runs(found: Findings, counts: Mapping[str, int]) -> str:
+def _missing_runs(found: Findings) -> str:
     status = dict(zip(found.runs["key"], found.runs["status"], strict=True))
     parts = []
+    if found.damaged:
+        why = listed(f"{found.plans[key]['label']}: {reason}" for key, reason in found.damaged.items())
+        parts.append(f"<p>{_runs(len(found.damaged))} with a damaged result, which is part of no number on this page.</p>{why}")
     if found.stale:
         why = listed(f"{found.plans[key]['label']}: {reason}" for key, reason in found.stale.items())
         parts.append(f"<p>{_runs(len(found.stale))} have a result that is stale and is not used.</p>{why}")
@@ -235,10 +238,10 @@ def _why_none(found: Findings, key: str, site: str) -> str:
     """Why a run has no agreement at a site."""
     if without_source(found.method(key)).startswith("exact"):
         return "this is what the others are compared with"
-    if key not in found.references:
-        return "no exact patching of the same model, pairs, direction, sites and source is done in this sweep"
     if (row := found.statistics.get((key, "", "not_compared"))) is not None:
         return f"not compared: {row.get('why')}"
+    if key not in found.references:
+        return "no exact patching of the same model, pairs, direction, sites and source is done in this sweep"
     return f"not scored: {why}" if (why := found.unscored.get((key, site))) else "it is not defined on these cells, or too few of them are live"
 
 

@@ -12,7 +12,7 @@ import pandas as pd
 
 from patchlab.errors import OutputError, PatchlabError, SweepError
 from patchlab.store.files import writing
-from patchlab.store.runs import RunStore, Stored
+from patchlab.store.runs import RUNS, RunStore, Stored
 
 if TYPE_CHECKING:
     from patchlab.circuits import Circuit, FaithfulnessCurve, SmallestFaithful
@@ -36,6 +36,7 @@ class Sweep:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.store = RunStore.open(path)
+        self._read: dict[str, tuple[Any, str | None]] = {}
 
     @property
     def folder(self) -> Path:
@@ -48,16 +49,27 @@ class Sweep:
         return str(self.store.about["about"].get("name") or self.folder.name)
 
     def counts(self) -> dict[str, int]:
-        """How many runs are ``planned``, ``done``, ``failed``, ``pending`` and ``running``."""
-        return self.store.counts()
+        """How many runs are ``planned``, ``done``, ``failed``, ``pending`` and ``running``, and where there are any, how many are ``damaged``."""
+        found = ["pending" if one == "stale" else one for one in self._status().values()]
+        wanted = ("done", "failed", "pending", "running", *(["damaged"] if "damaged" in found else []))
+        return {"planned": len(found)} | {status: found.count(status) for status in wanted}
+
+    def damaged(self) -> dict[str, str]:
+        """By key, why a result cannot be read any more: its record or one of its files is gone or is not what was written."""
+        status = self.store.status()
+        return {key: why for key in status if status[key] in ("done", "failed") and (why := self._damage(key)) is not None}
 
     def runs(self) -> pd.DataFrame:
-        """One row per planned run, in the order of the plan: ``key``, ``label``, ``status``, ``seconds``, ``error``, and what was asked for."""
+        """One row per planned run, in the order of the plan: ``key``, ``label``, ``status``, ``seconds``, ``error``, and what was asked for.
+
+        The status is that of the store, or ``damaged``; the error is that of a failed run, or what is wrong with a damaged result.
+        """
         rows: list[dict[str, Any]] = []
-        status = self.store.status()
+        damaged = self.damaged()
+        status = self._status(damaged)
         for key, plan in self.store.planned().items():
             record: Mapping[str, Any] = self.store.get(key).record if status[key] in ("done", "failed") else {}
-            error = record.get("error", {}).get("message", "")
+            error = damaged.get(key, "") or record.get("error", {}).get("message", "")
             rows.append(
                 {"key": key, "label": plan["label"], "status": status[key], "seconds": record.get("seconds"), "error": error, **plan["fields"]}
             )
@@ -117,6 +129,8 @@ class Sweep:
     def circuits(self, **where: Any) -> "dict[str, Circuit]":
         """The smallest faithful circuits of runs whose fields have these values (``method="relp"``), by key; runs that found none are left out.
 
+        Damaged results (:meth:`damaged`) have none.
+
         Raises:
             SweepError: no run has such a field.
         """
@@ -137,7 +151,8 @@ class Sweep:
         The columns: ``key``, ``label``, the fields of the run (``model``, ``task``, ``direction``, ``kind``, ``method``, ...), ``site`` ("" for the
         whole run), ``statistic``, ``value``, and its 95 % interval ``lo``, ``hi`` where it has one. Beside what each run found by itself there is
         the agreement of each method with exact patching of the same model, task, direction, sites and source, over live cells. It is the same
-        however often the sweep was interrupted.
+        however often the sweep was interrupted. A damaged result has one row, with the statistic ``damaged`` and no value; ``why`` says what is
+        wrong with it.
 
         Args:
             costs: also what each run took: ``forwards``, ``backwards``, ``positions`` and ``seconds``, with the work that was repeated after an
@@ -145,11 +160,18 @@ class Sweep:
         """
         rows: list[dict[str, Any]] = []
         done = {stored.key: (stored, plan) for stored, plan in self.done()}
+        damaged, plans = self.damaged(), self.store.planned()
         references = self._references({key: plan for key, (_, plan) in done.items()})
-        for key, (stored, plan) in done.items():
-            about = {"key": key, "label": plan["label"], **plan["fields"]}
-            reference = references.get(key)
+        lost = self._references({key: plans[key] for key in (*done, *damaged)})
+        for key in (key for key in plans if key in done or key in damaged):
+            about = {"key": key, "label": plans[key]["label"], **plans[key]["fields"]}
+            if key in damaged:
+                rows.append({**about, **_without_value("damaged", damaged[key])})
+                continue
+            stored, reference = done[key][0], references.get(key)
             found = [*stored.record["statistics"], *([] if reference is None else self._agreement(stored, done[reference][0]))]
+            if reference is None and key in lost:
+                found.append(_without_value("not_compared", f"the result of exact patching is damaged: {damaged[lost[key]]}"))
             if costs:
                 taken = {**stored.record["cost"], "seconds": stored.record["seconds"]}
                 found += [{"site": "", "statistic": name, "value": taken[name], "lo": None, "hi": None} for name in COSTS]
@@ -159,15 +181,15 @@ class Sweep:
         return table if table.empty else table[[*(name for name in table if name not in last), *last]]
 
     def done(self) -> Iterator[tuple[Stored, dict[str, Any]]]:
-        """The finished runs and what was planned, in the order of the plan."""
-        status = self.store.status()
+        """The finished runs and what was planned, in the order of the plan; without those whose result is damaged."""
+        status = self._status()
         for key, plan in self.store.planned().items():
             if status[key] == "done":
                 yield self.store.get(key), plan
 
     def reference(self, key: str) -> str | None:
         """The run of exact patching that a run of scores is compared with; None where there is none (yet), or it is one itself."""
-        status, plans = self.store.status(), self.store.planned()
+        status, plans = self._status(), self.store.planned()
         done = {one: plan for one, plan in plans.items() if status[one] == "done"}
         return self._references({**done, key: plans[key]}).get(key)
 
@@ -236,6 +258,27 @@ class Sweep:
             pass
         return statistics
 
+    def _status(self, damaged: Mapping[str, str] | None = None) -> dict[str, str]:
+        """The status of each planned run, ``damaged`` where a result is."""
+        damaged = self.damaged() if damaged is None else damaged
+        return {key: "damaged" if key in damaged else state for key, state in self.store.status().items()}
+
+    def _damage(self, key: str) -> str | None:
+        """What is wrong with a result that the index has; the files are read once, and again where their sizes or times are others."""
+        seen = _signature(self.store.folder / RUNS / key)
+        if key not in self._read or self._read[key][0] != seen:
+            why = None
+            try:
+                stored = self.store.get(key)
+                for name in stored.files:
+                    stored.path(name)
+            except OutputError as error:
+                if self.store.status()[key] not in ("done", "failed"):  # it is being replaced just now
+                    return None
+                why = str(error)
+            self._read[key] = seen, why
+        return self._read[key][1]
+
     def _file(self, key: str, name: str) -> Path:
         stored = self.find(key)
         if name not in stored.files:
@@ -257,6 +300,20 @@ def open_sweep(path: str | os.PathLike[str]) -> Sweep:
         {'planned': 42, 'done': 42, 'failed': 0, 'pending': 0, 'running': 0}
     """
     return Sweep(path)
+
+
+def _signature(folder: Path) -> tuple[tuple[str, int, int], ...]:
+    """Names, sizes and times of the files of a result."""
+    try:
+        found = [(entry.name, entry.stat()) for entry in os.scandir(folder)]
+    except OSError:
+        return ()
+    return tuple(sorted((name, about.st_size, about.st_mtime_ns) for name, about in found))
+
+
+def _without_value(statistic: str, why: str) -> dict[str, Any]:
+    """A statistic that a run has not, and why."""
+    return {"site": "", "statistic": statistic, "value": None, "lo": None, "hi": None, "why": why}
 
 
 def _restored(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -309,7 +366,7 @@ def _agreement(exact: "ScoreMap", scores: "ScoreMap") -> list[dict[str, Any]]:
     try:
         table = compare(exact, {name: scores}).table
     except PatchlabError as error:
-        return [{"site": "", "statistic": "not_compared", "value": None, "lo": None, "hi": None, "why": str(error)}]
+        return [_without_value("not_compared", str(error))]
     rows: list[dict[str, Any]] = []
     for row in table[table["cells"] == "live"].to_dict("records"):
         for statistic in AGREEMENT:
