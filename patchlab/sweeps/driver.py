@@ -12,10 +12,19 @@ from patchlab.progress import duration, progress_bar
 from patchlab.store.files import writing
 from patchlab.store.runs import RunStore
 from patchlab.sweeps.spec import RunSpec
-from patchlab.sweeps.work import Checked, Ended, Event, Group, Kept, Started, code_digest, machine
+from patchlab.sweeps.work import Checked, Checking, Ended, Event, Group, Kept, Started, code_digest, machine
 
 ATTEMPTS = 3
-"""Workers that a run may take with it before it counts as failed."""
+"""Workers that a run may take with it before it counts as failed, and that may die before they begin a group while no other says anything."""
+Doing = Started | Checking
+"""What a worker is in the middle of."""
+
+
+def doing(before: Doing | None, event: Event) -> Doing | None:
+    """What a worker is in the middle of after an event: a run from its beginning to its end, or the checks of finished ones."""
+    if isinstance(event, (Started, Checking)):
+        return event
+    return None if isinstance(event, Ended) else before
 
 
 @runtime_checkable
@@ -51,6 +60,7 @@ class Board:
     checked: set[str] = field(default_factory=set[str])
     stale: set[str] = field(default_factory=set[str])
     warned: set[tuple[str, str]] = field(default_factory=set[tuple[str, str]])
+    unbegun: dict[str, int] = field(default_factory=dict[str, int])
 
     def names(self) -> list[str]:
         """The groups, in order."""
@@ -68,6 +78,9 @@ class Board:
 
     def take(self, event: Event) -> None:
         """Take what a worker tells."""
+        self.unbegun.clear()
+        if isinstance(event, Checking):
+            return
         if isinstance(event, Started):
             self.store.mark(event.key, "running")
         elif isinstance(event, Kept):
@@ -78,15 +91,29 @@ class Board:
         else:
             self._compare(event)
 
-    def died(self, name: str, key: str | None, why: str) -> None:
-        """A worker died while it did a group, and in it a run: after three deaths the run counts as failed.
+    def died(self, name: str, what: Doing | None, why: str) -> None:
+        """A worker died that had a group, in the middle of something or of nothing.
 
-        Without a run, it died while it compared the fingerprints of finished ones, which are then left as they are.
+        A run counts as failed after three deaths. Where fingerprints of finished runs were compared, those runs are left as they are. A death before
+        the first run or between two of them counts against none; it ends the sweep only when it happens again and again and nothing else does.
+
+        Raises:
+            SweepError: three workers in a row died before they began this group, and no other told anything meanwhile.
         """
-        if key is None:
+        if what is None:
+            self.unbegun[name] = self.unbegun.get(name, 0) + 1
+            if self.unbegun[name] == ATTEMPTS:
+                raise SweepError(
+                    f"{ATTEMPTS} workers died before they began a run, the last of {why}: they do not get as far as starting here. Nothing counts "
+                    "against a run, and what is done is kept. Find out what ends them (the system's log; memory), or leave out --workers and --ray."
+                )
+            self.say(f"a worker died ({why}) while it did no run, which counts against none; another takes over")
+            return
+        if isinstance(what, Checking):
             self.checked |= {run.key for run in self.check.get(name, ())}
             self.say(f"a worker died ({why}) while finished runs were checked against today's code; they are used as they are")
             return
+        key = what.key
         deaths = self.store.attempts(key, add=1)
         record = self.store.planned()[key]
         if deaths < ATTEMPTS:

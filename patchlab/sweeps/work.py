@@ -31,6 +31,11 @@ class Started:
 
 
 @dataclass(frozen=True)
+class Checking:
+    """The fingerprints of finished runs are about to be computed, in a group that has nothing else left."""
+
+
+@dataclass(frozen=True)
 class Kept:
     """The finished part of a run that is under way."""
 
@@ -56,7 +61,7 @@ class Checked:
     fingerprints: Mapping[str, str]
 
 
-Event = Started | Kept | Ended | Checked
+Event = Started | Checking | Kept | Ended | Checked
 Tell = Callable[[Event], None]
 
 
@@ -99,8 +104,7 @@ class Worker:
         from patchlab.methods.setting.shared import sharing_runs
         from patchlab.sweeps.kinds import Desk
 
-        for run in group.runs[:1]:
-            tell(Started(run.key))  # where loading ends the worker, this is the run that did it
+        tell(Started(group.runs[0].key) if group.runs else Checking())  # where loading ends the worker, this is what did it
         try:
             model = self._load(group.first)
             task = group.first.task.load(model)

@@ -286,7 +286,7 @@ def test_a_worker_that_dies_again_and_again_makes_a_failed_run(tmp_path):
             name = board.names()[0]
             for _ in range(2):
                 board.take(work.Started(wanted[0].key))
-                board.died(name, wanted[0].key, "SIGKILL")
+                board.died(name, work.Started(wanted[0].key), "SIGKILL")
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -296,7 +296,7 @@ def test_a_worker_that_dies_again_and_again_makes_a_failed_run(tmp_path):
 
     class Last:
         def run(self, board):
-            board.died(board.names()[0], wanted[0].key, "SIGKILL")
+            board.died(board.names()[0], work.Started(wanted[0].key), "SIGKILL")
             Local().run(board)
 
     counts, _ = swept(wanted, tmp_path / "out", Last())
@@ -305,6 +305,62 @@ def test_a_worker_that_dies_again_and_again_makes_a_failed_run(tmp_path):
     assert error["message"] == f"{ATTEMPTS} workers died while they did this run; the last: SIGKILL"
     counts, _ = swept(wanted, tmp_path / "out", retry_failed=True)
     assert counts["done"] == 3
+
+
+def test_a_death_in_the_middle_of_no_run_counts_against_none_and_not_for_ever(tmp_path):
+    wanted, before = runs(tmp_path, SCORES), ATTEMPTS - 1
+
+    class Unlucky:
+        def run(self, board):
+            [name] = board.names()
+            for _ in range(before):
+                board.died(name, None, "SIGKILL")
+            board.take(work.Started(wanted[0].key))  # somebody gets on
+            for _ in range(before):
+                board.died(name, None, "SIGKILL")
+            Local().run(board)
+
+    counts, said = swept(wanted, tmp_path / "out", Unlucky())
+    assert counts["done"] == 3
+    assert said.count("a worker died (SIGKILL) while it did no run, which counts against none; another takes over") == 2 * before
+    assert not any("checked against today's code" in line or "tried again" in line for line in said)
+
+    class Doomed:
+        def run(self, board):
+            while board.left(board.names()[0]):
+                board.died(board.names()[0], None, "exit status 3")
+
+    with pytest.raises(SweepError, match="3 workers died before they began a run, the last of exit status 3: they do not get as far as starting"):
+        swept(wanted, tmp_path / "other", Doomed())
+    assert pl.sweeps.open(tmp_path / "other").counts()["pending"] == 3
+
+
+def test_a_death_while_finished_runs_are_checked_leaves_them_as_they_are(tmp_path, monkeypatch):
+    wanted = runs(tmp_path, SCORES)
+    swept(wanted, tmp_path / "out")
+    monkeypatch.setattr(driver, "code_digest", lambda: "another")
+
+    class Unlucky:
+        def run(self, board):
+            [name] = board.names()
+            told: list[work.Event] = []
+            work.Worker().do(board.left(name), told.append)
+            assert [type(event) for event in told] == [work.Checking, *[work.Checked] * 3]
+            board.take(told[0])
+            board.died(name, driver.doing(None, told[0]), "SIGKILL")
+            assert board.left(name) is None
+
+    counts, said = swept(wanted, tmp_path / "out", Unlucky())
+    assert counts["done"] == 3
+    assert "a worker died (SIGKILL) while finished runs were checked against today's code; they are used as they are" in said
+
+
+def test_a_worker_does_a_run_from_its_beginning_to_its_end():
+    doing, told = None, []
+    for event in (work.Started("a"), work.Kept("a", b""), work.Checked("c", {}), work.Ended("a", "done", {}), work.Started("b"), work.Checking()):
+        doing = driver.doing(doing, event)
+        told.append(doing)
+    assert told == [*[work.Started("a")] * 3, None, work.Started("b"), work.Checking()]
 
 
 def test_records_are_plain_json(whole):

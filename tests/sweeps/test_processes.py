@@ -1,22 +1,24 @@
 """Sweeps in several processes: whatever is killed, nothing finished is lost and no number changes."""
 
 import json
-import multiprocessing
 import os
 import random
 import signal
 import subprocess
-import threading
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from dying_workers import dies_after_each_run, dies_at_once, dies_once_it_waits
 from sweeping import SMALL, alive, command, descendants, kill_group, runs, same_tables, swept, wait_for
 
 import patchlab as pl
-from patchlab.errors import OutputError
+from patchlab.errors import OutputError, SweepError
 from patchlab.store.runs import RunStore
+from patchlab.sweeps.driver import Board
+from patchlab.sweeps.executors import processes
 from patchlab.sweeps.executors.processes import Processes
+from patchlab.sweeps.work import Started
 
 SCORES = """
 version: 1
@@ -107,19 +109,28 @@ def test_ctrl_c_stops_it_cleanly(tmp_path, how, options):
     assert RunStore.open(tmp_path / "out").counts()["running"] == 0
 
 
-@pytest.mark.slow
-def test_a_killed_worker_costs_a_retry(whole, tmp_path):
+def kill_at_the_start_of(monkeypatch, wanted) -> list[int]:
+    """Kill the worker that tells that it began a run, if the run (by its key) and the number of killed ones so far ask for it; what was killed."""
     killed: list[int] = []
+    take = processes._Hand.take
 
-    def kill() -> None:
-        wait_for(lambda: running(tmp_path / "out"))
-        killed.append(multiprocessing.active_children()[0].pid)
-        os.kill(killed[0], signal.SIGKILL)
+    def taken(hand, board, event) -> None:
+        take(hand, board, event)
+        if isinstance(event, Started) and wanted(event.key):
+            killed.append(hand.process.pid)
+            os.kill(killed[-1], signal.SIGKILL)
 
-    killer = threading.Thread(target=kill)
-    killer.start()
+    monkeypatch.setattr(processes._Hand, "take", taken)
+    return killed
+
+
+@pytest.mark.slow
+def test_a_killed_worker_costs_a_retry(whole, tmp_path, monkeypatch):
+    counted: list[object] = []  # deaths in the middle of a run: one that ended before the signal came is no such death, and the next is killed
+    died = Board.died
+    monkeypatch.setattr(Board, "died", lambda board, name, what, why: (counted.append(what), died(board, name, what, why)))
+    killed = kill_at_the_start_of(monkeypatch, lambda key: not any(isinstance(what, Started) for what in counted))
     counts, said = swept(runs(tmp_path, SCORES), tmp_path / "out", Processes(2))
-    killer.join()
     assert killed
     assert counts["done"] == 8
     assert any("died (SIGKILL (as the system does when memory runs out)); the run is tried again (1 of 3)" in line for line in said)
@@ -127,24 +138,47 @@ def test_a_killed_worker_costs_a_retry(whole, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_that_kills_its_worker_three_times_fails_and_the_others_are_done(tmp_path):
+def test_a_run_that_kills_its_worker_three_times_fails_and_the_others_are_done(tmp_path, monkeypatch):
     wanted = runs(tmp_path, SCORES)
-    victim, ended = wanted[0].key, threading.Event()
-
-    def kill() -> None:
-        while not ended.is_set():
-            if victim in running(tmp_path / "out"):
-                for child in multiprocessing.active_children():
-                    os.kill(child.pid, signal.SIGKILL)
-            ended.wait(0.05)
-
-    killer = threading.Thread(target=kill)
-    killer.start()
+    victim = wanted[0].key  # the first of its group, told before the model is loaded: it cannot have ended when the signal comes
+    killed = kill_at_the_start_of(monkeypatch, lambda key: key == victim)
     counts, _ = swept(wanted, tmp_path / "out", Processes(1))
-    ended.set()
-    killer.join()
+    assert len(killed) == 3
     assert counts == {"planned": 8, "done": 7, "failed": 1, "pending": 0, "running": 0}
     assert "3 workers died" in pl.sweeps.open(tmp_path / "out").find(victim).record["error"]["message"]
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_workers_that_never_begin_end_the_sweep_and_no_run(tmp_path, monkeypatch, n):
+    monkeypatch.setattr(processes, "_work", dies_at_once)
+    with pytest.raises(SweepError, match="3 workers died before they began a run, the last of exit status 3"):
+        swept(runs(tmp_path, SCORES), tmp_path / "out", Processes(n))
+    store = RunStore.open(tmp_path / "out")
+    assert store.counts()["pending"] == 8
+    assert not any(store.attempts(key) for key in store.planned())
+
+
+@pytest.mark.parametrize("how", [dies_after_each_run, dies_once_it_waits], ids=["between two runs", "between two groups"])
+def test_a_worker_that_dies_while_it_does_no_run_costs_no_run_a_retry(tmp_path, monkeypatch, how):
+    monkeypatch.setattr(processes, "_work", how)
+    give = processes._Hand.give
+
+    def given(hand, name, group) -> None:
+        if how is dies_once_it_waits and hand.process.pid in begun:
+            hand.process.join()  # dead, and the driver does not know it yet
+        begun.add(hand.process.pid)
+        give(hand, name, group)
+
+    begun: set[int | None] = set()
+    monkeypatch.setattr(processes._Hand, "give", given)
+    text = SCORES.replace("models: [demo-gpt2-4l, demo-llama]", "models: demo-llama")
+    counts, said = swept(runs(tmp_path, text), tmp_path / "out", Processes(1))
+    assert counts == {"planned": 4, "done": 4, "failed": 0, "pending": 0, "running": 0}
+    assert len(begun) == (4 if how is dies_after_each_run else 2)
+    assert any("died (exit status 3) while it did no run" in line for line in said)
+    assert not any("tried again" in line for line in said)
+    store = RunStore.open(tmp_path / "out")
+    assert not any(store.attempts(key) for key in store.planned())
 
 
 @pytest.mark.slow

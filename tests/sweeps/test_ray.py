@@ -2,16 +2,16 @@
 
 import os
 import signal
-import subprocess
-import threading
 
 import pytest
-from sweeping import runs, same_tables, swept, wait_for
+from sweeping import runs, same_tables, swept
 
 import patchlab as pl
-from patchlab.errors import OutputError, SweepError
-from patchlab.store.runs import RunStore
+from patchlab.errors import SweepError
+from patchlab.sweeps.driver import Board
+from patchlab.sweeps.executors import on_ray
 from patchlab.sweeps.executors.on_ray import OnRay
+from patchlab.sweeps.work import Started
 
 SCORES = """
 version: 1
@@ -37,32 +37,29 @@ def cluster():
     found.shutdown()
 
 
-def workers() -> list[int]:
-    """The processes of the workers."""
-    lines = subprocess.run(["ps", "-A", "-o", "pid=,args="], capture_output=True, text=True, check=True).stdout.splitlines()
-    return [int(line.split()[0]) for line in lines if "ray::Actor" in line]
+def process_of(actor) -> int:
+    """The process of a worker."""
+    from ray._private import state
+
+    return state.actors(actor._actor_id.hex())["Pid"]
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::FutureWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
-def test_a_killed_worker_costs_a_retry_and_no_number(cluster, tmp_path):
+def test_a_killed_worker_costs_a_retry_and_no_number(cluster, tmp_path, monkeypatch):
     killed: list[int] = []
+    counted: list[object] = []  # deaths in the middle of a run: one that ended before the signal came is no such death, and the next is killed
+    listen, died = on_ray._Crew._listen, Board.died
 
-    def kill() -> None:
-        wait_for(lambda: begun() and workers())
-        killed.append(workers()[0])
-        os.kill(killed[0], signal.SIGKILL)
+    def listening(crew, hand) -> None:
+        listen(crew, hand)
+        if isinstance(hand.doing, Started) and hand.events in crew.busy and not any(isinstance(what, Started) for what in counted):
+            killed.append(process_of(hand.actor))
+            os.kill(killed[-1], signal.SIGKILL)
 
-    def begun() -> bool:
-        try:
-            return "running" in RunStore.open(tmp_path / "out").status().values()
-        except OutputError:  # it is not there yet
-            return False
-
-    killer = threading.Thread(target=kill)
-    killer.start()
+    monkeypatch.setattr(on_ray._Crew, "_listen", listening)
+    monkeypatch.setattr(Board, "died", lambda board, name, what, why: (counted.append(what), died(board, name, what, why)))
     counts, said = swept(runs(tmp_path, SCORES), tmp_path / "out", OnRay("auto"))
-    killer.join()
     assert killed
     assert counts == {"planned": 8, "done": 8, "failed": 0, "pending": 0, "running": 0}
     assert any("the run is tried again (1 of 3)" in line for line in said)

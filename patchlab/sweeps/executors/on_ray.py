@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from patchlab.errors import SweepError
-from patchlab.sweeps.driver import Board
-from patchlab.sweeps.work import Event, Group, Started, Worker
+from patchlab.sweeps.driver import Board, Doing, doing
+from patchlab.sweeps.work import Event, Group, Worker
 
 LOCAL = "local"
 
@@ -78,11 +78,11 @@ class _Hand:
 
     def __init__(self, actor: Any) -> None:
         self.actor, self.name = actor, ""
-        self.running: str | None = None
+        self.doing: Doing | None = None
         self.events: Any = None
 
     def give(self, name: str, group: Group) -> None:
-        self.name, self.running = name, None
+        self.name, self.doing = name, None
         self.events = self.actor.do.options(num_returns="streaming").remote(group)
 
 
@@ -125,11 +125,10 @@ class _Crew:
             self.idle.append(hand)
             return
         except (RayActorError, RaySystemError) as error:
-            self.board.died(hand.name, hand.running, str(error).strip().splitlines()[0])
+            self.board.died(hand.name, hand.doing, str(error).strip().splitlines()[0])
             self.queue.insert(0, hand.name)
             return
-        if isinstance(event, Started):
-            hand.running = event.key
+        hand.doing = doing(hand.doing, event)
         self.board.take(event)
         self.busy[hand.events] = hand
 

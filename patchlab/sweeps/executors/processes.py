@@ -11,8 +11,8 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 from patchlab.errors import SweepError
-from patchlab.sweeps.driver import Board
-from patchlab.sweeps.work import Event, Group, Started, Worker
+from patchlab.sweeps.driver import Board, Doing, doing
+from patchlab.sweeps.work import Event, Group, Worker
 
 GRACE = 5.0
 """Seconds that workers have, after Ctrl-C, to send what they have finished."""
@@ -50,7 +50,11 @@ class Processes:
             if not idle:
                 crew.append(_Hand.start(self.n))
                 idle = [crew[-1]]
-            idle.pop(0).give(name, group)
+            hand = idle.pop(0)
+            try:
+                hand.give(name, group)
+            except OSError:  # it died while it waited for work
+                _bury(board, queue, crew, hand)
 
     def _listen(self, board: Board, queue: list[str], crew: list["_Hand"]) -> None:
         busy = {hand.connection: hand for hand in crew if hand.name is not None}
@@ -59,14 +63,11 @@ class Processes:
             try:
                 event = hand.connection.recv()
             except (EOFError, OSError):
-                hand.process.join()
-                crew.remove(hand)
-                board.died(str(hand.name), hand.running, _how(hand.process))
-                queue.insert(0, str(hand.name))
+                _bury(board, queue, crew, hand)
                 continue
             if event is None:
                 queue.insert(0, str(hand.name))  # asked for what is left of it, which is nothing but runs found stale
-                hand.name = hand.running = None
+                hand.name = hand.doing = None
             else:
                 hand.take(board, event)
 
@@ -79,7 +80,7 @@ class _Hand:
     connection: Connection
     life: Connection
     name: str | None = None
-    running: str | None = None
+    doing: Doing | None = None
 
     @staticmethod
     def start(n: int) -> "_Hand":
@@ -97,8 +98,7 @@ class _Hand:
         self.connection.send(group)
 
     def take(self, board: Board, event: Event) -> None:
-        if isinstance(event, Started):
-            self.running = event.key
+        self.doing = doing(self.doing, event)
         board.take(event)
 
     def end(self) -> None:
@@ -109,6 +109,15 @@ class _Hand:
             self.process.kill()
         self.process.join()
         self.life.close()
+
+
+def _bury(board: Board, queue: list[str], crew: list[_Hand], hand: _Hand) -> None:
+    """Take a worker that died out of the crew, and put what it was given back to the front."""
+    hand.process.join(GRACE)
+    hand.end()
+    crew.remove(hand)
+    queue.insert(0, str(hand.name))
+    board.died(str(hand.name), hand.doing, _how(hand.process))
 
 
 def _stop(board: Board, crew: list[_Hand]) -> None:
