@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from patchlab import circuits as circuits
     from patchlab import features as features
+    from patchlab import lenses as lenses
     from patchlab import methods as methods
     from patchlab import plots as plots
     from patchlab import rules as rules
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from patchlab.features import load_dictionaries as load_dictionaries
     from patchlab.features import load_dictionary as load_dictionary
     from patchlab.interventions import Edit as Edit
+    from patchlab.lenses import coefficients as coefficients
     from patchlab.methods import ActivationPatching as ActivationPatching
     from patchlab.methods import AttributionPatching as AttributionPatching
     from patchlab.methods import IntegratedGradients as IntegratedGradients
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "circuits": "",
     "features": "",
+    "lenses": "",
     "methods": "",
     "plots": "",
     "rules": "",
@@ -54,6 +57,7 @@ _HOMES = {
     "load_dictionaries": "features",
     "load_dictionary": "features",
     "Edit": "interventions",
+    "coefficients": "lenses",
     "ActivationPatching": "methods",
     "AttributionPatching": "methods",
     "IntegratedGradients": "methods",

@@ -55,6 +55,10 @@ class DictionaryError(PatchlabError):
     """A dictionary of features cannot be read, or does not belong to this model."""
 
 
+class LensError(PatchlabError):
+    """A lens cannot be fitted, read from a file or applied to this model."""
+
+
 class SweepError(PatchlabError):
     """The file of a sweep, or a run that it describes, cannot be read or planned."""
 

@@ -29,7 +29,7 @@ RANKS = (
     {"engine"},
     {"tasks", "models", "texts"},
     {"features"},
-    {"methods"},
+    {"methods", "lenses"},
     {"comparison", "circuits"},
     {"plots", "sweeps"},
     {"report"},
@@ -192,7 +192,7 @@ def test_public_names_resolve_and_are_listed():
     import patchlab as pl
 
     assert set(pl.__all__) == set(dir(pl))
-    assert len(pl.__all__) <= 29
+    assert len(pl.__all__) <= 31
     for name in pl.__all__:
         assert getattr(pl, name) is not None
     assert pl.__version__ == metadata.version("patchlab")
