@@ -34,12 +34,15 @@ class Edit:
         source: a run with kept activations, ``pl.sources.zero()``, ``pl.sources.noise(...)``, ``pl.sources.mean_of(...)``, a tensor or a number.
         op: ``replace`` the value, ``add`` to it, or ``scale`` it.
         rows: which rows of the run it applies to (boolean, one per row); None means all.
+        joint: a name that edits of parts of one sum share (the features of a dictionary and its error). Where they follow each other at a hook,
+            each reads what the first of them read, and their changes are added up: none acts on what another one has changed.
     """
 
     site: Site | str
     source: Any
     op: Operation = "replace"
     rows: Bool[Tensor, " row"] | None = None
+    joint: str = ""
 
     def __post_init__(self) -> None:
         if self.op not in ("replace", "add", "scale"):

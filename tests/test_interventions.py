@@ -11,9 +11,9 @@ from families import hf_module, model_of, scores_of, swap_task
 from torch import Tensor
 
 import patchlab as pl
-from patchlab.engine import Program, run, session_of
+from patchlab.engine import Program, run, session_of, sweep
 from patchlab.errors import InterventionError, SiteError
-from patchlab.metrics import METRICS
+from patchlab.metrics import METRICS, Answers
 from patchlab.models import Model
 from patchlab.sources import Kept, Own, Source, as_source
 
@@ -515,3 +515,22 @@ def test_wrong_shapes_raise_under_the_shape_checks() -> None:
     ):
         with pytest.raises(TypeCheckError):
             wrong()
+
+
+def test_joint_edits_read_what_the_first_of_them_read_and_their_changes_add_up() -> None:
+    model, tokens = model_of("gpt2", torch.float64), torch.tensor([[3, 1, 4, 1, 5]])
+    own = model.run(tokens, keep="mlp_out")["L1.mlp_out"]
+
+    def kept(*edits: pl.Edit) -> torch.Tensor:
+        return model.run(tokens, edits=list(edits), keep="mlp_out")["L1.mlp_out"]
+
+    def doubled(joint: str) -> pl.Edit:
+        return pl.Edit("L1.mlp_out", 2.0, "scale", joint=joint)
+
+    torch.testing.assert_close(kept(doubled("sum"), doubled("sum")), 3 * own)
+    torch.testing.assert_close(kept(doubled("sum"), doubled("other")), 4 * own)
+    torch.testing.assert_close(kept(doubled(""), doubled("")), 4 * own)
+    torch.testing.assert_close(kept(pl.Edit("L1.mlp_out", 1.0, "add"), doubled("sum"), doubled("sum")), 3 * (own + 1))
+    torch.testing.assert_close(kept(doubled("sum"), doubled("sum"), doubled("")), 6 * own)
+    with pytest.raises(InterventionError, match="edits that are joint are run by the literal engine"):
+        sweep(model, Program(tokens, torch.arange(1), metric=METRICS["logit_diff"], answers=Answers.of([[1]], [[2]])), [(doubled("sum"),)])

@@ -1,29 +1,37 @@
-"""Circuits: parts of a model's graph, chosen from edge scores, exchanged as files, and evaluated."""
+"""Circuits: edges of a model's graph, or nodes of its sites, chosen from scores, exchanged as files, and evaluated."""
 
 from patchlab.circuits.acdc import acdc
 from patchlab.circuits.circuit import Circuit, kv_view
 from patchlab.circuits.evaluation.ablations import ABLATIONS, OptimalFit
 from patchlab.circuits.evaluation.curve import FaithfulnessCurve, faithfulness_curve, random_circuit
 from patchlab.circuits.evaluation.evaluate import Evaluation, evaluate
+from patchlab.circuits.evaluation.node_ablations import NODE_ABLATIONS
+from patchlab.circuits.evaluation.node_runner import ERRORS
 from patchlab.circuits.files import convert, read, write
 from patchlab.circuits.formats.dot import to_dot
 from patchlab.circuits.formats.mib import MIB_FRACTIONS, read_submission, write_submission
 from patchlab.circuits.heldout import Sets, three_sets
+from patchlab.circuits.nodes import Candidates, NodeCircuit, candidates
 from patchlab.circuits.roc import ROC, overlap, roc
 from patchlab.circuits.select import greedy, threshold, top_n
 from patchlab.circuits.smallest import SmallestFaithful, size_grid, smallest_faithful
 
 __all__ = [
     "ABLATIONS",
+    "ERRORS",
     "MIB_FRACTIONS",
+    "NODE_ABLATIONS",
     "ROC",
+    "Candidates",
     "Circuit",
     "Evaluation",
     "FaithfulnessCurve",
+    "NodeCircuit",
     "OptimalFit",
     "Sets",
     "SmallestFaithful",
     "acdc",
+    "candidates",
     "convert",
     "evaluate",
     "faithfulness_curve",

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from patchlab.circuits.circuit import Circuit
-from patchlab.circuits.formats import json, pt
+from patchlab.circuits.formats import json, nodes, pt
+from patchlab.circuits.nodes import AnyCircuit, NodeCircuit
 from patchlab.errors import CircuitError, OutputError, PatchlabError, unknown
 from patchlab.graph import Graph
 from patchlab.store.files import writing
@@ -23,7 +24,7 @@ class Format:
         save: write a circuit to a path.
     """
 
-    parse: Callable[[bytes, Graph | None], Circuit]
+    parse: Callable[[bytes, Graph | None], AnyCircuit]
     save: Callable[[Circuit, Path], None]
 
 
@@ -32,8 +33,8 @@ FORMATS = {".json": Format(json.parse, json.save), ".pt": Format(pt.parse, pt.sa
 SUFFIXES = tuple(FORMATS)
 
 
-def read(path: str | os.PathLike[str], *, graph: Graph | None = None) -> Circuit:
-    """Read a circuit, or edge scores, from a file of patchlab, EAP-IG or MIB.
+def read(path: str | os.PathLike[str], *, graph: Graph | None = None) -> AnyCircuit:
+    """Read a circuit, or edge scores, from a file of patchlab, EAP-IG or MIB; a circuit of nodes from a file of patchlab.
 
     Files of all versions of the format are read: nodes as ``true`` or as ``{"in_graph": true}``, edges with a score, with ``null``, or without.
     A ``.pt`` file is only ever loaded as tensors and plain values, never as code. The edges are what counts; where a file marks other nodes
@@ -65,20 +66,31 @@ def read(path: str | os.PathLike[str], *, graph: Graph | None = None) -> Circuit
     return replace(circuit, provenance=circuit.provenance | {"file": path.name})
 
 
-def write(circuit: Circuit, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+def write(circuit: AnyCircuit, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
     """Write a circuit so that EAP-IG and MIB can read it, as JSON or ``.pt`` by the suffix; whole or not at all.
+
+    Their formats have no word for nodes such as neurons and features: a circuit of nodes is written as JSON of patchlab's own.
 
     Edges without a score get 0 there. That, provenance, key-value heads and positions, for which their formats have no place, are kept
     under keys of patchlab's own, so that :func:`read` gives the same circuit again. A position-resolved circuit looks to other tools like
     its :meth:`~Circuit.collapsed` one.
 
     Raises:
-        CircuitError: another suffix, or a graph without MLPs in a ``.pt`` file, which has no form for it.
+        CircuitError: another suffix, or a graph without MLPs or a circuit of nodes in a ``.pt`` file, which has no form for them.
         OutputError: the file exists and ``overwrite`` is False, or it cannot be written there.
     """
     path = Path(path)
     if path.suffix not in SUFFIXES:
         raise CircuitError(f"cannot write {path}: {unknown('kind of circuit file', path.suffix, SUFFIXES)}")
+    if isinstance(circuit, NodeCircuit):
+        if path.suffix != ".json":
+            raise CircuitError(
+                f"cannot write {path}: it is a circuit of nodes ({', '.join(circuit.sites)}), and the {path.suffix} format of EAP-IG has words for "
+                f"edges between whole heads and MLPs only, as MIB's has. Write it as .json, in patchlab's own format."
+            )
+        with writing(path, overwrite=overwrite) as temporary:
+            nodes.save(circuit, temporary)
+        return
     with writing(path, overwrite=overwrite) as temporary:
         FORMATS[path.suffix].save(circuit, temporary)
 
@@ -111,7 +123,7 @@ def convert(src: str | os.PathLike[str], dst: str | os.PathLike[str], *, suffix:
     return write_folder({name: read(path) for name, path in files.items()}, dst)
 
 
-def write_folder(files: Mapping[str, Circuit], folder: Path) -> list[Path]:
+def write_folder(files: Mapping[str, AnyCircuit], folder: Path) -> list[Path]:
     """Write the files to a hidden folder beside the target, then rename it."""
     if folder.exists():
         raise OutputError(f"{folder} exists and is not overwritten; choose another folder.")

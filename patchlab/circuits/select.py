@@ -1,7 +1,7 @@
-"""Selection of a circuit from edge scores: the n most important edges, those above a level, or greedily from the logits upwards."""
+"""Selection of a circuit from scores: the n most important edges or nodes, those above a level, or greedily from the logits upwards."""
 
 import heapq
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +9,8 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from patchlab.circuits.circuit import Circuit
+from patchlab.circuits.nodes import NodeCircuit
+from patchlab.circuits.select_nodes import nodes_above, of_nodes, top_nodes
 from patchlab.errors import CircuitError, unknown
 from patchlab.graph import Graph
 from patchlab.methods.setting.setting import DIRECTIONS
@@ -29,20 +31,26 @@ def top_n(
     prune: bool = True,
     graph: Graph | None = None,
     direction: str | None = None,
-) -> Circuit:
-    """The ``n`` most important edges. Of equally important ones the first in the order of the graph (by writer, then reader) are taken.
+    sites: str | Iterable[str | Site] | None = None,
+) -> Circuit | NodeCircuit:
+    """The ``n`` most important edges or nodes. Of equally important ones the first in the order of the graph (by writer, then reader) are taken.
+
+    Scores of nodes (``z``, ``mlp_out``, ``mlp_post``, features, errors, ...) give a :class:`patchlab.circuits.NodeCircuit` among all nodes of
+    their sites, which are ranked together.
 
     Args:
-        scores: a map with ``edges`` or ``edges[writer,reader,pos]`` (the mean over its examples counts), or effects ``[writer, reader]``,
-            ``[writer, reader, pos]`` in metric units, NaN where an edge is not scored. With positions each position of an edge is chosen for itself.
-        n: edges to choose, before pruning.
+        scores: a map with ``edges`` or ``edges[writer,reader,pos]``, or of nodes (the mean over its examples counts), or effects of edges
+            ``[writer, reader]``, ``[writer, reader, pos]`` in metric units, NaN where an edge is not scored. With positions each position of
+            an edge or node is chosen for itself.
+        n: edges (before pruning) or nodes to choose.
         by: ``abs`` (as MIB does) or ``signed`` importance.
-        prune: drop what dangles afterwards (:meth:`Circuit.pruned`), so that fewer than ``n`` may be left.
+        prune: drop edges that dangle afterwards (:meth:`Circuit.pruned`), so that fewer than ``n`` may be left; nodes don't.
         graph: the graph of an array of effects; a map knows its own.
         direction: what an array of effects estimates, for ``signed`` importance; a map knows that, too.
+        sites: which sites of a map of nodes; None for all that were scored.
 
     Raises:
-        CircuitError: ``n`` below 1 or beyond the edges that are scored or that there are, or scores that are not edge scores.
+        CircuitError: ``n`` below 1 or beyond the edges or nodes that are scored or that there are, or scores of something else.
 
     Example:
         >>> graph = Graph(1, 1, 4)
@@ -50,6 +58,9 @@ def top_n(
         >>> top_n(effects, 2, graph=graph).edge_names
         ['input->m0', 'm0->logits']
     """
+    if of_nodes(scores, sites):
+        direction_of(scores, direction)
+        return top_nodes(scores, n, by=by, sites=sites)
     ranked = _Ranked.of(scores, by, graph, direction)
     ranked.check(n)
     order = np.argsort(-ranked.importance.ravel(), kind="stable")
@@ -66,14 +77,18 @@ def threshold(
     prune: bool = True,
     graph: Graph | None = None,
     direction: str | None = None,
-) -> Circuit:
-    """The edges whose importance is at least ``level``, in metric units. Edges that were not scored stay outside.
+    sites: str | Iterable[str | Site] | None = None,
+) -> Circuit | NodeCircuit:
+    """The edges, or nodes, whose importance is at least ``level``, in metric units. What was not scored stays outside.
 
     Takes the arguments of :func:`top_n`.
 
     Raises:
-        CircuitError: a level that is no number, or below 0 for ``abs``; or scores that are not edge scores.
+        CircuitError: a level that is no number, or below 0 for ``abs``; or scores of something else.
     """
+    if of_nodes(scores, sites):
+        direction_of(scores, direction)
+        return nodes_above(scores, level, by=by, sites=sites)
     ranked = _Ranked.of(scores, by, graph, direction)
     if not np.isfinite(level) or (by == "abs" and level < 0):
         raise CircuitError(f"the level of a threshold is a finite number, at least 0 for importance 'abs'; got {level}.")
@@ -97,6 +112,8 @@ def greedy(
     Raises:
         CircuitError: as for :func:`top_n`; scores with positions; or no scored edges are left into the nodes that are in.
     """
+    if of_nodes(scores):
+        raise CircuitError("greedy selection goes from edge to edge; these are scores of nodes. Use top_n or threshold.")
     ranked = _Ranked.of(scores, by, graph, direction)
     ranked.check(n)
     if ranked.importance.ndim > 2:

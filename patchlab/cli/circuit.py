@@ -102,7 +102,7 @@ def find(
     scores = scorer.run(loaded, first or second, "edges", direction=direction, batch_size=batch_size)
     if (warning := scores.reversed_gap()) is not None:
         say(f"warning: {warning}")
-    found = HOW[how](scores, EDGES if edges is None else edges, by=by) if threshold is None else above(scores, threshold, by=by)
+    found: Any = HOW[how](scores, EDGES if edges is None else edges, by=by) if threshold is None else above(scores, threshold, by=by)
     if not found.n_edges:
         raise CircuitError(
             f"nothing is left of the circuit: of the edges that were chosen ({found.provenance.get('how', '')}) none is on a path from the input to "
@@ -209,9 +209,10 @@ def plot(
     import warnings
 
     from patchlab import circuits, plots
+    from patchlab.circuits.nodes import with_edges
     from patchlab.store.files import writing
 
-    drawn = circuits.read(file)
+    drawn = with_edges(circuits.read(file), "a figure of a circuit")
     if out.suffix in (".dot", ".gv"):
         with writing(out, overwrite=force) as temporary:
             temporary.write_text(circuits.to_dot(drawn) + "\n", encoding="utf-8")

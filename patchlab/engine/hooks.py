@@ -54,10 +54,13 @@ class Execution:
         hook.fired += 1
         for rule in hook.rules:
             value = rule(value, self.recorded)
+        host, joint = value, ""
         for edit in hook.edits:
             accessor, companion = self._lens(edit.address.kind, edit.address.layer)
-            own = accessor.read(value, companion)
-            value = accessor.write(value, companion, edit.apply(own, self.program.examples, self.program.positions))  # type: ignore[union-attr]
+            host, joint = (host if edit.joint and edit.joint == joint else value), edit.joint
+            own = accessor.read(host, companion)
+            new = accessor.write(host, companion, edit.apply(own, self.program.examples, self.program.positions))  # type: ignore[union-attr]
+            value = new if host is value else value + (new - host)
         if hook.gradients or hook.gradient_raw:
             # a tensor of its own: if the model drops what a hook returns, no gradient may reach it by another way
             value = value.view_as(value) if value.requires_grad else value.detach().requires_grad_()

@@ -124,6 +124,8 @@ def _entry(index: int, cell: Cell, program: Program, n_layers: int, start: int) 
     layers = [edit.address.layer for edit in cell if edit.address.layer is not None]
     if not cell or len(layers) < len(cell):
         raise InterventionError("a cell of a sweep needs edits in layers; the input is patched by the literal engine.")
+    if any(edit.joint for edit in cell):
+        raise InterventionError("edits that are joint are run by the literal engine, engine.run; a sweep takes them one after the other.")
     layer = min(layers)
     length = program.tokens.shape[1]
     local = start < length - 1 and layer < n_layers - 1 and all(_is_local(edit, layer, start, length) for edit in cell)

@@ -11,6 +11,7 @@ import pandas as pd
 
 from patchlab import __version__, plots
 from patchlab.circuits import FaithfulnessCurve, SmallestFaithful, read
+from patchlab.circuits.nodes import with_edges
 from patchlab.errors import OutputError
 from patchlab.report.html import captioned, document, inline, listed, paragraph, table
 from patchlab.store.files import write_json, writing
@@ -283,7 +284,7 @@ def _circuit(study: Study) -> str:
         parts.append(captioned(inline(f"curve-{method}", plots.faithfulness(curve, _smallest_of(study, method))), _of_curve(curve, method, row)))
         stored = study.sweep.find(study.keys[f"circuit {method}"])
         if CIRCUIT in stored.files:
-            circuit = read(stored.path(CIRCUIT))
+            circuit = with_edges(read(stored.path(CIRCUIT)), "the circuit of a study")
             if circuit.n_edges <= 3000:
                 shown = min(circuit.n_edges, _MOST_EDGES)
                 first = "" if shown == circuit.n_edges else f", of which the {shown} with the largest scores are drawn first"

@@ -135,6 +135,7 @@ class Sweep:
             SweepError: no run has such a field.
         """
         from patchlab.circuits import read
+        from patchlab.circuits.nodes import with_edges
         from patchlab.sweeps.kinds import CIRCUIT
 
         runs = self.runs()
@@ -143,7 +144,7 @@ class Sweep:
                 raise SweepError(f"runs have no field {name!r}; they have {', '.join(map(str, runs))}.")
             runs = runs[runs[name] == value]
         done = [self.store.get(key) for key in runs.loc[runs["status"] == "done", "key"]]
-        return {one.key: read(one.path(CIRCUIT)) for one in done if CIRCUIT in one.files}
+        return {one.key: with_edges(read(one.path(CIRCUIT)), "the circuit of a sweep") for one in done if CIRCUIT in one.files}
 
     def table(self, *, costs: bool = False) -> pd.DataFrame:
         """One row per finished run, site and statistic, in the order of the plan.

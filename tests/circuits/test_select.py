@@ -12,6 +12,7 @@ from safetensors.numpy import load_file
 from score_maps import Labels, make_map
 
 from patchlab.circuits import Circuit, greedy, threshold, top_n
+from patchlab.circuits.select import mean_effects
 from patchlab.errors import CircuitError
 from patchlab.graph import Graph
 
@@ -223,7 +224,7 @@ def test_other_mistakes() -> None:
             threshold(values, level, graph=SMALL)
     assert threshold(values, -0.1, graph=SMALL, by="signed", direction="noising").n_edges > 0
     with pytest.raises(CircuitError, match=r"one site of edges, .* this map has z\. Score the edges"):
-        top_n(make_map({"z": np.zeros((2, 2, 2))}), 1)
+        mean_effects(make_map({"z": np.zeros((2, 2, 2))}))
 
 
 def test_a_chosen_circuit_is_a_circuit() -> None:

@@ -130,7 +130,7 @@ def ablation_for(
         zeros = torch.zeros(len(model.arch.graph.writers), 1, 1, model.arch.d_model, dtype=model.dtype, device=model.device)
         return Ablation(kind, Contributions(zeros, post_norm) if kind == "zero" else None, post_norm=post_norm)
     if kind == "mean_positional":
-        _check_lengths(task, source)
+        check_lengths(task, source)
     mean = _mean(model, source, lambda values: values, post_norm, positional=kind == "mean_positional")
     constants = Contributions(mean.to(model.dtype), post_norm)
     if kind == "optimal":
@@ -150,7 +150,12 @@ def _mean(model: Model, task: Task, of: Callable[[Tensor], Tensor], post_norm: s
     return total / count
 
 
-def _check_lengths(task: Task, train: Task) -> None:
+def check_lengths(task: Task, train: Task) -> None:
+    """Refuse positional means where positions do not line up by index.
+
+    Raises:
+        CircuitError: prompts of several lengths or templates, or of another length than the training examples.
+    """
     lengths, own = (sorted({len(pair) for pair in part.pairs}) for part in (task, train))
     if lengths != own or len(own) != 1:
         raise CircuitError(

@@ -27,7 +27,7 @@ from patchlab.stats.bootstrap import TAILS, interval, resampling_weights
 from patchlab.store.files import writing
 from patchlab.tasks.task import Task
 
-HOW: dict[str, Callable[..., Circuit]] = {"top_n": top_n, "greedy": greedy}
+HOW: dict[str, Callable[..., Any]] = {"top_n": top_n, "greedy": greedy}
 RANDOM = "random"
 _COLUMNS = {
     "table": ("method", "n_requested", "fraction", "n_edges", "faithfulness", "lo", "hi", "metric"),

@@ -1,6 +1,6 @@
-"""Evaluations: circuits explain a behaviour as far as it is kept with every other edge ablated."""
+"""Evaluations: circuits explain a behaviour as far as it is kept with every other edge, or node, ablated."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,9 +10,11 @@ from jaxtyping import Float
 
 from patchlab.circuits.circuit import Circuit
 from patchlab.circuits.evaluation.ablations import OptimalFit, still_falling
+from patchlab.circuits.evaluation.node_runner import NodeRunner, prepared
 from patchlab.circuits.evaluation.runner import Runner, checked
 from patchlab.circuits.evaluation.scale import Scale
 from patchlab.circuits.heldout import check_disjoint
+from patchlab.circuits.nodes import AnyCircuit, NodeCircuit
 from patchlab.errors import CircuitError, ScoreError, unknown
 from patchlab.models import Model
 from patchlab.scores.arrays import plain
@@ -30,10 +32,11 @@ class Evaluation:
     Args:
         metric: per circuit the metric of each example.
         metric_full: of the full model.
-        metric_empty: with every edge ablated.
-        table: one row per circuit: ``circuit``, ``n_edges``, ``n_nodes``, ``metric`` (mean), ``faithfulness`` with its 95 % interval ``lo``, ``hi``
-            over examples, and ``completeness`` = faithfulness of the full graph without the circuit (low is good), with its interval. All NaN
-            where the full model cannot be told from the fully ablated one; ``provenance["faithfulness_not_defined"]`` then says so.
+        metric_empty: with every edge (or node) ablated.
+        table: one row per circuit: ``circuit``, ``n_edges`` (of circuits of edges), ``n_nodes``, ``metric`` (mean), ``faithfulness`` with its 95 %
+            interval ``lo``, ``hi`` over examples, and ``completeness`` = faithfulness of the whole without the circuit (low is good), with its
+            interval. All NaN where the full model cannot be told from the fully ablated one; ``provenance["faithfulness_not_defined"]`` then
+            says so.
         minimality: one row per circuit and part left out: ``circuit``, ``part`` (name of the edge or node), ``minimality`` = faithfulness lost
             without it, ``lo``, ``hi``; empty unless it was asked for.
         provenance: model, task, ablation, examples, JSON-able.
@@ -72,29 +75,34 @@ class Evaluation:
     def __repr__(self) -> str:
         about = self.provenance
         head = f"Evaluation({about['model']} × {about['task']}, {about['metric']}, {about['ablation']} ablation)"
+        unit = about.get("unit", "edges")
         if why := about.get("faithfulness_not_defined"):
-            rows = [f"  {row['circuit']}: {row['n_edges']:,} edges, {about['metric']} {row['metric']:.3f}" for row in self.table.to_dict("records")]
+            rows = [
+                f"  {row['circuit']}: {row[f'n_{unit}']:,} {unit}, {about['metric']} {row['metric']:.3f}" for row in self.table.to_dict("records")
+            ]
             rows.append(f"  {why}")
         else:
             rows = [
-                f"  {row['circuit']}: {row['n_edges']:,} edges, faithfulness {row['faithfulness']:.3f} [{row['lo']:.3f}, {row['hi']:.3f}]"
+                f"  {row['circuit']}: {row[f'n_{unit}']:,} {unit}, faithfulness {row['faithfulness']:.3f} [{row['lo']:.3f}, {row['hi']:.3f}]"
                 + (f", completeness {row['completeness']:.3f}" if np.isfinite(row["completeness"]) else "")
                 for row in self.table.to_dict("records")
             ]
         measured = np.isfinite(self.table["completeness"].to_numpy()).any()
-        low = ["  completeness: faithfulness of the model without the circuit's edges; low is good"] if measured else []
+        low = [f"  completeness: faithfulness of the model without the circuit's {unit}; low is good"] if measured else []
         return "\n".join([head, *rows, *low, *still_falling(about), *(f"  note: {note}" for note in about.get("notes", ()))])
 
 
 def evaluate(
     model: Model,
-    circuit: Circuit | Mapping[str, Circuit],
+    circuit: AnyCircuit | Mapping[str, AnyCircuit],
     task: Task,
     *,
-    ablation: str = "resample",
+    ablation: str | None = None,
     train: Task | None = None,
     fit: OptimalFit | None = None,
     post_norm: str = "renormalised",
+    errors: str = "nodes",
+    start_layer: int | None = None,
     completeness: bool = True,
     minimality: str | None = None,
     allow_overlap: bool = False,
@@ -104,19 +112,26 @@ def evaluate(
     max_memory: int | float | None = None,
     progress: bool = True,
 ) -> Evaluation:
-    """Run the model on the clean prompts with all edges outside each circuit ablated.
+    """Run the model on the clean prompts with all edges, or nodes, outside each circuit ablated.
 
     ``faithfulness f(C) = (m(C) − m(∅)) / (m(M) − m(∅))`` of batch means, m(∅) measured with the same ablation; completeness ``f(M∖C)``;
-    minimality of a part v ``f(C) − f(C∖v)``. Source: Wang et al. 2023; Hanna et al. 2024; MIB (Mueller et al. 2025).
+    minimality of a part v ``f(C) − f(C∖v)``. Source: Wang et al. 2023; Hanna et al. 2024; MIB (Mueller et al. 2025); of nodes Marks et al. 2024.
+
+    Nodes outside a circuit carry what the ablation says, site after site in one forward pass: what comes later, also features and errors, is
+    computed from the stream as it then is. Candidates outside the circuit are ablated, what is no candidate is free.
 
     Args:
         model: the model.
-        circuit: one circuit, or several by name.
+        circuit: one circuit, or several by name; all of edges, or all of nodes among the same candidates.
         task: examples to evaluate on: others than those that the circuit was chosen by.
-        ablation: what the other edges carry, one of :data:`patchlab.circuits.ABLATIONS`.
+        ablation: what the rest carries: of edges one of :data:`patchlab.circuits.ABLATIONS` (default ``resample``), of nodes one of
+            :data:`patchlab.circuits.NODE_ABLATIONS` (default ``mean_positional``).
         train: examples for means (default: those of ``task``) and for the constants of optimal ablation; resampling and zeroing need none.
-        fit: the budget of optimal ablation.
+        fit: the budget of optimal ablation, of edges.
         post_norm: what a head's edges carry where a norm follows the attention; see :class:`patchlab.ActivationPatching`.
+        errors: of circuits of features, what becomes of the errors of their dictionaries, one of
+            :data:`patchlab.circuits.ERRORS`.
+        start_layer: of circuits of nodes: earlier layers are free, as :meth:`patchlab.circuits.NodeCircuit.from_layer`.
         completeness: also run the complement of each circuit.
         minimality: leave out each ``edge`` or ``node`` of each circuit in turn: one run each.
         allow_overlap: accept examples that the circuit was selected on.
@@ -127,75 +142,101 @@ def evaluate(
         progress: show a progress bar on stderr; without a terminal, a line every ten seconds.
 
     Raises:
-        CircuitError: a circuit of another model, no circuit with edges, selection on the same examples, an ablation that does not fit.
+        CircuitError: a circuit of another model, no circuit with edges or nodes, selection on the same examples, an ablation that does not fit,
+            circuits of edges and nodes together, or of nodes among unlike candidates.
 
     Example:
         >>> evaluate(model, top_n(scores, 100), held_out).faithfulness()  # doctest: +SKIP
     """
-    if not isinstance(circuit, (Circuit, Mapping)):
+    if not isinstance(circuit, (Circuit, NodeCircuit, Mapping)):
         raise CircuitError(f"give one circuit, or several by name as in {{'relp': circuit}}; got {type(circuit).__name__}.")
-    circuits = {"circuit": circuit} if isinstance(circuit, Circuit) else dict(circuit)
-    if not circuits:
+    given = dict(circuit) if isinstance(circuit, Mapping) else {"circuit": circuit}
+    if not given:
         raise CircuitError("no circuits to evaluate; give a circuit, or several by name.")
     if minimality is not None and minimality not in PARTS:
         raise CircuitError(unknown("part for minimality", minimality, PARTS))
-    for name in circuits:
-        circuits[name] = checked(circuits[name], model, task, f"circuit {name!r}")
+    of_nodes = {name: one for name, one in given.items() if isinstance(one, NodeCircuit)}
+    circuits = {name: checked(one, model, task, f"circuit {name!r}") for name, one in given.items() if isinstance(one, Circuit)}
+    if of_nodes and circuits:
+        raise CircuitError(
+            f"{next(iter(of_nodes))!r} is a circuit of nodes and {next(iter(circuits))!r} one of edges: their empty circuits differ, and so do their "
+            f"scales of faithfulness. Evaluate them one by one."
+        )
+    shared = {"train": train, "batch_size": batch_size, "max_memory": max_memory}
+    if of_nodes:
+        if fit is not None or post_norm != "renormalised" or minimality == "edge":
+            raise CircuitError("fit=, post_norm= and minimality='edge' are for circuits of edges; got circuits of nodes. Leave them out.")
+        ready = prepared(of_nodes, model, task, errors=errors, start_layer=start_layer)
+        bare, selection = _apart(ready.circuits, {name: one.n_nodes for name, one in ready.circuits.items()}, "nodes", task, allow_overlap)
+        nodes = NodeRunner.of(model, task, ready.universe, ablation or "mean_positional", always=ready.always, **shared)
+        return _evaluation(nodes, ready.circuits, ready.empty, bare, selection, completeness, minimality, n_boot, seed, progress, ready.about)
+    if errors != "nodes" or start_layer is not None:
+        raise CircuitError("errors= and start_layer= are for circuits of nodes; got circuits of edges. Leave them out.")
+    bare, selection = _apart(circuits, {name: one.n_edges for name, one in circuits.items()}, "edges", task, allow_overlap)
+    options = {"fit": fit, "post_norm": post_norm, "allow_overlap": allow_overlap, **shared}
+    runner = Runner.of(model, task, ablation or "resample", **options)
+    nothing = Circuit.empty(model.arch.graph)
+    return _evaluation(runner, circuits, nothing, bare, selection, completeness, minimality, n_boot, seed, progress, {})
+
+
+def _apart(
+    circuits: Mapping[str, AnyCircuit], sizes: Mapping[str, int], unit: str, task: Task, allow_overlap: bool
+) -> tuple[list[str], dict[str, str]]:
+    """A note for each circuit without edges or nodes, and what is known of the examples of each.
+
+    Raises:
+        CircuitError: all are empty, or one was selected on the same examples.
+    """
+    more = ": pruning leaves none where the chosen ones do not connect the input with the logits" if unit == "edges" else ""
     bare = [
-        f"circuit {name!r} has no edges, so its faithfulness is 0 by definition. Choose more edges: pruning leaves none where "
-        f"the chosen ones do not connect the input with the logits."
-        for name, one in circuits.items()
-        if not one.n_edges
+        f"circuit {name!r} has no {unit}, so its faithfulness is 0 by definition. Choose more {unit}{more}." for name, n in sizes.items() if not n
     ]
     if len(bare) == len(circuits):
         raise CircuitError(bare[0])
-    notes = bare + [note for name, c in circuits.items() if (note := _of_other_weights(c, model, f"circuit {name!r}"))]
-    selection = {name: check_disjoint(c.provenance, task, f"circuit {name!r}", allow_overlap=allow_overlap) for name, c in circuits.items()}
-    runner = Runner.of(
-        model,
-        task,
-        ablation,
-        train=train,
-        fit=fit,
-        post_norm=post_norm,
-        allow_overlap=allow_overlap,
-        batch_size=batch_size,
-        max_memory=max_memory,
-    )
+    return bare, {name: check_disjoint(c.provenance, task, f"circuit {name!r}", allow_overlap=allow_overlap) for name, c in circuits.items()}
+
+
+def _evaluation(
+    runner: Any,
+    circuits: Mapping[str, Any],
+    empty: AnyCircuit,
+    bare: list[str],
+    selection: Mapping[str, str],
+    completeness: bool,
+    minimality: str | None,
+    n_boot: int,
+    seed: int,
+    progress: bool,
+    about: Mapping[str, Any],
+) -> Evaluation:
+    """Run the circuits, their complements and what they are without their parts, and put them on the scale of faithfulness."""
+    unit = "nodes" if isinstance(empty, NodeCircuit) else "edges"
+    notes = bare + [note for name, c in circuits.items() if (note := _of_other_weights(c, runner.model, f"circuit {name!r}"))]
     left_out = [(name, part, rest) for name, c in circuits.items() for part, rest in _without_parts(c, minimality)]
-    named = {"no edges": Circuit.empty(model.arch.graph), **circuits}
+    named = {f"no {unit}": empty, **circuits}
     runs = [*named.values(), *(~c for c in circuits.values() if completeness), *(rest for *_, rest in left_out)]
     measured = runner.metric(runs, progress=progress)
     found = measured.metric
-    full, empty = runner.full(), found[0]
-    scale, undefined = _scale(full, empty, n_boot, seed)
+    full, nothing = runner.full(), found[0]
+    scale, undefined = _scale(full, nothing, n_boot, seed)
     n = len(circuits)
     complements = found[1 + n : 1 + 2 * n] if completeness else None
     rest = found[len(runs) - len(left_out) :]
     parts = pd.DataFrame({"circuit": [name for name, *_ in left_out], "part": [part for _, part, _ in left_out]})
     own = found[1 : 1 + n][[list(circuits).index(name) for name, *_ in left_out]]
     parts[["minimality", "lo", "hi"]] = _lost(scale, own, rest)
+    record = {**runner.provenance(), **about, **measured.record(named), "selection": selection, "n_boot": n_boot, "seed": seed}
     return Evaluation(
         {name: _frozen(values) for name, values in zip(circuits, found[1 : 1 + n], strict=True)},
         _frozen(full),
-        _frozen(empty),
+        _frozen(nothing),
         _table(circuits, scale, found[1 : 1 + n], complements),
         parts,
-        plain(
-            {
-                **runner.provenance(),
-                **measured.record(named),
-                "selection": selection,
-                "n_boot": n_boot,
-                "seed": seed,
-                "notes": notes,
-                **undefined,
-            }
-        ),
+        plain({**record, "notes": [*about.get("notes", ()), *notes], **undefined}),
     )
 
 
-def _of_other_weights(circuit: Circuit, model: Model, what: str) -> str | None:
+def _of_other_weights(circuit: AnyCircuit, model: Model, what: str) -> str | None:
     """A sentence, if the circuit was found on other weights than the model's."""
     found = circuit.provenance.get("model_fingerprint")
     if found is None or found == model.fingerprint:
@@ -205,14 +246,19 @@ def _of_other_weights(circuit: Circuit, model: Model, what: str) -> str | None:
     )
 
 
-def _without_parts(circuit: Circuit, kind: str | None) -> list[tuple[str, Circuit]]:
+def _without_parts(circuit: AnyCircuit, kind: str | None) -> Iterator[tuple[str, AnyCircuit]]:
     """The circuit without each of its edges or nodes (input and logits stay), by name."""
-    graph, found = circuit.graph, []
+    if isinstance(circuit, NodeCircuit):
+        for one in circuit.universe if kind == "node" else ():
+            for node in circuit.ids(one.name):
+                yield one.address(one.cells(node[None])[0].tolist(), circuit.positions), circuit.without(one.name, int(node))
+        return
+    graph = circuit.graph
     if kind == "edge":
         for writer, reader in np.argwhere(circuit.collapsed().edges):
             mask = circuit.edges.copy()
             mask[writer, reader] = False
-            found.append((graph.name(int(writer), int(reader)), Circuit(graph, mask, None, circuit.provenance)))
+            yield graph.name(int(writer), int(reader)), Circuit(graph, mask, None, circuit.provenance)
     if kind == "node":
         for node in np.flatnonzero(circuit.node_mask):
             if graph.nodes[node] in ("input", "logits"):
@@ -220,8 +266,7 @@ def _without_parts(circuit: Circuit, kind: str | None) -> list[tuple[str, Circui
             mask = circuit.edges.copy()
             mask[node] = False
             mask[:, graph.reader_node == node] = False
-            found.append((graph.nodes[node], Circuit(graph, mask, None, circuit.provenance)))
-    return found
+            yield graph.nodes[node], Circuit(graph, mask, None, circuit.provenance)
 
 
 def _scale(full: Float[np.ndarray, " example"], empty: Float[np.ndarray, " example"], n_boot: int, seed: int) -> tuple[Scale | None, dict[str, str]]:
@@ -240,19 +285,16 @@ def _lost(scale: Scale | None, own: Float[np.ndarray, "part example"], rest: Flo
 
 
 def _table(
-    circuits: Mapping[str, Circuit],
+    circuits: Mapping[str, AnyCircuit],
     scale: Scale | None,
     metric: Float[np.ndarray, "circuit example"],
     complements: Float[np.ndarray, "circuit example"] | None,
 ) -> pd.DataFrame:
-    table = pd.DataFrame(
-        {
-            "circuit": list(circuits),
-            "n_edges": [circuit.n_edges for circuit in circuits.values()],
-            "n_nodes": [len(circuit.nodes) for circuit in circuits.values()],
-            "metric": metric.mean(1),
-        }
-    )
+    table = pd.DataFrame({"circuit": list(circuits)})
+    if edges := [circuit.n_edges for circuit in circuits.values() if isinstance(circuit, Circuit)]:
+        table["n_edges"] = edges
+    table["n_nodes"] = [circuit.n_nodes if isinstance(circuit, NodeCircuit) else len(circuit.nodes) for circuit in circuits.values()]
+    table["metric"] = metric.mean(1)
     for name, values in (("", metric), ("completeness", complements)):
         column = name or "faithfulness"
         table[column], low, high = np.nan, np.nan, np.nan

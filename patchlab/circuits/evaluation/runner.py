@@ -138,19 +138,11 @@ class Runner:
 
     def full(self) -> Float[np.ndarray, " example"]:
         """The metric of the whole model on the clean prompts."""
-        values = np.zeros(len(self.task))
-        for batch in self.batches:
-            found = run(self.model, self.program(batch)).values
-            values[batch.examples.cpu().numpy()] = torch.as_tensor(found).double().cpu().numpy()
-        return values
+        return clean_metric(self.model, self.task, self.batch_size or rows_per_pass(self.model, self.task, self.budget))
 
     def program(self, batch: Batch) -> Program:
         """A program on the clean prompts of a batch; its answers hold the full model's logits where the metric compares with them."""
-        metric, answers = self.task.metric, batch.answers
-        if metric.needs_clean:
-            logits = run(self.model, Program(batch.clean, batch.examples, logits="all" if metric.reads == "all" else "answer")).logits
-            answers = replace(answers, clean_logits=logits)
-        return Program(batch.clean, batch.examples, metric=metric, answers=answers)
+        return clean_program(self.model, self.task, batch)
 
     def ablated(self, batch: Batch) -> Contributions:
         """What every writer is ablated to on the prompts of a batch."""
@@ -179,20 +171,8 @@ class Runner:
 
     def provenance(self) -> dict[str, Any]:
         """Model, task, metric and ablation, as JSON: the examples of the ablation, and for fitted constants the budget."""
-        model, task, way = self.model, self.task, self.way
-        record: dict[str, Any] = {
-            "model": model.name,
-            "model_fingerprint": model.fingerprint,
-            "task": f"{task.name}[{len(task)}]",
-            "task_fingerprint": task.fingerprint,
-            "task_pairs": task.pair_fingerprints,
-            "task_provenance": task.provenance,
-            "metric": task.metric.name,
-            "metric_unit": task.metric.unit,
-            "ablation": way.kind,
-            "ablation_is": ABLATIONS[way.kind],
-            **post_norm_record(model, way.post_norm),
-        }
+        way = self.way
+        record = record_of(self.model, self.task, way.kind, ABLATIONS[way.kind]) | post_norm_record(self.model, way.post_norm)
         if way.train is not None:
             record["ablation_examples"] = f"{way.train.name}[{len(way.train)}]"
         if way.fitting is not None:
@@ -241,6 +221,40 @@ class Runner:
         if any(circuit.n_positions for circuit in circuits):
             each *= batch.clean.numel()
         return max(1, int(self.budget // each))
+
+
+def clean_program(model: Model, task: Task, batch: Batch) -> Program:
+    """A program on the clean prompts of a batch; its answers hold the full model's logits where the metric compares with them."""
+    metric, answers = task.metric, batch.answers
+    if metric.needs_clean:
+        logits = run(model, Program(batch.clean, batch.examples, logits="all" if metric.reads == "all" else "answer")).logits
+        answers = replace(answers, clean_logits=logits)
+    return Program(batch.clean, batch.examples, metric=metric, answers=answers)
+
+
+def clean_metric(model: Model, task: Task, batch_size: int) -> Float[np.ndarray, " example"]:
+    """The metric of the whole model on the clean prompts of a task."""
+    values = np.zeros(len(task))
+    for batch in task.batches(batch_size, model.device):
+        found = run(model, clean_program(model, task, batch)).values
+        values[batch.examples.cpu().numpy()] = torch.as_tensor(found).double().cpu().numpy()
+    return values
+
+
+def record_of(model: Model, task: Task, ablation: str, what: str) -> dict[str, Any]:
+    """Model, task, metric and ablation of an evaluation, as JSON."""
+    return {
+        "model": model.name,
+        "model_fingerprint": model.fingerprint,
+        "task": f"{task.name}[{len(task)}]",
+        "task_fingerprint": task.fingerprint,
+        "task_pairs": task.pair_fingerprints,
+        "task_provenance": task.provenance,
+        "metric": task.metric.name,
+        "metric_unit": task.metric.unit,
+        "ablation": ablation,
+        "ablation_is": what,
+    }
 
 
 def checked(circuit: Circuit, model: Model, task: Task, what: str = "the circuit") -> Circuit:

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from patchlab.circuits.circuit import Circuit
+from patchlab.circuits.nodes import AnyCircuit, with_edges
 
 _STYLES = {"q": "dashed", "k": "dotted"}
 _COLOURS = {"denoising": ("#b2182b", "#2166ac"), "noising": ("#2166ac", "#b2182b")}
@@ -10,7 +10,7 @@ _COLOURS = {"denoising": ("#b2182b", "#2166ac"), "noising": ("#2166ac", "#b2182b
 _WIDEST = 6.0
 
 
-def to_dot(circuit: Circuit) -> str:
+def to_dot(circuit: AnyCircuit) -> str:
     """The circuit as a digraph in DOT, layers from bottom to top.
 
     An edge into a head carries its letter ``q``, ``k`` or ``v`` as label; width grows with |score|. Blue edges support the behaviour, red ones work
@@ -18,6 +18,7 @@ def to_dot(circuit: Circuit) -> str:
     no score. A position-resolved circuit is collapsed, and says so in a comment. Graphviz (``dot -Tsvg``) draws it; patchlab does not need it.
 
     Example:
+        >>> from patchlab.circuits import Circuit
         >>> from patchlab.graph import Graph
         >>> print(to_dot(Circuit.of(Graph(1, 1, 4), ["input->a0.h0<v>", "a0.h0->logits"])))
         digraph circuit {
@@ -30,6 +31,7 @@ def to_dot(circuit: Circuit) -> str:
           "a0.h0" -> "logits" [color="#8b949e", penwidth=1.00, style=solid, tooltip="a0.h0->logits"];
         }
     """
+    circuit = with_edges(circuit, "a graph in DOT")
     flat, graph = circuit.collapsed(), circuit.graph
     pairs = np.argwhere(flat.edges)
     scores = np.full(len(pairs), np.nan) if flat.scores is None else flat.scores[tuple(pairs.T)]

@@ -12,7 +12,8 @@ from patchlab.circuits.circuit import Circuit, common_graph
 from patchlab.errors import CircuitError, SiteError
 from patchlab.graph import Graph
 
-FORMAT = 1
+FORMAT, NEWEST = 1, 2
+"""Format number of files of edges, and the largest that is read: that of files of nodes."""
 OWN = "patchlab"
 _CFG = {"n_layers": "n_layers", "n_heads": "n_heads", "d_model": "d_model", "parallel_attn_mlp": "parallel"}
 _ELSEWHERE = ("file", "node_scores")
@@ -33,8 +34,8 @@ def own_record(record: Any) -> dict[str, Any]:
         return {}
     if not isinstance(record, dict) or not isinstance(record.get("format"), int):
         raise CircuitError(f"the entry {OWN!r} is damaged: it has no format number. Write the file again.")
-    if record["format"] > FORMAT:
-        raise CircuitError(f"it has the format {record['format']} and this patchlab reads up to {FORMAT}. Update patchlab.")
+    if record["format"] > NEWEST:
+        raise CircuitError(f"it has the format {record['format']} and this patchlab reads up to {NEWEST}. Update patchlab.")
     return record
 
 

@@ -1,4 +1,4 @@
-"""Circuit files in JSON: one entry per node and per edge, by name."""
+"""Circuit files in JSON: one entry per node and per edge, by name; circuits of nodes have a form of their own (:mod:`.nodes`)."""
 
 import json
 import math
@@ -10,15 +10,17 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from patchlab.circuits.circuit import Circuit
+from patchlab.circuits.formats import nodes as of_nodes
 from patchlab.circuits.formats.header import OWN, assemble, cfg_of, graph_from, needed, own_record, record_of
+from patchlab.circuits.nodes import AnyCircuit
 from patchlab.errors import CircuitError
 from patchlab.graph import Graph
 
 _KEYS = ("cfg", "nodes", "edges")
 
 
-def parse(raw: bytes, expected: Graph | None) -> Circuit:
-    """The circuit that the bytes of a file describe.
+def parse(raw: bytes, expected: Graph | None) -> AnyCircuit:
+    """The circuit that the bytes of a file describe, of edges or of nodes.
 
     Raises:
         CircuitError: see :func:`patchlab.circuits.read`.
@@ -30,6 +32,8 @@ def parse(raw: bytes, expected: Graph | None) -> Circuit:
         raise CircuitError(f"not JSON, or cut off: {error}. Get or write the file again.") from error
     needed(data, _KEYS, "a circuit file")
     record = own_record(data.get(OWN))
+    if of_nodes.holds_nodes(record):
+        return of_nodes.parse(data, record, expected)
     graph = graph_from(data["cfg"], record, expected)
     marked, node_scores = _nodes(data["nodes"], graph)
     edges, scores = _edges(data["edges"], graph, record.get("n_positions"))

@@ -6,12 +6,13 @@ from pathlib import Path
 
 from patchlab.circuits.circuit import Circuit
 from patchlab.circuits.files import SUFFIXES, read, write_folder
+from patchlab.circuits.nodes import AnyCircuit, NodeCircuit, with_edges
 from patchlab.errors import CircuitError, unknown
 
 MIB_FRACTIONS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 """Shares of the edges at which MIB evaluates; a submission of circuits has one for each but the last, which is the whole graph."""
 _SIZES = MIB_FRACTIONS[:-1]
-Submission = Mapping[str, Circuit | Sequence[Circuit]]
+Submission = Mapping[str, AnyCircuit | Sequence[AnyCircuit]]
 
 
 def read_submission(folder: str | os.PathLike[str]) -> dict[str, tuple[Circuit, ...]]:
@@ -32,7 +33,8 @@ def read_submission(folder: str | os.PathLike[str]) -> dict[str, tuple[Circuit, 
         if entry.is_dir() and not entry.name.startswith("."):
             _check_name(entry.name)
             files = sorted(path for path in entry.iterdir() if path.suffix in SUFFIXES)
-            found[entry.name] = tuple(sorted((read(path) for path in files), key=lambda circuit: circuit.n_edges))
+            read_files = (with_edges(read(path), f"{path}: an MIB submission") for path in files)
+            found[entry.name] = tuple(sorted(read_files, key=lambda circuit: circuit.n_edges))
             _check_entry(f"{entry}", found[entry.name])
     if not found:
         raise CircuitError(f"{folder} has no folders in it; a submission has one per task and model, such as ioi_gpt2, with .json or .pt files.")
@@ -60,7 +62,8 @@ def write_submission(circuits: Submission, folder: str | os.PathLike[str], *, su
     files: dict[str, Circuit] = {}
     for name, given in circuits.items():
         _check_name(name)
-        entry = (given,) if isinstance(given, Circuit) else tuple(sorted(given, key=lambda circuit: circuit.n_edges))
+        several = [given] if isinstance(given, Circuit | NodeCircuit) else given
+        entry = tuple(sorted((with_edges(one, "an MIB submission") for one in several), key=lambda circuit: circuit.n_edges))
         _check_entry(f"the entry {name}", entry)
         names = ["importances"] if len(entry) == 1 else [f"edges-{fraction:g}" for fraction in _SIZES]
         files |= {f"{name}/{stem}{suffix}": circuit for stem, circuit in zip(names, entry, strict=True)}
