@@ -16,7 +16,9 @@ from filelock import FileLock, Timeout
 from patchlab.errors import OutputError
 
 _PATIENCE = 0.2
-"""Seconds in which a lock that was only looked at is free again."""
+"""Seconds in which a lock that was only looked at is free again, as a rule."""
+_LOOKS = 100
+"""How often so long: on a busy machine whoever looks may have to wait in the middle of it."""
 _held: "weakref.WeakSet[Lock]" = weakref.WeakSet()
 """Locks that this process holds. Looking at the file of one would release it where the system keeps locks per process (NFS)."""
 
@@ -48,10 +50,13 @@ class Lock:
             OutputError: another process, or another part of this one, holds it.
             OSError: the lock file cannot be written.
         """
-        try:
-            self._lock.acquire()
-        except Timeout as error:
-            raise OutputError(taken(self.holder())) from error
+        for left in reversed(range(_LOOKS)):
+            try:
+                self._lock.acquire()
+                break
+            except Timeout as error:
+                if not left or self.is_held():
+                    raise OutputError(taken(self.holder())) from error
         try:
             found = self.path.stat()
             self._id = (found.st_dev, found.st_ino)

@@ -61,19 +61,43 @@ def test_a_lock_is_free_when_its_holder_was_killed(tmp_path: Path) -> None:
     lock.release()
 
 
-def test_looking_keeps_nobody_from_taking_it(tmp_path: Path) -> None:
+def test_looking_keeps_nobody_from_taking_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if sys.platform == "win32":
         pytest.skip("looking takes no lock there")
     import fcntl
-    import threading
 
-    lock = Lock(tmp_path / "lock")
-    (tmp_path / "lock").touch()
-    handle = os.open(tmp_path / "lock", os.O_RDONLY)
+    path = tmp_path / "lock"
+    path.touch()
+    handle, looked = os.open(path, os.O_RDONLY), []
     fcntl.flock(handle, fcntl.LOCK_SH)  # as a reader does for a moment
-    threading.Timer(0.05, lambda: os.close(handle)).start()
+    is_held = Lock.is_held
+
+    def slow_reader(lock: Lock) -> bool:
+        """Found out after each time that the lock was not to be had; the reader goes on after the third."""
+        looked.append(is_held(lock))
+        if len(looked) == 3:
+            os.close(handle)
+        return looked[-1]
+
+    monkeypatch.setattr("patchlab.store.lock._PATIENCE", 0.01)
+    monkeypatch.setattr(Lock, "is_held", slow_reader)
+    lock = Lock(path)
     lock.acquire(str)
     lock.release()
+    assert looked == [False] * 3, "a reader who takes long is no holder"
+
+    first, second = Lock(path), Lock(path)
+    first.acquire(str)
+    with pytest.raises(OutputError):
+        second.acquire(str)
+    assert looked == [False] * 3 + [True], "and a holder is one at once"
+    first.release()
+    handle = os.open(path, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_SH)
+    monkeypatch.setattr("patchlab.store.lock._LOOKS", 4)
+    with pytest.raises(OutputError, match="another process"):
+        second.acquire(str)
+    os.close(handle)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"pid": 3}'])
