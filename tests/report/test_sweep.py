@@ -5,12 +5,12 @@ import json
 import math
 import re
 import shutil
-import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pandas as pd
 import pytest
+from browsing import found_in
 from sweeping import runs, swept
 from typer.testing import CliRunner
 
@@ -457,15 +457,11 @@ def test_cells_say_what_is_missing_and_intervals_without_an_end():
     assert 'data-column="1"' not in html
 
 
-CLICKS = """
-<script>
-const errors = [];
-addEventListener("error", (event) => errors.push(String(event.message)));
-const cells = (place, table = "agreement-table") => [...document.querySelectorAll(`#${table} tbody tr:not(.drawn)`)]
-  .filter((row) => !row.hidden).map((row) => row.cells[place].dataset.v ?? row.cells[place].textContent);
-async function until(what) { for (let i = 0; i < 400 && !what(); i++) await new Promise((done) => setTimeout(done, 20)); }
-addEventListener("load", async () => {
-  const found = { drawn: document.querySelectorAll(".js-plotly-plot").length }, table = document.getElementById("agreement-table");
+CLICKS = """async (found) => {
+  const cells = (place, table = "agreement-table") => [...document.querySelectorAll(`#${table} tbody tr:not(.drawn)`)]
+    .filter((row) => !row.hidden).map((row) => row.cells[place].dataset.v ?? row.cells[place].textContent);
+  const table = document.getElementById("agreement-table");
+  found.drawn = document.querySelectorAll(".js-plotly-plot").length;
   const place = [...table.tHead.rows[0].cells].findIndex((head) => head.textContent === "r per prompt");
   const head = table.tHead.rows[0].cells[place].firstChild, form = document.querySelector('[data-for="agreement-table"]');
   head.click();
@@ -505,23 +501,13 @@ addEventListener("load", async () => {
   figure.scrollIntoView();
   await until(() => figure.querySelector(".main-svg"));
   found.ranking = figure.querySelectorAll(".main-svg").length > 0;
-  found.errors = errors;
-  document.body.innerHTML = `<pre id="found">${JSON.stringify(found)}</pre>`;
-});
-</script>
-"""
+}"""
 
 
 @pytest.mark.parametrize("width", [1400, 800])
 def test_in_a_browser_tables_sort_and_filter_and_figures_come_when_they_are_asked_for(browser, swept_study, folder, tmp_path, width):
     there = Path(shutil.copytree(folder, tmp_path / "there"))
-    there.joinpath("index.html").write_text((folder / "index.html").read_text(encoding="utf-8") + CLICKS, encoding="utf-8")
-    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=20000"]
-    command += [f"--window-size={width},900", "--dump-dom", (there / "index.html").as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
-    match = re.search(r'<pre id="found">(.*?)</pre>', done.stdout, re.DOTALL)
-    assert match, done.stdout[-2000:] + done.stderr[-2000:]
-    found = json.loads(match[1].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
+    found = found_in(browser, there / "index.html", CLICKS, width)
     table = pl.sweeps.open(swept_study).table()
     values = sorted(table.loc[(table["statistic"] == "pearson_per_prompt"), "value"])
     assert found["drawn"] == 0
