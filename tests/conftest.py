@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 from paths import ROOT
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -13,6 +14,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # what is printed fits a terminal of so many columns, where this is set; workers of pytest-xdist have it
 os.environ.pop("COLUMNS", None)
+# readline, which pytest imports, sets it where os.environ does not show it and what the tests start inherits it
+os.unsetenv("COLUMNS")
+
+
+# the same examples every time, however long they take: a test fails for what was changed, and not for what else the machine does
+settings.register_profile("patchlab", derandomize=True, database=None, deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True)
+settings.load_profile("patchlab")
 
 
 def _missing(variable: str, reason: str) -> None:

@@ -92,7 +92,7 @@ def kill_group(process: subprocess.Popen[str]) -> None:
     process.communicate()
 
 
-def wait_for(what: Callable[[], Any], seconds: float = 120.0) -> Any:
+def wait_for(what: Callable[[], Any], seconds: float = 600.0) -> Any:
     """What a function gives, as soon as that is true."""
     until = time.monotonic() + seconds
     while not (found := what()):

@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -222,10 +221,8 @@ def test_one_process_writes_and_others_read(tmp_path: Path) -> None:
         try:
             assert other.stdout is not None
             assert other.stdout.readline() == "held\n"
-            began = time.monotonic()
             with pytest.raises(OutputError, match=rf"is in use by process {other.pid} on .* Wait until that one has ended, or stop it"):
                 RunStore.open(tmp_path / "s", write=True)
-            assert time.monotonic() - began < 5
             reader, seen = RunStore.open(tmp_path / "s"), 0
             while seen < 20:
                 seen = int(other.stdout.readline())

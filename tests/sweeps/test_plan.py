@@ -215,10 +215,10 @@ def test_every_model_is_loaded_once_as_its_spec_says(demo_gpt2_4l):
 
 def test_times_are_measured_while_there_is_time_and_scaled_after_that(planned):
     runs = [run_of(ScoreSpec(method="atp", sites="z"), model=replace_model(content=f"sha256:{i}")) for i in range(2)]
-    assert "by the number of weights" not in planned(*runs).calibration
+    assert "by the number of weights" not in planned(*runs, calibration=1e9).calibration
     plan = planned(*runs, calibration=0.0)
     assert "demo-gpt2-4l by the number of weights, for want of time" in plan.calibration
-    assert all(0 < one.seconds < 100 for one in plan.runs)
+    assert all(0 < one.seconds < 10_000 for one in plan.runs)
 
 
 def test_times_grow_with_the_work(planned):

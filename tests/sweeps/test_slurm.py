@@ -5,11 +5,11 @@ import signal
 import stat
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from holding import Hold
 from paths import ROOT
 from sweeping import runs, same_tables, swept, wait_for
 from typer.testing import CliRunner
@@ -26,7 +26,7 @@ TEXT = """
 version: 1
 name: two
 models: demo-gpt2-4l
-tasks: [{name: ioi, n: 32, seed: [0, 1]}]
+tasks: [{name: ioi, n: 8, seed: [0, 1]}]
 batch_size: 4
 runs: [{kind: score, methods: [relp, exact], sites: ["z[layer,pos,head]", "resid_pre"]}]
 """
@@ -38,7 +38,7 @@ WORK = """#!/bin/bash
 trap 'exit CODE' TERM
 if [ NOW = yes ]; then exit CODE; fi
 touch started
-for _ in {1..600}; do sleep 0.05; done
+while :; do sleep 0.05; done
 """
 
 
@@ -56,9 +56,9 @@ class Cluster:
         self.folder = folder
         executable(folder / "bin" / "scontrol", SCONTROL)
 
-    def start(self, script: Path, task: int, state: str = "RUNNING") -> subprocess.Popen[str]:
+    def start(self, script: Path, task: int, state: str = "RUNNING", **more: str) -> subprocess.Popen[str]:
         env = {**os.environ, "PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}", "STATE": state, "PYTHONPATH": str(ROOT)}
-        env |= {"SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": str(task), "OMP_NUM_THREADS": "1"}
+        env |= {"SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": str(task), "OMP_NUM_THREADS": "1", **more}
         env.pop("HF_HUB_OFFLINE", None)
         words = ["bash", str(script)]
         return subprocess.Popen(words, env=env, cwd=self.folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
@@ -97,9 +97,9 @@ def test_a_job_queues_again_only_when_its_time_is_up(tmp_path, cluster, code, as
     script = executable(tmp_path / "job.sh", job.text().replace(sys.executable, str(stub)))
     process = cluster.start(script, 2, state)
     if asked:
-        wait_for((cluster.folder / "started").exists, 20)
+        wait_for((cluster.folder / "started").exists)
         os.kill(process.pid, signal.SIGTERM)  # to the script alone, as B: says
-    text, _ = process.communicate(timeout=30)
+    text, _ = process.communicate(timeout=600)
     assert process.returncode == code, text
     assert cluster.requeued == (["requeue 7_2"] if requeued else []), "the task, and never the whole array, whose number may be that of the job"
     assert ("cancelled, so it is not queued again" in text) == (asked and code == 143 and state != "RUNNING")
@@ -121,12 +121,12 @@ def test_a_request_to_stop_keeps_the_checkpoint_and_the_shards_are_the_sweep(tmp
     assert f"#SBATCH --output=\"{folder.parent}/with 'spaces' & %%/o ut/logs/%A_%a.log\"" in lines
     assert (out / "logs").is_dir(), "sbatch makes none"
 
-    process = cluster.start(script, 1)
+    hold = Hold(tmp_path / "hold")
+    process = cluster.start(script, 1, **hold.environment)
     work = out / "shard-1" / "work"
-    wait_for(lambda: work.is_dir() and RunStore.open(out / "shard-1").counts()["done"] >= 1 and list(work.glob("*.checkpoint")))
-    time.sleep(0.7)  # some of its cells, and far from all
+    wait_for(lambda: hold.who() or process.poll() is not None)
     os.kill(process.pid, signal.SIGTERM)
-    text, _ = process.communicate(timeout=60)
+    text, _ = process.communicate(timeout=600)
     assert process.returncode == 143, text
     assert cluster.requeued == ["requeue 7_1"]
     assert RunStore.open(out / "shard-1").counts() == {"planned": 2, "done": 1, "failed": 0, "pending": 1, "running": 0}
@@ -135,7 +135,7 @@ def test_a_request_to_stop_keeps_the_checkpoint_and_the_shards_are_the_sweep(tmp
         assert len(found["cells"]) or "0/clean" in found, "finished cells, or batches of them"
     for task in (1, 2):  # as Slurm starts it again
         process = cluster.start(script, task)
-        text, _ = process.communicate(timeout=300)
+        text, _ = process.communicate(timeout=600)
         assert process.returncode == 0, text
         if task == 1:
             assert "1 of 2 runs were done before" in text
@@ -147,7 +147,7 @@ def test_a_request_to_stop_keeps_the_checkpoint_and_the_shards_are_the_sweep(tmp
     # a failed run is no reason to queue again
     (folder / "sweep.yaml").unlink()
     process = cluster.start(script, 1)
-    process.communicate(timeout=60)
+    process.communicate(timeout=600)
     assert process.returncode == 1
     assert cluster.requeued == ["requeue 7_1"]
 
