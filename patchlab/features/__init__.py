@@ -1,6 +1,6 @@
 """Sparse features: dictionaries that write an activation as a sum of few directions."""
 
-from patchlab.features.activations import AbsTopK, Activation, Codes, JumpRelu, Relu, TopK, gated
+from patchlab.features.activations import AbsTopK, Activation, Codes, JumpRelu, Relu, SignedTopK, TopK, gated
 from patchlab.features.attribution import AttributionGraph, attribution_graph
 from patchlab.features.dictionary import KINDS, Dictionary, codebook, folded
 from patchlab.features.load import load_dictionaries, load_dictionary
@@ -18,6 +18,7 @@ __all__ = [
     "LayerNorm",
     "Normalisation",
     "Relu",
+    "SignedTopK",
     "TopK",
     "Unchanged",
     "attribution_graph",

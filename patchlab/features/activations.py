@@ -96,6 +96,13 @@ class TopK(_Largest):
         return self._largest(pre) & (pre > 0)
 
 
+class SignedTopK(_Largest):
+    """The k largest pre-activations of a row, also those below zero, as circuit-tracer has it."""
+
+    def mask(self, pre: Float[Tensor, "*rows feature"]) -> Bool[Tensor, "*rows feature"]:
+        return self._largest(pre)
+
+
 class AbsTopK(_Largest):
     """The k pre-activations of a row that are largest in absolute value, with their signs."""
 

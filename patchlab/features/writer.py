@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from patchlab.errors import DictionaryError, OutputError
-from patchlab.features.activations import AbsTopK, Activation, Codes, JumpRelu, Relu, TopK
+from patchlab.features.activations import AbsTopK, Activation, Codes, JumpRelu, Relu, SignedTopK, TopK
 from patchlab.features.hooks import hook_of
 from patchlab.features.normalisation import ConstantNorm, LayerNorm, Normalisation, Unchanged
 from patchlab.store.files import json_text, sha256_of, write_json, writing
@@ -22,7 +22,14 @@ OWN = "patchlab"
 """The architecture of what SAELens has no word for."""
 SAELENS_VERSION = "6.54.12"
 """The version of SAELens whose layout this is."""
-ACTIVATIONS: dict[type[Activation], str] = {Relu: "relu", JumpRelu: "jumprelu", TopK: "topk", AbsTopK: "abstopk", Codes: "codes"}
+ACTIVATIONS: dict[type[Activation], str] = {
+    Relu: "relu",
+    JumpRelu: "jumprelu",
+    TopK: "topk",
+    AbsTopK: "abstopk",
+    SignedTopK: "signedtopk",
+    Codes: "codes",
+}
 NORMALISATIONS: dict[type[Normalisation], str] = {Unchanged: "none", LayerNorm: "layer_norm", ConstantNorm: "constant_norm_rescale"}
 _AUTOENCODERS = {"relu": "standard", "jumprelu": "jumprelu", "topk": "topk", "abstopk": "abstopk"}
 _TRANSCODERS = {
@@ -74,7 +81,7 @@ def contents(dictionary: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, T
         raise DictionaryError(f"{dictionary['name']}: {missing.__name__} has no name in files; those with one are {', '.join(ACTIVATIONS.values())}.")
     architecture = OWN
     if kind in ("sae", "multi_layer") and skip is None:
-        architecture = _AUTOENCODERS[named]
+        architecture = _AUTOENCODERS.get(named, OWN)
     elif kind == "transcoder" and not dictionary["subtract_b_dec"]:
         architecture = _TRANSCODERS.get((named, skip is not None), OWN)
     w_enc, w_dec, provenance = dictionary["w_enc"], dictionary["w_dec"], dictionary["provenance"]
@@ -103,7 +110,7 @@ def contents(dictionary: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, T
         cfg["d_out"] = w_dec.shape[-1]
         cfg["metadata"]["hook_name_out"] = hook_of(dictionary["writes"], dictionary["layer"])
     tensors = {"W_enc": w_enc, "b_enc": dictionary["b_enc"], "W_dec": w_dec, "b_dec": dictionary["b_dec"]}
-    if isinstance(activation, (TopK, AbsTopK, Codes)):
+    if isinstance(activation, (TopK, AbsTopK, SignedTopK, Codes)):
         cfg["k"] = activation.k
     if isinstance(activation, (TopK, AbsTopK)):
         cfg["rescale_acts_by_decoder_norm"] = False

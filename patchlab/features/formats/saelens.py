@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from patchlab.errors import DictionaryError, unknown
-from patchlab.features.activations import AbsTopK, Activation, Codes, JumpRelu, Relu, TopK, gated
+from patchlab.features.activations import AbsTopK, Activation, Codes, JumpRelu, Relu, SignedTopK, TopK, gated
 from patchlab.features.dictionary import KINDS, Dictionary, folded
 from patchlab.features.formats.format import Format, Said, needed, read_json
 from patchlab.features.formats.tensors import Tensors, read_tensors
@@ -174,7 +174,7 @@ def _activation(cfg: dict[str, Any], own: str | None, tensors: Tensors, d_sae: i
     name = own or tensors.architecture
     if "jumprelu" in name:
         return JumpRelu(tensors.take("threshold", (d_sae,)))
-    kinds = {"topk": TopK, "abstopk": AbsTopK, "codes": Codes}
+    kinds = {"topk": TopK, "abstopk": AbsTopK, "signedtopk": SignedTopK, "codes": Codes}
     if name not in kinds:
         return Relu()
     k = needed(cfg, "k", int, file)

@@ -99,7 +99,7 @@ def _safetensors(file: Path) -> dict[str, Tensor]:
 
 def _npz(file: Path) -> dict[str, Tensor]:
     try:
-        with np.load(file, allow_pickle=False) as data:
+        with file.open("rb") as stream, np.load(stream, allow_pickle=False) as data:
             return {name: torch.from_numpy(data[name]) for name in data.files}
     except (ValueError, TypeError, AttributeError, zipfile.BadZipFile, OSError, EOFError) as error:
         if "pickle" in str(error).lower():  # what is no array archive at all is said to be a pickle as well
