@@ -170,6 +170,9 @@ for _name, _axes, _default, _width, _what, _own in (
     _names = tuple(f"{_name}.{point}" for point in POINTS)
     add_kind(SiteKind(_name, _axes, _default, _width, f"{_what}, at each point that has any", cells=_name, points=_names))
 
+for _point in POINTS:
+    add_kind(SiteKind(f"reads.{_point}", _BY_POS, _BY_POS, "d_model", f"what dictionaries on {_point} read", of=_point))
+
 _NAME = r"[a-z_]+(\.[a-z_]+)?"
 _SCORED = re.compile(rf"(?P<kind>{_NAME})(\[(?P<axes>[^\]]*)\])?")
 _POSITION = r"[A-Za-z0-9_\-]+"

@@ -57,6 +57,15 @@ class Accessor:
         """The layers of a model that have the site."""
         return tuple(range(n_layers))
 
+    def parts(self) -> tuple["Accessor", ...]:
+        """The accessors that together write the site of a layer: several where it has parts in other layers as well."""
+        return (self,)
+
+    @property
+    def in_block(self) -> bool:
+        """Whether it reads and writes within the block of its layer."""
+        return len(self.parts()) == 1
+
     def entries(self, layer: int | None) -> int | None:
         """How many entries (features) the site has in a layer, where no axis of the model says it."""
         return None
@@ -69,8 +78,8 @@ class Accessor:
         """Name of the hook that hosts the site."""
         return self._name(layer, HOSTS[self.kind])
 
-    def companion(self, layer: int | None) -> str | None:
-        """Name of the second hook that is needed, if any."""
+    def companion(self, layer: int | None) -> str | tuple[str, ...] | None:
+        """Name of the second hook that is needed, if any; or of several."""
         return self._name(layer, HOSTS["resid_pre"]) if self.kind == "resid_mid" else None
 
     def shape(self, host: Float[Tensor, "row *rest"]) -> Float[Tensor, "row *site"]:

@@ -65,6 +65,10 @@ class Architecture:
             return ((kind, None),)
         return tuple((kind, layer) for layer in (self.accessors[kind].layers(self.n_layers) if kind in self.accessors else range(self.n_layers)))
 
+    def in_block(self, kind: str, layer: int | None) -> bool:
+        """Whether a site is read and written within one block; else only whole forward passes can edit it."""
+        return self.accessors[kind].at(layer).in_block
+
     def meant(self, sites: Iterable[Site]) -> tuple[Site, ...]:
         """The sites of this model that are meant: in the place of ``features`` and ``error`` those of every point that has dictionaries.
 

@@ -1,7 +1,7 @@
 """The engine, one way to run a model: a :class:`Program` says what, :func:`run` does it, :func:`sweep` does many that share a baseline."""
 
 from patchlab.engine.literal import run
-from patchlab.engine.node_sweep import Cell, Work, sweep
+from patchlab.engine.node_sweep import Cell, Work, in_blocks, sweep
 from patchlab.engine.program import Program, Result, Target
 from patchlab.engine.replay import Baseline, empty_cache
 from patchlab.engine.resume import run_rest
@@ -20,6 +20,7 @@ __all__ = [
     "Work",
     "continues",
     "empty_cache",
+    "in_blocks",
     "intervene",
     "run",
     "run_rest",

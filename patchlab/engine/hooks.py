@@ -27,9 +27,9 @@ class Hook:
     """One hook of the Bridge during one run, and all that happens there."""
 
     rules: list[Step] = field(default_factory=list[Step])
-    edits: list[Edit] = field(default_factory=list[Edit])
+    edits: list[tuple[Edit, Accessor]] = field(default_factory=list[tuple[Edit, Accessor]])
     keep: list[Target] = field(default_factory=list[Target])
-    gradients: list[Target] = field(default_factory=list[Target])
+    gradients: list[tuple[Target, int]] = field(default_factory=list[tuple[Target, int]])
     keep_raw: list[str] = field(default_factory=list[str])
     gradient_raw: list[str] = field(default_factory=list[str])
     after: list[Step] = field(default_factory=list[Step])
@@ -47,6 +47,7 @@ class Execution:
     activations: dict[Target, Tensor] = field(default_factory=dict[Target, Tensor])
     hooks: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     leaves: dict[Target, Tensor] = field(default_factory=dict[Target, Tensor])
+    more_leaves: dict[tuple[Target, int], Tensor] = field(default_factory=dict[tuple[Target, int], Tensor])
     raw_leaves: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
 
     def at_hook(self, name: str, hook: Hook, module: Any, inputs: Any, value: Tensor) -> Tensor:
@@ -55,8 +56,8 @@ class Execution:
         for rule in hook.rules:
             value = rule(value, self.recorded)
         host, joint = value, ""
-        for edit in hook.edits:
-            accessor, companion = self._lens(edit.address.kind, edit.address.layer)
+        for edit, accessor in hook.edits:
+            companion = self._companion(accessor, edit.address.layer)
             host, joint = (host if edit.joint and edit.joint == joint else value), edit.joint
             own = accessor.read(host, companion)
             new = accessor.write(host, companion, edit.apply(own, self.program.examples, self.program.positions))  # type: ignore[union-attr]
@@ -64,11 +65,12 @@ class Execution:
         if hook.gradients or hook.gradient_raw:
             # a tensor of its own: if the model drops what a hook returns, no gradient may reach it by another way
             value = value.view_as(value) if value.requires_grad else value.detach().requires_grad_()
-            self.leaves.update(dict.fromkeys(hook.gradients, value))
+            self.leaves.update((target, value) for target, part in hook.gradients if part == 0)
+            self.more_leaves.update(((target, part), value) for target, part in hook.gradients if part > 0)
             self.raw_leaves.update(dict.fromkeys(hook.gradient_raw, value))
         for target in hook.keep:
-            accessor, companion = self._lens(*target)
-            self.activations[target] = accessor.read(value, companion).detach().clone()
+            accessor = self.model.arch.accessors[target[0]].at(target[1])
+            self.activations[target] = accessor.read(value, self._companion(accessor, target[1])).detach().clone()
         self.hooks.update((wanted, value.detach().clone()) for wanted in hook.keep_raw)
         if hook.recorded:
             self.recorded[name] = value
@@ -76,10 +78,12 @@ class Execution:
             value = rule(value, self.recorded)
         return value
 
-    def _lens(self, kind: str, layer: int | None) -> tuple[Accessor, Tensor | None]:
-        accessor = self.model.arch.accessors[kind].at(layer)
-        name = accessor.companion(layer)
-        return accessor, None if name is None else self.recorded[canonical(self.model, name)]
+    def _companion(self, accessor: Accessor, layer: int | None) -> Any:
+        """What an accessor needs beside its host: nothing, a tensor, or several."""
+        names = accessor.companion(layer)
+        if names is None or isinstance(names, str):
+            return None if names is None else self.recorded[canonical(self.model, names)]
+        return tuple(self.recorded[canonical(self.model, name)] for name in names)
 
 
 def canonical(model: BridgedModel, name: str) -> str:
@@ -92,11 +96,10 @@ def _at(plan: dict[str, Hook], model: BridgedModel, name: str) -> Hook:
     return plan.setdefault(canonical(model, name), Hook())
 
 
-def _host(plan: dict[str, Hook], model: BridgedModel, kind: str, layer: int | None) -> Hook:
-    accessor = model.arch.accessors[kind].at(layer)
+def _host(plan: dict[str, Hook], model: BridgedModel, accessor: Accessor, layer: int | None) -> Hook:
     companion = accessor.companion(layer)
-    if companion is not None:
-        _at(plan, model, companion).recorded = True
+    for name in (companion,) if isinstance(companion, str) else companion or ():
+        _at(plan, model, name).recorded = True
     return _at(plan, model, accessor.host(layer))
 
 
@@ -105,12 +108,16 @@ def plan_of(model: BridgedModel, program: Program, edits: tuple[Edit, ...]) -> d
     plan: dict[str, Hook] = {}
     if program.rules is not None:
         _put_rules(plan, model, program.rules.attach(model.arch.places))
+    accessors = model.arch.accessors
     for edit in edits:
-        _host(plan, model, edit.address.kind, edit.address.layer).edits.append(edit)
-    for target in program.keep:
-        _host(plan, model, *target).keep.append(target)
-    for target in program.gradients:
-        _host(plan, model, *target).gradients.append(target)
+        site = edit.address
+        for accessor in accessors[site.kind].at(site.layer).parts():
+            _host(plan, model, accessor, site.layer).edits.append((edit, accessor))
+    for kind, layer in program.keep:
+        _host(plan, model, accessors[kind].at(layer), layer).keep.append((kind, layer))
+    for kind, layer in program.gradients:
+        for part, accessor in enumerate(accessors[kind].at(layer).parts()):
+            _host(plan, model, accessor, layer).gradients.append(((kind, layer), part))
     for name in program.hooks:
         _at(plan, model, name).keep_raw.append(name)
     for name in program.hook_gradients:

@@ -132,7 +132,7 @@ def _gradients(
         InterventionError: no gradient reaches a site.
         ModelError: a gradient overflows in float16.
     """
-    accessors, leaves = model.arch.accessors, {**execution.leaves, **execution.raw_leaves}
+    accessors, leaves = model.arch.accessors, {**execution.leaves, **execution.raw_leaves, **execution.more_leaves}
     if not leaves or values is None:
         return {}, {}
     lift = None
@@ -151,14 +151,18 @@ def _gradients(
         found, split = {}, False
     else:
         raise InterventionError("the metric does not depend on the sites whose gradient is asked for (it must be differentiable in the logits).")
-    gradients: dict[Target | str, Tensor] = {}
+    gradients: dict[Any, Tensor] = {}
     for key, leaf in leaves.items():
         gradient = found.get(id(leaf))
         if gradient is None and not (session_of(model).surrounding or program.edits):
-            where = f"the hook {key}" if isinstance(key, str) else f"{key[0]} of layer {key[1]}"
+            target = key[0] if isinstance(key[0], tuple) else key
+            where = f"the hook {key}" if isinstance(key, str) else f"{target[0]} of layer {target[1]}"
             raise InterventionError(f"no gradient reaches {where}; under these rules it cannot be scored.")
         gradients[key] = torch.zeros_like(leaf) if gradient is None else gradient
     at_sites = {key: accessors[key[0]].at(key[1]).pull(leaf, gradients[key]) for key, leaf in execution.leaves.items()}
+    for (target, part), leaf in execution.more_leaves.items():
+        accessor = accessors[target[0]].at(target[1]).parts()[part]
+        at_sites[target] = at_sites[target] + accessor.pull(leaf, gradients[target, part])
     if split:
         at_sites |= _split(model, program, execution, gradients)
     at_hooks = {name: gradients[name] for name in execution.raw_leaves}
@@ -181,7 +185,7 @@ def _lowered(model: BridgedModel, key: Target | str, value: Float[Tensor, "row *
     return value.float() / _along_rows(lift, value)
 
 
-def _split(model: BridgedModel, program: Program, execution: Execution, gradients: dict[Target | str, Tensor]) -> dict[Target, Tensor]:
+def _split(model: BridgedModel, program: Program, execution: Execution, gradients: dict[Any, Tensor]) -> dict[Target, Tensor]:
     """Gradients at k and v by the query head (and position) that reads them: from the gradient at z of that head alone, through its layer."""
     arch = model.arch
     found: dict[Target, Tensor] = {}

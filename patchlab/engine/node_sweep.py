@@ -6,7 +6,7 @@ values standing in for the earlier positions. Cells with one start position form
 model's own blocks run on all rows of the wave at once.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -74,6 +74,9 @@ def sweep(
     """
     if program.metric is None or program.answers is None:
         raise InterventionError("a sweep evaluates a metric; give the program a metric and answers.")
+    for edit in (*session_of(model).surrounding, *(edit for cell in cells for edit in cell)):
+        if not in_blocks(model, (edit,)):
+            raise InterventionError(f"{edit.address} is read or written in several blocks; the literal engine edits it.")
     work = Work() if work is None else work
     usual = CPU_TOKENS if program.tokens.device.type == "cpu" else ACCELERATOR_TOKENS
     max_tokens = usual if max_tokens is None else min(max_tokens, usual)
@@ -103,6 +106,11 @@ def sweep(
                 if done is not None:
                     done(numbers, found)
     return values
+
+
+def in_blocks(model: BridgedModel, edits: Iterable[Edit]) -> bool:
+    """Whether each of these edits stays within one block, as a sweep needs it."""
+    return all(model.arch.in_block(edit.address.kind, edit.address.layer) for edit in edits)
 
 
 @dataclass(frozen=True)
@@ -219,7 +227,7 @@ class Wave:
                 continue
             accessor = self.model.arch.accessors[site.kind].at(site.layer)
             companion = accessor.companion(layer)
-            if companion is not None:
+            if isinstance(companion, str):
                 hooks.setdefault(canonical(self.model, companion), partial(self._edit, [], canonical(self.model, companion), False))
             found.setdefault(canonical(self.model, accessor.host(layer)), []).append((edit, low, high))
         last = layer == self.model.arch.n_layers - 1 and self.program.metric is not None and self.program.metric.reads == "answer"
@@ -240,7 +248,7 @@ class Wave:
             accessor = self.model.arch.accessors[site.kind].at(site.layer)
             name = accessor.companion(site.layer)
             rows = slice(low * n, high * n)
-            companion = None if name is None else self.companions[canonical(self.model, name)][rows, -value.shape[1] :]
+            companion = self.companions[canonical(self.model, name)][rows, -value.shape[1] :] if isinstance(name, str) else None
             value[rows] = self._edited(edit, accessor, value[rows], companion, high - low)
         self.companions[host] = value
         return value

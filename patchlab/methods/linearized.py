@@ -181,12 +181,17 @@ class LinearizedPatching(Method):
         moves = (INPUT,) if self.over == "inputs" else self._moves(setting)
         # a constant, where gradients are taken at what the activation is computed from: that does not matter while it is set to a value
         start = runs.baseline.as_source() if any(kind.reads_behind for kind, _ in parts(setting)) else Own()
+        owners = {target: (kind, part) for kind, part in parts(setting) for target in kind.moves(part, self.how)} if self.over != "inputs" else {}
         for target in moves:
             alone = target if self.over == "activations" else None
             needs = self._needs(setting, alone)
             for at, weight in points_and_weights(self.quadrature, self.n_steps):
-                edit = Edit(address(*target), Blend(start, runs.source, at))
-                point = meter.run(setting.model, program(setting, runs, edits=(edit,), rules=rules, **needs))
+                if self.over == "inputs":
+                    edits: tuple[Edit, ...] = (Edit(address(*target), Blend(start, runs.source, at)),)
+                else:
+                    kind, part = owners[target]
+                    edits = kind.step(part, runs, target, start, at)
+                point = meter.run(setting.model, program(setting, runs, edits=edits, rules=rules, **needs))
                 yield point, weight / (len(moves) if self.over == "groups" else 1), alone
 
     def provenance_of(self, setting: Setting, skipped: dict[str, str]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from patchlab.engine import Target, session_of
 from patchlab.engine.memory import free_bytes
 from patchlab.errors import MethodError, unknown
 from patchlab.methods.cells import CellKind, cells_of, parts
+from patchlab.methods.cells.kind import summed
 from patchlab.methods.plan import Plan
 from patchlab.methods.registry import name_of
 from patchlab.methods.setting.checkpoint import Checkpoint, Finished, batch_rows, described, joined, keeping
@@ -238,7 +239,10 @@ class Method(ABC):
             meter = Meter(bar, self.unit)
             work.begin(meter)
             if self.source.startswith("mean"):
-                mean = mean_source(setting, batches, meter, at=self.source_targets(setting), positional=self.source == "mean_positional")
+                positional = self.source == "mean_positional"
+                mean = mean_source(
+                    setting, batches, meter, at=self.source_targets(setting), positional=positional, summed=summed(setting, positional=positional)
+                )
                 setting = replace(setting, mean=mean)
             trusted = task.metric in PACKAGED or any(len(batch) > 1 for batch in batches[: len(work.batches)])
             for number in range(len(work.batches), len(batches)):

@@ -1,7 +1,7 @@
 """A model that patchlab can run: a thin wrapper around a TransformerLens bridge."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 
 from patchlab.adapters import Accessor, BridgedModel, describe
+from patchlab.adapters.dictionaries import FeatureSite, SparseDictionary
 from patchlab.engine import Program, Result, continues, run, session_of
 from patchlab.engine.hook_points import points_of
 from patchlab.engine.program import row_numbers, targets
 from patchlab.engine.trust.conservation import check_rules, soft_caps, uncovered
-from patchlab.engine.trust.self_test import add_site, self_test
+from patchlab.engine.trust.self_test import add_dictionaries, add_site, drop_dictionaries, self_test
 from patchlab.errors import InterventionError, ModelError
 from patchlab.interventions import Edit, as_edits
 from patchlab.rules import Composite, SoftCap, Uncovered
@@ -127,6 +128,32 @@ class Model(BridgedModel):
             ModelError: the accessor does not read and write what the kind says.
         """
         add_site(self, accessor, sizes)
+
+    def add_dictionaries(self, dictionaries: SparseDictionary | Iterable[SparseDictionary]) -> None:
+        """Give the model the features and errors of dictionaries as sites (:mod:`patchlab.adapters.dictionaries`); they are tested first.
+
+        The forward pass is not changed: features are read off, and an edit moves the activation by the change of the decoded features. All
+        dictionaries of a point (``resid_post``, say) are added at once, at most one per layer; their widths may differ, and layers may have none.
+
+        Raises:
+            SiteError: dictionaries that do not fit the model, two on one layer and point, or a point that has dictionaries already.
+            ModelError: a dictionary fails the tests.
+
+        Example:
+            >>> model.add_dictionaries(pl.load_dictionaries("demo-gpt2", model, kind="sae"))  # doctest: +SKIP
+            >>> scores = pl.RelevancePatching().run(model, task, ["features", "error"])  # doctest: +SKIP
+        """
+        add_dictionaries(self, [dictionaries] if isinstance(dictionaries, SparseDictionary) else dictionaries)
+
+    def drop_dictionaries(self) -> None:
+        """Take all dictionaries off the model."""
+        drop_dictionaries(self)
+
+    @property
+    def dictionaries(self) -> Mapping[str, Mapping[int, Any]]:
+        """The dictionaries of the model, by the point that they write to and the layer that they read."""
+        sites = [one for one in self.arch.accessors.values() if isinstance(one, FeatureSite)]
+        return {site.point.name: {layer: one.dictionary for layer, one in sorted(site.point.of.items())} for site in sites}
 
     def check_rules(self, rules: Composite) -> None:
         """Check that backward rules cover this model, by a conservation test that is run once per model and kind of composite.

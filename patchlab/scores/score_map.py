@@ -560,7 +560,8 @@ class ScoreMap:
             sites.append(f"{Site.parse(site).kind}[{shape}]" + (" (not scored)" if site in skipped else ""))
         head = ", ".join(str(about.get(key, "?")) for key in ("method", "direction", "metric"))
         check = about.get("self_check")
-        sums = f"; edges add up to node scores within {max(check['mismatch']) / max(*check['largest_node_score'], 1e-300):.0e}" if check else ""
+        what = "edges" if "graph" in about else "features, errors and rests"
+        sums = f"; {what} add up to node scores within {max(check['mismatch']) / max(*check['largest_node_score'], 1e-300):.0e}" if check else ""
         notes = "".join(f"; note: {note}" for note in about.get("notes", ()))
         return f"ScoreMap({head}, {self.subject}) {' '.join(sites)}{sums}{self._doubts()}; {self.cost}{notes}"
 

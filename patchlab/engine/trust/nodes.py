@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from patchlab.adapters import BridgedModel
+from patchlab.adapters import Architecture, BridgedModel
 from patchlab.engine.literal import run
 from patchlab.engine.node_sweep import Cell, sweep
 from patchlab.engine.program import Program, row_numbers
@@ -83,13 +83,18 @@ def _trial(model: BridgedModel) -> tuple[Program, list[Cell]]:
     prompts = trial(model)
     middle, length = prompts.middle, prompts.tokens.shape[1]
     donor = prompts.other(slice(middle, middle + 1))
-    kinds = [kind for kind in arch.sites if kind != "input"]
+    kinds = [kind for kind in arch.sites if kind != "input" and all(arch.in_block(*target) for target in arch.targets(kind))]
     keep = tuple(target for kind in kinds for target in arch.targets(kind))
     source = run(model, Program(donor, row_numbers(donor), keep=keep)).as_source()
     layers = sorted({0, arch.n_layers // 2, arch.n_layers - 1})
     where: list[tuple[int, ...] | None] = [(middle,), (length - 1,), None]
-    cells: list[Cell] = [(Edit(Site(kind, (), layer=layer, pos=pos), source),) for kind in kinds for layer in layers for pos in where]
+    here = [(kind, layer) for kind in kinds for layer in (layers if set(layers) <= _layers(arch, kind) else sorted(_layers(arch, kind))[-2:])]
+    cells: list[Cell] = [(Edit(Site(kind, (), layer=layer, pos=pos), source),) for kind, layer in here for pos in where]
     return prompts.program(), cells
+
+
+def _layers(arch: Architecture, kind: str) -> set[int]:
+    return {layer for _, layer in arch.targets(kind) if layer is not None}
 
 
 def _literally(model: BridgedModel, program: Program, cells: list[Cell]) -> Float[Tensor, "cell row"]:

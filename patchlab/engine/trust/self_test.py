@@ -9,7 +9,7 @@ rounding.
 """
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
@@ -19,6 +19,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from patchlab.adapters import Accessor, Architecture, BridgedModel
+from patchlab.adapters.dictionaries import SparseDictionary, points_of_dictionaries, sites_of
 from patchlab.engine.literal import run
 from patchlab.engine.program import Program, Result, Target, row_numbers
 from patchlab.engine.session import exclusive
@@ -26,7 +27,7 @@ from patchlab.engine.trust.places import checked_places
 from patchlab.engine.trust.precision import in_single_precision
 from patchlab.engine.trust.probes import probe
 from patchlab.engine.trust.trials import every_logit, tolerance, trial
-from patchlab.errors import InterventionError, ModelError, PatchlabError
+from patchlab.errors import InterventionError, ModelError, PatchlabError, SiteError
 from patchlab.interventions import Edit
 from patchlab.sites import KINDS, address
 from patchlab.sources import Kept
@@ -70,11 +71,52 @@ def add_site(model: BridgedModel, accessor: Accessor, sizes: Mapping[str, int] =
         SiteError: as :meth:`patchlab.adapters.Architecture.with_site`.
         ModelError: it fails a test, or it cannot be told from another accessor.
     """
+    arch = model.arch.with_site(accessor, sizes)
+    _check_site(model, arch, accessor)
+    model.arch = arch
+
+
+@exclusive
+def add_dictionaries(model: BridgedModel, dictionaries: Iterable[SparseDictionary]) -> None:
+    """Give the model the features and errors of dictionaries as sites, once they pass the tests of :func:`add_site` and splitting an activation
+    into features, rest and error gives it back.
+
+    Raises:
+        SiteError: as :func:`patchlab.adapters.points_of_dictionaries`, or a point that has dictionaries already.
+        ModelError: a test fails.
+    """
+    dtype = torch.promote_types(model.dtype, torch.float32)
+    moved = [one.to(device=model.device, dtype=dtype) for one in dictionaries]
+    if not moved:
+        raise SiteError("no dictionaries were given; give at least one, such as those of load_dictionaries(...).")
+    arch = model.arch
+    for name, point in points_of_dictionaries(moved, arch.accessors, arch.absent, arch.n_layers, model.hooks).items():
+        if f"features.{name}" in arch.accessors:
+            raise SiteError(
+                f"{model.name} has dictionaries on {name} already; take them off with drop_dictionaries(), and add all of a point at once."
+            )
+        for accessor in sites_of(point):
+            arch = arch.with_site(accessor)
+            _check_site(model, arch, accessor)
+    model.arch = arch
+
+
+def drop_dictionaries(model: BridgedModel) -> None:
+    """Take the sites of dictionaries off a model."""
+    arch = model.arch
+    model.arch = replace(arch, accessors={kind: one for kind, one in arch.accessors.items() if not KINDS[kind].of})
+
+
+def _check_site(model: BridgedModel, arch: Architecture, accessor: Accessor) -> None:
+    """Test one accessor alone.
+
+    Raises:
+        ModelError: it fails.
+    """
 
     def refuse(why: str) -> ModelError:
         return ModelError(f"{model.name} gets no site {accessor.kind}: {why}.")
 
-    arch = model.arch.with_site(accessor, sizes)
     where = arch.targets(accessor.kind)
     if missing := [host for _, layer in where if (host := accessor.host(layer)) not in model.hooks]:
         raise refuse(f"the model has no hook {missing[0]}, where its accessor reads")
@@ -92,7 +134,6 @@ def add_site(model: BridgedModel, accessor: Accessor, sizes: Mapping[str, int] =
     problems = problems or _dropped(alone, tokens) or _of_other_slope(alone, tokens)
     if problems:
         raise refuse(problems[accessor.kind].removesuffix("."))
-    model.arch = arch
 
 
 def _shapeless(model: BridgedModel, tokens: Int[Tensor, "two pos"]) -> dict[str, str]:
@@ -100,10 +141,10 @@ def _shapeless(model: BridgedModel, tokens: Int[Tensor, "two pos"]) -> dict[str,
     (kind,) = model.arch.sites
     about = KINDS[kind]
     rows, length = tokens.shape
-    unit = [] if about.unit is None else [model.arch.size(about.unit)]
-    expected = [rows, *unit, length, length] if about.source is not None else [rows, length, *unit]
     for layer, value in ((layer, value) for (_, layer), value in run(model, _program(tokens, keep=_every(model))).activations.items()):
-        shape = list(value.shape)
+        shape, entries = list(value.shape), model.arch.accessors[kind].at(layer).entries(layer)
+        unit = [] if about.unit is None else [model.arch.size(about.unit) if entries is None else entries]
+        expected = [rows, *unit, length, length] if about.source is not None else [rows, length, *unit]
         if shape[: len(expected)] != expected or len(shape) != len(expected) + (about.width is not None):
             width = [] if about.width is None else [about.width]
             return {kind: f"its activation has the shape {shape} in layer {layer} where {[*expected, *width]} is expected"}

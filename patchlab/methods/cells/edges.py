@@ -8,7 +8,7 @@ own: the gradients at q, k, v and at the MLP's input, from the pass that node sc
 Source: EAP, Syed et al. 2023 (arXiv 2310.10348); EAP-IG, Hanna et al. 2024 (arXiv 2403.17806).
 """
 
-from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ from patchlab.engine.edge_sweep import Differences, edge_sweep
 from patchlab.engine.memory import itemsize, token_bytes
 from patchlab.engine.trust.edges import edge_mask, edge_support, run_edge_sets
 from patchlab.errors import MethodError
+from patchlab.interventions import Edit
 from patchlab.methods.cells.kind import Exactly, Index, Linear, Linearly, add_cells, listed, stacked
 from patchlab.methods.cells.nodes import change_of, shares
 from patchlab.methods.setting.meter import Meter
@@ -32,8 +33,8 @@ from patchlab.methods.setting.unpatched import Runs, Scored, at_positions, first
 from patchlab.rules import Composite
 from patchlab.rules.jacobian import norm_jvp, norm_vjp
 from patchlab.scores.arrays import CellNames
-from patchlab.sites import Site
-from patchlab.sources import Kept
+from patchlab.sites import Site, address
+from patchlab.sources import Blend, Kept, Source
 from patchlab.tasks.task import PositionAxis
 
 CHUNK_BYTES = 2**26
@@ -147,6 +148,12 @@ class Edges:
 
     def moves(self, setting: Setting, how: Linearly) -> tuple[Target, ...]:
         return setting.targets
+
+    def summed(self, setting: Setting, kept: Mapping[Target, Tensor], *, positional: bool) -> dict[Target, Tensor]:
+        return {}
+
+    def step(self, setting: Setting, runs: Runs, moved: Target, start: Source, at: float) -> tuple[Edit, ...]:
+        return (Edit(address(*moved), Blend(start, runs.source, at)),)
 
     def keeps(self, setting: Setting, how: Linearly) -> tuple[Target, ...]:
         return ()

@@ -4,22 +4,25 @@ A method never asks which kind it has. It splits its setting into the :func:`par
 it needs: which cells there are, which of them can matter, what their exact effects are, and how scores come from gradients.
 """
 
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
+from torch import Tensor
 
 from patchlab.adapters import Architecture
 from patchlab.engine import Result, Target
 from patchlab.errors import MethodError, unknown
+from patchlab.interventions import Edit
 from patchlab.methods.setting.meter import Meter
 from patchlab.methods.setting.setting import Setting
 from patchlab.methods.setting.unpatched import Runs, Scored
 from patchlab.rules import Composite
 from patchlab.scores.arrays import CellNames, Effects, Sparse
 from patchlab.sites import KINDS, Site
+from patchlab.sources import Source
 from patchlab.tasks.task import PositionAxis
 
 Index = tuple[int, ...]
@@ -88,6 +91,10 @@ class CellKind(Protocol):
 
     def targets(self, arch: Architecture, sites: tuple[Site, ...]) -> tuple[Target, ...]:
         """Activations whose values in both runs the scores need: what moves along paths, and what means are taken of."""
+        ...
+
+    def summed(self, setting: Setting, kept: Mapping[Target, Tensor], *, positional: bool) -> dict[Target, Tensor]:
+        """Sums over rows, and positions unless ``positional``, of what scores need the mean of beside that of their targets, in float64."""
         ...
 
     def shape(self, arch: Architecture, site: Site, axis: PositionAxis | None) -> tuple[int, ...]:
@@ -160,6 +167,10 @@ class CellKind(Protocol):
         """Activations of the baseline that scores need, beside its targets."""
         ...
 
+    def step(self, setting: Setting, runs: Runs, moved: Target, start: Source, at: float) -> tuple[Edit, ...]:
+        """The edits that put what moves so far on its way from ``start`` to the source."""
+        ...
+
     def needs(self, setting: Setting, how: Linearly, moved: Target | None) -> dict[str, Any]:
         """Fields of the program of a point of the path: what the run must return."""
         ...
@@ -226,6 +237,12 @@ def parts(setting: Setting) -> Iterator[tuple[CellKind, Setting]]:
         sites = tuple(site for site in setting.sites if KINDS[site.kind].cells == name)
         kind = cells_of(sites[0])
         yield kind, setting if len(names) == 1 else replace(setting, sites=sites, targets=kind.targets(setting.model.arch, sites))
+
+
+def summed(setting: Setting, *, positional: bool) -> Callable[[Mapping[Target, Tensor]], dict[Target, Tensor]]:
+    """The sums that the kinds of cells of a setting need the mean of, from the activations of a batch."""
+    found = list(parts(setting))
+    return lambda kept: {key: total for kind, part in found for key, total in kind.summed(part, kept, positional=positional).items()}
 
 
 def listed(live: Bool[np.ndarray, "*cells"]) -> list[Index]:

@@ -1,6 +1,6 @@
 """Nodes: cells of a site's activation, such as a head of z or a position of the residual stream."""
 
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from patchlab.adapters import Architecture
-from patchlab.engine import Result, Support, Target, Work, support, sweep
+from patchlab.engine import Result, Support, Target, Work, in_blocks, support, sweep
 from patchlab.engine.memory import activation_bytes, itemsize, token_bytes
 from patchlab.errors import MethodError
 from patchlab.interventions import Edit
@@ -21,7 +21,7 @@ from patchlab.methods.setting.setting import Setting
 from patchlab.methods.setting.unpatched import Runs, Scored, first_difference, program, reduced, required
 from patchlab.scores.arrays import CellNames
 from patchlab.sites import KINDS, POSITION_AXES, Site, address
-from patchlab.sources import Kept
+from patchlab.sources import Blend, Kept, Source
 from patchlab.tasks.task import PositionAxis
 
 INPUT: Target = ("input", None)
@@ -133,6 +133,12 @@ class Nodes:
 
     def moves(self, setting: Setting, how: Linearly) -> tuple[Target, ...]:
         return _linear(setting, how)
+
+    def summed(self, setting: Setting, kept: Mapping[Target, Tensor], *, positional: bool) -> dict[Target, Tensor]:
+        return {}
+
+    def step(self, setting: Setting, runs: Runs, moved: Target, start: Source, at: float) -> tuple[Edit, ...]:
+        return (Edit(address(*moved), Blend(start, runs.source, at)),)
 
     def keeps(self, setting: Setting, how: Linearly) -> tuple[Target, ...]:
         return (*every_layer(setting, "resid_pre"), *every_layer(setting, "pattern")) if _fixed(setting, how) else ()
@@ -328,7 +334,10 @@ def patched(
         finished.update(zip(numbers, (values.double() - base).cpu().numpy(), strict=True))
         meter.keep()
 
-    fast = [i for i, cell in enumerate(cells) if way.mode != "literal" and all(edit.address.layer is not None for edit in cell)]
+    if way.mode != "literal" and not in_blocks(setting.model, setting.surrounding):
+        way = Support("literal", "a surrounding edit reaches several blocks")
+    inside = [all(edit.address.layer is not None for edit in cell) and in_blocks(setting.model, cell) for cell in cells]
+    fast = [i for i in range(len(cells)) if way.mode != "literal" and inside[i]]
     meter.engine = str(way)
     skip = {place for place, i in enumerate(fast) if i in finished}
     if len(skip) < len(fast):

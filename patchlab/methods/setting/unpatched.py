@@ -1,6 +1,6 @@
 """The unpatched runs that every method starts from, and where the patched-in values come from."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -28,7 +28,8 @@ Value = TypeVar("Value")
 class Runs:
     """The unpatched runs of one batch, with the source run's activations at the sites.
 
-    ``base`` is what a sweep resumes from, where the baseline run left it. ``rounding`` is what the dtype makes of the metric.
+    ``base`` is what a sweep resumes from, where the baseline run left it. ``rounding`` is what the dtype makes of the metric. ``derived`` is what
+    kinds of cells have computed from these runs, for all that ask again.
     """
 
     batch: Batch
@@ -41,6 +42,7 @@ class Runs:
     baseline: Result
     rounding: Rounding
     base: Baseline | None = None
+    derived: dict[Any, Any] = field(default_factory=dict[Any, Any], repr=False)
 
     @property
     def baseline_values(self) -> Tensor:
@@ -185,8 +187,17 @@ def program(setting: Setting, runs: Runs, **options: Any) -> Program:
     return Program(runs.baseline_tokens, runs.batch.examples, positions=runs.positions, metric=setting.task.metric, answers=runs.answers, **options)
 
 
-def mean_source(setting: Setting, batches: list[Batch], meter: Meter, *, at: tuple[Target, ...], positional: bool) -> Average:
-    """Mean activations of the source prompts over the whole task, summed in float64; never over heads or neurons.
+def mean_source(
+    setting: Setting,
+    batches: list[Batch],
+    meter: Meter,
+    *,
+    at: tuple[Target, ...],
+    positional: bool,
+    summed: Callable[[Mapping[Target, Tensor]], Mapping[Target, Tensor]] | None = None,
+) -> Average:
+    """Mean activations of the source prompts over the whole task, summed in float64; never over heads or neurons. ``summed`` gives sums of what is
+    computed from the activations of a batch.
 
     Raises:
         MethodError: a pattern without ``positional``, or positional means of several lengths or templates.
@@ -203,6 +214,9 @@ def mean_source(setting: Setting, batches: list[Batch], meter: Meter, *, at: tup
         for key, value in kept.items():
             total = value.double().sum(0) if positional else value.double().sum((0, 1))[None]
             sums[key] = total if key not in sums else sums[key] + total
+        if summed is not None:
+            for key, total in summed(kept).items():
+                sums[key] = total if key not in sums else sums[key] + total
         count += tokens.shape[0] if positional else tokens.numel()
     return Average({key: total / count for key, total in sums.items()}, positional)
 

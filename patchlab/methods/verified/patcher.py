@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from patchlab.engine.memory import free_bytes
 from patchlab.errors import MethodError
 from patchlab.methods.cells import cells_of, parts
-from patchlab.methods.cells.kind import Index, listed
+from patchlab.methods.cells.kind import Index, listed, summed
 from patchlab.methods.exact import ActivationPatching
 from patchlab.methods.setting.meter import Meter
 from patchlab.methods.setting.setting import Setting
@@ -62,7 +62,8 @@ class Patcher:
 
     def __init__(self, exact: ActivationPatching, setting: Setting, batches: list[Batch], predicted: int, meter: Meter) -> None:
         if exact.source.startswith("mean"):
-            mean = mean_source(setting, batches, meter, at=setting.targets, positional=exact.source == "mean_positional")
+            positional = exact.source == "mean_positional"
+            mean = mean_source(setting, batches, meter, at=setting.targets, positional=positional, summed=summed(setting, positional=positional))
             setting = replace(setting, mean=mean)
         self.exact, self.setting, self.batches, self.meter = exact, setting, batches, meter
         budget = free_bytes(setting.model.device) // 2 if setting.max_memory is None else setting.max_memory
