@@ -1,10 +1,14 @@
 """Fixtures that several test files share. patchlab is imported inside them: the shape checks must be installed first."""
 
+import http.server
 import os
 import shutil
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hub_server import Hub
 from hypothesis import HealthCheck, settings
 from paths import ROOT
 
@@ -83,3 +87,39 @@ def demo_llama():
     import patchlab as pl
 
     return pl.load_model("demo-llama", device="cpu")
+
+
+@pytest.fixture
+def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty hub cache."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    return tmp_path / "hub"
+
+
+@pytest.fixture
+def online(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The hub may be asked; nobody is logged in."""
+    from huggingface_hub import constants
+
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    return empty_cache
+
+
+@pytest.fixture
+def hub(online: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[http.server.ThreadingHTTPServer]:
+    """A hub on this machine. It answers with ``status``, or serves ``folder`` as someone/tiny; it keeps its ``requests``."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.folder, server.status, server.requests = None, 404, []  # type: ignore[attr-defined]
+    server.daemon_threads = False
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_address[1]}")
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()

@@ -9,6 +9,7 @@ from patchlab.errors import DictionaryError
 from patchlab.features.dictionary import Dictionary
 from patchlab.features.fit import fitted
 from patchlab.features.formats import FORMATS, Format, Said
+from patchlab.features.hub import HubName, hub_dictionaries
 from patchlab.models import Model
 
 
@@ -41,7 +42,7 @@ def load_dictionary(
         Dictionary(blocks.3.hook_resid_post: sae, resid_post of layer 3, 64 -> 512 features, JumpRelu)
     """
     said = Said(layer, reads, input_scale)
-    found = list(_found(path, model, said, trained_on, dtype))
+    found = list(_found(path, model, said, trained_on, dtype, single=True))
     if len(found) > 1:
         raise DictionaryError(
             f"{path} holds {len(found)} dictionaries ({_listed([d.where for d in found])}). Choose one with layer= and reads=, name its folder, or "
@@ -79,7 +80,7 @@ def load_dictionaries(
     wanted = {"layers": layers, "sites": sites, "kind": kind}
     found = [
         dictionary
-        for dictionary in _found(folder, model, Said(input_scale=input_scale), trained_on, dtype)
+        for dictionary in _found(folder, model, Said(input_scale=input_scale), trained_on, dtype, single=False)
         if (layers is None or dictionary.layer in layers)
         and (sites is None or dictionary.reads in ([sites] if isinstance(sites, str) else sites))
         and (kind is None or dictionary.kind == kind)
@@ -89,9 +90,9 @@ def load_dictionaries(
     return tuple(sorted(found, key=lambda dictionary: (-1 if dictionary.layer is None else dictionary.layer, dictionary.reads, dictionary.name)))
 
 
-def _found(path: str | Path, model: Model, said: Said, trained_on: str | None, dtype: torch.dtype | None) -> Iterator[Dictionary]:
+def _found(path: str | Path, model: Model, said: Said, trained_on: str | None, dtype: torch.dtype | None, *, single: bool) -> Iterator[Dictionary]:
     """The dictionaries at a place, each checked; at least one."""
-    folder, others, count = _folder(path), [], 0
+    folder, others, count = _folder(path, single), [], 0
     for kind, inner in _folders(folder):
         for dictionary in kind.read(inner, said):
             if said.layer not in (None, dictionary.layer) or said.reads not in (None, dictionary.reads):
@@ -110,11 +111,15 @@ def _listed(places: Sequence[str]) -> str:
     return ", ".join(places[:4]) + (f" and {len(places) - 4} more" if len(places) > 4 else "")
 
 
-def _folder(path: str | Path) -> Path:
+def _folder(path: str | Path, single: bool) -> Path:
     folder = Path(path).expanduser()
     if folder.is_dir():
         return folder
-    raise DictionaryError(f"there is no folder {folder}.")
+    name = HubName.parse(str(path)) if isinstance(path, str) else None
+    if name is None:
+        raise DictionaryError(f"there is no folder {folder}; give one, or a name of the hub such as owner/repository:folder.")
+    markers = [marker for kind in FORMATS for marker in kind.markers]
+    return hub_dictionaries(name, markers, [file for kind in FORMATS for file in kind.files], single=single)
 
 
 def _folders(folder: Path) -> Iterator[tuple[Format, Path]]:

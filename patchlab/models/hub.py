@@ -34,7 +34,7 @@ def hub_folder(name: str, packaged: Iterable[str]) -> Path:
     if is_offline():
         state = "Its files in the hub cache are incomplete" if isinstance(cached, str) else "It is not in the hub cache"
         raise ModelError(unknown("model", name, known, more=f"{state}, and HF_HUB_OFFLINE is set. Or give a local directory."))
-    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+    endpoint = hub_endpoint()
     _ask(name, endpoint, known)
     return _download(name, endpoint)
 
@@ -42,6 +42,20 @@ def hub_folder(name: str, packaged: Iterable[str]) -> Path:
 def is_offline() -> bool:
     """Whether the hub may not be asked."""
     return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON")
+
+
+def hub_endpoint() -> str:
+    """The address of the hub."""
+    return os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+
+
+def refusal(code: int, endpoint: str, what: str, needs: str = "") -> str:
+    """What an HTTP status of the hub means: for a model or another repository, and the file that it must have."""
+    return {
+        401: f"the hub has no such {what}, or it is private: set HF_TOKEN if you have access",
+        403: "access to it is restricted: set HF_TOKEN to a token that has access",
+        404: f"the hub has no such {what}{needs}",
+    }.get(code, f"the hub at {endpoint} answered with HTTP {code}")
 
 
 def has_weights(folder: Path) -> bool:
@@ -60,12 +74,7 @@ def _ask(name: str, endpoint: str, known: list[str]) -> None:
     try:
         HfApi(endpoint, token=get_token()).get_hf_file_metadata(url=hf_hub_url(name, "config.json", endpoint=endpoint), timeout=HUB_TIMEOUT)
     except HfHubHTTPError as error:
-        code = error.response.status_code
-        why = {
-            401: "the hub has no such model, or it is private: set HF_TOKEN if you have access",
-            403: "access to it is restricted: set HF_TOKEN to a token that has access",
-            404: "the hub has no such model, or it has no config.json",
-        }.get(code, f"the hub at {endpoint} answered with HTTP {code}")
+        why = refusal(error.response.status_code, endpoint, "model", ", or it has no config.json")
         raise ModelError(
             unknown("model", name, known, more=f"There is no such directory, it is not cached, and {why}. Or give a local directory.")
         ) from error

@@ -1,7 +1,5 @@
 """Loading models: local directories of six families, the hub (a local stand-in), devices, and what is refused."""
 
-import hashlib
-import http.server
 import inspect
 import json
 import re
@@ -9,12 +7,12 @@ import shutil
 import socket
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from families import HEADS, LAYERS, VOCAB, WIDTH, bridged, hf_module
+from hub_server import Hub
 from safetensors.torch import load_file, save_file
 
 import patchlab as pl
@@ -360,27 +358,6 @@ def test_a_model_spread_over_devices_is_refused() -> None:
 # --- names and the hub ---------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty hub cache."""
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    return tmp_path / "hub"
-
-
-@pytest.fixture
-def online(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The hub may be asked; nobody is logged in."""
-    from huggingface_hub import constants
-
-    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    return empty_cache
-
-
 def _refused(name: str, message: str, *, within: float = 40.0) -> None:
     start = time.monotonic()
     with pytest.raises(ModelError, match=message):
@@ -433,66 +410,6 @@ def test_a_silent_port_is_asked_once_and_is_an_error_within_seconds(monkeypatch:
     assert [request.split(b"\r\n")[0] for request in asked] == [b"HEAD /EleutherAI/pythia-70m/resolve/main/config.json HTTP/1.1"]
 
 
-class _Hub(http.server.BaseHTTPRequestHandler):
-    """As much of the hub as a download of one public model needs; connections close after each answer."""
-
-    commit = "0123456789abcdef0123456789abcdef01234567"
-    name = "someone/tiny"
-
-    def log_message(self, *args: object) -> None:
-        pass
-
-    def _answer(self) -> None:
-        server = self.server
-        server.requests.append(f"{self.command} {self.path.split('?')[0]}")  # type: ignore[attr-defined]
-        folder: Path | None = server.folder  # type: ignore[attr-defined]
-        status, body, headers = server.status, b"", {}  # type: ignore[attr-defined]
-        if folder is not None:
-            status, body, headers = self._hub(folder)
-        self.send_response(status)
-        for key, value in headers.items():
-            self.send_header(key, value)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
-    do_GET = do_HEAD = _answer
-
-    def _hub(self, folder: Path) -> tuple[int, bytes, dict[str, str]]:
-        path = self.path.split("?")[0]
-        files = sorted(file.name for file in folder.iterdir())
-        if path.startswith(f"/api/models/{self.name}/revision/") or path == f"/api/models/{self.name}":
-            content = {"id": self.name, "sha": self.commit, "private": False, "tags": [], "siblings": [{"rfilename": file} for file in files]}
-            return 200, json.dumps(content).encode(), {"Content-Type": "application/json"}
-        if path.startswith(f"/api/models/{self.name}/tree/"):
-            entries = [{"type": "file", "path": file, "size": (folder / file).stat().st_size, "oid": self._tag(folder / file)} for file in files]
-            return 200, json.dumps(entries).encode(), {"Content-Type": "application/json", "X-Repo-Commit": self.commit}
-        file = folder / path.rsplit("/", 1)[-1]
-        if path.startswith(f"/{self.name}/resolve/") and file.is_file():
-            return 200, file.read_bytes(), {"ETag": f'"{self._tag(file)}"', "X-Repo-Commit": self.commit, "Accept-Ranges": "bytes"}
-        return 404, b"", {"X-Error-Code": "EntryNotFound"}
-
-    @staticmethod
-    def _tag(file: Path) -> str:
-        return hashlib.sha1(file.read_bytes()).hexdigest()
-
-
-@pytest.fixture
-def hub(online: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[http.server.ThreadingHTTPServer]:
-    """A hub on this machine. It answers with ``status``, or serves ``folder`` as someone/tiny; it keeps its ``requests``."""
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Hub)
-    server.folder, server.status, server.requests = None, 404, []  # type: ignore[attr-defined]
-    server.daemon_threads = False
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_address[1]}")
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
-
-
 @pytest.mark.parametrize(
     ("status", "message"),
     [
@@ -529,10 +446,10 @@ def test_a_hub_model_is_downloaded_once_and_then_comes_from_the_cache(
 
 def _put_in_cache(cache: Path, folder: Path, files: list[str]) -> Path:
     repository = cache / "models--someone--tiny"
-    snapshot = repository / "snapshots" / _Hub.commit
+    snapshot = repository / "snapshots" / Hub.commit
     snapshot.mkdir(parents=True)
     (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text(_Hub.commit)
+    (repository / "refs" / "main").write_text(Hub.commit)
     for file in files:
         shutil.copy(folder / file, snapshot / file)
     return snapshot
@@ -575,7 +492,7 @@ def test_the_token_is_sent_to_the_hub_and_to_nobody_else(hub, abroad: bool, monk
     seen: list[tuple[str, str, str | None]] = []
     other = f"http://localhost:{hub.server_address[1]}" if abroad else ""
 
-    class Redirecting(_Hub):
+    class Redirecting(Hub):
         def _answer(self) -> None:
             seen.append((self.headers["Host"].split(":")[0], self.path, self.headers["Authorization"]))
             self.send_response(404 if self.path == "/elsewhere" else 307)

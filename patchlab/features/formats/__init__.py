@@ -8,7 +8,7 @@ from patchlab.features.formats.gemma_scope_2 import GEMMA_SCOPE_2
 from patchlab.features.formats.saelens import SAELENS
 from patchlab.features.formats.sparsify import SPARSIFY
 
-FORMATS: tuple[Format, ...] = (SAELENS, GEMMA_SCOPE, GEMMA_SCOPE_2, DICTIONARY_LEARNING, SPARSIFY, CIRCUIT_TRACER)
+FORMATS: tuple[Format, ...] = (SPARSIFY, SAELENS, GEMMA_SCOPE, GEMMA_SCOPE_2, DICTIONARY_LEARNING, CIRCUIT_TRACER)
 """In the order in which they are tried on a folder."""
 
 __all__ = ["FORMATS", "Format", "Said"]

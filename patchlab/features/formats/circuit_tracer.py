@@ -21,10 +21,6 @@ CONFIG = "config.yaml"
 _KINDS = ("transcoder_set", "cross_layer_transcoder")
 
 
-def _recognises(folder: Path) -> bool:
-    return (folder / CONFIG).is_file()
-
-
 def _read(folder: Path, said: Said) -> Iterator[Dictionary]:
     config = folder / CONFIG
     try:
@@ -135,4 +131,4 @@ def _provenance(cfg: dict[str, Any], tensors: Tensors) -> dict[str, Any]:
     return {"file": str(tensors.file), "format": "circuit-tracer", "model_name": cfg.get("model_name"), "scan": cfg.get("scan")}
 
 
-CIRCUIT_TRACER = Format("circuit-tracer", _recognises, _read)
+CIRCUIT_TRACER = Format("circuit-tracer", (CONFIG, "*.safetensors"), (CONFIG,), _read)

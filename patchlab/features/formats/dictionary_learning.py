@@ -16,10 +16,6 @@ from patchlab.features.formats.tensors import Tensors, read_tensors
 CONFIG, WEIGHTS = "config.json", "ae.pt"
 
 
-def _recognises(folder: Path) -> bool:
-    return (folder / WEIGHTS).is_file()
-
-
 def _read(folder: Path, said: Said) -> Iterator[Dictionary]:
     config = folder / CONFIG
     trainer = needed(read_json(config), "trainer", dict, config)
@@ -152,4 +148,4 @@ _CLASSES: dict[str, Callable[[Tensors, int, int, dict[str, Any]], dict[str, Any]
     "MatryoshkaBatchTopKSAE": _matryoshka,
 }
 
-DICTIONARY_LEARNING = Format("dictionary_learning", _recognises, _read)
+DICTIONARY_LEARNING = Format("dictionary_learning", (CONFIG, WEIGHTS), (WEIGHTS,), _read)

@@ -31,13 +31,19 @@ class Format:
 
     Args:
         name: for messages and provenance.
-        recognises: whether a folder is one of these.
+        files: patterns of the names of its files.
+        markers: those of them that a folder of it has one of.
         read: the dictionaries of such a folder, one after the other.
     """
 
     name: str
-    recognises: Callable[[Path], bool]
+    files: tuple[str, ...]
+    markers: tuple[str, ...]
     read: Callable[[Path, Said], Iterator[Dictionary]]
+
+    def recognises(self, folder: Path) -> bool:
+        """Whether a folder is one of these."""
+        return any(next(folder.glob(marker), None) is not None for marker in self.markers)
 
 
 def read_json(file: Path) -> dict[str, Any]:

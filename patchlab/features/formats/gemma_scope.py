@@ -19,10 +19,6 @@ _SITES = {"res": "resid_post", "mlp": "mlp_out", "att": "z", "transcoders": "ln2
 _TRANSCODED = ("ln2.hook_normalized", "mlp_in")
 
 
-def _recognises(folder: Path) -> bool:
-    return (folder / PARAMS).is_file()
-
-
 def _read(folder: Path, said: Said) -> Iterator[Dictionary]:
     file = folder / PARAMS
     tensors = read_tensors(file)
@@ -61,4 +57,4 @@ def _read(folder: Path, said: Said) -> Iterator[Dictionary]:
     )
 
 
-GEMMA_SCOPE = Format("Gemma Scope", _recognises, _read)
+GEMMA_SCOPE = Format("Gemma Scope", (PARAMS,), (PARAMS,), _read)

@@ -24,10 +24,6 @@ _SITES = {
 }
 
 
-def _recognises(folder: Path) -> bool:
-    return (folder / PARAMS).is_file() or any(folder.glob(LAYERS))
-
-
 def _read(folder: Path, said: Said) -> Iterator[Dictionary]:
     config = folder / CONFIG
     cfg = read_json(config) if config.is_file() or (folder / PARAMS).is_file() else {}
@@ -118,4 +114,4 @@ def _model(cfg: dict[str, Any]) -> str | None:
     return name.replace("-v3", "-3") if isinstance(name, str) else None
 
 
-GEMMA_SCOPE_2 = Format("Gemma Scope 2", _recognises, _read)
+GEMMA_SCOPE_2 = Format("Gemma Scope 2", (CONFIG, PARAMS, LAYERS), (PARAMS, LAYERS), _read)

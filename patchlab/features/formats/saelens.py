@@ -17,6 +17,7 @@ from patchlab.features.normalisation import UNCHANGED, ConstantNorm, LayerNorm, 
 from patchlab.features.writer import CFG, OWN, WEIGHTS
 from patchlab.store.files import sha256_of
 
+SCALER = "activation_scaler.json"
 _TRANSCODERS = ("transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder")
 ARCHITECTURES = ("standard", "jumprelu", "topk", "abstopk", "gated", *_TRANSCODERS, OWN)
 _NOT_HERE = {
@@ -37,10 +38,6 @@ _METADATA = (
     "neuronpedia_id",
     "sae_lens_version",
 )
-
-
-def _recognises(folder: Path) -> bool:
-    return (folder / WEIGHTS).is_file() or ((folder / CFG).is_file() and not (folder / "sae.safetensors").is_file())
 
 
 def _read(folder: Path, said: Said) -> Iterator[Dictionary]:
@@ -187,7 +184,7 @@ def _normalisation(cfg: dict[str, Any], file: Path, said: Said) -> tuple[Normali
     """What is done to each row, and a factor that all rows share."""
     name = cfg.get("normalize_activations") or "none"
     if name == "expected_average_only_in":
-        scaler = file.with_name("activation_scaler.json")
+        scaler = file.with_name(SCALER)
         factor = said.input_scale
         if factor is None and scaler.is_file():
             factor = read_json(scaler).get("scaling_factor")
@@ -205,4 +202,4 @@ def _normalisation(cfg: dict[str, Any], file: Path, said: Said) -> tuple[Normali
     return known[name], 1.0
 
 
-SAELENS = Format("SAELens", _recognises, _read)
+SAELENS = Format("SAELens", (CFG, WEIGHTS, SCALER), (CFG, WEIGHTS), _read)

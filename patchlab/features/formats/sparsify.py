@@ -18,10 +18,6 @@ CFG, WEIGHTS = "cfg.json", "sae.safetensors"
 _SITES = {"": "resid_post", "mlp": "mlp_out", "attn": "attn_out", "self_attn": "attn_out", "attention": "attn_out"}
 
 
-def _recognises(folder: Path) -> bool:
-    return (folder / WEIGHTS).is_file()
-
-
 def _read(folder: Path, said: Said) -> Iterator[Dictionary]:
     file = folder / CFG
     cfg = read_json(file)
@@ -74,4 +70,4 @@ def _place(folder: Path, said: Said, transcodes: bool) -> tuple[str, int | None]
     return reads, layer
 
 
-SPARSIFY = Format("sparsify", _recognises, _read)
+SPARSIFY = Format("sparsify", (CFG, WEIGHTS), (WEIGHTS,), _read)

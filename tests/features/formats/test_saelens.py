@@ -354,7 +354,7 @@ def test_folders_are_searched_and_chosen_from(tmp_path, model):
     with pytest.raises(DictionaryError, match="holds no dictionary with layers="):
         pl.load_dictionaries(tmp_path, model, layers=(7,))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DictionaryError, match="holds no dictionary. Formats that are read: SAELens"):
+    with pytest.raises(DictionaryError, match="holds no dictionary. Formats that are read: sparsify, SAELens"):
         loaded(tmp_path / "empty", model)
 
 
