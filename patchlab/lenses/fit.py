@@ -25,9 +25,10 @@ from patchlab.models import Model
 from patchlab.progress import progress_bar
 from patchlab.rules import Composite, get_composite
 from patchlab.tasks.task import Task
+from patchlab.texts import Texts
 
-Corpus = Task | Sequence[Any] | Tensor
-"""What lenses are fitted on: a task (its clean prompts), texts or rows of token ids, a tensor of them."""
+Corpus = Texts | Task | Sequence[Any] | Tensor
+"""What lenses are fitted on: rows of :mod:`patchlab.texts`, a task (its clean prompts), texts or rows of token ids, a tensor of them."""
 _TRIED = 64  # rows at a time in a least-squares fit
 
 
@@ -49,7 +50,8 @@ def fit_linear(
 
     Args:
         model: whose states are mapped.
-        rows: a task, texts, or rows of token ids; prompts of one task vary little, so maps fitted on them fit little else.
+        rows: :func:`patchlab.texts.sentences` or :func:`~patchlab.texts.read` of a file, texts, rows of token ids, or a task, whose prompts vary
+            little, so that maps fitted on them fit little else.
         layers: which; default all but the last.
         held_out: the share of the rows that the fit does not see, drawn by ``seed``; equal rows stay together.
         ridge: penalty on squared weights, as a share of the mean squared entry of the states.
@@ -122,7 +124,7 @@ def fit_jacobian(
 
     Args:
         model: with causal attention.
-        rows: a task, texts, or rows of token ids. A hundred rows are enough for a usable lens, by the source.
+        rows: as for :func:`fit_linear`. A hundred rows are enough for a usable lens, by the source.
         rules: backward rules, by name or as a composite.
         layers: which; default all below the target.
         target_layer: whose output is differentiated; default the last. Published relevance lenses take the last but one.
@@ -209,9 +211,11 @@ def _by_length(model: Model, rows: Corpus) -> list[Int[Tensor, "row pos"]]:
     if isinstance(rows, Task):
         return [batch.tokens for batch in rows_of(model, rows).batches]
     if isinstance(rows, (str, Path)):
-        raise LensError(f"rows are a task, a list of texts or token ids, or a tensor; got {rows!r}. For a file see patchlab.texts.")
+        raise LensError(f"rows are texts, lists of token ids, a tensor or a task; got {rows!r}. For a file take patchlab.texts.read(path, model).")
     if isinstance(rows, Tensor):
         return [token_ids(model, rows)]
+    if isinstance(rows, Texts):
+        return [token_ids(model, ids) for _, ids in rows.batches(rows.n_tokens * max(map(len, rows.rows)))]
     lists = [model.to_ids(row) if isinstance(row, str) else [int(token) for token in row] for row in rows]
     if not lists:
         raise LensError("there are no rows to fit on; give at least one.")
@@ -245,13 +249,13 @@ def _split(groups: list[Int[Tensor, "row pos"]], share: float | int, seed: int) 
 
 def _record(model: Model, groups: list[Tensor], rows: Corpus, target: int, skip_first: int, corpus: str = "") -> dict[str, Any]:
     """What a lens was fitted on, in the words of published lenses."""
-    named = corpus or (f"task {rows.name}, clean prompts" if isinstance(rows, Task) else "rows")
+    given = f"task {rows.name}, clean prompts" if isinstance(rows, Task) else rows.name if isinstance(rows, Texts) else "rows"
     digest = hashlib.sha256(b"".join(group.cpu().numpy().tobytes() for group in groups)).hexdigest()[:16]
     return {
         "model_name": model.name,
         "model_fingerprint": model.fingerprint,
         "hook_convention": "blocks.{layer}.hook_out",
-        "corpus": named,
+        "corpus": corpus or given,
         "corpus_sha256": digest,
         "n_prompts": sum(map(len, groups)),
         "fit_dtype": str(model.dtype).removeprefix("torch."),

@@ -1,8 +1,10 @@
 """Figures of score maps, comparisons and circuits: each module prepares plain data, then draws it. Nothing here changes plotly's own settings."""
 
 from patchlab.plots._agreement import agreement
+from patchlab.plots._attention import attention, head_grid
 from patchlab.plots._circuit import circuit
 from patchlab.plots._comparison import comparison
+from patchlab.plots._conservation import conservation
 from patchlab.plots._costs import costs
 from patchlab.plots._differences import differences
 from patchlab.plots._edges import edge_heatmap
@@ -11,18 +13,27 @@ from patchlab.plots._heatmaps import heatmaps
 from patchlab.plots._patterns import patterns
 from patchlab.plots._ranking import ranking
 from patchlab.plots._save import DARK, save
+from patchlab.plots._token_strip import token_strip
+from patchlab.plots._token_table import token_table
+from patchlab.plots._trajectories import trajectories
 
 __all__ = [
     "DARK",
     "agreement",
+    "attention",
     "circuit",
     "comparison",
+    "conservation",
     "costs",
     "differences",
     "edge_heatmap",
     "faithfulness",
+    "head_grid",
     "heatmaps",
     "patterns",
     "ranking",
     "save",
+    "token_strip",
+    "token_table",
+    "trajectories",
 ]

@@ -112,6 +112,20 @@ def test_the_batch_does_not_matter_and_lengths_mix():
     assert not torch.allclose(cut.maps[0].weight, one.maps[0].weight)
 
 
+def test_rows_of_a_file_are_texts(tmp_path, demo_gpt2_4l):
+    from patchlab import texts
+
+    lines = [demo_gpt2_4l.tokenizer.decode(row[1:20]) for row in texts.sentences(demo_gpt2_4l, 2).rows]
+    (tmp_path / "a.txt").write_text("\n".join(lines), encoding="utf-8")
+    read = texts.read(tmp_path / "a.txt", demo_gpt2_4l, lines=True)
+    lens = lenses.fit_jacobian(demo_gpt2_4l, read, layers=[2], skip_first=1, progress=False)
+    again = lenses.fit_jacobian(demo_gpt2_4l, [row.tolist() for row in read.rows], layers=[2], skip_first=1, progress=False)
+    torch.testing.assert_close(lens.maps[2].weight, again.maps[2].weight)
+    assert lens.provenance["corpus"] == read.name
+    with pytest.raises(LensError, match="texts.read"):
+        lenses.fit_jacobian(demo_gpt2_4l, str(tmp_path / "a.txt"))
+
+
 def test_relevance_lenses_leave_norms_of_queries_and_keys_alone():
     """With the pattern held nothing goes through those norms, and without it they keep their derivative."""
     from patchlab.engine.jacobians import state_jacobians
