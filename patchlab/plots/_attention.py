@@ -150,9 +150,8 @@ def head_grid(values: xr.DataArray, *, title: str = "") -> go.Figure:
 def _draw_grid(data: HeadGridData) -> go.Figure:
     n_layers, n_heads = data.values.shape
     cell, row = 58 if n_heads <= 16 else 44, 26
-    width = max(_LEFT + cell * n_heads + 30, words_width(data.title, ""))
-    subtitle = lines([data.subtitle], width)
-    page = Page(width, _TOP + row * n_layers + 24, data.title, "<br>".join(subtitle))
+    width = max(_LEFT + cell * n_heads + 30, words_width(data.title, data.subtitle))
+    page = Page(width, _TOP + row * n_layers + 24, data.title, data.subtitle)
     xaxis = {
         "tickmode": "array",
         "tickvals": list(range(n_heads)),
@@ -169,7 +168,7 @@ def _draw_grid(data: HeadGridData) -> go.Figure:
     where = page.panel(Box(_LEFT, _TOP, cell * n_heads, row * n_layers), xaxis, yaxis)
     limit = max(float(np.nanmax(np.abs(data.values))), 1e-12)
     scale = {"colorscale": "RdBu", "zmin": -limit, "zmax": limit} if data.signed else {"colorscale": "Greens", "zmin": 0, "zmax": limit}
-    texts = np.array([[f"{value:.2f}" for value in line] for line in data.values])
+    texts = np.array([[_number(value) for value in line] for line in data.values])
     hover = np.array(
         [[f"<b>a{layer}.h{head}</b><br>{value:.4g}" for head, value in enumerate(line)] for layer, line in zip(data.layers, data.values, strict=True)]
     )
@@ -188,3 +187,8 @@ def _draw_grid(data: HeadGridData) -> go.Figure:
         )
     )
     return page.figure
+
+
+def _number(value: float | int) -> str:
+    """Two decimals, a true minus, and no negative zero."""
+    return f"{round(value, 2) + 0.0:.2f}".replace("-", "−")

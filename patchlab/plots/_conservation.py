@@ -10,7 +10,7 @@ from jaxtyping import Float
 from patchlab.lenses import Conservation
 from patchlab.plots._style import INK, MUTED, Box, Page, flow, lines, sparse_ticks
 
-_WIDTH, _HEIGHT, _LEFT, _GAP, _TOP, _WIDEST = 320, 240, 64, 34, 104, 1180
+_WIDTH, _HEIGHT, _LEFT, _GAP, _TOP, _WIDEST = 320, 240, 64, 34, 100, 1320
 STREAM, BIASES = "#0072b2", "#e69f00"
 
 

@@ -9,11 +9,11 @@ from jaxtyping import Float, Shaped
 
 from patchlab.errors import LensError
 from patchlab.lenses import Distributions
-from patchlab.plots._style import Box, Page, lines, shown, words_width
+from patchlab.plots._style import INK, Box, Page, lines, shown, words_width
 
 MOST = 24
 """Positions that are drawn unless more are asked for: the last ones."""
-_ROW, _TOP, _LEFT, _RIGHT = 26, 112, 70, 100
+_ROW, _TOP, _LEFT, _RIGHT = 26, 72, 70, 100
 _LETTER = 7.2
 
 
@@ -80,7 +80,7 @@ def _draw(data: TokenTableData) -> go.Figure:
     below = 22 + int(6.3 * max(len(_plain(tick)) for tick in data.ticks))
     width = max(_LEFT + cell * n + _RIGHT, words_width(data.title, ""))
     subtitle = lines(data.subtitle, width)
-    top = _TOP - 34 + 18 * len(subtitle)
+    top = _TOP + 18 * (len(subtitle) - 1)
     page = Page(width, top + _ROW * n_layers + below, data.title, "<br>".join(subtitle))
     numbers, rows = list(range(n)), list(range(n_layers))
     xaxis = {"tickmode": "array", "tickvals": numbers, "ticktext": list(data.ticks), "tickangle": -90, "range": [-0.5, n - 0.5]}
@@ -102,8 +102,6 @@ def _draw(data: TokenTableData) -> go.Figure:
     page.figure.add_trace(
         go.Heatmap(
             z=data.probability,
-            text=data.texts,
-            texttemplate="%{text}",
             hovertext=data.hover,
             hovertemplate="%{hovertext}<extra></extra>",
             colorscale="Greens",
@@ -115,6 +113,12 @@ def _draw(data: TokenTableData) -> go.Figure:
             **where,
         )
     )
+    # texts of their own, as those of a heatmap are too pale on the middle of the scale
+    x, y = np.meshgrid(numbers, rows)
+    colours = np.where(data.probability.ravel() > 0.5, "white", INK).tolist()
+    font = {"size": 11, "color": colours}
+    points = {"x": x.ravel(), "y": y.ravel(), "text": data.texts.ravel().tolist(), "mode": "text", "textfont": font, "hoverinfo": "skip"}
+    page.figure.add_trace(go.Scatter(**points, cliponaxis=False, **where))
     return page.figure
 
 

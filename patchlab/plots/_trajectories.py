@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 
 from patchlab.errors import LensError
 from patchlab.lenses import Distributions
-from patchlab.plots._style import INK, MUTED, Box, Page, lines, words_width
+from patchlab.plots._style import INK, Box, Page, Pixels, lines, words_width
 from patchlab.stats.bootstrap import interval, resampling_weights
 
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#882255", "#999933")
@@ -127,11 +127,8 @@ def _draw(data: TrajectoriesData) -> go.Figure:
     return page.figure
 
 
-def _legend(page: Page, data: TrajectoriesData, top: float) -> None:
-    """Names beside the panel, in the order of the lines' ends, each with a piece of its line."""
-    order = sorted(data.lines, key=lambda line: -float(line.mean[-1]))
-    for i, line in enumerate(order):
+def _legend(page: Page, data: TrajectoriesData, top: Pixels) -> None:
+    """Names beside the panel, each with a piece of its line."""
+    for i, line in enumerate(data.lines):
         sign = "┅" if line.dashed else "━"
         page.note(_LEFT + _WIDTH + 12, top + 4 + 20 * i, f'<span style="color:{line.colour}">{sign}{sign}</span> {line.name}', colour=INK)
-    if len(order) > 1:
-        page.note(_LEFT + _WIDTH + 12, top + 8 + 20 * len(order), "from high to low<br>after the last layer", size=11, colour=MUTED)
