@@ -1,6 +1,6 @@
 """Selection of nodes from their scores: the n most important, or those above a level."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
@@ -91,6 +91,17 @@ class RankedNodes:
             listed[one.name] = one.cells(self.ids[:n][here])
             scores[one.name] = self.effects[:n][here]
         return NodeCircuit(self.universe, listed, False, scores, self.provenance | choice)
+
+    def within(self, universe: Sequence[Candidates]) -> "RankedNodes":
+        """Those that are among fewer candidates."""
+        places = {one.name: place for place, one in enumerate(universe)}
+        which, inside = np.full(len(self.which), -1), np.zeros(len(self.which), dtype=bool)
+        for place, one in enumerate(self.universe):
+            if one.name in places:
+                here = np.flatnonzero(self.which == place)
+                inside[here] = universe[places[one.name]].contains(one.cells(self.ids[here]))
+                which[here] = places[one.name]
+        return RankedNodes(tuple(universe), which[inside], self.ids[inside], self.effects[inside], self.importance[inside], self.provenance)
 
     def above(self, level: float | int) -> int:
         """How many are at least this important."""

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from patchlab.circuits.circuit import Circuit
 from patchlab.circuits.evaluation.curve import FaithfulnessCurve, faithfulness_curve
 from patchlab.circuits.evaluation.evaluate import evaluate
 from patchlab.circuits.heldout import check_disjoint
+from patchlab.circuits.nodes import AnyCircuit
 from patchlab.circuits.select import mean_effects
 from patchlab.errors import CircuitError
 from patchlab.models import Model
@@ -35,7 +35,7 @@ class SmallestFaithful:
 
     table: pd.DataFrame
     curve: FaithfulnessCurve = field(repr=False)
-    circuits: Mapping[str, Circuit] = field(repr=False)
+    circuits: Mapping[str, AnyCircuit] = field(repr=False)
     provenance: dict[str, Any] = field(repr=False)
 
     @property

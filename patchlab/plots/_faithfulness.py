@@ -20,7 +20,7 @@ _WIDTH, _HEIGHT, _LEFT = 720, 380, 70
 
 @dataclass(frozen=True)
 class FaithfulnessLine:
-    """One method: faithfulness with its 95 % interval at each number of edges asked for, what the legend says of it, and the ring.
+    """One method: faithfulness with its 95 % interval at each number of edges (or nodes) asked for, what the legend says of it, and the ring.
 
     ``smallest`` is the number of edges asked for of the smallest faithful circuit (None: there is none), ``at`` its faithfulness.
     """
@@ -41,13 +41,17 @@ class FaithfulnessLine:
 
 @dataclass(frozen=True)
 class FaithfulnessData:
-    """Lines in the order of the curve (random circuits last), all edges of the graph, the range of the vertical axis, and the words."""
+    """Lines in the order of the curve (random circuits last), all edges of the graph, the range of the vertical axis, and the words.
+
+    ``unit`` is what the circuits are made of, edges or nodes.
+    """
 
     title: str
     subtitle: str
     total: int
     lines: tuple[FaithfulnessLine, ...]
     span: tuple[float, float]
+    unit: str = "edges"
 
 
 def _prepare_faithfulness(curve: FaithfulnessCurve, found: SmallestFaithful | None = None, level: float | int = LEVEL) -> FaithfulnessData:
@@ -58,19 +62,23 @@ def _prepare_faithfulness(curve: FaithfulnessCurve, found: SmallestFaithful | No
         raise CircuitError("the curve has no rows, so there is nothing to draw.")
     rings = {name: _ring(curve, found, name, level) for name in names}
     colours = method_colours(names)
-    lines = tuple(_line(name, colours[name], [row for row in table if row["method"] == name], areas[name], rings[name]) for name in names)
+    lines = tuple(_line(name, colours[name], [row for row in table if row["method"] == name], areas[name], rings[name], curve.unit) for name in names)
     about = curve.provenance
     total = max(round(row["n_requested"] / row["fraction"]) for row in table if row["fraction"] > 0)
     who = " × ".join(str(about[key]) for key in ("model", "task") if about.get(key))
     words = [who, about.get("metric"), f"{about['ablation']} ablation" if about.get("ablation") else None]
     importance = "|effect|" if about.get("by", "abs") == "abs" else "signed importance"
-    chosen = {"top_n": f"edges of largest {importance}", "greedy": f"chosen greedily by {importance}"}.get(str(about.get("how")))
+    chosen = {
+        "top_n": f"{curve.unit} of largest {importance}",
+        "thresholds": f"{curve.unit} above thresholds of {importance}",
+        "greedy": f"chosen greedily by {importance}",
+    }.get(str(about.get("how")))
     words += [chosen, "bands: 95 % CI over examples"]
     if found is not None:
         pairs = found.table.iloc[0]
         words.append(f"rings: sizes found on {pairs['finding_pairs']} pairs, f there on {pairs['reporting_pairs']} others")
     subtitle = " · ".join(str(word) for word in words if word)
-    return FaithfulnessData("Faithfulness of circuits by size", subtitle, total, lines, _span(lines))
+    return FaithfulnessData("Faithfulness of circuits by size", subtitle, total, lines, _span(lines), curve.unit)
 
 
 def _ring(curve: FaithfulnessCurve, found: SmallestFaithful | None, name: str, level: float | int) -> tuple[int | None, float, str, str]:
@@ -80,7 +88,7 @@ def _ring(curve: FaithfulnessCurve, found: SmallestFaithful | None, name: str, l
         best = {} if series is None else series.to_dict()
         if not best:
             return None, np.nan, "", f"f ≥ {level:g} from none of these sizes on"
-        legend = f"f ≥ {level:g} from {best['n_edges']:,.0f} edges on (of {len(curve.table[curve.table['method'] == name])} sizes)"
+        legend = f"f ≥ {level:g} from {best[curve.size_column]:,.0f} {curve.unit} on (of {len(curve.table[curve.table['method'] == name])} sizes)"
         return int(best["n_requested"]) or None, float(best["faithfulness"]), "", legend
     row = {str(row["method"]): row for row in found.table.to_dict("records")}.get(name)
     if row is None:  # random circuits
@@ -92,21 +100,30 @@ def _ring(curve: FaithfulnessCurve, found: SmallestFaithful | None, name: str, l
     return int(row["n_requested"]), float(row["faithfulness"]), text, f"f ≥ {found.level:g} from {row['n_edges']:,.0f}{interval} edges on"
 
 
-def _line(name: str, colour: str, rows: list[dict[Any, Any]], area: dict[Any, Any], ring: tuple[int | None, float, str, str]) -> FaithfulnessLine:
+def _line(
+    name: str, colour: str, rows: list[dict[Any, Any]], area: dict[Any, Any], ring: tuple[int | None, float, str, str], unit: str
+) -> FaithfulnessLine:
     smallest, at, ringed, reach = ring
     words = [f"{key.upper()} {_with_interval(area[key], area[f'{key}_lo'], area[f'{key}_hi'])}" for key in ("cpr", "cmd")] if area else []
     drawn = [row for row in rows if row["n_requested"] > 0]
     hover = [
-        f"<b>{escape(name)}</b><br>{row['n_requested']:,} edges ({row['fraction']:.2%}) asked for, {row['n_edges']:,.4g} after pruning<br>"
-        f"faithfulness {_with_interval(row['faithfulness'], row['lo'], row['hi'])}<br>metric {row['metric']:.3g}"
+        f"<b>{escape(name)}</b><br>{row['n_requested']:,} {unit} ({row['fraction']:.2%}) asked for"
+        + (f", {row['n_edges']:,.4g} after pruning<br>" if unit == "edges" else _threshold(row))
+        + f"faithfulness {_with_interval(row['faithfulness'], row['lo'], row['hi'])}<br>metric {row['metric']:.3g}"
         for row in drawn
     ]
     requested = np.array([row["n_requested"] for row in drawn], dtype=int)
-    n_edges, value, low, high = (np.array([row[column] for row in drawn], dtype=float) for column in ("n_edges", "faithfulness", "lo", "hi"))
+    n_edges, value, low, high = (np.array([row[column] for row in drawn], dtype=float) for column in (f"n_{unit}", "faithfulness", "lo", "hi"))
     if smallest is not None and not ringed:
         ringed = hover[int(np.flatnonzero(requested == smallest)[0])]
     legend = " · ".join(filter(None, [*words, reach]))
     return FaithfulnessLine(name, colour, requested, n_edges, value, low, high, np.array(hover, dtype=object), smallest, at, ringed, legend)
+
+
+def _threshold(row: dict[Any, Any]) -> str:
+    """The threshold of a circuit of nodes, and what the model does without it."""
+    level = f", at least {row['threshold']:.2g}" if np.isfinite(row["threshold"]) else ""
+    return f"{level}<br>completeness {_with_interval(row['completeness'], row['completeness_lo'], row['completeness_hi'])}<br>"
 
 
 def _with_interval(value: float, low: float, high: float) -> str:
@@ -126,7 +143,7 @@ def _span(lines: tuple[FaithfulnessLine, ...]) -> tuple[float, float]:
 
 
 def faithfulness(curve: FaithfulnessCurve, found: SmallestFaithful | None = None, *, level: float | int = LEVEL) -> go.Figure:
-    """Faithfulness against the number of edges that were asked for (before pruning; log axis), a line with a 95 % band per method.
+    """Faithfulness against the number of edges that were asked for (before pruning; log axis), or of nodes, a line with a 95 % band per method.
 
     Random circuits of the same sizes are grey. The dashed line is 1, the whole model; the dotted one the level, and a ring marks the smallest
     circuit from which on all larger ones reach it. The legend has the areas (CPR: under the curve, high is good; CMD: between the curve and 1,
@@ -161,7 +178,7 @@ def _draw(data: FaithfulnessData, level: float) -> go.Figure:
     ticks = _thinned(sizes.tolist(), (_WIDTH - 20) / (float(ends[1] - ends[0]) + 2 * margin))
     share = [f"{n:,}<br><span style='color:{MUTED}'>{_percent(n / data.total)}</span>" for n in ticks]
     across = {"type": "log", "range": [float(ends[0]) - margin, float(ends[1]) + margin], "tickmode": "array", "tickvals": ticks, "ticktext": share}
-    across |= {"title": {"text": f"edges asked for, of {data.total:,} (log scale)"}, "showgrid": False}
+    across |= {"title": {"text": f"{data.unit} asked for, of {data.total:,} (log scale)"}, "showgrid": False}
     box = Box(_LEFT, top, width - _LEFT - 20, _HEIGHT)
     where = page.panel(box, across, {"range": data.span, "title": {"text": "faithfulness"}, "nticks": 8})
     for height, dash in ((1.0, "dash"), (level, "dot")):

@@ -84,7 +84,7 @@ def write_curve(
             say(f"no PNG file: {str(caught[-1].message).partition(', which needs ')[2]}")
     chosen = {name: curve.smallest_circuit(name, level) for name in curve.circuits} if found is None else found.circuits
     for name, circuit in chosen.items():
-        if circuit is not None and circuit.n_edges:
+        if circuit is not None and circuit.nodes:
             write(circuit, folder / f"circuit.{name.replace(':', '-').replace('+', '-')}.json", overwrite=True)
     rows = [] if found is None else records(found.table)
     best = {row["method"]: None if row["n_edges"] is None else row for row in rows} or smallest(curve, level)

@@ -130,7 +130,7 @@ def _smallest(
         return {}, []
     files = {SIZES: saved(found.curve.save, ".json"), SMALLEST: _json(found.table.to_dict("records")[0])}
     circuit = found.circuits.get(what.method)
-    if circuit is not None and circuit.n_edges:
+    if circuit is not None and circuit.nodes:
         files[CIRCUIT] = saved(lambda path: circuits.write(circuit, path), ".json")
     return files, _of_smallest(found, sets)
 

@@ -1,8 +1,8 @@
-"""Faithfulness against circuit size: which score finds the smaller faithful circuit."""
+"""Faithfulness against the size of circuits, of edges or of nodes: which score finds the smaller faithful circuit."""
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,11 +12,15 @@ from jaxtyping import Float, Int
 
 from patchlab.circuits.circuit import Circuit
 from patchlab.circuits.evaluation.ablations import ABLATIONS, OptimalFit, still_falling
+from patchlab.circuits.evaluation.node_runner import NodeRunner
+from patchlab.circuits.evaluation.node_sizes import NodeSizes
 from patchlab.circuits.evaluation.runner import Runner, checked
 from patchlab.circuits.evaluation.scale import Scale
 from patchlab.circuits.formats.mib import MIB_FRACTIONS
 from patchlab.circuits.heldout import check_disjoint
+from patchlab.circuits.nodes import AnyCircuit
 from patchlab.circuits.select import BY, greedy, top_n
+from patchlab.circuits.select_nodes import of_nodes
 from patchlab.errors import CircuitError, unknown
 from patchlab.graph import Graph
 from patchlab.models import Model
@@ -30,10 +34,10 @@ from patchlab.tasks.task import Task
 HOW: dict[str, Callable[..., Any]] = {"top_n": top_n, "greedy": greedy}
 RANDOM = "random"
 _COLUMNS = {
-    "table": ("method", "n_requested", "fraction", "n_edges", "faithfulness", "lo", "hi", "metric"),
+    "table": ("method", "n_requested", "fraction", "faithfulness", "lo", "hi", "metric"),
     "areas": ("method", "cpr", "cpr_lo", "cpr_hi", "cmd", "cmd_lo", "cmd_hi"),
 }
-"""What a file of a curve must have."""
+"""What a file of a curve must have, beside the number of edges or nodes."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +47,9 @@ class FaithfulnessCurve:
     Args:
         table: a long table: ``method``, ``n_requested`` (edges before pruning), ``fraction`` (of all edges), ``n_edges`` (after pruning;
             counted per position for circuits by position), ``faithfulness`` with its 95 % interval ``lo``, ``hi`` over examples (for
-            ``random`` also over draws), ``metric`` (mean, in its unit).
+            ``random`` also over draws), ``metric`` (mean, in its unit). Of circuits of nodes it has ``n_nodes`` for ``n_edges``,
+            ``threshold`` (NaN where numbers of nodes were asked for), and ``completeness`` (faithfulness of the complement; low is good)
+            with ``completeness_lo``, ``completeness_hi``.
         areas: per method ``cpr`` (area under f, high is good) and ``cmd`` (area between f and 1, low is good; of ``random``: of the mean
             over draws) with intervals: trapezoids over the requested fractions, from the smallest to the largest, without a point at 0.
             They are MIB's CPR and CMD only at MIB's ten sizes (:attr:`mib_sizes`). And ``smallest``, what :meth:`smallest` gives at the
@@ -55,8 +61,18 @@ class FaithfulnessCurve:
 
     table: pd.DataFrame
     areas: pd.DataFrame
-    circuits: Mapping[str, tuple[Circuit, ...]] = field(repr=False)
+    circuits: Mapping[str, tuple[AnyCircuit, ...]] = field(repr=False)
     provenance: dict[str, Any] = field(repr=False)
+
+    @property
+    def unit(self) -> str:
+        """What the circuits are made of: ``edges`` or ``nodes``."""
+        return str(self.provenance.get("unit", "edges"))
+
+    @property
+    def size_column(self) -> str:
+        """The column of the table with their number."""
+        return f"n_{self.unit}"
 
     @property
     def mib_sizes(self) -> bool:
@@ -72,11 +88,11 @@ class FaithfulnessCurve:
         Raises:
             CircuitError: no such method.
         """
-        rows = self._rows(method).sort_values("n_edges", ascending=False, kind="stable")
+        rows = self._rows(method).sort_values(self.size_column, ascending=False, kind="stable")
         kept = int(_kept(rows["faithfulness"].to_numpy(), level))
         return rows.iloc[kept - 1] if kept else None
 
-    def smallest_circuit(self, method: str, level: float | int = 0.9) -> Circuit | None:
+    def smallest_circuit(self, method: str, level: float | int = 0.9) -> AnyCircuit | None:
         """The circuit of :meth:`smallest`.
 
         Raises:
@@ -113,6 +129,8 @@ class FaithfulnessCurve:
                 record = json.load(file)
             if missing := [key for name, columns in _COLUMNS.items() for key in columns if key not in record[name]]:
                 raise KeyError(missing[0])
+            if (size := f"n_{record['provenance'].get('unit', 'edges')}") not in record["table"]:
+                raise KeyError(size)
             table, areas = (pd.DataFrame(record[name]) for name in _COLUMNS)
             if not len(table) or set(table["method"]) != set(areas["method"]):
                 raise ValueError("its areas are not those of the methods in its table")
@@ -131,8 +149,9 @@ class FaithfulnessCurve:
         tried = f"of the {len(rows)} sizes tried"
         if best is None:
             return f"f ≥ {level:g} from no size on ({tried})"
-        below = rows.loc[rows["n_edges"] < best["n_edges"], "n_edges"]
-        return f"f ≥ {level:g} from {best['n_edges']:,.0f} edges on ({tried}" + (f"; not from {below.max():,.0f}, the next)" if len(below) else ")")
+        size = self.size_column
+        below = rows.loc[rows[size] < best[size], size]
+        return f"f ≥ {level:g} from {best[size]:,.0f} {self.unit} on ({tried}" + (f"; not from {below.max():,.0f}, the next)" if len(below) else ")")
 
     def __repr__(self) -> str:
         about = self.provenance
@@ -163,12 +182,16 @@ def faithfulness_curve(
     task: Task,
     *,
     sizes: Sequence[int] | None = None,
+    thresholds: Sequence[float] | None = None,
     how: str = "top_n",
     by: str = "abs",
-    ablation: str = "resample",
+    ablation: str | None = None,
     train: Task | None = None,
     fit: OptimalFit | None = None,
     post_norm: str = "renormalised",
+    sites: str | Iterable[str | Site] | None = None,
+    errors: str = "nodes",
+    start_layer: int | None = None,
     random: int = 5,
     level: float | int = 0.9,
     allow_overlap: bool = False,
@@ -180,20 +203,24 @@ def faithfulness_curve(
 ) -> FaithfulnessCurve:
     """Choose circuits of several sizes by each score, and measure how faithful they are.
 
-    Source of sizes and areas: MIB (Mueller et al. 2025), ``evaluate_area_under_curve``.
+    Source of sizes and areas: MIB (Mueller et al. 2025), ``evaluate_area_under_curve``; of thresholds of nodes Marks et al. 2024.
 
     Args:
         model: the model.
-        scores: one map of edge scores, or several by name.
+        scores: one map of scores of edges or of nodes, or several by name; of nodes all of the same sites.
         task: examples to evaluate on: others than those of the scores.
         sizes: edges to choose, before pruning; default MIB's fractions of all edges, ``n = int(p · N)``. No edges at all give the empty
-            circuit and all edges the whole graph.
-        how: ``top_n`` or ``greedy``.
+            circuit and all edges the whole graph. Or numbers of nodes.
+        thresholds: of nodes: levels of importance, in metric units, instead of sizes; default 15 from 1e-4 to 1 (logspace).
+        how: ``top_n`` or ``greedy`` (of edges).
         by: ``abs`` or ``signed`` importance.
-        ablation: what the other edges carry, one of :data:`patchlab.circuits.ABLATIONS`.
+        ablation: what the rest carries; see :func:`patchlab.circuits.evaluate`, also for its default.
         train: examples for means and fitted constants, as for :func:`patchlab.circuits.evaluation.evaluate`.
         fit: the budget of optimal ablation.
         post_norm: what a head's edges carry where a norm follows the attention; see :class:`patchlab.ActivationPatching`.
+        sites: of maps of nodes: which of their sites; None for all that were scored.
+        errors: of maps of features: what becomes of errors; see :func:`patchlab.circuits.evaluate`.
+        start_layer: of maps of nodes: earlier layers are free.
         random: draws of random circuits of the same sizes, pruned in the same way; 0 for none.
         level: what counts as faithful in ``smallest`` of the areas.
         allow_overlap: accept examples that the scores were computed on.
@@ -212,11 +239,33 @@ def faithfulness_curve(
         raise CircuitError(unknown("way to choose edges", how, HOW))
     if not maps or (random and RANDOM in maps) or random < 0:
         raise CircuitError(f"give at least one map of scores, none of them named {RANDOM!r}, and random >= 0; got {list(maps)}, random={random}.")
+    selection = {name: check_disjoint(one.provenance, task, f"the map {name!r}", allow_overlap=allow_overlap) for name, one in maps.items()}
+    about = {"how": how, "by": by, "random_draws": random, "level": float(level), "n_boot": n_boot, "seed": seed, "selection": selection}
+    shared: dict[str, Any] = {"train": train, "batch_size": batch_size, "max_memory": max_memory}
+    if any(of_nodes(one, sites) for one in maps.values()):
+        if how != "top_n" or fit is not None or post_norm != "renormalised":
+            raise CircuitError("how=, fit= and post_norm= are for circuits of edges; got scores of nodes. Leave them out.")
+        nodes = NodeSizes.of(
+            model,
+            maps,
+            task,
+            sizes=sizes,
+            thresholds=thresholds,
+            by=by,
+            sites=sites,
+            errors=errors,
+            start_layer=start_layer,
+            draws=random,
+            seed=seed,
+        )
+        about |= nodes.ready.about | ({"how": "thresholds"} if nodes.levels is not None else {})
+        runner = NodeRunner.of(model, task, nodes.ready.universe, ablation or "mean_positional", always=nodes.ready.always, **shared)
+        return _curve_of_nodes(runner, nodes, about, progress)
+    if thresholds is not None or errors != "nodes" or start_layer is not None:
+        raise CircuitError("thresholds=, errors= and start_layer= are for circuits of nodes; got scores of edges. Leave them out.")
     sizing = {name: _sizes(name, one, sizes) for name, one in maps.items()}
     circuits: dict[str, tuple[Circuit, ...]] = {}
-    selection = {}
     for name, one in maps.items():
-        selection[name] = check_disjoint(one.provenance, task, f"the map {name!r}", allow_overlap=allow_overlap)
         circuits[name] = tuple(checked(_chosen(one, n, total, how, by), model, task, f"{name!r}") for n, _, total in sizing[name])
     graph = model.arch.graph
     plan = [
@@ -225,31 +274,38 @@ def faithfulness_curve(
     ]
     draws = [[_random(graph, n, total, seed + draw, how) for n, _, total in plan] for draw in range(random)]
     runs = [Circuit.empty(graph), *(c for some in circuits.values() for c in some), *(c for some in draws for c in some)]
-    runner = Runner.of(
-        model,
-        task,
-        ablation,
-        train=train,
-        fit=fit,
-        post_norm=post_norm,
-        allow_overlap=allow_overlap,
-        batch_size=batch_size,
-        max_memory=max_memory,
-    )
+    options = {"fit": fit, "post_norm": post_norm, "allow_overlap": allow_overlap, **shared}
+    runner = Runner.of(model, task, ablation or "resample", **options)
     measured = runner.metric(runs, progress=progress)
-    found, scale, level = measured.metric, Scale(runner.full(), measured.metric[0], n_boot, seed), float(level)
-    rows, areas, start = [], [], 1
+    found, scale = measured.metric, Scale(runner.full(), measured.metric[0], n_boot, seed)
+    table = _Tables(scale, float(level))
+    start = 1
     for name, some in circuits.items():
-        part = found[None, start : start + len(some)]
+        table.add(name, sizing[name], np.array([[c.n_edges for c in some]]), found[None, start : start + len(some)])
         start += len(some)
-        _add(rows, areas, name, sizing[name], np.array([[c.n_edges for c in some]]), part, scale, level)
     if random:
-        part = found[start:].reshape(random, len(plan), -1)
-        _add(rows, areas, RANDOM, plan, np.array([[c.n_edges for c in some] for some in draws]), part, scale, level)
+        table.add(RANDOM, plan, np.array([[c.n_edges for c in some] for some in draws]), found[start:].reshape(random, len(plan), -1))
     named = [f"{name} {n}" for name in circuits for n, _, _ in sizing[name]]
-    about = {**runner.provenance(), **measured.record(["no edges", *named])}
-    choice = {"how": how, "by": by, "random_draws": random, "level": level, "n_boot": n_boot, "seed": seed, "selection": selection}
-    return FaithfulnessCurve(pd.DataFrame(rows), pd.DataFrame(areas), circuits, plain({**about, **choice}))
+    record = {**runner.provenance(), **measured.record(["no edges", *named]), **about}
+    return FaithfulnessCurve(pd.DataFrame(table.rows), pd.DataFrame(table.areas), circuits, plain(record))
+
+
+def _curve_of_nodes(runner: NodeRunner, nodes: NodeSizes, about: dict[str, Any], progress: bool) -> FaithfulnessCurve:
+    """Measure circuits of nodes and their complements."""
+    total = nodes.ready.empty.size
+    chosen = [circuit for some in (*nodes.circuits.values(), *nodes.random) for circuit in some]
+    found = runner.metric([nodes.ready.empty, *chosen, *(~circuit for circuit in chosen)], progress=progress).metric
+    table = _Tables(Scale(runner.full(), found[0], about["n_boot"], about["seed"]), about["level"], "nodes")
+    own, complements, start = found[1 : 1 + len(chosen)], found[1 + len(chosen) :], 0
+    for name, some in {**nodes.circuits, **({RANDOM: tuple(c for draw in nodes.random for c in draw)} if nodes.random else {})}.items():
+        part, start = slice(start, start + len(some)), start + len(some)
+        draws = len(nodes.random) if name == RANDOM else 1
+        counts = np.array([c.n_nodes for c in some]).reshape(draws, -1)
+        levels = None if nodes.levels is None else next(iter(nodes.levels.values()))
+        sizes = [(int(n), n / total, total) for n in counts[0].tolist()]
+        shape = (draws, counts.shape[1], -1)
+        table.add(name, sizes, counts, own[part].reshape(shape), complements[part].reshape(shape), levels)
+    return FaithfulnessCurve(pd.DataFrame(table.rows), pd.DataFrame(table.areas), dict(nodes.circuits), plain({**runner.provenance(), **about}))
 
 
 def check_plan(graph: Graph, methods: Mapping[str, Any], sizes: Sequence[int] | None, *, how: str, by: str, ablation: str) -> None:
@@ -314,40 +370,59 @@ def _random(graph: Graph, n: int, total: int, seed: int, how: str) -> Circuit:
     return random_circuit(graph, n, seed=seed, how=how)
 
 
-def _add(
-    rows: list[dict[str, Any]],
-    areas: list[dict[str, Any]],
-    method: str,
-    sizes: list[Size],
-    n_edges: np.ndarray,
-    metric: Float[np.ndarray, "draw size example"],
-    scale: Scale,
-    level: float,
-) -> None:
-    """The rows and the areas of one method; several draws count as one method, resampled like the examples."""
-    shares = np.array([share for _, share, _ in sizes])
-    value = scale.value(metric).mean(0)
-    resampled = scale.resampled(metric)
-    if len(metric) > 1 and len(resampled):
-        resampled = np.einsum("bd,bds->bs", resampling_weights(len(metric), len(resampled), scale.seed + 1), resampled)
-    else:
-        resampled = resampled.mean(1)
-    low, high = interval(resampled)
-    for i, (n, share, _) in enumerate(sizes):
-        numbers = {"n_requested": n, "fraction": share, "n_edges": float(n_edges[:, i].mean())}
-        measured = {"faithfulness": float(value[i]), "lo": float(low[i]), "hi": float(high[i]), "metric": float(metric[:, i].mean())}
-        rows.append({"method": method, **numbers, **measured})
-    area: dict[str, Any] = {"method": method}
-    for name, of in (("cpr", lambda f: f), ("cmd", lambda f: np.abs(1 - f))):
-        area[name] = float(np.trapezoid(of(value), shares))
-        area[f"{name}_lo"], area[f"{name}_hi"] = map(float, interval(np.trapezoid(of(resampled), shares)))
-    order = np.argsort(-n_edges.mean(0), kind="stable")
-    sizes_down = np.append(np.inf, n_edges.mean(0)[order])
-    area["smallest"] = float(sizes_down[_kept(value[order], level)])
-    reached = sizes_down[_kept(resampled[:, order], level)]
-    low_and_high = np.quantile(reached, TAILS, method="inverted_cdf") if len(reached) else (np.nan, np.nan)  # sizes that were measured
-    area["smallest_lo"], area["smallest_hi"] = map(float, low_and_high)
-    areas.append(area)
+@dataclass
+class _Tables:
+    """The rows and the areas of a curve, as they are filled."""
+
+    scale: Scale
+    level: float
+    unit: str = "edges"
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    areas: list[dict[str, Any]] = field(default_factory=list)
+
+    def add(
+        self,
+        method: str,
+        sizes: list[Size],
+        counts: Int[np.ndarray, "draw size"],
+        metric: Float[np.ndarray, "draw size example"],
+        complements: Float[np.ndarray, "draw size example"] | None = None,
+        levels: Sequence[float] | None = None,
+    ) -> None:
+        """One method; several draws count as one, resampled like the examples."""
+        shares = np.array([share for _, share, _ in sizes])
+        value, resampled = self._measured(metric)
+        low, high = interval(resampled)
+        rest = None if complements is None else self._measured(complements)
+        for i, (n, share, _) in enumerate(sizes):
+            row = {"method": method, "n_requested": n, "fraction": share, f"n_{self.unit}": float(counts[:, i].mean())}
+            if rest is not None:
+                row["threshold"] = np.nan if levels is None else levels[i]
+            row |= {"faithfulness": float(value[i]), "lo": float(low[i]), "hi": float(high[i]), "metric": float(metric[:, i].mean())}
+            if rest is not None:
+                bounds = [float(bound[i]) for bound in interval(rest[1])]
+                row |= {"completeness": float(rest[0][i]), "completeness_lo": bounds[0], "completeness_hi": bounds[1]}
+            self.rows.append(row)
+        area: dict[str, Any] = {"method": method}
+        for name, of in (("cpr", lambda f: f), ("cmd", lambda f: np.abs(1 - f))):
+            area[name] = float(np.trapezoid(of(value), shares))
+            area[f"{name}_lo"], area[f"{name}_hi"] = map(float, interval(np.trapezoid(of(resampled), shares)))
+        order = np.argsort(-counts.mean(0), kind="stable")
+        sizes_down = np.append(np.inf, counts.mean(0)[order])
+        area["smallest"] = float(sizes_down[_kept(value[order], self.level)])
+        reached = sizes_down[_kept(resampled[:, order], self.level)]
+        low_and_high = np.quantile(reached, TAILS, method="inverted_cdf") if len(reached) else (np.nan, np.nan)  # sizes that were measured
+        area["smallest_lo"], area["smallest_hi"] = map(float, low_and_high)
+        self.areas.append(area)
+
+    def _measured(self, metric: Float[np.ndarray, "draw size example"]) -> tuple[Float[np.ndarray, " size"], Float[np.ndarray, "boot size"]]:
+        """Faithfulness, as the mean over draws, and its resamples."""
+        resampled = self.scale.resampled(metric)
+        if len(metric) > 1 and len(resampled):
+            resampled = np.einsum("bd,bds->bs", resampling_weights(len(metric), len(resampled), self.scale.seed + 1), resampled)
+        else:
+            resampled = resampled.mean(1)
+        return self.scale.value(metric).mean(0), resampled
 
 
 def _kept(faithfulness: Float[np.ndarray, "*draw size"], level: float | int) -> Int[np.ndarray, "*draw"]:
