@@ -162,12 +162,26 @@ def candidates(arch: Architecture, sites: str | Iterable[str | Site], axis: Posi
         >>> candidates(model.arch, ["z", "mlp_post"])  # doctest: +SKIP
     """
     found: list[Candidates] = []
-    for site in parse_sites(sites if isinstance(sites, str) else list(sites)):
-        arch.check(Site(site.kind, (), layer=0 if KINDS[site.kind].layered else None))
+    for site in arch.meant(parse_sites(sites if isinstance(sites, str) else list(sites))):
+        accessor = arch.accessors.get(site.kind)
+        layers = accessor.layers(arch.n_layers) if accessor is not None and KINDS[site.kind].layered else (0,)
+        arch.check(Site(site.kind, (), layer=layers[0] if KINDS[site.kind].layered else None))
         if axis is None and "pos" in site.axes:
             raise CircuitError(f"{site} has a node per position; pass the positions of your prompts, task.position_axis().")
+        if accessor is not None and KINDS[site.kind].of:
+            found.append(of_entries(site, arch.n_layers, {layer: accessor.entries(layer) for layer in layers}, 0 if axis is None else len(axis)))
+            continue
         found.append(Candidates(site, tuple(len(axis) if name in POSITION_AXES and axis is not None else arch.size(name) for name in site.axes)))
     return tuple(found)
+
+
+def of_entries(site: Site, n_layers: int, entries: Mapping[int, int | None], n_positions: int) -> Candidates:
+    """The nodes of a site that some layers have, with so many units (features) each."""
+    unit = KINDS[site.kind].unit
+    every = tuple(entries.get(layer) or 0 for layer in range(n_layers))
+    sizes = {"layer": n_layers, "pos": n_positions}
+    units = every if unit is not None and unit in site.axes else None
+    return Candidates(site, tuple(sizes[axis] if axis in sizes else max(every) for axis in site.axes), tuple(sorted(entries)), units)
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,7 +7,7 @@ from typing import Any, TypeGuard
 import numpy as np
 from jaxtyping import Float, Int
 
-from patchlab.circuits.nodes import Candidates, NodeCircuit
+from patchlab.circuits.nodes import Candidates, NodeCircuit, of_entries
 from patchlab.errors import CircuitError, unknown
 from patchlab.scores import ScoreMap
 from patchlab.sites import KINDS, Site
@@ -164,11 +164,8 @@ def _candidates(scores: ScoreMap, name: str) -> Candidates:
     about = scores.provenance.get("added_entries", {}).get(site.kind)
     if about is None:
         raise CircuitError(f"the map holds some nodes of {name} and does not say how many there are; score them again with this version of patchlab.")
-    units = {int(layer): int(n) for layer, n in about["entries"].items()}
-    every = tuple(units.get(layer, 0) for layer in range(about["n_layers"]))
-    sizes = {"layer": about["n_layers"], "pos": scores.data.sizes.get("pos", 0)}
-    shape = tuple(sizes.get(axis, max(every)) for axis in site.axes)
-    return Candidates(site, shape, tuple(sorted(units)), every if KINDS[site.kind].unit in site.axes else None)
+    layers = {int(layer): n for layer, n in about["entries"].items()}
+    return of_entries(site, about["n_layers"], layers, scores.data.sizes.get("pos", 0))
 
 
 def _positions(scores: ScoreMap, universe: tuple[Candidates, ...]) -> dict[str, Any]:

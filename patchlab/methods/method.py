@@ -370,7 +370,9 @@ def _added(setting: Setting) -> dict[str, Any]:
     """What tells the site kinds that are not part of the model itself."""
     accessors = setting.model.arch.accessors
     found = {site.kind: accessors[site.kind].identity for site in setting.sites if site.kind in accessors and site.kind not in HOSTS}
-    return {"added_sites": found} if found else {}
+    entries = {kind: {str(layer): accessors[kind].entries(layer) for layer in accessors[kind].layers(setting.model.arch.n_layers)} for kind in found}
+    sizes = {kind: {"n_layers": setting.model.arch.n_layers, "entries": own} for kind, own in entries.items()}
+    return {"added_sites": found, "added_entries": sizes} if found else {}
 
 
 def _plain(value: Any) -> Any:

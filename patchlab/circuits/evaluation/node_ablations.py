@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -117,15 +118,21 @@ class CorruptedRun:
     def __init__(self, model: Model, batch: Batch, universe: Iterable[Candidates]) -> None:
         self.accessors, needed = model.arch.accessors, dict[str, None]()
         for one, layer in targets_of(universe):
-            accessor = self.accessors[one.site.kind]
-            needed |= dict.fromkeys(name for name in (accessor.host(layer), accessor.companion(layer)) if name is not None)
+            accessor = self.accessors[one.site.kind].at(layer)
+            needed |= dict.fromkeys((accessor.host(layer), *_names(accessor.companion(layer))))
         self.hooks = run(model, Program(batch.corrupted, batch.examples, positions=batch.positions, hooks=tuple(needed))).hooks
 
     def read(self, kind: str, layer: int | None) -> Float[Tensor, "row *site"]:
         """The value of a site on the corrupted prompts."""
-        accessor = self.accessors[kind]
-        companion = accessor.companion(layer)
-        return accessor.read(self.hooks[accessor.host(layer)], None if companion is None else self.hooks[companion])
+        accessor = self.accessors[kind].at(layer)
+        beside = tuple(self.hooks[name] for name in _names(accessor.companion(layer)))
+        several: Any = beside if len(beside) > 1 else beside[0] if beside else None
+        return accessor.read(self.hooks[accessor.host(layer)], several)
+
+
+def _names(companion: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The hooks that an accessor reads beside its host."""
+    return (companion,) if isinstance(companion, str) else companion or ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,7 +167,7 @@ class Outside:
         axes = [axis for axis in one.site.axes if axis != "layer"]
         masks = torch.as_tensor(np.stack([circuit.mask(one.name, self.layer) for circuit in self.circuits]), device=own.device)
         masks = masks if "pos" in axes else masks[:, None]
-        masks = masks if masks.ndim == 3 else masks[:, :, None]
+        masks = masks[..., : own.shape[2]] if masks.ndim == 3 else masks[:, :, None]
         places = self.places if "pos" in axes else None
         masks = masks[:, None].expand(-1, rows, -1, -1) if places is None else _at_tokens(masks, places, own.shape[1])
         return masks.flatten(0, 1).reshape(own.shape[0], *masks.shape[2:], *[1] * (own.ndim - 3))

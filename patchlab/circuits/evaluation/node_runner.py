@@ -8,9 +8,10 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
+from patchlab.adapters import Architecture
 from patchlab.circuits.evaluation.node_ablations import NODE_ABLATIONS, CorruptedRun, NodeAblation, Outside, check_places, node_ablation, targets_of
 from patchlab.circuits.evaluation.runner import Measured, clean_metric, clean_program, record_of
-from patchlab.circuits.nodes import Candidates, NodeCircuit
+from patchlab.circuits.nodes import Candidates, NodeCircuit, candidates
 from patchlab.engine import Program, run
 from patchlab.engine.masked import pass_bytes, slices
 from patchlab.engine.memory import block_numbers, itemsize
@@ -86,7 +87,9 @@ class NodeRunner:
     def rows(self) -> int:
         """Circuits × examples in one forward pass."""
         length = max(len(pair) for pair in self.task.pairs)
-        widest = max(self.model.arch.numbers(one.site.kind, length) for one in (*self.universe, *self.always))
+        arch = self.model.arch
+        every = (*self.universe, *self.always)
+        widest = max(max(one.shape[-1], arch.d_model) if KINDS[one.site.kind].of else arch.numbers(one.site.kind, length) for one in every)
         return max(1, int(self.budget // (length * (block_numbers(self.model, length) + 4 * widest) * itemsize(self.model))))
 
     def metric(self, circuits: Sequence[NodeCircuit], *, progress: bool = False) -> Measured:
@@ -134,9 +137,10 @@ class NodeRunner:
     def _edits(self, circuits: Sequence[NodeCircuit], batch: Batch, donor: CorruptedRun | None) -> tuple[Edit, ...]:
         """One edit per site and layer where a circuit leaves something out.
 
-        At one hook the features and the error of a dictionary are set together, and what moves its host by a change comes after what sets it.
+        At one hook the features and the error of a dictionary are set together. The stream between attention and MLP is written at the output of
+        the attention, after what is set there.
         """
-        axis, accessors = self.task.position_axis(), self.model.arch.accessors
+        axis = self.task.position_axis()
         places = None if axis.names is None else torch.as_tensor(axis.index[batch.examples.cpu().numpy()], device=batch.clean.device)
         nothing = [NodeCircuit.empty(self.always)] * len(circuits) if self.always else []
         found: list[tuple[bool, Edit]] = []
@@ -147,7 +151,7 @@ class NodeRunner:
                 source = Outside(one, layer, held, self.way, donor, places)
                 part = dictionary_of(one.site.kind)
                 edit = Edit(Site(one.site.kind, (), layer=layer), source, joint="" if part is None else part[1])
-                found.append((accessors[one.site.kind].companion(layer) is not None, edit))
+                found.append((one.site.kind.endswith("resid_mid"), edit))
         return tuple(edit for _, edit in sorted(found, key=lambda pair: pair[0]))
 
 
@@ -187,7 +191,7 @@ def prepared(circuits: Mapping[str, NodeCircuit], model: Model, task: Task, *, e
     for name, one in circuits.items():
         one = checked_nodes(one, model, task, f"circuit {name!r}")
         one = one if start_layer is None else one.from_layer(start_layer)
-        made[name], always = _with_errors(one, errors, f"circuit {name!r}")
+        made[name], always = _with_errors(one, model.arch, errors, start_layer or 0, task, f"circuit {name!r}")
     (first, reference), *others = made.items()
     for name, one in others:
         if one.universe != reference.universe or one.positions != reference.positions:
@@ -214,7 +218,9 @@ def dictionary_of(kind: str) -> tuple[str, str] | None:
     return (part, point) if point and part in ("features", "error") else None
 
 
-def _with_errors(circuit: NodeCircuit, errors: str, what: str) -> tuple[NodeCircuit, tuple[Candidates, ...]]:
+def _with_errors(
+    circuit: NodeCircuit, arch: Architecture, errors: str, start: int, task: Task, what: str
+) -> tuple[NodeCircuit, tuple[Candidates, ...]]:
     """The circuit with only those errors as candidates that are nodes, and those that are always ablated."""
     parts = [(dictionary_of(one.site.kind), one) for one in circuit.universe]
     points = {part[1]: one for part, one in parts if part is not None and part[0] == "features"}
@@ -231,9 +237,9 @@ def _with_errors(circuit: NodeCircuit, errors: str, what: str) -> tuple[NodeCirc
     always: list[Candidates] = []
     for point, one in points.items() if errors in ("ablated", "residual") else ():
         if point not in as_nodes:
-            axes = [i for i, axis in enumerate(one.site.axes) if axis in ("layer", "pos")]
-            site = Site(f"error.{point}", tuple(one.site.axes[i] for i in axes))
-            always.append(Candidates(site, tuple(one.shape[i] for i in axes), one.layers))
+            site = Site(f"error.{point}", tuple(axis for axis in one.site.axes if axis in ("layer", "pos")))
+            (errors_of,) = candidates(arch, [site], task.position_axis())
+            always.append(replace(errors_of, layers=tuple(layer for layer in errors_of.layers if layer >= start)))
     return circuit.only(*kept), tuple(always)
 
 
@@ -248,18 +254,18 @@ def checked_nodes(circuit: NodeCircuit, model: Model, task: Task, what: str = "t
     for one in circuit.universe:
         kind = one.site.kind
         arch.check(Site(kind, (), layer=max(one.layers, default=None)))
-        sizes = tuple(len(axis) if name == "pos" else arch.size(name) for name in one.site.axes)
-        if sizes != one.shape and one.n_positions in (None, len(axis)):
-            raise CircuitError(
-                f"{what} chooses from {one}, and {model.name} has {', '.join(f'{a} {n}' for a, n in zip(one.site.axes, sizes, strict=True))}; "
-                f"circuits go with models of their own shape only."
-            )
         found = circuit.provenance.get("added_sites", {}).get(kind)
         if found is not None and found != arch.accessors[kind].identity:
             raise CircuitError(
                 f"{what} holds nodes of {kind} as {found}, and {model.name} has {arch.accessors[kind].identity} there; give the model the "
-                f"dictionary that they were scored with."
+                f"dictionaries that they were scored with."
             )
+        (own,) = candidates(arch, [one.site], axis)
+        fits = own.shape == one.shape and own.units == one.units and set(one.layers) <= set(own.layers)
+        if not fits and one.n_positions in (None, len(axis)):
+            raise CircuitError(f"{what} chooses from {one}, and {model.name} has {own}; circuits go with models of their own shape only.")
+        if (part := dictionary_of(kind)) is not None and any(other.site.kind == part[1] for other in circuit.universe):
+            raise CircuitError(f"{what} chooses from {one} and from {part[1]} itself, which that is a part of; take one of them (only(...)).")
     if circuit.n_positions is not None:
         names = tuple(role or str(place) for place, role in enumerate(axis.roles or [""] * len(axis)))
         if circuit.n_positions != len(axis) or (circuit.positions or names) != names:
