@@ -2,9 +2,11 @@
 
 from patchlab.features.activations import AbsTopK, Activation, Codes, JumpRelu, Relu, SignedTopK, TopK, gated
 from patchlab.features.attribution import AttributionGraph, attribution_graph
+from patchlab.features.contexts import Context, Examples, FeatureExamples
 from patchlab.features.dictionary import KINDS, Dictionary, codebook, folded
 from patchlab.features.load import load_dictionaries, load_dictionary
 from patchlab.features.normalisation import ConstantNorm, LayerNorm, Normalisation, Unchanged
+from patchlab.features.search import examples
 
 __all__ = [
     "KINDS",
@@ -13,7 +15,10 @@ __all__ = [
     "AttributionGraph",
     "Codes",
     "ConstantNorm",
+    "Context",
     "Dictionary",
+    "Examples",
+    "FeatureExamples",
     "JumpRelu",
     "LayerNorm",
     "Normalisation",
@@ -23,6 +28,7 @@ __all__ = [
     "Unchanged",
     "attribution_graph",
     "codebook",
+    "examples",
     "folded",
     "gated",
     "load_dictionaries",

@@ -12,6 +12,10 @@ from patchlab.features.formats import FORMATS, Format, Said
 from patchlab.features.hub import HubName, hub_dictionaries
 from patchlab.models import Model
 
+_DEMO = Path(__file__).parent / "demo"
+DEMO_DICTIONARIES: dict[str, Path] = {path.name: path for path in sorted(_DEMO.glob("*/")) if (path / "card.json").is_file()}
+"""The folders of the packaged dictionaries, by the model that they belong to."""
+
 
 def load_dictionary(
     path: str | Path,
@@ -112,6 +116,8 @@ def _listed(places: Sequence[str]) -> str:
 
 
 def _folder(path: str | Path, single: bool) -> Path:
+    if str(path) in DEMO_DICTIONARIES:
+        return DEMO_DICTIONARIES[str(path)]
     folder = Path(path).expanduser()
     if folder.is_dir():
         return folder
