@@ -12,7 +12,7 @@ Edits are values: nothing happens until a run carries them (``model.run(tokens, 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -22,7 +22,8 @@ from patchlab.errors import InterventionError
 from patchlab.sites import KINDS, Position, Site, address
 from patchlab.sources import Source, as_source, fitted
 
-Operation = Literal["replace", "add", "scale"]
+Operation = Literal["replace", "add", "scale", "at_least", "at_most"]
+OPERATIONS = get_args(Operation)
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Edit:
     Args:
         site: an address such as ``"L9.H6.z@END"`` or ``"L3.resid_pre"`` (all positions).
         source: a run with kept activations, ``pl.sources.zero()``, ``pl.sources.noise(...)``, ``pl.sources.mean_of(...)``, a tensor or a number.
-        op: ``replace`` the value, ``add`` to it, or ``scale`` it.
+        op: ``replace`` the value, ``add`` to it, ``scale`` it, or clamp it: raise it to ``at_least`` the source's, lower it to ``at_most`` that.
         rows: which rows of the run it applies to (boolean, one per row); None means all.
         joint: a name that edits of parts of one sum share (the features of a dictionary and its error). Where they follow each other at a hook,
             each reads what the first of them read, and their changes are added up: none acts on what another one has changed.
@@ -45,8 +46,8 @@ class Edit:
     joint: str = ""
 
     def __post_init__(self) -> None:
-        if self.op not in ("replace", "add", "scale"):
-            raise InterventionError(f"an edit's op is 'replace', 'add' or 'scale'; got {self.op!r}.")
+        if self.op not in OPERATIONS:
+            raise InterventionError(f"an edit's op is one of {', '.join(map(repr, OPERATIONS))}; got {self.op!r}.")
         _ = self.address, self.values_from
 
     @cached_property
@@ -73,6 +74,10 @@ class Edit:
             values = own + values
         elif self.op == "scale":
             values = own * values
+        elif self.op == "at_least":
+            values = torch.maximum(own, values)
+        elif self.op == "at_most":
+            values = torch.minimum(own, values)
         mask = self._mask(own, positions)
         return values.clone() if mask is None else torch.where(mask, values, own)
 

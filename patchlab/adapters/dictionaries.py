@@ -9,7 +9,7 @@ its value is ``encode(x) · scale(x)``, so that rows are constants.
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
 
@@ -147,6 +147,12 @@ class Attached:
         features: Tensor = self.dictionary.encode(shaped)
         return features * self.dictionary.scale(shaped) if self.dictionary.normalise.per_row else features
 
+    def held(self, x: Float[Tensor, "*rows d_in"]) -> "Attached":
+        """The same with the scale of every row a constant, that of these inputs."""
+        if not self.dictionary.normalise.per_row:
+            return self
+        return replace(self, dictionary=replace(self.dictionary, normalise=self.dictionary.normalise.held(x)))
+
     def rows(self, step: int = 0) -> Float[Tensor, "feature d_out"]:
         """The decoder, of the layer so many steps after its own."""
         w_dec: Tensor = self.dictionary.w_dec
@@ -200,11 +206,12 @@ class Point:
         """The layers that are written to."""
         return tuple(sorted({start + step for start, one in self.of.items() for step in range(one.span)}))
 
-    def reconstruct(self, layer: int, inputs: Mapping[int, Float[Tensor, "*rows d_in"]]) -> Float[Tensor, "*rows d_out"]:
-        """What all dictionaries give a layer, from what each reads."""
-        found: list[Tensor] = [one.values(inputs[one.layer]) @ one.rows(layer - one.layer) for one in self.into(layer)]
-        if layer in self.of:
-            found.append(self.of[layer].rest(inputs[layer]))
+    def reconstruct(self, layer: int, inputs: Mapping[int, Float[Tensor, "*rows d_in"]], *, held: bool = False) -> Float[Tensor, "*rows d_out"]:
+        """What all dictionaries give a layer, from what each reads; with the scales of normalised rows ``held``, they are constants."""
+        into = {one.layer: one.held(inputs[one.layer]) if held else one for one in self.into(layer)}
+        found: list[Tensor] = [one.values(inputs[start]) @ one.rows(layer - start) for start, one in into.items()]
+        if layer in into:
+            found.append(into[layer].rest(inputs[layer]))
         return torch.stack(found).sum(0) if len(found) > 1 else found[0]
 
 

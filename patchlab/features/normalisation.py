@@ -1,7 +1,7 @@
 """Normalisations: what a dictionary does to its input first, and undoes on its output."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from jaxtyping import Float
 from torch import Tensor
@@ -31,6 +31,10 @@ class Normalisation(ABC):
     def scale(self, x: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows 1"]:
         """What a feature's part of the output is multiplied by."""
 
+    def held(self, x: Float[Tensor, "*rows d"]) -> "Normalisation":
+        """The same with the scale of every row a constant, that of these inputs: what a rule for norms does to it."""
+        return self
+
 
 @dataclass(frozen=True)
 class Unchanged(Normalisation):
@@ -58,6 +62,8 @@ class LayerNorm(Normalisation):
     The two factors differ by ε, as in SAELens (``layer_norm``), whose files these are.
     """
 
+    fixed: Tensor | None = None
+
     def enter(self, x: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows d"]:
         return (x - x.mean(-1, keepdim=True)) / (self.scale(x) + EPSILON)
 
@@ -65,12 +71,17 @@ class LayerNorm(Normalisation):
         return y * self.scale(x) + x.mean(-1, keepdim=True)
 
     def scale(self, x: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows 1"]:
-        return x.std(-1, keepdim=True)
+        return x.std(-1, keepdim=True) if self.fixed is None else self.fixed
+
+    def held(self, x: Float[Tensor, "*rows d"]) -> "Normalisation":
+        return replace(self, fixed=self.scale(x).detach())
 
 
 @dataclass(frozen=True)
 class ConstantNorm(Normalisation):
     """Every row is scaled to the norm √d, and back (``constant_norm_rescale`` of SAELens)."""
+
+    fixed: Tensor | None = None
 
     def enter(self, x: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows d"]:
         return x / self.scale(x)
@@ -79,4 +90,7 @@ class ConstantNorm(Normalisation):
         return y * self.scale(x)
 
     def scale(self, x: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows 1"]:
-        return x.norm(dim=-1, keepdim=True) / x.shape[-1] ** 0.5
+        return x.norm(dim=-1, keepdim=True) / x.shape[-1] ** 0.5 if self.fixed is None else self.fixed
+
+    def held(self, x: Float[Tensor, "*rows d"]) -> "Normalisation":
+        return replace(self, fixed=self.scale(x).detach())

@@ -1,10 +1,11 @@
-"""AtP*'s corrections of linearised patching: QK-fix for queries and keys, GradDrop for effects that cancel.
+"""Corrections of linearised patching: AtP*'s QK-fix for queries and keys and GradDrop for effects that cancel; gradients through dictionaries.
 
 Source: Kramár et al. 2024 (arXiv 2403.00745). Both work under any rules and along any path over inputs.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -13,7 +14,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from patchlab.adapters import Place
+from patchlab.adapters.dictionaries import FeatureSite, Point
 from patchlab.engine import Target
+from patchlab.errors import MethodError
 from patchlab.interventions import Edit
 from patchlab.methods.setting.meter import Meter
 from patchlab.methods.setting.rounding import product_variance
@@ -21,32 +24,74 @@ from patchlab.methods.setting.setting import Setting
 from patchlab.methods.setting.unpatched import Runs, program, reduced, required
 from patchlab.rules import Composite, scale_gradient
 from patchlab.rules.attachments import Attachment, Recorded
+from patchlab.rules.rule import graft
 from patchlab.sites import KINDS, Site, address
 
 
 @dataclass(frozen=True)
-class Dropped(Composite):
-    """A composite with, in addition, no gradient through what one layer adds to the residual stream."""
+class Extended(Composite):
+    """A composite with more attachments than its rules: stops at what one layer adds to the stream, dictionaries that gradients go through."""
 
-    stops: tuple[str, ...] = ()
+    more: tuple[Attachment, ...] = ()
 
     @property
     def plain(self) -> bool:
         return False
 
     def attach(self, places: tuple[Place, ...]) -> tuple[Attachment, ...]:
-        return (*super().attach(places), *(Attachment(hook, (), _stop) for hook in self.stops))
+        return (*super().attach(places), *self.more)
+
+
+def extended(composite: Composite, more: tuple[Attachment, ...]) -> Extended:
+    """The composite with more attachments."""
+    own = composite.more if isinstance(composite, Extended) else ()
+    return Extended(**{field.name: getattr(composite, field.name) for field in fields(Composite)}, more=(*own, *more))
 
 
 def _stop(value: Tensor, recorded: Recorded) -> Tensor:
     return scale_gradient(value, 0.0)
 
 
-def dropping(composite: Composite, setting: Setting, layer: int) -> Dropped:
+def dropping(composite: Composite, setting: Setting, layer: int) -> Extended:
     """The composite with the gradient through one layer's attention and MLP outputs stopped."""
     arch = setting.model.arch
     stops = tuple(arch.accessors[kind].host(layer) for kind in ("attn_out", "mlp_out") if kind not in arch.absent)
-    return Dropped(**{field.name: getattr(composite, field.name) for field in fields(Composite)}, stops=stops)
+    return extended(composite, tuple(Attachment(hook, (), _stop) for hook in stops))
+
+
+def splicing(composite: Composite, setting: Setting) -> Extended:
+    """The composite with gradients to earlier layers going through the model's dictionaries alone, wherever it has one.
+
+    The forward pass stays as it is. What a dictionary reconstructs has the dictionary's own gradient, mask and all, and what it leaves out is a
+    constant; a transcoder's gradient takes the place of the MLP's. Where the dictionary normalises each row, a composite with a rule for norms holds
+    the scale; activations need no rule, since f(z)/z of a mask is its slope.
+    """
+    arch, held = setting.model.arch, composite.norm is not None
+    points = [accessor.point for accessor in arch.accessors.values() if isinstance(accessor, FeatureSite)]
+    if not points:
+        raise MethodError(f"+spliced sends gradients through dictionaries, and {setting.model.name} has none; model.add_dictionaries(...) adds some.")
+    found: list[Attachment] = []
+    for point in points:
+        for layer in point.written:
+            accessor = arch.accessors[f"error.{point.name}"].at(layer)
+            names = accessor.companion(layer)
+            reads = () if names is None else (names,) if isinstance(names, str) else names
+            found.append(Attachment(accessor.host(layer), reads, partial(_spliced, point, layer, held, reads)))
+    return extended(composite, tuple(found))
+
+
+def _spliced(point: Point, layer: int, held: bool, reads: tuple[str, ...], value: Tensor, recorded: Recorded) -> Tensor:
+    """The value with the gradient of its reconstruction."""
+    into = point.into(layer)
+    stream = into[0].reads is None and bool(reads)  # the point is its host and another stream together
+    if into[0].reads is None:
+        whole = into[0].base.read(value, recorded[reads[0]] if stream else None)
+        inputs = {layer: into[0].flat(whole)}
+    else:
+        read = dict.fromkeys(name for name in reads)
+        inputs = {one.layer: one.flat(recorded[name]) for one, name in zip(into, read, strict=True)}
+    found = point.reconstruct(layer, inputs, held=held).to(value.dtype).reshape(value.shape)
+    return graft(value, found - recorded[reads[0]] if stream else found)
 
 
 def drop_term(scores: Float[np.ndarray, "batch *cells"], kind: str, layer: int, n_layers: int) -> Float[np.ndarray, "batch *cells"]:

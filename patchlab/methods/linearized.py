@@ -19,7 +19,7 @@ from patchlab.errors import MethodError
 from patchlab.interventions import Edit
 from patchlab.methods.cells.kind import CellKind, Linearly, Path, parts
 from patchlab.methods.cells.nodes import INPUT
-from patchlab.methods.corrections import dropping
+from patchlab.methods.corrections import dropping, splicing
 from patchlab.methods.method import Method
 from patchlab.methods.quadrature import n_points, points_and_weights
 from patchlab.methods.registry import register_method
@@ -49,6 +49,8 @@ class LinearizedPatching(Method):
         qk_fix: for q and k, the softmax is recomputed with the patched queries or keys, and what it changes in the pattern is
             multiplied by the coefficient of the pattern. Rules of the softmax itself (AH, temperature) then do not act on q and k.
         grad_drop: mean of the absolute scores with one layer's backward contribution dropped at a time: unsigned.
+        spliced: gradients reach earlier layers through the model's dictionaries alone, wherever it has one, and what these leave out is a
+            constant; without it they pass as if nothing were spliced in.
     """
 
     rules: str | Composite = "gradient"
@@ -57,6 +59,7 @@ class LinearizedPatching(Method):
     quadrature: str = "midpoint"
     qk_fix: bool = field(default=False, metadata={"plus": "qk"})
     grad_drop: bool = field(default=False, metadata={"plus": "drop"})
+    spliced: bool = field(default=False, metadata={"plus": "spliced"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -87,6 +90,8 @@ class LinearizedPatching(Method):
                 f"Use direction='denoising', integrated gradients, or another metric."
             )
         setting.model.check_rules(self.composite)
+        if self.spliced:
+            splicing(self.composite, setting)
         for kind, part in parts(setting):
             kind.check_linear(part, self.how)
 
@@ -203,6 +208,8 @@ class LinearizedPatching(Method):
             notes.append("GradDrop: mean of absolute scores, one layer's backward contribution dropped at a time; the scores are unsigned")
         linear = [kind.linear_record(part, self.how) for kind, part in parts(setting)]
         notes += [note for one in linear for note in one.get("notes", ())]
+        if self.spliced:
+            notes.append("gradients reach earlier layers through the model's dictionaries alone; what these leave out is a constant")
         gaps = setting.model.uncovered(self.composite)
         if gaps:
             record["uncovered"] = {gap.module: gap.problem for gap in gaps}
@@ -212,9 +219,10 @@ class LinearizedPatching(Method):
         return {**record, "notes": notes, "unsigned": self.grad_drop}
 
     def _rules(self, setting: Setting, drop: int | None) -> Composite | None:
+        rules = splicing(self.composite, setting) if self.spliced else self.composite
         if drop is not None:
-            return dropping(self.composite, setting, drop)
-        return None if self.composite.plain else self.composite
+            return dropping(rules, setting, drop)
+        return None if rules.plain else rules
 
 
 def _named(form: str, what: str, **options: Any) -> None:

@@ -23,6 +23,7 @@ class _Listing(Mapping[str, str]):
             "PRESET+ig:N": "integrated relevance: a rule preset (or lrp[...]) at N points, e.g. relp+ig:5, gim+ig-left:5",
             "METHOD+qk": "QK-fix on top of a gradient or relevance method, e.g. atp+qk, relp+qk, ig:5+qk",
             "METHOD+drop": "GradDrop on top of a gradient or relevance method, e.g. atp+drop, relp+qk+drop",
+            "METHOD+spliced": "gradients reach earlier layers through the model's dictionaries alone, e.g. atp+spliced, relp+spliced",
             "METHOD@SOURCE": "what is patched in, if not the other prompt: zero, mean or mean_positional, e.g. exact@mean, relp+ig:5+qk@zero",
             "METHOD[OPTION=VALUE,...]": "other options by name, e.g. exact[engine=literal], second-order:4[seed=1], verified[relp,k=10]",
         }

@@ -54,7 +54,7 @@ def check_method(
     Example:
         >>> check_method(pl.AttributionPatching(), model, task)  # doctest: +SKIP
     """
-    parsed = parse_sites(sites if isinstance(sites, str) else list(sites))
+    parsed = model.arch.meant(parse_sites(sites if isinstance(sites, str) else list(sites)))
     names = [str(site) for site in parsed]
     before = _State.of(model, task)
     order = list(range(len(task)))
@@ -177,9 +177,12 @@ def _check_map(method: Method, model: Model, task: Task, sites: tuple[Site, ...]
     for site in sites:
         name = str(site)
         array, live = scores.data[name], scores.live[name].to_numpy()
-        _require(array.dims == ("example", *site.axes), f"{name} has the dims {array.dims}")
         values = array.to_numpy()
-        _require(values.shape == (len(task), *cells_of(site).shape(model.arch, site, axis)), f"{name} has the shape {values.shape}")
+        if scores.is_sparse(name):
+            _check_cells(scores, name, cells_of(site).shape(model.arch, site, axis))
+        else:
+            _require(array.dims == ("example", *site.axes), f"{name} has the dims {array.dims}")
+            _require(values.shape == (len(task), *cells_of(site).shape(model.arch, site, axis)), f"{name} has the shape {values.shape}")
         _require(not values.flags.writeable, f"the scores of {name} can be written to")
         if name in scores.provenance["not_scored"]:
             _require(bool(np.isnan(values).all()), f"{name} is not scored but has values")
@@ -217,6 +220,15 @@ def _check_map(method: Method, model: Model, task: Task, sites: tuple[Site, ...]
         _require(bool(np.allclose(got, true, rtol=1e-4, atol=1e-4)), f"metric_{side} is {got}; run by run it is {true}")
 
 
+def _check_cells(scores: ScoreMap, name: str, shape: tuple[int, ...]) -> None:
+    """The cells of a site of which only the runs show the cells: each once, in order, within its axes."""
+    cells = scores.cells(name)
+    _require(bool(len(cells)), f"{name} has no cells")
+    _require(bool(((cells >= 0) & (cells < np.array(shape))).all()), f"{name} has cells outside of its axes, {shape}")
+    _require(np.array_equal(cells, np.unique(cells, axis=0)), f"{name} has cells twice or out of order")
+    _require(scores.data[name].dims == ("example", f"{name}.cell"), f"{name} has the dims {scores.data[name].dims}")
+
+
 def _unpatched(model: Model, task: Task, side: str) -> Float[np.ndarray, " example"]:
     """The metric of each prompt, one by one."""
     values = []
@@ -239,6 +251,9 @@ def _same(first: ScoreMap, second: ScoreMap, order: list[int], rtol: float, mess
             if before is not None and after is not None:
                 noise, again = before[site].to_numpy()[order], after[site].to_numpy()
                 _require(np.allclose(noise, again, rtol=1e-2, atol=1e-6 * largest, equal_nan=True), f"{message}: the noise or error of {site}")
+        _require(
+            first.is_sparse(site) == second.is_sparse(site) and np.array_equal(first.cells(site), second.cells(site)), f"{message}: cells of {site}"
+        )
         _require(np.array_equal(np.isnan(one), np.isnan(other)) and apart <= rtol * largest, f"{message}: {site} by {apart:.3g} of {largest:.3g}")
 
 
