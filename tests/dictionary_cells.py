@@ -126,10 +126,7 @@ class Literal:
                 continue
             x = self.shaped(start, self.input(seen, start))
             whole = dictionary.reconstruct(x)
-            if dictionary.kind == "cross_layer_transcoder":
-                found = found + whole[..., layer - start, :]
-            else:
-                found = whole.flatten(2)
+            found = found + whole[..., layer - start, :] if dictionary.kind == "cross_layer_transcoder" else whole.flatten(2)
         return found
 
     def error(self, seen: dict[str, Tensor], layer: int) -> Tensor:

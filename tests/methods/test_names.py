@@ -62,7 +62,7 @@ composites = st.one_of(
     _of(Composite, allow_gaps=st.booleans(), **{place: _on(place) for place in dict.fromkeys(place for place, _ in RULES.values())}),
 )
 points = st.integers(1, 99)
-common: dict[str, Any] = {"source": sources, "rules": composites, "grad_drop": st.booleans()}
+common: dict[str, Any] = {"source": sources, "rules": composites, "grad_drop": st.booleans(), "spliced": st.booleans()}
 linearized = st.one_of(
     _of(LinearizedPatching, qk_fix=st.booleans(), **common),
     _of(LinearizedPatching, qk_fix=st.booleans(), n_steps=points, quadrature=st.sampled_from(QUADRATURES), **common),
@@ -114,7 +114,7 @@ def test_the_property_ranges_over_every_option() -> None:
     known = {
         ActivationPatching: {"source", "engine", "post_norm"},
         SecondOrder: {"source", "tolerance", "probes", "seed"},
-        LinearizedPatching: {"source", "rules", "n_steps", "over", "quadrature", "qk_fix", "grad_drop"},
+        LinearizedPatching: {"source", "rules", "n_steps", "over", "quadrature", "qk_fix", "grad_drop", "spliced"},
     }
     assert {entry.kind for entry in ENTRIES.values()} == {*known, VerifiedPatching}
     for kind, names in known.items():
