@@ -28,7 +28,7 @@ class Attributions:
     Attributes:
         name: of the readout.
         subject: model and prompts.
-        by: the unit: ``layer``, ``component``, ``head`` or ``neuron``.
+        by: the unit, such as ``head``.
         data: ``contribution`` ``[example, component]`` and ``metric`` ``[example]``, in the metric's unit. Coordinates of components: their name,
             ``kind`` (``input``, ``positions``, ``head``, ``mlp``, ``neuron``, ``norm bias``, ``logit bias``, ...) and ``layer`` (−1: before or
             after all blocks).
@@ -45,13 +45,16 @@ class Attributions:
         """The contributions of one kind as ``[example, layer, index]``, such as heads by layer and number.
 
         Raises:
-            LensError: a kind that is not there.
+            LensError: a kind that is not there, or with more entries in one layer than in another.
         """
         kinds = self.data["kind"].to_numpy()
         if kind not in kinds:
             raise LensError(unknown("kind of component", kind, set(kinds.tolist())))
         part = self.data["contribution"].to_numpy()[:, kinds == kind]
         layers = np.unique(self.data["layer"].to_numpy()[kinds == kind])
+        counts = [int((self.data["layer"].to_numpy()[kinds == kind] == layer).sum()) for layer in layers]
+        if len(set(counts)) > 1:
+            raise LensError(f"layers have {counts} entries of kind {kind}, which have no common axis; select them by name from data.")
         values = part.reshape(len(part), len(layers), -1)
         return xr.DataArray(values, dims=("example", "layer", "index"), coords={"layer": layers}, name=kind)
 
@@ -124,7 +127,8 @@ def _of_batch(
     coefficient = view.coefficient if linear is None else linear.back(view.coefficient)
     stream = Stream(model, kept, at_hooks, coefficient.to(torch.promote_types(coefficient.dtype, torch.float32)))
     with torch.no_grad():
-        parts = [*before_blocks(stream), *(part for i in range(layer + 1) for part in unit.parts(stream, i))]
+        before = before_blocks(stream) if unit.sums else ()
+        parts = [*before, *(part for i in range(layer + 1) for part in unit.parts(stream, i))]
         ends = [("norm bias", view.norm_bias), ("logit bias", view.logit_bias)]
         if linear is not None and linear.bias is not None:
             ends.insert(0, ("map bias", view.coefficient.to(linear.bias) @ linear.bias))

@@ -115,7 +115,8 @@ class Readout:
         Args:
             model: whose states are attributed.
             task: its metric must be linear in the logits, such as ``logit_diff``.
-            by: ``layer``, ``component`` (attention and MLP of each layer), ``head`` or ``neuron``.
+            by: ``layer``, ``component`` (attention and MLP of each layer), ``head``, ``neuron``; ``feature``, of the dictionaries on attn_out and
+                mlp_out that the model was given (:meth:`patchlab.Model.add_dictionaries`), or ``state``, of the one on the state itself (resid_post).
             side: of the task, ``clean`` or ``corrupted``.
             layer: after which the stream is read; default the last.
 

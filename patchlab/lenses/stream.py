@@ -1,7 +1,6 @@
 """The stream of one run, and what each component wrote into it, seen through a linear function of a later state.
 
-The units that a state is attributed to are in :data:`UNITS`. Another unit (the features of dictionaries) is a function that gives the parts of one
-layer, and an entry there.
+The units that a state is attributed to are in :data:`UNITS`. Another unit is a function that gives the parts of one layer, and an entry there.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -12,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from patchlab.adapters import LinearPlace, NormPlace
+from patchlab.adapters.dictionaries import FeatureSite, Point
 from patchlab.engine import Target
 from patchlab.engine.trust.trials import tolerance
 from patchlab.errors import LensError, SiteError
@@ -124,12 +124,82 @@ def _neurons(stream: Stream, layer: int) -> Iterator[Part]:
         yield Part("mlp bias", layer, (f"m{layer}.bias",), rest[:, None])
 
 
+def _feature_targets(point: str, model: Model, layers: range) -> tuple[Target, ...]:
+    """The features that write to a point in some layers, and what they leave out there; none where the point has no dictionaries."""
+    found = _point(model, point)
+    into = [] if found is None else [(layer, one) for layer in layers for one in found.into(layer)]
+    features = dict.fromkeys((f"features.{point}", one.layer) for _, one in into)
+    return (*features, *dict.fromkeys((f"error.{point}", layer) for layer, _ in into))
+
+
+def _point(model: Model, name: str) -> Point | None:
+    """The dictionaries on a kind of site; None where it has none."""
+    site = model.arch.accessors.get(f"features.{name}")
+    return site.point if isinstance(site, FeatureSite) else None
+
+
+def _written_by_features(stream: Stream, point: str, layer: int) -> Iterator[Part]:
+    """What features write to a point in one layer, what belongs to none of them, and what they leave out."""
+    found, c = _point(stream.model, point), stream.coefficient
+    sources = () if found is None else found.into(layer)
+    if not sources:
+        return
+    letter = {"attn_out": "a", "mlp_out": "m", "resid_post": "r"}[point]
+    left = stream.written(point, layer)
+    for one in sources:
+        values = stream.kept[f"features.{point}", one.layer].to(c.dtype)
+        shares = values * (c @ one.rows(layer - one.layer).to(c.dtype).T)
+        to = f">{layer}" if one.layer != layer else ""
+        yield Part("feature", layer, tuple(f"{letter}{one.layer}.f{feature}{to}" for feature in range(shares.shape[1])), shares)
+        left = left - shares.sum(-1)
+    error = (stream.kept[f"error.{point}", layer].to(c.dtype) * c).sum(-1)
+    yield Part("error", layer, (f"{letter}{layer}.error",), error[:, None])
+    yield Part("dictionary bias", layer, (f"{letter}{layer}.bias",), (left - error)[:, None])
+
+
+def _features(stream: Stream, layer: int) -> Iterator[Part]:
+    for point, whole in (("attn_out", _attention), ("mlp_out", _mlp)):
+        found = _point(stream.model, point)
+        yield from _written_by_features(stream, point, layer) if found is not None and found.into(layer) else whole(stream, layer)
+
+
+def _feature_sites(model: Model, last: int) -> tuple[Target, ...]:
+    found = tuple(target for point in ("attn_out", "mlp_out") for target in _feature_targets(point, model, range(last + 1)))
+    if not found:
+        raise LensError(
+            f"{model.name} has no dictionaries on attn_out or mlp_out up to layer {last}. Add some (model.add_dictionaries); by='state' takes "
+            f"the state itself apart, with one on resid_post."
+        )
+    return found
+
+
+def _state(stream: Stream, layer: int) -> Iterator[Part]:
+    if ("error.resid_post", layer) in stream.kept:
+        yield from _written_by_features(stream, "resid_post", layer)
+
+
+def _state_sites(model: Model, last: int) -> tuple[Target, ...]:
+    found = _feature_targets("resid_post", model, range(last, last + 1))
+    if not found:
+        raise LensError(f"{model.name} has no dictionary on resid_post of layer {last}, the state that is read. Add one (model.add_dictionaries).")
+    return found
+
+
+def _no_more(model: Model, last: int) -> tuple[Target, ...]:
+    return ()
+
+
 @dataclass(frozen=True)
 class Unit:
-    """A unit of attribution: the sites that it needs of every layer, and the function that gives a layer's parts."""
+    """A unit of attribution: the sites that it needs of every layer, the function that gives a layer's parts, and what else it needs.
+
+    ``sums`` says that its parts are added to what is in the stream before the blocks; otherwise they are all of the state.
+    """
 
     sites: tuple[str, ...]
     parts: Callable[[Stream, int], Iterator[Part]]
+    more: Callable[[Model, int], tuple[Target, ...]] = _no_more
+    sums: bool = True
 
 
 UNITS: dict[str, Unit] = {
@@ -137,6 +207,8 @@ UNITS: dict[str, Unit] = {
     "component": Unit(("attn_out", "mlp_out"), _components),
     "head": Unit(("attn_out", "z", "mlp_out"), _heads),
     "neuron": Unit(("attn_out", "mlp_out", "mlp_post"), _neurons),
+    "feature": Unit(("attn_out", "mlp_out"), _features, _feature_sites),
+    "state": Unit((), _state, _state_sites, sums=False),
 }
 """The units by name."""
 
@@ -168,7 +240,7 @@ def sites_of(model: Model, unit: Unit, last: int) -> tuple[Target, ...]:
             raise SiteError(f"{model.name} has no site {kind}: {absent[kind]}.")
     layered = tuple((kind, layer) for kind in unit.sites if kind not in absent for layer in range(last + 1))
     ends: tuple[Target, ...] = (("resid_pre", 0), ("resid_post", last))
-    return (*layered, *ends, *([] if "input" in absent else [("input", None)]))
+    return (*layered, *ends, *unit.more(model, last), *([] if "input" in absent else [("input", None)]))
 
 
 def hooks_of(model: Model, last: int) -> tuple[str, ...]:

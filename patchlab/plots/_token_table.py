@@ -95,7 +95,7 @@ def _draw(data: TokenTableData) -> go.Figure:
     bar = {
         "title": {"text": "probability", "side": "right"},
         "thickness": 10,
-        "len": min(1.0, 160 / page.height),
+        "len": min(160, _ROW * n_layers) / page.height,
         "x": 1 - (_RIGHT - 14) / width,
         "tickvals": [0, 0.5, 1],
     }

@@ -13,8 +13,9 @@ from patchlab.engine import intervene
 from patchlab.errors import LensError, MetricError, SiteError
 from patchlab.interventions import Edit
 from patchlab.lenses import LinearMap, Readout
-from patchlab.lenses.head import check_head
+from patchlab.lenses.head import check_head, head_view
 from patchlab.sources import zero
+from patchlab.testing.dictionaries import random_dictionary
 from patchlab.testing.zoo import LAYERS, VOCAB, WIDTH, zoo_model
 
 LENS = lenses.logit_lens()
@@ -136,6 +137,40 @@ def test_experts_have_no_neurons_to_attribute_to():
         LENS.attribute(zoo_model("mixtral"), swap_task(), by="neuron")
 
 
+@pytest.mark.parametrize("kind", ["sae", "transcoder", "cross_layer_transcoder"])
+def test_features_write_their_rows(kind):
+    """Each feature's value times its row, an error, and what belongs to no feature: together the MLP's output."""
+    model, task = native_model("with features", dtype=torch.float64), swap_task()
+    made = [random_dictionary(model, "mlp_out" if kind == "sae" else "mlp_in", layer, width=9, kind=kind, seed=layer) for layer in (0, 2)]
+    whole = LENS.attribute(model, task)
+    model.add_dictionaries(made)
+    found = LENS.attribute(model, task, by="feature")
+    np.testing.assert_allclose(found.data["contribution"].sum("component"), found.data["metric"], atol=1e-10)
+    by_name = dict(zip(found.data["component"].to_numpy().tolist(), found.data["contribution"].to_numpy().T, strict=True))
+    entire = dict(zip(whole.data["component"].to_numpy().tolist(), whole.data["contribution"].to_numpy().T, strict=True))
+    for layer in (0, 2):
+        own = [value for name, value in by_name.items() if (name.startswith(f"m{layer}.") and ">" not in name) or name.endswith(f">{layer}")]
+        np.testing.assert_allclose(sum(own), entire[f"m{layer}"], atol=1e-10)
+    if kind == "sae":
+        np.testing.assert_array_equal(by_name["m1"], entire["m1"])
+        assert found.of("feature").shape == (3, 2, 9)
+        view = head_view(model, model.run(task.prompts("clean"), keep="resid_post")["L2.resid_post"][:, -1], task.metric, task.batches()[0].answers)
+        features = made[1].encode(model.run(task.prompts("clean"), keep="mlp_out")["L2.mlp_out"][:, -1])
+        np.testing.assert_allclose(by_name["m2.f4"], features[:, 4] * (view.coefficient @ made[1].w_dec[4]), atol=1e-12)
+
+
+def test_a_state_is_its_features():
+    model, task = native_model("with states", dtype=torch.float64), swap_task()
+    model.add_dictionaries([random_dictionary(model, "resid_post", layer, width=9, seed=layer) for layer in (1, 2)])
+    for layer in (1, 2):
+        found = LENS.attribute(model, task, by="state", layer=layer)
+        np.testing.assert_allclose(found.data["contribution"].sum("component"), found.data["metric"], atol=1e-10)
+        assert list(found.data["component"][:2].to_numpy()) == [f"r{layer}.f0", f"r{layer}.f1"]
+        np.testing.assert_allclose(found.data["metric"], LENS.read(model, task, layers=[layer]).data["metric"][:, 0], atol=1e-5)
+    with pytest.raises(LensError, match="resid_post of layer 0"):
+        LENS.attribute(model, task, by="state", layer=0)
+
+
 def test_contributions_by_hand():
     model, task = model_of("gpt2", torch.float64), swap_task()
     found = LENS.attribute(model, task, by="head")
@@ -220,7 +255,9 @@ def test_tables_of_attributions_have_intervals():
 @pytest.mark.parametrize(
     ("options", "error", "says"),
     [
-        ({"by": "feature"}, LensError, "unit of attribution 'feature'"),
+        ({"by": "expert"}, LensError, "unit of attribution 'expert'"),
+        ({"by": "feature"}, LensError, "no dictionaries on attn_out or mlp_out"),
+        ({"by": "state"}, LensError, "no dictionary on resid_post of layer 2"),
         ({"layer": 9}, LensError, "layers 0 to 2"),
     ],
 )
