@@ -67,7 +67,9 @@ def test_metrics(metric: str | Metric) -> None:
 
 def test_several_lengths_named_positions_and_different_first_differences() -> None:
     model = model_of("qwen3")
-    for task in (mixed_task(), Task("two", (pair(6, (1,), 1), pair(6, (4,), 2)), METRICS["logit_diff"])):
+    # of the last one, all pairs differ at position 4, and one of them does before
+    pairs = ((pair(6, (1,), 1), pair(6, (4,), 2)), (pair(6, (1, 4), 1), pair(6, (4,), 2)))
+    for task in (mixed_task(), *(Task("two", two, METRICS["logit_diff"]) for two in pairs)):
         maps = [scores_of(method, model, task, ("resid_pre", "attn_out", "z[layer,pos,head]", "k")) for method in (pl.ActivationPatching(), LITERAL)]
         assert largest_difference(*maps) < 1e-5
 
