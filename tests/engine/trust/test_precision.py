@@ -1,6 +1,7 @@
 """Half precision against float64 twins: rules, gradients, and how far results are from those of the same weights in float64."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 import patchlab as pl
 from patchlab.adapters import LinearPlace, NormPlace
-from patchlab.engine import Program, continues, resume, run, session_of, support
+from patchlab.engine import Program, continues, resume, run, session_of, support, sweep
 from patchlab.engine.trust.edges import edge_support
 from patchlab.engine.trust.precision import in_single_precision
 from patchlab.errors import ModelError
@@ -208,3 +209,24 @@ def test_metrics_of_half_precision_are_computed_in_single() -> None:
     expected = METRICS["logit_diff"](result.logits[:, -1].float(), answers)
     assert result.values.dtype == torch.float32
     torch.testing.assert_close(result.values, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("half", HALVES)
+def test_swept_metrics_of_half_precision_are_computed_in_single(half: torch.dtype) -> None:
+    model, seen = model_of("gpt2", half), list[torch.dtype]()
+    tokens = torch.tensor([[3, 1, 4, 1, 5], [2, 7, 1, 8, 2]])
+    answers = Answers.of([[0], [1]], [[2], [3]], "cpu")
+    plain = METRICS["logit_diff"]
+
+    def recorded(logits: Tensor, answers: Answers) -> Tensor:
+        seen.append(logits.dtype)
+        return plain.function(logits if logits.ndim == 2 else logits[:, -1], answers)
+
+    for options in ({"columns": "answers"}, {"columns": "vocabulary"}, {"columns": "vocabulary", "reads": "all"}):
+        program = Program(tokens, torch.arange(2), metric=replace(plain, function=recorded, **options), answers=answers)
+        edit = pl.Edit("L1.resid_pre@2", pl.sources.zero())
+        found = sweep(model, program, [(edit,)])
+        expected = run(model, replace(program, metric=plain, edits=(edit,))).values
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found[0], expected, rtol=0, atol=8 * UNIT[half])
+    assert {*seen} == {torch.float32}
