@@ -16,10 +16,10 @@ demo: .venv/.ok
 	$(BIN)/patchlab demo --force --out "$(OUT)"
 
 test: .venv/.ok
-	$(BIN)/python -m pytest -q -n auto --dist loadfile
+	$(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder
 
 quick: .venv/.ok
-	$(BIN)/python -m pytest -q -n auto --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder -m "not slow"
 
 check: lint test
 

@@ -4,6 +4,7 @@ import http.server
 import os
 import shutil
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,6 +26,36 @@ os.unsetenv("COLUMNS")
 # the same examples every time, however long they take: a test fails for what was changed, and not for what else the machine does
 settings.register_profile("patchlab", derandomize=True, database=None, deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True)
 settings.load_profile("patchlab")
+
+
+LONG = {
+    "sweeps/test_processes.py": 150,
+    "sweeps/test_ray.py": 60,
+    "sweeps/test_slurm.py": 60,
+    "sweeps/test_driver.py": 60,
+    "sweeps/test_study.py": 40,
+    "notebooks/quickstart.ipynb": 60,
+    "benchmarks/test_benchmarks.py": 60,
+    "cli/test_commands.py": 50,
+    "cli/test_interruptions.py": 20,
+    "report/test_sweep.py": 50,
+    "methods/test_corrections.py": 40,
+    "test_docs.py": 60,
+}
+"""Seconds, roughly, of files that take far longer than the number of their tests lets expect."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take long come first: of what several workers share file by file, the last should be short, or all but one wait for it."""
+    seconds = Counter[str]()
+    for item in items:
+        if item.path.suffix == ".ipynb":
+            item.add_marker("slow")
+        seconds[str(item.path)] += 3 if item.get_closest_marker("slow") else 0.4
+    for path in seconds:
+        seconds[path] += LONG.get("/".join(Path(path).parts[-2:]), LONG.get(Path(path).name, 0))
+    items.sort(key=lambda item: -seconds[str(item.path)])
 
 
 def _missing(variable: str, reason: str) -> None:

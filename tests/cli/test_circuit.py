@@ -70,6 +70,7 @@ def test_find_chooses_from_the_scores_of_the_first_half(found, halves):
     assert shared_examples(circuit.provenance, second) == 0
 
 
+@pytest.mark.slow
 def test_every_option_of_find_reaches_the_selection(tmp_path, halves):
     model = halves[0]
     scores = pl.AttributionPatching().run(
@@ -194,6 +195,7 @@ def test_evaluate_prints_what_each_node_adds(found, tmp_path):
     assert "minimality" in text
 
 
+@pytest.mark.slow
 def test_evaluate_refuses_what_does_not_fit(found, tmp_path):
     path, _ = found
     assert "comes from 6 of the 12 examples" in error_of("evaluate", path, *WHERE, "--all")
@@ -259,6 +261,7 @@ def test_curve_chooses_finds_and_reports_on_three_sets_of_pairs(curve, halves):
         assert record["smallest"]["relp"][name] == pytest.approx(wanted[name], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_curve_does_not_replace_results_unasked(curve):
     out, _, arguments = curve
     before = (out / "run.json").stat().st_mtime_ns
@@ -276,6 +279,7 @@ def test_curve_does_not_replace_results_unasked(curve):
     assert f"done: open {out / 'faithfulness.html'}" in result.stderr
 
 
+@pytest.mark.slow
 def test_curve_errors_leave_nothing_behind(tmp_path):
     arguments = ["evaluate", *WHERE, "--curve", tmp_path / "o"]
     assert "unknown method 'realp'" in error_of(*arguments, "--methods", "realp")

@@ -381,6 +381,7 @@ def test_usage_errors_exit_with_2(arguments, message):
 VERIFY = ["verify", "--model", "demo-gpt2-4l", "--task", "ioi", "--sites", "z,attn_out", "--n", "4", "--k", "3", "--sample", "6", "--device", "cpu"]
 
 
+@pytest.mark.slow
 def test_verify_prints_the_verified_cells_and_the_bounds():
     import patchlab as pl
 
@@ -434,6 +435,7 @@ def test_verify_says_that_it_ran_the_sweep_and_ranks_every_cell():
     assert sum(line.lstrip().startswith(("+", "-")) for line in result.stdout.splitlines()) == 16 + 3 * 5 + 1
 
 
+@pytest.mark.slow
 def test_verify_reaches_a_recall_that_is_asked_for_and_speaks_of_other_prompts():
     result = patchlab(*instead(VERIFY[:-2], ["--sample", "100"]), "--recall", "0.3", "--confidence", "0.8", "--json")
     assert result.exit_code == 0, result.output
@@ -617,6 +619,7 @@ def test_a_page_that_cannot_be_written_is_an_error_of_ours(results, tmp_path):
         report.write(tmp_path, results)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_images")
 def test_compare_of_edges(tmp_path):
     arguments = ["--model", "demo-gpt2-4l", "--task", "ioi", "--n", "4", "--methods", "atp,exact", "--sites", "edges"]

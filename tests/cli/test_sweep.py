@@ -74,6 +74,7 @@ def test_export_writes_the_table_and_replaces_nothing_unasked(folder, tmp_path, 
     assert "a .csv or a .parquet file" in said("export", folder / "out", tmp_path / "all.xlsx", code=1)
 
 
+@pytest.mark.slow
 def test_plan_and_schema(folder):
     assert "2" in said("plan", folder / "sweep.yaml")
     found = json.loads(said("plan", folder / "sweep.yaml", "--json"))

@@ -196,6 +196,7 @@ def test_the_temperature_is_what_the_logits_were_multiplied_by(script, lexicon, 
     assert script.temperature(model, lexicon, 0.08, 16) == pytest.approx(2 * plain, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_answers_are_swapped_but_the_years(script, lexicon):
     """A share of the answers, for the answer of the pair's other prompt: read off IOI sentences, whose answer is the name not said twice."""
     names = {lexicon.token(" " + name) for name in words.NAMES}
@@ -331,6 +332,7 @@ def test_weights_beside_that_of_the_answer(script, lexicon):
     assert set(weighed[0][fives].tolist()) <= {lexicon.token(year) for year in words.YEARS}
 
 
+@pytest.mark.slow
 def test_a_model_that_misses_its_requirements_is_not_put_in_place(script, tmp_path, capsys):
     recipe = script.Recipe(steps=2, calm=1, apart=0.5, batch=4)
     assert not script.make("demo-gpt2-4l", recipe, script.make_tokenizer(), tmp_path, 8)

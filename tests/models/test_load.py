@@ -146,6 +146,7 @@ def test_both_names_of_the_tokenizer_class_load(llama_copy: Path) -> None:
     assert pl.load_model(llama_copy, device="cpu").to_ids(TEXT) == [1, 3, 14, 15]
 
 
+@pytest.mark.slow
 def test_a_relative_path_a_string_and_a_home_directory(directories: dict[str, Path], monkeypatch: pytest.MonkeyPatch, llama: pl.Model) -> None:
     monkeypatch.chdir(directories["llama"].parent)
     monkeypatch.setenv("HOME", str(directories["llama"].parent))

@@ -326,6 +326,7 @@ def test_sections_without_data_are_left_out(swept_study, tmp_path, kinds, headin
     assert (tmp_path / "out" / "plotly.min.js").stat().st_size > 1e6
 
 
+@pytest.mark.slow
 def test_nothing_but_its_own_report_is_replaced(copy, tmp_path):
     sweep, out = pl.sweeps.open(copy), tmp_path / "out"
     out.mkdir()
@@ -358,6 +359,7 @@ def test_nothing_but_its_own_report_is_replaced(copy, tmp_path):
     assert {path.name for path in out.iterdir()} == {"index.html", "plotly.min.js", "run.json", "notes.txt"}, "figures of the other are gone"
 
 
+@pytest.mark.slow
 def test_only_figures_whose_scores_changed_are_drawn_again(copy, monkeypatch):
     sweep, drawn = pl.sweeps.open(copy), []
     report.write_sweep(sweep)
@@ -374,6 +376,7 @@ def test_only_figures_whose_scores_changed_are_drawn_again(copy, monkeypatch):
     assert len(drawn) == 2 + len(figures)
 
 
+@pytest.mark.slow
 def test_an_interrupted_report_leaves_the_earlier_one(copy, monkeypatch):
     sweep = pl.sweeps.open(copy)
     report.write_sweep(sweep)
@@ -388,6 +391,7 @@ def test_an_interrupted_report_leaves_the_earlier_one(copy, monkeypatch):
     assert tree(copy / "report") == before
 
 
+@pytest.mark.slow
 def test_a_report_within_it_does_not_disturb_the_store(copy):
     before = {name: sum_ for name, sum_ in tree(copy).items() if not name.startswith(("report/", "derived/"))}
     result = CliRunner().invoke(cli.app, ["sweep", "report", str(copy), "--json"])
@@ -408,6 +412,7 @@ def test_a_report_within_it_does_not_disturb_the_store(copy):
     assert str(copy / "report" / "index.html") in again.stdout.replace("\n", "")
 
 
+@pytest.mark.slow
 def test_a_store_that_cannot_be_written_to_is_reported_elsewhere(copy, tmp_path, page):
     shutil.rmtree(copy / "derived")
     (copy / "derived").write_text("nothing can be kept here")

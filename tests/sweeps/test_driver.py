@@ -37,6 +37,7 @@ def whole(tmp_path_factory):
     return folder / "out"
 
 
+@pytest.mark.slow
 def test_the_table_holds_what_the_python_interface_gives(whole):
     sweep = pl.sweeps.open(whole)
     table = sweep.table()
@@ -88,6 +89,7 @@ def test_what_is_done_is_not_done_again_and_no_model_is_loaded(whole, tmp_path, 
     assert {path: path.stat().st_mtime_ns for path in whole.rglob("run.json")} == before
 
 
+@pytest.mark.slow
 def test_with_more_in_the_file_only_that_is_run(whole, tmp_path, monkeypatch):
     done: list[str] = []
     compute = kinds.compute
@@ -99,6 +101,7 @@ def test_with_more_in_the_file_only_that_is_run(whole, tmp_path, monkeypatch):
     assert [label.rpartition(" on ")[0][-4:] for label in done[16:]] == ["ig:2", "ig:2"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", [0, 1, 5, 11, 15])
 def test_an_interrupted_sweep_goes_on_to_the_very_same_numbers(whole, tmp_path, monkeypatch, at):
     compute, begun = kinds.compute, []
@@ -195,6 +198,7 @@ def test_a_model_that_is_refused_fails_its_runs_and_no_others(tmp_path, monkeypa
     assert (counts["done"], counts["failed"]) == (3, 3)
 
 
+@pytest.mark.slow
 def test_models_are_loaded_once_and_unpatched_runs_and_edge_scores_are_shared(tmp_path, monkeypatch):
     loads, scored, saved = [], [], []
     load, edges, sharing = ModelSpec.load, LinearizedPatching.run, work.Worker.do
