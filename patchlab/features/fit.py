@@ -4,13 +4,17 @@ from dataclasses import replace
 
 import torch
 
+from patchlab.adapters import NormPlace
 from patchlab.errors import DictionaryError, unknown
 from patchlab.features.dictionary import Dictionary
 from patchlab.features.hooks import hook_of
+from patchlab.features.normalisation import LayerNorm
 from patchlab.models import Model
 
 _SAME_MODEL = {"gpt2-small": "gpt2", "gpt-2": "gpt2", "gpt2-md": "gpt2-medium", "gpt2-lg": "gpt2-large"}
 """Other names of hub models, as files of dictionaries have them."""
+
+_STREAM = ("input", "resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
 
 
 def fitted(dictionary: Dictionary, model: Model, *, trained_on: str | None = None, dtype: torch.dtype | None = None) -> Dictionary:
@@ -32,11 +36,37 @@ def fitted(dictionary: Dictionary, model: Model, *, trained_on: str | None = Non
         _check_layer(dictionary, model)
         for site, width, part in ((dictionary.reads, dictionary.d_in, "reads"), (dictionary.writes, dictionary.d_out, "writes")):
             _check_width(site, width, part, dictionary, model)
+        dictionary = _unprocessed(dictionary.to(model.device, _dtype(dictionary, model)), model)
     except DictionaryError as error:
         raise DictionaryError(f"{where}: {error}") from None
     if dictionary.reads == "z":
         dictionary = replace(dictionary, heads=model.arch.n_heads)
-    return dictionary.to(model.device, _dtype(dictionary, model) if dtype is None else dtype)
+    return dictionary if dtype is None else dictionary.to(dtype=dtype)
+
+
+def _unprocessed(dictionary: Dictionary, model: Model) -> Dictionary:
+    """The dictionary for a model as it is, where the file says that it was trained on one with processed weights.
+
+    In models with LayerNorm, centred writing weights take the mean out of what is written to the residual stream: the encoder does that instead.
+
+    Raises:
+        DictionaryError: a processing that changes what it reads in another way.
+    """
+    metadata = dict(dictionary.provenance.get("metadata") or {})
+    options = metadata.pop("model_from_pretrained_kwargs", None) or {}
+    folds = {"z": ("fold_value_biases", "refactor_factored_attn_matrices"), "mlp_in": ("fold_ln",)}
+    if changed := [name for name in folds.get(dictionary.reads, ()) if options.get(name)]:
+        raise DictionaryError(
+            f"it was trained on {dictionary.reads} of a model loaded with {changed[0]}=True, which is not that of the model as it is."
+        )
+    centres = any(isinstance(place, NormPlace) and place.centred for place in model.arch.places)
+    if not options.get("center_writing_weights") or not centres or dictionary.reads not in _STREAM or isinstance(dictionary.normalise, LayerNorm):
+        return dictionary
+    if dictionary.normalise.per_row:
+        raise DictionaryError("it was trained with center_writing_weights=True, which is not implemented together with its normalisation.")
+    b_enc = dictionary.b_enc - dictionary.b_dec @ dictionary.w_enc if dictionary.subtract_b_dec else dictionary.b_enc
+    w_enc = dictionary.w_enc - dictionary.w_enc.mean(0)
+    return replace(dictionary, w_enc=w_enc, b_enc=b_enc, subtract_b_dec=False, provenance={**dictionary.provenance, "metadata": metadata})
 
 
 def _dtype(dictionary: Dictionary, model: Model) -> torch.dtype:

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from patchlab.errors import DictionaryError
 
+_HALF = (torch.float16, torch.bfloat16)
+
 
 @dataclass
 class Tensors:
@@ -76,7 +78,7 @@ class Tensors:
 
 
 def read_tensors(file: Path) -> Tensors:
-    """The tensors of a ``.safetensors``, ``.npz`` or ``.pt`` file.
+    """The tensors of a ``.safetensors``, ``.npz`` or ``.pt`` file, those of half precision as float32, which holds them exactly.
 
     Raises:
         DictionaryError: it is not there, is damaged, or holds objects that only unpickling could read.
@@ -84,7 +86,7 @@ def read_tensors(file: Path) -> Tensors:
     if not file.is_file():
         raise DictionaryError(f"there is no file {file}; the folder is incomplete.")
     reader = {".safetensors": _safetensors, ".npz": _npz}.get(file.suffix, _torch)
-    return Tensors(file, reader(file))
+    return Tensors(file, {name: value.float() if value.dtype in _HALF else value for name, value in reader(file).items()})
 
 
 def _safetensors(file: Path) -> dict[str, Tensor]:

@@ -310,6 +310,38 @@ def test_other_model_can_be_meant(tmp_path, model):
         loaded(folder, model, trained_on="gpt2-xl")
 
 
+@pytest.mark.parametrize("subtract", [True, False])
+def test_model_with_centred_writing_weights_is_what_the_encoder_reads(tmp_path, model, subtract):
+    w, kwargs = weights(), {"model_from_pretrained_kwargs": {"center_writing_weights": True}}
+    folder = write_saelens(tmp_path / "a", w, saelens_cfg(metadata=kwargs, apply_b_dec_to_input=subtract))
+    x = X + 3.0
+    features = relu((x - x.mean(-1, keepdim=True) - w["b_dec"] * subtract) @ w["W_enc"] + w["b_enc"])
+    dictionary = loaded(folder, model)
+    check(dictionary, features, features @ w["W_dec"] + w["b_dec"], x)
+    dictionary.save(tmp_path / "b")
+    assert loaded(tmp_path / "b", model).identity == dictionary.identity
+    normed = write_saelens(tmp_path / "c", w, saelens_cfg(metadata=kwargs, normalize_activations="layer_norm"))
+    same = write_saelens(tmp_path / "d", w, saelens_cfg(normalize_activations="layer_norm"))
+    assert torch.equal(loaded(normed, model).encode(x), loaded(same, model).encode(x)), "its mean is out already"
+    normed = write_saelens(tmp_path / "e", w, saelens_cfg(metadata=kwargs, normalize_activations="constant_norm_rescale"))
+    with pytest.raises(DictionaryError, match="center_writing_weights=True, which is not implemented together with its normalisation"):
+        loaded(normed, model)
+
+
+def test_model_without_centring_ignores_that_its_writing_weights_were_to_be_centred(tmp_path):
+    w, kwargs = weights(), {"model_from_pretrained_kwargs": {"center_writing_weights": True}}
+    one = loaded(write_saelens(tmp_path / "a", w, saelens_cfg(model="llama", metadata=kwargs)), model_of("llama"))
+    assert one.identity == loaded(write_saelens(tmp_path / "b", w, saelens_cfg(model="llama")), model_of("llama")).identity
+
+
+def test_other_processing_that_changes_what_is_read_is_told(tmp_path, model):
+    folder = write_saelens(
+        tmp_path, weights(), saelens_cfg(hook="blocks.0.attn.hook_z", metadata={"model_from_pretrained_kwargs": {"fold_value_biases": True}})
+    )
+    with pytest.raises(DictionaryError, match="it was trained on z of a model loaded with fold_value_biases=True"):
+        loaded(folder, model)
+
+
 def test_site_that_the_model_lacks_is_told(tmp_path):
     folder = write_saelens(tmp_path, weights(), saelens_cfg(hook="blocks.1.hook_resid_mid", model="neox"))
     with pytest.raises(DictionaryError, match="it reads resid_mid, which neox does not have: attention and MLP run in parallel"):
