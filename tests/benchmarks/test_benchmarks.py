@@ -106,6 +106,16 @@ def test_store() -> None:
     assert report["store_ms"] > 0
 
 
+@pytest.mark.slow
+def test_features() -> None:
+    script = [sys.executable, str(ROOT / "benchmarks" / "features.py"), "--tiny", "--json"]
+    done = subprocess.run(script, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert report["exact"]["max_difference"] < 1e-3
+    assert report["cells"] > report["exact"]["cells"] > 0
+
+
 HELP = """
 import contextlib, io, json, os, runpy, sys
 said = {}
@@ -122,7 +132,7 @@ print(json.dumps(said))
 
 @pytest.mark.slow
 def test_every_benchmark_says_what_it_does() -> None:
-    names = ("edges", "exact_sweep", "linearized", "store")
+    names = ("edges", "exact_sweep", "features", "linearized", "store")
     scripts = [f"benchmarks/{name}.py" for name in names] + ["scripts/kill_store.py", "scripts/pages/make_performance_page.py"]
     command = [sys.executable, "-c", HELP, *(str(ROOT / script) for script in scripts)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -1,0 +1,136 @@
+"""Features of 32k-wide random dictionaries against node scores, their memory, and exact ablation of single features against a forward pass each.
+
+About 100 features of a dictionary are active per position. The dictionaries of all layers share their weights, so that memory is that of the work and
+not of the dictionaries. Times are CPU time of one thread; ratios are medians of interleaved repeats, in one run.
+"""
+
+import argparse
+import resource
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import _common as common
+import numpy as np
+import torch
+
+from patchlab.features import Dictionary, JumpRelu
+from patchlab.methods import ActivationPatching, AttributionPatching
+from patchlab.methods.cells.features import Features
+from patchlab.methods.setting.meter import Meter
+from patchlab.methods.setting.unpatched import Runs, unpatched
+from patchlab.models import Model
+from patchlab.progress import progress_bar
+from patchlab.tasks.task import Task
+from patchlab.testing.dictionaries import random_dictionary
+
+FEATURES = "features[layer,pos,feature]"
+GOALS = {"features of one layer / nodes": 1.3, "peak of all layers, bytes": 2e9, "one forward each / exact": 20.0}
+
+
+def dictionary(model: Model, width: int, active: int, tokens: torch.Tensor) -> Dictionary:
+    """A dictionary whose threshold leaves about so many features active on these prompts."""
+    one = random_dictionary(model, layer=0, width=width)
+    x = model.run(tokens, keep="L0.resid_post")["L0.resid_post"].flatten(0, 1)
+    strengths = torch.cat([one.pre(part).sort(descending=True).values[:, active] for part in x.split(16)])
+
+    return replace(one, activation=JumpRelu(torch.full((width,), float(strengths.median().clamp_min(1e-3)), dtype=model.dtype)))
+
+
+def in_layers(one: Dictionary, layers: int) -> list[Dictionary]:
+    """The same weights in several layers."""
+    return [replace(one, name=f"random/{layer}", layer=layer) for layer in range(layers)]
+
+
+def score(model: Model, task: Task, sites: Any, **options: Any) -> Any:
+    """AtP scores."""
+    return AttributionPatching().run(model, task, sites, progress=False, **options)
+
+
+def peak() -> int:
+    """The most memory that this process has had, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def exact(model: Model, task: Task, number: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Exact patching of single features at single positions through the fast engine, and a sample of the same with whole forward passes."""
+    method = ActivationPatching()
+    setting, (batch,), _ = method.prepared(model, task, FEATURES, direction="denoising")
+    with progress_bar("exact", "cell", None, done=0, show=False) as bar:
+        meter = Meter(bar, "cell")
+        runs: Runs = unpatched(
+            setting, batch, meter, source="paired", at=setting.targets, baseline=method.baseline_options(setting), resume=method.resumes(setting)
+        )
+        kind, (site,) = Features(), setting.sites
+        cells = kind.cells(setting, site, runs)
+        chosen = [cells[i] for i in np.random.default_rng(0).permutation(len(cells))[:number]]
+        sample = chosen[:: max(1, len(chosen) // 12)]
+        whole = ActivationPatching(engine="literal").how
+        fast = partial(kind.patch, setting, runs, meter, [[(site, cell)] for cell in chosen], method.how)
+        slow = partial(kind.patch, setting, runs, meter, [[(site, cell)] for cell in sample], whole)
+        slow()
+        ratios, seconds = [], []
+        for _ in range(options.repeats):
+            own, found = common.timed(options.device, fast)
+            each, expected = common.timed(options.device, slow)
+            ratios.append(each / len(sample) * len(chosen) / own)
+            seconds.append(own)
+    off = np.abs(found[:: max(1, len(chosen) // 12)] - expected).max() / np.abs(expected).max()
+    return {"cells": len(chosen), "of": len(cells), "ratio": common.median(ratios), "seconds": common.median(seconds), "max_difference": float(off)}
+
+
+def main() -> None:
+    parser = common.arguments(__doc__)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    options.repeats = 2 if options.tiny or options.quick else max(5, options.repeats)
+    shape = common.TINY_GPT2 if options.tiny else common.GPT2
+    width, active, number = (256, 8, 20) if options.tiny else (2**15, 100, 200 if options.quick else 1000)
+    model, task = common.bridged(shape, options.device), common.random_task("S2", shape.vocab)
+    (batch,) = task.batches(device=options.device)
+    dictionaries = in_layers(dictionary(model, width, active, batch.clean), shape.layers)
+    middle = dictionaries[shape.layers // 2]
+    report: dict[str, Any] = {"benchmark": "features", "machine": common.machine(options.device), "goals": GOALS, "width": width}
+
+    model.add_dictionaries(middle)
+    score(model, task, FEATURES)
+    ratios: list[float] = []
+    for repeat in range(options.repeats):
+        runs = {"nodes": partial(score, model, task, "resid_post"), "features": partial(score, model, task, FEATURES)}
+        seconds = {name: common.timed(options.device, runs[name])[0] for name in (runs if repeat % 2 == 0 else reversed(runs))}
+        ratios.append(seconds["features"] / seconds["nodes"])
+    report["features of one layer / nodes"] = common.median(ratios)
+    print(f"features of one layer / nodes: {report['features of one layer / nodes']:.3f}", flush=True)
+    model.drop_dictionaries()
+
+    model.add_dictionaries(dictionaries)
+    score(model, task, "resid_post")
+    before = peak()
+    nodes = common.timed(options.device, partial(score, model, task, "resid_post"))[0]
+    whole, scores = common.timed(options.device, partial(score, model, task, FEATURES))
+    name = scores.sites[0]
+    report |= {"peak of all layers, bytes": peak() - before, "cells": len(scores.cells(name)), "features of all layers / nodes": whole / nodes}
+    per_position = len(scores.cells(name)) / max(1, len({tuple(cell) for cell in scores.cells(name)[:, :2].tolist()}))
+    print(
+        f"all {shape.layers} layers: {report['cells']} cells ({per_position:.0f} per layer and position), "
+        f"{report['peak of all layers, bytes'] / 1e6:.0f} MB on top of a node run, {whole / nodes:.2f} x its time",
+        flush=True,
+    )
+    report["exact"] = exact(model, task, number, options)
+    found = report["exact"]
+    print(f"exact: {found['cells']} features, one forward each / fast engine {found['ratio']:.1f}, off by {found['max_difference']:.1e}", flush=True)
+
+    if not options.tiny:
+        model.drop_dictionaries()
+        model.add_dictionaries(middle)
+        long = common.random_task("S2", shape.vocab, pairs=1, length=500 if options.quick else 1000)
+        limit = AttributionPatching().prepared(model, long, "resid_post")[2]
+        before = peak()
+        score(model, long, FEATURES, max_memory=1.2 * limit)
+        report["long"] = {"length": len(long.pairs[0]), "max_memory": 1.2 * limit, "peak, bytes": peak() - before}
+        print(f"{report['long']['length']} tokens: {report['long']['peak, bytes'] / 1e6:.0f} MB of at most {1.2 * limit / 1e6:.0f} MB", flush=True)
+    common.finish(options, report)
+
+
+if __name__ == "__main__":
+    main()
