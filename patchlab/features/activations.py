@@ -51,6 +51,14 @@ class Relu(Activation):
 
 
 @dataclass(frozen=True, eq=False)
+class Linear(Activation):
+    """Every pre-activation as it is."""
+
+    def mask(self, pre: Float[Tensor, "*rows feature"]) -> Bool[Tensor, "*rows feature"]:
+        return torch.ones_like(pre, dtype=torch.bool)
+
+
+@dataclass(frozen=True, eq=False)
 class JumpRelu(Activation):
     """``relu(pre) · (pre > θ)``: a threshold per feature, itself not passed.
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from patchlab.digest import digest
 from patchlab.errors import DictionaryError, unknown
-from patchlab.features.activations import Activation, Codes
+from patchlab.features.activations import Activation, Codes, Linear
 from patchlab.features.normalisation import UNCHANGED, Normalisation
 from patchlab.features.writer import write
 
@@ -252,6 +252,27 @@ def folded(w_enc: Float[Tensor, "d_in feature"], w_dec: Float[Tensor, "feature d
     ``b_dec`` is to be divided by the factor as well.
     """
     return w_enc * factor, w_dec / factor
+
+
+def identity_dictionary(d: int, *, layer: int, reads: str, heads: int | None = None, dtype: torch.dtype = torch.float32) -> Dictionary:
+    """The identity as a dictionary: every coordinate of an activation is a feature, and nothing is left out.
+
+    The baseline that Marks et al. 2024 (arXiv 2403.19647) call neurons: the coordinates of what attention and MLP write and of the stream, which
+    are not the neurons inside the MLP (the site ``mlp_post``).
+
+    Args:
+        d: width of the activation, all heads together.
+        layer: the layer that it reads.
+        reads: the site kind.
+        heads: the number of heads of ``z``.
+        dtype: precision.
+
+    Example:
+        >>> identity_dictionary(64, layer=3, reads="mlp_out").n_features
+        64
+    """
+    one, zero = torch.eye(d, dtype=dtype), torch.zeros(d, dtype=dtype)
+    return Dictionary(f"identity {reads}/{layer}", "sae", layer, reads, reads, one, zero, one, zero, Linear(), heads=heads)
 
 
 def codebook(

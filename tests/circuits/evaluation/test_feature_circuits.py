@@ -12,7 +12,7 @@ from torch import Tensor
 import patchlab as pl
 from patchlab.circuits import NodeCircuit, candidates, evaluate, faithfulness_curve, read, top_n, write
 from patchlab.errors import CircuitError
-from patchlab.features import Dictionary
+from patchlab.features import Dictionary, identity_dictionary
 from patchlab.models import Model
 from patchlab.tasks.task import Task
 from patchlab.testing.dictionaries import random_dictionary
@@ -194,6 +194,20 @@ def test_other_dictionaries_are_refused(model: Model) -> None:
     both = NodeCircuit.full(candidates(model.arch, ["mlp_out[layer]", "features.mlp_out", "error.mlp_out"]))
     with pytest.raises(CircuitError, match="and from mlp_out itself, which that is a part of"):
         measured(model, both, gap_task(3))
+
+
+def test_the_identity_is_a_dictionary_of_coordinates() -> None:
+    own = bridged(hf_module("gpt2", DTYPE), "gpt2")
+    own.add_dictionaries([identity_dictionary(own.arch.d_model, layer=i, reads="mlp_out", dtype=DTYPE) for i in range(own.arch.n_layers)])
+    task, universe = gap_task(3), candidates(own.arch, "features")
+    found = measured(own, {"one": NodeCircuit.of(universe, ["L1.F5.mlp_out"])}, task, errors="free")
+    whole = candidates(own.arch, "mlp_out[layer]")
+    alone = measured(own, NodeCircuit.of(whole, ["m0"]), task)
+    np.testing.assert_allclose(found.metric_empty, alone.metric_empty, atol=1e-12)
+    layer = NodeCircuit.of(universe, [f"L0.F{i}.mlp_out" for i in range(own.arch.d_model)])
+    np.testing.assert_allclose(measured(own, layer, task, errors="ablated").metric["circuit"], alone.metric["circuit"], atol=1e-12)
+    scores = scores_of(pl.AttributionPatching(), own, swap_task(4, seed=40), ["features"], "noising")
+    assert top_n(scores, 5).n_nodes == 5
 
 
 @pytest.mark.parametrize("kind", ["transcoder", "cross_layer_transcoder", "codebook"])
