@@ -57,6 +57,10 @@ def find(
     method: Annotated[str, typer.Option(help="The method that scores the edges (patchlab methods).")] = "relp",
     edges: Annotated[int | None, typer.Option(help=f"How many edges to choose, before pruning [default: {EDGES}].", show_default=False)] = None,
     threshold: Annotated[float | None, typer.Option(help="All edges at least this important, instead of a number.", show_default=False)] = None,
+    sites: Annotated[
+        str | None,
+        typer.Option(help="Choose nodes of these sites instead of edges, such as z,mlp_post; --edges says how many.", show_default=False),
+    ] = None,
     how: How = "top_n",
     by: By = "abs",
     direction: Annotated[str, typer.Option(help="denoising or noising.")] = "noising",
@@ -74,7 +78,7 @@ def find(
     force: Replace = False,
     json_: Json = False,
 ) -> None:
-    """Score the edges, choose the important ones, write them as a circuit.
+    """Score the edges (or nodes), choose the important ones, write them as a circuit.
 
     Works on the first half of the pairs; evaluate takes the other.
     """
@@ -88,6 +92,7 @@ def find(
     from patchlab.comparison.job import cost_line
     from patchlab.errors import CircuitError, OutputError, unknown
     from patchlab.methods.names import scoring_method
+    from patchlab.sites import parse_sites
     from patchlab.terminal import fitted, terminal_width
 
     for what, got, valid in (("way to choose edges", how, HOW), ("importance", by, BY), ("kind of circuit file", out.suffix, SUFFIXES)):
@@ -97,19 +102,25 @@ def find(
         raise OutputError(f"{out} exists and is not overwritten; choose another name with --out, or replace it with --force.")
     scorer = scoring_method(method.strip())
     loaded, first, second = _load(model, task, n, seed, options, device, dtype, whole)
-    if (line := cost_line([scorer.name], loaded, first or second, ["edges"], direction=direction, batch_size=batch_size, lower=FEWER)) is not None:
+    scored = parse_sites("edges" if sites is None else sites)
+    if (
+        line := cost_line([scorer.name], loaded, first or second, list(map(str, scored)), direction=direction, batch_size=batch_size, lower=FEWER)
+    ) is not None:
         say(line)
-    scores = scorer.run(loaded, first or second, "edges", direction=direction, batch_size=batch_size)
+    scores = scorer.run(loaded, first or second, scored, direction=direction, batch_size=batch_size)
     if (warning := scores.reversed_gap()) is not None:
         say(f"warning: {warning}")
     found: Any = HOW[how](scores, EDGES if edges is None else edges, by=by) if threshold is None else above(scores, threshold, by=by)
-    if not found.n_edges:
+    if not found.nodes:
         raise CircuitError(
             f"nothing is left of the circuit: of the edges that were chosen ({found.provenance.get('how', '')}) none is on a path from the input to "
             f"the logits, so pruning took them all. Choose more with --edges."
         )
     write(found, out, overwrite=force)
-    if json_:
+    if json_ and sites is not None:
+        counts = {"n_nodes": found.n_nodes, "n_candidates": found.size}
+        _say_json({"out": str(out), **counts, "nodes": found.nodes, "provenance": found.provenance})
+    elif json_:
         counts = {"n_edges": found.n_edges, "n_nodes": len(found.nodes), "graph_edges": found.graph.n_edges, "graph_nodes": len(found.graph.nodes)}
         _say_json({"out": str(out), **counts, "edges": found.edge_names, "provenance": found.provenance})
     else:
@@ -121,7 +132,10 @@ def evaluate(
     model: ModelName,
     task: TaskName,
     files: Annotated[list[Path] | None, typer.Argument(metavar="CIRCUIT.json", help="Circuit files.", show_default=False)] = None,
-    ablation: Annotated[str, typer.Option(help="What other edges carry: resample, zero, mean, mean_positional or optimal.")] = "resample",
+    ablation: Annotated[
+        str | None,
+        typer.Option(help="What the rest carries: resample (edges), zero, mean, mean_positional (nodes), optimal.", show_default=False),
+    ] = None,
     minimality: Annotated[str | None, typer.Option(help="Leave out each edge or node in turn.", show_default=False)] = None,
     curve: Annotated[Path | None, typer.Option(help="Compare methods over sizes instead; a folder for the results.", show_default=False)] = None,
     methods: Annotated[str, typer.Option(help="With --curve: comma-separated (patchlab methods).")] = METHODS,
@@ -162,7 +176,7 @@ def evaluate(
             "sizes": None if sizes is None else _numbers(sizes),
             "how": how,
             "by": by,
-            "ablation": ablation,
+            "ablation": ablation or "resample",
             "random": random,
             "seed": seed,
             "batch_size": batch_size,
@@ -179,7 +193,7 @@ def evaluate(
     if len(named) < len(paths):
         raise CircuitError(f"circuits are named after their files, and two of them have one name; got {', '.join(map(str, paths))}.")
     loaded, first, second = _load(model, task, n, seed, options, device, dtype, whole)
-    train = None if ablation in ("resample", "zero") else first
+    train = None if ablation in (None, "resample", "zero") else first
     result = circuits.evaluate(loaded, named, second, ablation=ablation, train=train, minimality=minimality, seed=seed, batch_size=batch_size)
     if json_:
         _say_json({"table": records(result.table), "minimality": records(result.minimality), "provenance": result.provenance})
@@ -212,20 +226,21 @@ def plot(
     from patchlab.circuits.nodes import with_edges
     from patchlab.store.files import writing
 
-    drawn = with_edges(circuits.read(file), "a figure of a circuit")
+    drawn = circuits.read(file)
     if out.suffix in (".dot", ".gv"):
         with writing(out, overwrite=force) as temporary:
             temporary.write_text(circuits.to_dot(drawn) + "\n", encoding="utf-8")
         written = out
     else:
-        figure = plots.edge_heatmap(drawn) if matrix else plots.circuit(drawn, edges)
+        figure = plots.edge_heatmap(with_edges(drawn, "a matrix")) if matrix else plots.circuit(drawn, edges)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             written = plots.save(figure, out, overwrite=force)
         for warning in caught:
             typer.echo(f"warning: {warning.message}", err=True)
     if json_:
-        _say_json({"out": str(written), "n_edges": drawn.n_edges})
+        counts = {"n_nodes": drawn.n_nodes} if isinstance(drawn, circuits.NodeCircuit) else {"n_edges": drawn.n_edges}
+        _say_json({"out": str(written), **counts})
     else:
         typer.echo(f"wrote {written}")
 

@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
-from patchlab.circuits import Circuit
+from patchlab.circuits import Circuit, NodeCircuit
 from patchlab.errors import CircuitError
 from patchlab.plots._circuit_layout import HALF_HEIGHT, HALF_WIDTH, PORTS, Layout, place, routes
+from patchlab.plots._nodes import nodes
 from patchlab.plots._style import INK, MUTED, PALE, UNSCORED, Box, Page, Signs, signs
 
 SIZES = (5, 10, 20, 50, 100, 200, 500, 1000)
@@ -158,7 +159,7 @@ def _legend(record: dict[str, Any], marks: list[EdgeMark], largest: float) -> tu
     return tuple(" &nbsp;·&nbsp; ".join(some) for some in (words, looks) if some)
 
 
-def circuit(circuit: Circuit, max_edges: int | None = None) -> go.Figure:
+def circuit(circuit: Circuit | NodeCircuit, max_edges: int | None = None) -> go.Figure:
     """A circuit as a graph in layers: the input at the bottom, the logits on top, information flows upwards.
 
     The slider changes how many edges are shown (5, 10, 20, 50, ..., at most 1,000 or ``max_edges``), those of largest |score|. Heads stand in a
@@ -167,19 +168,21 @@ def circuit(circuit: Circuit, max_edges: int | None = None) -> go.Figure:
 
     In a page that :func:`patchlab.plots.save` wrote, a click on a node leaves only its edges, and a click on a layer's name draws its heads as one.
 
+    A circuit of nodes has no edges: layers go from left to right, sites are lanes, and in each layer the largest node is on top.
+
     Args:
         circuit: what to draw.
-        max_edges: how many edges are shown first, and in images; None shows all of a circuit of at most 150 edges, and of larger ones 60. The
-            figure says which of how many it shows.
+        max_edges: how many edges are shown first, and in images; None shows all of a circuit of at most 150 edges, and of larger ones 60. Of
+            nodes how many are drawn; None for at most 200. The figure says which of how many it shows.
 
     Raises:
-        CircuitError: a circuit without edges, or ``max_edges`` below 1.
+        CircuitError: a circuit without edges or nodes, or ``max_edges`` below 1.
 
     Example:
         >>> relp = pl.RelevancePatching().run(model, task, "edges", direction="noising")  # doctest: +SKIP
         >>> pl.plots.circuit(pl.circuits.top_n(relp, 200)).show()  # doctest: +SKIP
     """
-    return _draw(_prepare_circuit(circuit, max_edges))
+    return nodes(circuit, max_edges) if isinstance(circuit, NodeCircuit) else _draw(_prepare_circuit(circuit, max_edges))
 
 
 def _draw(data: CircuitData) -> go.Figure:

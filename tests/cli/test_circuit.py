@@ -356,3 +356,15 @@ def test_convert_between_json_and_pt_and_folders(found, tmp_path):
 
 def test_help_names_the_commands():
     assert {"find", "evaluate", "plot", "convert"} <= set(patchlab("--help").stdout.split())
+
+
+def test_nodes_are_found_evaluated_and_drawn(tmp_path):
+    file = tmp_path / "nodes.json"
+    record = printed("find", *WHERE, "--sites", "z,mlp_post", "--edges", 30, "--out", file)
+    assert record["n_nodes"] == 30 == len(record["nodes"])
+    assert tuple(record["nodes"]) == read(file).nodes
+    about = printed("evaluate", *WHERE, file)
+    assert about["table"][0]["n_nodes"] == 30
+    assert about["provenance"]["ablation"] == "mean_positional"
+    assert printed("plot", file, "--out", tmp_path / "nodes.html")["n_nodes"] == 30
+    assert "it is a circuit of nodes" in error_of("convert", file, tmp_path / "nodes.pt")
