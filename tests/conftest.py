@@ -1,6 +1,7 @@
 """Fixtures that several test files share. patchlab is imported inside them: the shape checks must be installed first."""
 
 import http.server
+import inspect
 import os
 import shutil
 import threading
@@ -94,6 +95,15 @@ def browser() -> str:
     if found is None:
         _missing("PATCHLAB_REQUIRE_IMAGES", "no Chromium or Chrome here, which PNG export needs")
     return str(found)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def patience():
+    """A browser may take minutes for a picture where the machine is busy; what it is given by default is for one that hangs."""
+    from patchlab.plots import save
+
+    defaults = inspect.unwrap(save).__kwdefaults__
+    defaults["timeout"] = 600.0
 
 
 @pytest.fixture(scope="session")

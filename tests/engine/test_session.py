@@ -27,7 +27,7 @@ TOKENS = torch.tensor([[3, 11, 7, 29, 5]])
 def elsewhere(function: Callable[[], Any]) -> Any:
     """What a function gives, or raises, in another thread."""
     with ThreadPoolExecutor(1, thread_name_prefix="other") as pool:
-        return pool.submit(function).result(timeout=60)
+        return pool.submit(function).result(timeout=600)
 
 
 @contextmanager
@@ -37,7 +37,7 @@ def in_use(model: Model) -> Iterator[None]:
 
     def stop(module: Any, inputs: Any) -> None:
         reached.set()
-        if not go_on.wait(60):
+        if not go_on.wait(600):
             failed.append("the run was left waiting")
 
     def run() -> None:
@@ -47,11 +47,11 @@ def in_use(model: Model) -> Iterator[None]:
     thread = threading.Thread(target=run, name="first")
     thread.start()
     try:
-        assert reached.wait(60)
+        assert reached.wait(600)
         yield
     finally:
         go_on.set()
-        thread.join(60)
+        thread.join(600)
         handle.remove()
     assert not thread.is_alive()
     assert not failed

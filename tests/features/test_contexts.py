@@ -103,5 +103,5 @@ def test_the_page_is_drawn(found, tmp_path, browser):
     found.save_html(tmp_path / "page.html")
     picture = tmp_path / "page.png"
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--window-size=900,600", f"--screenshot={picture}"]
-    subprocess.run([browser, *options, f"file://{tmp_path / 'page.html'}"], check=True, capture_output=True, timeout=120)
+    subprocess.run([browser, *options, f"file://{tmp_path / 'page.html'}"], check=True, capture_output=True, timeout=600)
     assert picture.stat().st_size > 5_000

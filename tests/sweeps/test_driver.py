@@ -102,26 +102,29 @@ def test_with_more_in_the_file_only_that_is_run(whole, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("at", [0, 1, 5, 11, 15])
-def test_an_interrupted_sweep_goes_on_to_the_very_same_numbers(whole, tmp_path, monkeypatch, at):
-    compute, begun = kinds.compute, []
+def test_an_interrupted_sweep_goes_on_to_the_very_same_numbers(whole, tmp_path, monkeypatch):
+    """Interrupted five times, in the first run, the last, and between."""
+    compute, finished, stops = kinds.compute, list[str](), [0, 1, 5, 11, 15]
 
     def interrupted(run, *args, **options):
-        begun.append(run.key)
-        if len(begun) == at + 1:
+        if stops and len(finished) == stops[0]:
             raise KeyboardInterrupt
-        return compute(run, *args, **options)
+        outcome = compute(run, *args, **options)
+        finished.append(run.key)
+        return outcome
 
     monkeypatch.setattr(kinds, "compute", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        swept(runs(tmp_path), tmp_path / "out")
-    left = pl.sweeps.open(tmp_path / "out").counts()
-    assert left == {"planned": 16, "done": at, "failed": 0, "pending": 16 - at, "running": 0}
+    while stops:
+        with pytest.raises(KeyboardInterrupt):
+            swept(runs(tmp_path), tmp_path / "out")
+        left, at = pl.sweeps.open(tmp_path / "out").counts(), stops.pop(0)
+        assert left == {"planned": 16, "done": at, "failed": 0, "pending": 16 - at, "running": 0}
     swept(runs(tmp_path), tmp_path / "out")
-    assert len(begun) == 16 + 1
+    assert len(finished) == len({*finished}) == 16, "nothing that was done is done again"
     same_tables(whole, tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_finished_cells_of_an_interrupted_run_are_kept(tmp_path, monkeypatch):
     swept(runs(tmp_path, SCORES), tmp_path / "whole")
     monkeypatch.setattr("patchlab.methods.setting.checkpoint.SECONDS", 0.0)
@@ -158,6 +161,7 @@ def test_a_checkpoint_of_other_code_is_said_and_not_used(tmp_path, monkeypatch):
     assert any("what was finished before is not used" in line for line in pl.sweeps.open(tmp_path / "out").find(wanted[0].key).record["log"])
 
 
+@pytest.mark.slow
 def test_a_failure_is_a_result_and_the_others_go_on(tmp_path, monkeypatch):
     score = LinearizedPatching.score
 
@@ -184,6 +188,7 @@ def test_a_failure_is_a_result_and_the_others_go_on(tmp_path, monkeypatch):
     assert counts == {"planned": 3, "done": 3, "failed": 0, "pending": 0, "running": 0}
 
 
+@pytest.mark.slow
 def test_a_model_that_is_refused_fails_its_runs_and_no_others(tmp_path, monkeypatch):
     load = ModelSpec.load
 
@@ -227,6 +232,7 @@ def test_passes_are_those_that_were_planned(whole, tmp_path):
         assert (mine["forwards"], mine["backwards"]) == (one.forwards, one.backwards)
 
 
+@pytest.mark.slow
 def test_results_of_another_model_or_task_are_stale_and_made_again(tmp_path, monkeypatch):
     swept(runs(tmp_path, SCORES), tmp_path / "out")
     with monkeypatch.context() as patch:  # made by other code, of what is now another model
@@ -240,6 +246,7 @@ def test_results_of_another_model_or_task_are_stale_and_made_again(tmp_path, mon
     assert {stored.record["fingerprints"]["model"] for stored, _ in sweep.done()} == {"another"}
 
 
+@pytest.mark.slow
 def test_results_of_other_code_are_kept_where_model_and_task_are_the_same(tmp_path, monkeypatch):
     swept(runs(tmp_path, SCORES), tmp_path / "out")
     monkeypatch.setattr(driver, "code_digest", lambda: "another")
@@ -249,6 +256,7 @@ def test_results_of_other_code_are_kept_where_model_and_task_are_the_same(tmp_pa
     assert not any("stale" in line for line in said)
 
 
+@pytest.mark.slow
 def test_batch_sizes_stay_those_of_the_plan(tmp_path, monkeypatch):
     swept(runs(tmp_path, SCORES), tmp_path / "out")
     more = SCORES.replace("relp]", "relp, 'ig:2']").replace("{kind: score,", "{kind: score, batch_size: 2,")
@@ -281,6 +289,7 @@ def test_no_runs_and_no_workers_are_refused(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_again_and_again_makes_a_failed_run(tmp_path):
     """By hand, without processes: the board counts deaths of workers, not of drivers."""
     wanted = runs(tmp_path, SCORES)
@@ -372,6 +381,7 @@ def test_records_are_plain_json(whole):
         json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_it_clearly_and_the_same_command_goes_on(tmp_path, monkeypatch):
     swept(runs(tmp_path, SCORES), tmp_path / "whole")
     fsync, count = os.fsync, []

@@ -91,6 +91,7 @@ def test_results_may_differ_by_rounding_and_no_more(done, tmp_path, what):
     assert contents(tmp_path / "out") == before
 
 
+@pytest.mark.slow
 def test_the_rounding_of_another_batch_size_is_within_the_tolerance(done, tmp_path):
     other = [run.model_copy(update={"batch_size": 3}) for run in runs(tmp_path, TEXT)]
     swept(other, tmp_path / "other", about={"name": "two"})
