@@ -6,6 +6,8 @@ not of the dictionaries. Times are CPU time of one thread; ratios are medians of
 
 import argparse
 import resource
+import threading
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -28,18 +30,17 @@ FEATURES = "features[layer,pos,feature]"
 GOALS = {"features of one layer / nodes": 1.3, "peak of all layers, bytes": 2e9, "one forward each / exact": 20.0}
 
 
-def dictionary(model: Model, width: int, active: int, tokens: torch.Tensor) -> Dictionary:
-    """A dictionary whose threshold leaves about so many features active on these prompts."""
+def dictionaries_of(model: Model, width: int, active: int, tokens: torch.Tensor) -> list[Dictionary]:
+    """The same weights in every layer, each with a threshold that leaves about so many features active on these prompts."""
     one = random_dictionary(model, layer=0, width=width)
-    x = model.run(tokens, keep="L0.resid_post")["L0.resid_post"].flatten(0, 1)
-    strengths = torch.cat([one.pre(part).sort(descending=True).values[:, active] for part in x.split(16)])
-
-    return replace(one, activation=JumpRelu(torch.full((width,), float(strengths.median().clamp_min(1e-3)), dtype=model.dtype)))
-
-
-def in_layers(one: Dictionary, layers: int) -> list[Dictionary]:
-    """The same weights in several layers."""
-    return [replace(one, name=f"random/{layer}", layer=layer) for layer in range(layers)]
+    kept = model.run(tokens, keep="resid_post")
+    found: list[Dictionary] = []
+    for layer in range(model.arch.n_layers):
+        x = kept[f"L{layer}.resid_post"].flatten(0, 1)
+        strengths = torch.cat([one.pre(part).topk(active + 1).values[:, -1] for part in x.split(16)])
+        threshold = torch.full((width,), float(strengths.median().clamp_min(1e-3)), dtype=model.dtype)
+        found.append(replace(one, name=f"random/{layer}", layer=layer, activation=JumpRelu(threshold)))
+    return found
 
 
 def score(model: Model, task: Task, sites: Any, **options: Any) -> Any:
@@ -47,9 +48,27 @@ def score(model: Model, task: Task, sites: Any, **options: Any) -> Any:
     return AttributionPatching().run(model, task, sites, progress=False, **options)
 
 
-def peak() -> int:
-    """The most memory that this process has had, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def peak(work: Callable[[], Any]) -> tuple[int, Any]:
+    """The most memory that this process has had while something runs, on top of what it had before, in bytes; and what it gives."""
+    before, most, done = _resident(), [0], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.005):
+            most[0] = max(most[0], _resident())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        found = work()
+    finally:
+        done.set()
+        watcher.join()
+    return max(0, most[0] - before), found
+
+
+def _resident() -> int:
+    with open("/proc/self/statm") as stream:
+        return int(stream.read().split()[1]) * resource.getpagesize()
 
 
 def exact(model: Model, task: Task, number: int, options: argparse.Namespace) -> dict[str, Any]:
@@ -88,7 +107,7 @@ def main() -> None:
     width, active, number = (256, 8, 20) if options.tiny else (2**15, 100, 200 if options.quick else 1000)
     model, task = common.bridged(shape, options.device), common.random_task("S2", shape.vocab)
     (batch,) = task.batches(device=options.device)
-    dictionaries = in_layers(dictionary(model, width, active, batch.clean), shape.layers)
+    dictionaries = dictionaries_of(model, width, active, batch.clean)
     middle = dictionaries[shape.layers // 2]
     report: dict[str, Any] = {"benchmark": "features", "machine": common.machine(options.device), "goals": GOALS, "width": width}
 
@@ -105,15 +124,15 @@ def main() -> None:
 
     model.add_dictionaries(dictionaries)
     score(model, task, "resid_post")
-    before = peak()
     nodes = common.timed(options.device, partial(score, model, task, "resid_post"))[0]
-    whole, scores = common.timed(options.device, partial(score, model, task, FEATURES))
+    whole = common.timed(options.device, partial(score, model, task, FEATURES))[0]
+    most, scores = peak(partial(score, model, task, FEATURES))
     name = scores.sites[0]
-    report |= {"peak of all layers, bytes": peak() - before, "cells": len(scores.cells(name)), "features of all layers / nodes": whole / nodes}
+    report |= {"peak of all layers, bytes": most, "cells": len(scores.cells(name)), "features of all layers / nodes": whole / nodes}
     per_position = len(scores.cells(name)) / max(1, len({tuple(cell) for cell in scores.cells(name)[:, :2].tolist()}))
     print(
         f"all {shape.layers} layers: {report['cells']} cells ({per_position:.0f} per layer and position), "
-        f"{report['peak of all layers, bytes'] / 1e6:.0f} MB on top of a node run, {whole / nodes:.2f} x its time",
+        f"{report['peak of all layers, bytes'] / 1e6:.0f} MB at the most, {whole / nodes:.2f} x its time",
         flush=True,
     )
     report["exact"] = exact(model, task, number, options)
@@ -125,9 +144,8 @@ def main() -> None:
         model.add_dictionaries(middle)
         long = common.random_task("S2", shape.vocab, pairs=1, length=500 if options.quick else 1000)
         limit = AttributionPatching().prepared(model, long, "resid_post")[2]
-        before = peak()
-        score(model, long, FEATURES, max_memory=1.2 * limit)
-        report["long"] = {"length": len(long.pairs[0]), "max_memory": 1.2 * limit, "peak, bytes": peak() - before}
+        most = peak(partial(score, model, long, FEATURES, max_memory=1.2 * limit))[0]
+        report["long"] = {"length": len(long.pairs[0]), "max_memory": 1.2 * limit, "peak, bytes": most}
         print(f"{report['long']['length']} tokens: {report['long']['peak, bytes'] / 1e6:.0f} MB of at most {1.2 * limit / 1e6:.0f} MB", flush=True)
     common.finish(options, report)
 
