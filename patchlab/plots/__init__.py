@@ -2,6 +2,7 @@
 
 from patchlab.plots._agreement import agreement
 from patchlab.plots._attention import attention, head_grid
+from patchlab.plots._attribution import attribution_graph
 from patchlab.plots._circuit import circuit
 from patchlab.plots._comparison import comparison
 from patchlab.plots._conservation import conservation
@@ -21,6 +22,7 @@ __all__ = [
     "DARK",
     "agreement",
     "attention",
+    "attribution_graph",
     "circuit",
     "comparison",
     "conservation",

@@ -87,7 +87,7 @@ def attribution_graph(
     strings = tuple(map(text, tokens[0].tolist()))
     record = {
         "model": model.name,
-        "prompt": prompt if isinstance(prompt, str) else "".join(strings),
+        "prompt": prompt if isinstance(prompt, str) else _text(model, *tokens[0].tolist()),
         "transcoders": [transcoder.name for transcoder in transcoders],
         "kinds": sorted({transcoder.kind for transcoder in transcoders}),
         "logit_tokens": [(i, text(i)) for i in ids],
@@ -110,8 +110,8 @@ def _tokens(model: Model, prompt: str | Sequence[Any] | Int[Tensor, "*pos"]) -> 
     return model.as_tokens(given)
 
 
-def _text(model: Model, token: int) -> str:
-    return f"#{token}" if model.tokenizer is None else str(model.tokenizer.decode([token]))
+def _text(model: Model, *tokens: int) -> str:
+    return " ".join(f"#{token}" for token in tokens) if model.tokenizer is None else str(model.tokenizer.decode(list(tokens)))
 
 
 def _targets(
