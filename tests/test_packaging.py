@@ -31,7 +31,7 @@ RANKS = (
     {"features"},
     {"methods", "lenses"},
     {"comparison", "circuits"},
-    {"plots", "sweeps"},
+    {"plots", "sweeps", "feature_comparison"},
     {"report"},
     {"cli"},
     {"__main__"},

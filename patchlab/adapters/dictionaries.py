@@ -68,8 +68,8 @@ class SparseDictionary(Protocol):
         ...
 
     @property
-    def identity(self) -> str:
-        """The same for dictionaries that compute the same."""
+    def identity(self) -> Any:
+        """A text, the same for dictionaries that compute the same."""
         ...
 
     @property

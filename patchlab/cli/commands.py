@@ -11,6 +11,7 @@ import typer
 
 from patchlab import __version__
 from patchlab.cli.circuit import circuit
+from patchlab.cli.features import features
 from patchlab.cli.options import (
     SETTINGS,
     BatchSize,
@@ -60,6 +61,7 @@ def _main(version: Annotated[bool, typer.Option("--version", callback=_version, 
 
 
 app.add_typer(circuit, name="circuit")
+app.add_typer(features, name="features")
 app.add_typer(sweep, name="sweep")
 app.command(cls=Command)(study)
 

@@ -203,13 +203,13 @@ def cost_line(
     return announced(work, model, task, lower=f"Less is computed with {lower}{points}.", passes=str(whole), least=bool(whole.uncounted))
 
 
-def scores_file(method: str) -> str:
+def scores_file(method: str, stem: str = "scores") -> str:
     """File name of a method's score map.
 
     >>> scores_file("relp+ig:5"), scores_file("lrp[ln,identity]@mean")
     ('scores.relp-ig-5.nc', 'scores.lrp-ln-identity-mean.nc')
     """
-    return f"scores.{re.sub(r'[:+@,=[]', '-', method).replace(']', '')}.nc"
+    return f"{stem}.{re.sub(r'[:+@,=[]', '-', method).replace(']', '')}.nc"
 
 
 def scored(
@@ -219,24 +219,25 @@ def scored(
     sites: list[str],
     *,
     folder: Path | None = None,
+    stem: str = "scores",
     say: Callable[[str], Any] = lambda _: None,
     done: Callable[[str], Any] = lambda _: None,
     **settings: Any,
 ) -> dict[str, ScoreMap]:
     """The score maps of several methods, each written to the folder (if there is one) when it is finished, or read from it.
 
-    ``settings`` go to :meth:`patchlab.methods.method.Method.run`.
+    Names of files begin with ``stem``; ``settings`` go to :meth:`patchlab.methods.method.Method.run`.
     """
     maps: dict[str, ScoreMap] = {}
     names = list(methods)
     if folder is not None and len({scores_file(name) for name in names}) < len(names):
         raise MethodError(f"two of {', '.join(names)} would be written to one file; register methods or rules under names that differ in letters.")
-    left = [name for name in names if folder is None or not (folder / scores_file(name)).exists()]
+    left = [name for name in names if folder is None or not (folder / scores_file(name, stem)).exists()]
     planned = {key: settings[key] for key in ("direction", "batch_size") if key in settings}
     if (line := cost_line(left, model, task, sites, **planned)) is not None:
         say(line)
     for name in names:
-        file = None if folder is None else folder / scores_file(name)
+        file = None if folder is None else folder / scores_file(name, stem)
         if file is not None and (found := _earlier(file, model, task)) is not None:
             maps[name] = found
             say(f"{name}: finished before, {found.cost.seconds:.1f} s then")

@@ -11,6 +11,7 @@ from patchlab.plots._differences import differences
 from patchlab.plots._edges import edge_heatmap
 from patchlab.plots._faithfulness import faithfulness
 from patchlab.plots._heatmaps import heatmaps
+from patchlab.plots._node_circuits import node_circuits
 from patchlab.plots._patterns import patterns
 from patchlab.plots._ranking import ranking
 from patchlab.plots._save import DARK, save
@@ -32,6 +33,7 @@ __all__ = [
     "faithfulness",
     "head_grid",
     "heatmaps",
+    "node_circuits",
     "patterns",
     "ranking",
     "save",

@@ -50,7 +50,7 @@ def write(folder: Path, results: Results, *, images: bool = True, say: Callable[
         figures["differences"] = plots.differences(results.comparison)
     for name, figure in figures.items():
         plots.save(figure, folder / f"{name}.html", include_plotlyjs="directory", overwrite=True)
-    if images and (reason := _images(figures, folder)):
+    if images and (reason := write_images(figures, folder)):
         say(f"no PNG files: {reason}")
     run = _record(results, listed(folder, "index.html"))
     drawn = {name: inline(name, figure) for name, figure in figures.items()}
@@ -60,7 +60,7 @@ def write(folder: Path, results: Results, *, images: bool = True, say: Callable[
     return run | {"comparison": results.comparison.to_dict()}
 
 
-def _images(figures: dict[str, go.Figure], folder: Path) -> str:
+def write_images(figures: dict[str, go.Figure], folder: Path) -> str:
     """PNG files where kaleido and a browser are there; otherwise none, and the reason."""
     for name, figure in figures.items():
         with warnings.catch_warnings(record=True) as caught:
