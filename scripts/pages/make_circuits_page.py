@@ -22,7 +22,7 @@ from patchlab.testing import auc_table
 
 ROOT = Path(__file__).resolve().parents[2]
 MODELS = ("demo-gpt2", "demo-llama")
-METHODS = {"EAP": "atp", "EAP-IG-5": "ig:5", "edge-RelP": "relp", "edge-RelP+IG-5": "relp+ig:5", "exact": "exact"}
+METHODS = {"EAP": "atp", "IG-5": "ig:5", "edge-RelP": "relp", "edge-RelP+IG-5": "relp+ig:5", "exact": "exact"}
 ABLATIONS = ("resample", "mean", "zero")
 CHOICES = (("top_n", "abs"), ("top_n", "signed"), ("greedy", "abs"), ("greedy", "signed"))
 LEVEL = 0.9
@@ -182,13 +182,14 @@ INTRODUCTION = """# Circuits
 Made by `python scripts/pages/make_circuits_page.py` (TIME); do not edit. Edge scores estimate what a patch of one edge does; a circuit
 is the part of the graph that they pick; whether it explains the behaviour is measured by running it. This page does that on the packaged models.
 
-- **EAP** is `atp`, **EAP-IG-5** is `ig:5` (midpoint rule), **edge-RelP** is `relp`, **edge-RelP+IG-5** is `relp+ig:5` (relevance coefficients
-  averaged over the points of the path), **exact** patches each edge by itself. All of them give noising effects: what happens to the clean run
-  when one edge carries what it would in the corrupted run.
+- **EAP** is `atp`, **IG-5** is `ig:5` (midpoint rule; EAP-IG, `eap-ig:5`, takes the ends of the steps instead), **edge-RelP** is `relp`,
+  **edge-RelP+IG-5** is `relp+ig:5` (relevance coefficients averaged over the points of the path), **exact** patches each edge by itself. All of them
+  give noising effects: what happens to the clean run when one edge carries what it would in the corrupted run.
 - **Faithfulness** f(C) = (m(C) − m(∅)) / (m(M) − m(∅)): the metric of the circuit C with all other edges ablated, of the whole model M, and of
   the model with every edge ablated. It is a ratio of means; brackets hold the 95 % interval over examples. It may exceed 1, since edges that work
   against the behaviour can be outside.
-- **CPR** and **CMD** are the areas under f and between f and 1 over shares of the edges, as the MIB benchmark takes them.
+- **CPR** and **CMD** are the areas under f and between f and 1 over shares of the edges, as the MIB benchmark takes them. CPR has no upper bound and
+  rewards f above 1; CMD and the smallest size do not, so the three are read together.
 - Choosing edges, finding the size, and reporting use three disjoint sets of pairs.
 
 The packaged models are small and were trained on synthetic text: which score wins here need not win on a model trained on the web. To ask
