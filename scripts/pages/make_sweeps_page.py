@@ -3,7 +3,8 @@
     patchlab sweep run examples/sweeps/relp_rules.yaml --out out/relp_rules
     python scripts/pages/make_sweeps_page.py out/relp_rules out/methods
 
-Every number is computed here from the stored scores. A study whose folder is not given is named as one that has not been run.
+Every number is computed here from the stored scores. A study whose folder is not given keeps the section that the page has, which says when and with
+which versions it was made; one without is named as not run yet.
 """
 
 import argparse
@@ -52,9 +53,8 @@ def settings_of(sweep: Sweep) -> list[Setting]:
     """Every setting of the finished runs, with the base method last: paired differences are then its own minus the others'."""
     runs = sweep.runs().set_index("key")
     groups: dict[str, list[str]] = {}
-    for stored, _ in sweep.done():
-        if (reference := sweep.reference(stored.key)) is not None:
-            groups.setdefault(reference, []).append(stored.key)
+    for key, reference in sweep.references().items():
+        groups.setdefault(reference, []).append(key)
     found = []
     for reference, keys in groups.items():
         maps = {runs.loc[key, "method"]: sweep.scores(key) for key in keys}
@@ -260,8 +260,8 @@ Made by `python scripts/pages/make_sweeps_page.py` from folders of finished swee
 """
 
 
-def page(folders: Sequence[Path]) -> str:
-    """The whole page.
+def page(folders: Sequence[Path], before: str = "") -> str:
+    """The whole page; ``before`` is the one that is there.
 
     Raises:
         SystemExit: a folder of another sweep, of one study twice, or without a finished run.
@@ -272,10 +272,17 @@ def page(folders: Sequence[Path]) -> str:
         if sweep.name not in STUDIES or sweep.name in found or not sweep.counts()["done"]:
             raise SystemExit(f"{folder} is {sweep!r}; give one folder with finished runs for each of: {', '.join(STUDIES)}.")
         found[sweep.name] = sweep
-    parts = [INTRODUCTION, *(study(name, found[name]) for name in STUDIES if name in found)]
-    if missing := [f"- **{name}**: {about} `examples/sweeps/{name}.yaml`" for name, about in STUDIES.items() if name not in found]:
+    sections = {**_sections(before), **{name: study(name, sweep) for name, sweep in found.items()}}
+    parts = [INTRODUCTION, *(sections[name] for name in STUDIES if name in sections)]
+    if missing := [f"- **{name}**: {about} `examples/sweeps/{name}.yaml`" for name, about in STUDIES.items() if name not in sections]:
         parts.append("\n".join(["## Not run yet", "", *missing]) + "\n")
     return "\n".join(parts)
+
+
+def _sections(page: str) -> dict[str, str]:
+    """The sections of studies of a page, by name."""
+    parts = page.split("\n## ")[1:]
+    return {name: f"## {part.rstrip()}\n" for part in parts if (name := part.partition("\n")[0]) in STUDIES}
 
 
 def main() -> None:
@@ -284,7 +291,7 @@ def main() -> None:
     parser.add_argument("folders", nargs="+", type=Path, help="of finished studies")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results" / "sweeps.md")
     arguments = parser.parse_args()
-    text = page(arguments.folders)
+    text = page(arguments.folders, arguments.out.read_text(encoding="utf-8") if arguments.out.exists() else "")
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(text, encoding="utf-8")
 

@@ -83,6 +83,15 @@ def test_what_has_not_been_run_is_named(text):
     assert "**seeds**" not in text.partition("## Not run yet")[2]
 
 
+def test_sections_of_studies_that_are_not_given_stay(folder, text):
+    before = text.replace("## Not run yet", "## methods\n\nHow well? 280 runs.\n\n### Nodes\n\nmany\n\n## seeds\n\nold\n\n## Not run yet")
+    again = page.page([folder], before)
+    assert "## methods\n\nHow well? 280 runs.\n\n### Nodes\n\nmany\n\n## seeds\n" in again
+    assert "\nold\n" not in again
+    assert "**methods**" not in again
+    assert page.page([folder], text) == text
+
+
 def test_other_folders_are_refused(folder, tmp_path):
     with pytest.raises(SystemExit, match="give one folder with finished runs for each of"):
         page.page([folder, folder])
