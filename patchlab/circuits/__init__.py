@@ -15,6 +15,7 @@ from patchlab.circuits.nodes import Candidates, NodeCircuit, candidates
 from patchlab.circuits.roc import ROC, overlap, roc
 from patchlab.circuits.select import greedy, threshold, top_n
 from patchlab.circuits.smallest import SmallestFaithful, size_grid, smallest_faithful
+from patchlab.circuits.stability import Stability, consistent, stability
 
 __all__ = [
     "ABLATIONS",
@@ -30,8 +31,10 @@ __all__ = [
     "OptimalFit",
     "Sets",
     "SmallestFaithful",
+    "Stability",
     "acdc",
     "candidates",
+    "consistent",
     "convert",
     "evaluate",
     "faithfulness_curve",
@@ -44,6 +47,7 @@ __all__ = [
     "roc",
     "size_grid",
     "smallest_faithful",
+    "stability",
     "three_sets",
     "threshold",
     "to_dot",

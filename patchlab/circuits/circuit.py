@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float
 from patchlab.errors import CircuitError, SiteError
 from patchlab.graph import READERS, Graph
 from patchlab.scores.arrays import plain
+from patchlab.stats.jaccard import sentence
 
 _SHAPE = ("n_layers", "n_heads", "d_model", "parallel", "mlps")
 
@@ -146,7 +147,9 @@ class Circuit:
             keep = into & np.append(flat.any(1), True)
             rest = flat & keep[:-1, None] & keep[self.graph.reader_node][None, :]
             if rest.sum() == flat.sum():
-                return replace(self, edges=self.edges & _over_positions(flat, self.edges.ndim), provenance=self.provenance | {"pruned": True})
+                edges = self.edges & _over_positions(flat, self.edges.ndim)
+                about = self.provenance if np.array_equal(edges, self.edges) else _without(self.provenance, "stability")
+                return replace(self, edges=edges, provenance=about | {"pruned": True})
             flat = rest
 
     def collapsed(self) -> "Circuit":
@@ -154,7 +157,7 @@ class Circuit:
         if self.n_positions is None:
             return self
         scores = None if self.scores is None else self.scores.sum(2)
-        return Circuit(self.graph, self._flat, scores, {key: value for key, value in self.provenance.items() if key != "positions"})
+        return Circuit(self.graph, self._flat, scores, _without(self.provenance, "positions", "stability"))
 
     def on(self, graph: Graph) -> "Circuit":
         """The same circuit on the graph of a model, which also knows its key-value heads (files of EAP-IG do not name them).
@@ -217,11 +220,12 @@ class Circuit:
         return table.loc[size.sort_values(ascending=False, kind="stable", na_position="last").index].reset_index(drop=True)
 
     def summary(self, top: int = 10) -> str:
-        """The circuit as text: its size, where its edges end, the nodes per layer and the ``top`` edges by absolute score."""
+        """The circuit as text: its size, its stability if measured, where its edges end, the nodes per layer, the ``top`` edges by absolute score."""
         kinds = np.array(self.graph.reader_kind)
         into = self._flat.sum(0)
         counts = [f"{letter} {into[kinds == letter].sum():,}" for letter in READERS if into[kinds == letter].any()]
-        lines = [repr(self), f"Edges into: {', '.join(counts) or 'nothing'}."]
+        lines = [repr(self), *([f"Stability: {sentence(self.provenance['stability'])}."] if "stability" in self.provenance else [])]
+        lines.append(f"Edges into: {', '.join(counts) or 'nothing'}.")
         for layer in range(self.graph.n_layers):
             if names := [node.name for node, kept in zip(self.graph.node_table, self.node_mask, strict=True) if kept and node.layer == layer]:
                 lines.append(f"Layer {layer}: {' '.join(names)}")
@@ -318,7 +322,11 @@ def _refuse_pair(graph: Graph, writer: int, reader: int) -> None:
 
 def _without_choice(provenance: Mapping[str, Any]) -> dict[str, Any]:
     """Provenance without what says how the edges were chosen, which no longer holds for a combination."""
-    return {key: value for key, value in provenance.items() if key not in ("how", "pruned", "n_requested")}
+    return _without(provenance, "how", "pruned", "n_requested", "stability")
+
+
+def _without(provenance: Mapping[str, Any], *keys: str) -> dict[str, Any]:
+    return {key: value for key, value in provenance.items() if key not in keys}
 
 
 def _positions_text(circuit: Circuit) -> str:

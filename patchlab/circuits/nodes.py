@@ -13,6 +13,7 @@ from patchlab.circuits.circuit import Circuit
 from patchlab.errors import CircuitError, unknown
 from patchlab.scores.arrays import plain
 from patchlab.sites import KINDS, POSITION_AXES, Position, Site, parse_sites
+from patchlab.stats.jaccard import sentence
 from patchlab.tasks.task import PositionAxis
 
 Index = Int[np.ndarray, "_node _axis"]
@@ -428,8 +429,8 @@ class NodeCircuit:
         return table.reindex(columns=[*table.columns.drop("score"), "score"]).loc[order].reset_index(drop=True)
 
     def summary(self, top: int = 10) -> str:
-        """The circuit as text: its size, the nodes per layer and the ``top`` nodes by absolute score."""
-        lines = [repr(self)]
+        """The circuit as text: its size, its stability if measured, the nodes per layer and the ``top`` nodes by absolute score."""
+        lines = [repr(self), *([f"Stability: {sentence(self.provenance['stability'])}."] if "stability" in self.provenance else [])]
         for one in self.universe:
             cells = one.cells(self.ids(one.name))
             if KINDS[one.site.kind].layered and len(cells):
@@ -510,7 +511,7 @@ def with_edges(circuit: AnyCircuit, what: str) -> Circuit:
 
 def _without_choice(provenance: Mapping[str, Any]) -> dict[str, Any]:
     """Provenance without what says how the nodes were chosen, which no longer holds for a combination."""
-    return {key: value for key, value in provenance.items() if key not in ("how", "n_requested", "level")}
+    return {key: value for key, value in provenance.items() if key not in ("how", "n_requested", "level", "stability")}
 
 
 def _cells(cells: Sequence[Sequence[int]]) -> Index:

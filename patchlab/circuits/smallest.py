@@ -7,14 +7,16 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from patchlab.circuits.evaluation.curve import FaithfulnessCurve, faithfulness_curve
+from patchlab.circuits.evaluation.curve import FaithfulnessCurve, faithfulness_curve, stable_sizes
 from patchlab.circuits.evaluation.evaluate import evaluate
 from patchlab.circuits.heldout import check_disjoint
 from patchlab.circuits.nodes import AnyCircuit
 from patchlab.circuits.select import mean_effects
+from patchlab.circuits.stability import noted
 from patchlab.errors import CircuitError
 from patchlab.models import Model
 from patchlab.scores import ScoreMap
+from patchlab.stats.jaccard import NUMBERS
 from patchlab.tasks.task import Task
 
 
@@ -27,7 +29,7 @@ class SmallestFaithful:
             ``n_edges_lo``, ``n_edges_hi`` over resamples of the finding pairs (the same for all methods; infinite where no size is faithful),
             ``found_faithfulness`` on those pairs, ``faithfulness`` with ``lo``, ``hi`` and ``metric`` on the reporting pairs, ``n_sizes`` that
             were measured, and how many pairs each step had: ``choosing_pairs``, ``finding_pairs``, ``reporting_pairs``. NaN where no size is
-            faithful.
+            faithful. With ``stability`` also how stable the choice of that size is (:data:`patchlab.stats.jaccard.NUMBERS`).
         curve: the measurements on the finding pairs.
         circuits: the circuit of each method that has one.
         provenance: of the measurement on the reporting pairs, or of the curve if there was nothing to report; JSON-able.
@@ -104,6 +106,7 @@ def smallest_faithful(
     level: float | int = 0.9,
     how: str = "top_n",
     by: str = "abs",
+    stability: int = 0,
     allow_overlap: bool = False,
     **options: Any,
 ) -> SmallestFaithful:
@@ -120,6 +123,7 @@ def smallest_faithful(
         level: what counts as faithful, above 0 and at most 1.
         how: ``top_n`` or ``greedy``.
         by: ``abs`` or ``signed`` importance.
+        stability: resamples of the pairs of the scores on which the circuit found is chosen again; its size stays. 0 for none.
         allow_overlap: accept sets that share pairs.
         options: ``ablation``, ``train``, ``fit``, ``post_norm``, ``n_boot``, ``seed``, ``batch_size``, ``max_memory`` and ``progress``, as for
             :func:`faithfulness_curve`.
@@ -138,6 +142,11 @@ def smallest_faithful(
     shared = {"allow_overlap": allow_overlap, **options}
     curve = faithfulness_curve(model, maps, finding, sizes=size_grid(maps), how=how, by=by, random=0, level=level, **shared)
     circuits = {name: found for name in maps if (found := curve.smallest_circuit(name, level)) is not None}
+    stable = {}
+    for name, circuit in circuits.items():
+        n, seed = int(circuit.provenance.get("n_requested", 0)), int(options.get("seed", 0))  # all edges are not chosen
+        for one in stable_sizes(maps[name], [n] if n else [], how=how, by=by, draws=stability, seed=seed).values():
+            stable[name], circuits[name] = one, noted(circuit, one.record())
     reported = evaluate(model, circuits, reporting, completeness=False, **shared) if circuits else None
     there = {} if reported is None else reported.table.set_index("circuit").to_dict("index")
     areas = curve.areas.set_index("method").to_dict("index")
@@ -148,6 +157,8 @@ def smallest_faithful(
         size = {key: found.get(key, np.nan) for key in ("n_requested", "fraction", "n_edges")}
         size |= {f"n_edges_{end}": areas[name][f"smallest_{end}"] for end in ("lo", "hi")} | {"found_faithfulness": found.get("faithfulness", np.nan)}
         judged = {key: there.get(name, {}).get(key, np.nan) for key in ("faithfulness", "lo", "hi", "metric")}
+        if stability:
+            judged |= dict.fromkeys(NUMBERS, np.nan) if name not in stable else stable[name].numbers
         pairs = {"choosing_pairs": one.data.sizes["example"], "finding_pairs": len(finding), "reporting_pairs": len(reporting)}
         rows.append({"method": name, "level": float(level), **size, **judged, "n_sizes": len(curve.table) // len(maps), **pairs})
     return SmallestFaithful(pd.DataFrame(rows), curve, circuits, (curve if reported is None else reported).provenance)

@@ -46,6 +46,9 @@ Replace = Annotated[bool, typer.Option("--force", help="Replace an existing file
 Seed = Annotated[int, typer.Option(help="Seed of the task's generator, of the halves and of the resamples.")]
 How = Annotated[str, typer.Option(help="top_n (the largest) or greedy (from the logits upwards).")]
 By = Annotated[str, typer.Option(help="Importance: abs, or signed (what supports the behaviour first).")]
+Stable = Annotated[
+    int, typer.Option("--stability", help="Resamples of the pairs on which the choice is made again, to see how stable it is [0: none].")
+]
 Whole = Annotated[bool, typer.Option("--all", help="Use all pairs, not one half of them.")]
 
 
@@ -64,6 +67,11 @@ def find(
     how: How = "top_n",
     by: By = "abs",
     direction: Annotated[str, typer.Option(help="denoising or noising.")] = "noising",
+    stability: Stable = 0,
+    consistent: Annotated[
+        float | None,
+        typer.Option(help="Keep what is chosen on at least this share of resamples (--stability, default 100), such as 0.9.", show_default=False),
+    ] = None,
     n: Pairs = None,
     seed: Seed = 0,
     whole: Whole = False,
@@ -85,10 +93,12 @@ def find(
     options = task_settings(option, metric=metric, on_mismatch=on_mismatch, only_correct=only_correct, chat=chat)
     if edges is not None and threshold is not None:
         raise typer.BadParameter("give a number of edges or a threshold, not both.", param_hint="--edges, --threshold")
+    from patchlab import circuits
     from patchlab.circuits import threshold as above
     from patchlab.circuits.evaluation.curve import HOW
     from patchlab.circuits.files import SUFFIXES, write
     from patchlab.circuits.select import BY
+    from patchlab.circuits.stability import DRAWS
     from patchlab.comparison.job import cost_line
     from patchlab.errors import CircuitError, OutputError, unknown
     from patchlab.methods.names import scoring_method
@@ -110,7 +120,14 @@ def find(
     scores = scorer.run(loaded, first or second, scored, direction=direction, batch_size=batch_size)
     if (warning := scores.reversed_gap()) is not None:
         say(f"warning: {warning}")
-    found: Any = HOW[how](scores, EDGES if edges is None else edges, by=by) if threshold is None else above(scores, threshold, by=by)
+
+    def choose(one: Any) -> Any:
+        return HOW[how](one, EDGES if edges is None else edges, by=by) if threshold is None else above(one, threshold, by=by)
+
+    if consistent is not None:
+        found: Any = circuits.consistent(scores, choose, share=consistent, draws=stability or DRAWS, seed=seed)
+    else:
+        found = circuits.stability(scores, choose, draws=stability, seed=seed).choice if stability else choose(scores)
     if not found.nodes:
         raise CircuitError(
             f"nothing is left of the circuit: of the edges that were chosen ({found.provenance.get('how', '')}) none is on a path from the input to "
@@ -145,6 +162,7 @@ def evaluate(
     how: How = "top_n",
     by: By = "abs",
     random: Annotated[int, typer.Option(help="With --curve: draws of random circuits of the same sizes.")] = 5,
+    stability: Stable = 0,
     n: Pairs = None,
     seed: Seed = 0,
     whole: Whole = False,
@@ -178,6 +196,7 @@ def evaluate(
             "by": by,
             "ablation": ablation or "resample",
             "random": random,
+            "stability": stability,
             "seed": seed,
             "batch_size": batch_size,
         }

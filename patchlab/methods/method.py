@@ -4,7 +4,6 @@ A method is a frozen dataclass of hyper-parameters with one verb, :meth:`Method.
 effects of one batch are found.
 """
 
-import importlib.metadata
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
@@ -37,6 +36,7 @@ from patchlab.scores.arrays import Patterns, concatenated
 from patchlab.sites import POSITION_AXES, Site, parse_sites
 from patchlab.store import Keeper
 from patchlab.tasks.task import Batch, Task
+from patchlab.versions import library_versions
 
 
 @dataclass(frozen=True)
@@ -320,7 +320,6 @@ class Method(ABC):
         """The provenance of a run; ``skipped`` are the sites that are not scored, with reasons."""
         model, task = setting.model, setting.task
         options = {field.name: _plain(getattr(self, field.name)) for field in fields(self)}
-        packages = {name: importlib.metadata.version(name) for name in ("torch", "transformer-lens", "transformers", "numpy")}
         ambient = [f"{edit.op} {edit.address}" for edit in setting.surrounding]
         notes = [f"{len(ambient)} surrounding edits; no cell is taken as a structural zero"] if ambient else []
         notes += [setting.axis.note] if setting.axis is not None and setting.axis.note else []
@@ -336,7 +335,7 @@ class Method(ABC):
             "direction": setting.direction,
             "metric": task.metric.name,
             "metric_unit": task.metric.unit,
-            "versions": {"patchlab": _own_version(), **{name.replace("-", "_"): version for name, version in packages.items()}},
+            "versions": library_versions(),
             "device": str(model.device),
             "dtype": str(model.dtype).removeprefix("torch."),
             **_added(setting),
@@ -377,9 +376,3 @@ def _added(setting: Setting) -> dict[str, Any]:
 
 def _plain(value: Any) -> Any:
     return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
-
-
-def _own_version() -> str:
-    from patchlab import __version__
-
-    return __version__

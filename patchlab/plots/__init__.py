@@ -15,6 +15,7 @@ from patchlab.plots._node_circuits import node_circuits
 from patchlab.plots._patterns import patterns
 from patchlab.plots._ranking import ranking
 from patchlab.plots._save import DARK, save
+from patchlab.plots._stability import stability
 from patchlab.plots._token_strip import token_strip
 from patchlab.plots._token_table import token_table
 from patchlab.plots._trajectories import trajectories
@@ -37,6 +38,7 @@ __all__ = [
     "patterns",
     "ranking",
     "save",
+    "stability",
     "token_strip",
     "token_table",
     "trajectories",

@@ -110,6 +110,7 @@ def _line(
         f"<b>{escape(name)}</b><br>{row['n_requested']:,} {unit} ({row['fraction']:.2%}) asked for"
         + (f", {row['n_edges']:,.4g} after pruning<br>" if unit == "edges" else _threshold(row))
         + f"faithfulness {_with_interval(row['faithfulness'], row['lo'], row['hi'])}<br>metric {row['metric']:.3g}"
+        + (f"<br>Jaccard between resamples {row['jaccard']:.3f}" if np.isfinite(row.get("jaccard", np.nan)) else "")
         for row in drawn
     ]
     requested = np.array([row["n_requested"] for row in drawn], dtype=int)
@@ -175,8 +176,8 @@ def _draw(data: FaithfulnessData, level: float) -> go.Figure:
     rings = [line.smallest for line in data.lines if line.smallest is not None]
     ends = np.log10([min([sizes[0], *rings]), max([sizes[-1], *rings])])
     margin = 0.03 * max(float(ends[1] - ends[0]), 0.3)
-    ticks = _thinned(sizes.tolist(), (_WIDTH - 20) / (float(ends[1] - ends[0]) + 2 * margin))
-    share = [f"{n:,}<br><span style='color:{MUTED}'>{_percent(n / data.total)}</span>" for n in ticks]
+    ticks = thinned(sizes.tolist(), (_WIDTH - 20) / (float(ends[1] - ends[0]) + 2 * margin))
+    share = [f"{n:,}<br><span style='color:{MUTED}'>{percent(n / data.total)}</span>" for n in ticks]
     across = {"type": "log", "range": [float(ends[0]) - margin, float(ends[1]) + margin], "tickmode": "array", "tickvals": ticks, "ticktext": share}
     across |= {"title": {"text": f"{data.unit} asked for, of {data.total:,} (log scale)"}, "showgrid": False}
     box = Box(_LEFT, top, width - _LEFT - 20, _HEIGHT)
@@ -190,7 +191,7 @@ def _draw(data: FaithfulnessData, level: float) -> go.Figure:
         if np.isfinite(line.low).any():
             band = {"mode": "lines", "line": {"width": 0}, "hoverinfo": "skip", **where}
             page.figure.add_trace(go.Scatter(x=line.n_requested, y=line.low, **band))
-            page.figure.add_trace(go.Scatter(x=line.n_requested, y=line.high, fill="tonexty", fillcolor=_faint(line.colour), **band))
+            page.figure.add_trace(go.Scatter(x=line.n_requested, y=line.high, fill="tonexty", fillcolor=faint(line.colour), **band))
     for line in sorted(data.lines, key=lambda line: line.method != RANDOM):
         look = {"mode": "lines+markers", "line": {"color": line.colour, "width": 2}, "marker": {"size": 5, "color": line.colour}}
         more = {"text": line.hover, "hovertemplate": "%{text}<extra></extra>", "name": line.method}
@@ -203,7 +204,7 @@ def _draw(data: FaithfulnessData, level: float) -> go.Figure:
     return page.figure
 
 
-def _thinned(sizes: list[int], per_decade: float) -> list[int]:
+def thinned(sizes: list[int], per_decade: float) -> list[int]:
     """Ticks with room for their labels."""
     kept: list[int] = []
     for n in sizes:
@@ -212,14 +213,15 @@ def _thinned(sizes: list[int], per_decade: float) -> list[int]:
     return kept
 
 
-def _percent(share: float) -> str:
+def percent(share: float) -> str:
     """A share of the edges, to two digits: ``0.1 %``.
 
-    >>> _percent(0.001), _percent(0.2), _percent(1.0)
+    >>> percent(0.001), percent(0.2), percent(1.0)
     ('0.1 %', '20 %', '100 %')
     """
     return f"{float(f'{100 * share:.2g}'):g} %"
 
 
-def _faint(colour: str) -> str:
+def faint(colour: str) -> str:
+    """A colour of six digits, almost transparent."""
     return f"rgba({', '.join(str(int(colour[i : i + 2], 16)) for i in (1, 3, 5))}, 0.16)"

@@ -10,6 +10,8 @@ import pandas as pd
 from patchlab import __version__, plots
 from patchlab.circuits import FaithfulnessCurve, Sets, SmallestFaithful, write
 from patchlab.circuits.evaluation.ablations import still_falling
+from patchlab.circuits.evaluation.curve import areas_note, areas_text
+from patchlab.stats.jaccard import sentence
 from patchlab.store.files import writing
 from patchlab.store.folder import listed
 from patchlab.store.record import finish
@@ -23,21 +25,21 @@ def smallest(curve: FaithfulnessCurve, level: float | int = 0.9) -> dict[str, di
 
 
 def summary(curve: FaithfulnessCurve, found: SmallestFaithful) -> str:
-    """A line or two per method: the areas, and from which size on it is faithful."""
+    """A few lines per method: the areas with their intervals, from which size on it is faithful, and how stable that circuit is, where measured."""
     about, sets = curve.provenance, found.table.iloc[0]
     lines = [
         f"FaithfulnessCurve({about['model']} × {about['task']}, {about['metric']}, {about['ablation']} ablation)",
         f"  pairs: {sets['choosing_pairs']} for choosing, {sets['finding_pairs']} for finding the size (of {sets['n_sizes']}, a tenth apart), "
-        f"{sets['reporting_pairs']} for reporting" + ("; CPR and CMD on the last two together" if curve.mib_sizes else ""),
+        f"{sets['reporting_pairs']} for reporting; CPR and CMD on the last two together",
     ]
     for row in curve.areas.to_dict("records"):
         name = row["method"]
         words = [] if name not in found.curve.areas["method"].to_numpy() else [found.sentence(name)]
-        if curve.mib_sizes:
-            words = [f"CPR {row['cpr']:.3f} [{row['cpr_lo']:.3f}, {row['cpr_hi']:.3f}], CMD {row['cmd']:.3f}", *words]
-        if words:
-            lines.append(f"  {name}: " + f"\n  {' ' * len(name)}  ".join(words))
-    return "\n".join([*lines, *still_falling(about)])
+        words = [areas_text(row), *words]
+        if (circuit := found.circuits.get(name)) is not None and "stability" in circuit.provenance:
+            words.append(sentence(circuit.provenance["stability"]))
+        lines.append(f"  {name}: " + f"\n  {' ' * len(name)}  ".join(words))
+    return "\n".join([*lines, f"  {areas_note(curve)}", *still_falling(about)])
 
 
 def write_curve(
@@ -52,8 +54,8 @@ def write_curve(
     """Write everything into a fresh folder; returns what ``run.json`` holds, with the tables.
 
     The files: ``faithfulness.csv`` (a row per method and size), ``areas.csv``, ``curve.json`` (all of it, for :meth:`FaithfulnessCurve.load`),
-    ``faithfulness.html`` and ``.png``, ``circuit.<method>.json`` and ``run.json``; with ``found`` also ``smallest.csv`` (a row per method) and
-    ``sizes.csv`` and ``sizes.json`` (the measurements that the sizes were found from).
+    ``faithfulness.html`` and ``.png``, ``circuit.<method>.json`` and ``run.json``; where stability was measured ``stability.html``; with ``found``
+    also ``smallest.csv`` (a row per method) and ``sizes.csv`` and ``sizes.json`` (the measurements that the sizes were found from).
 
     Args:
         folder: see :func:`patchlab.store.result_folder`.
@@ -82,6 +84,8 @@ def write_curve(
         warnings.simplefilter("always")
         if plots.save(figure, folder / "faithfulness.png", overwrite=True).suffix != ".png":  # then it left the HTML, which is here already
             say(f"no PNG file: {str(caught[-1].message).partition(', which needs ')[2]}")
+    if "jaccard" in curve.table:
+        plots.save(plots.stability(curve), folder / "stability.html", overwrite=True)
     chosen = {name: curve.smallest_circuit(name, level) for name in curve.circuits} if found is None else found.circuits
     for name, circuit in chosen.items():
         if circuit is not None and circuit.nodes:

@@ -71,6 +71,26 @@ def test_find_chooses_from_the_scores_of_the_first_half(found, halves):
 
 
 @pytest.mark.slow
+def test_find_says_how_stable_the_choice_is_and_can_choose_what_is(tmp_path, halves):
+    model, first, _ = halves
+    scores = pl.RelevancePatching().run(model, first, "edges", direction="noising", progress=False)
+
+    def choose(one):
+        return pl.circuits.top_n(one, 40)
+
+    wanted = pl.circuits.stability(scores, choose, draws=10, seed=0)
+    record = printed("find", *WHERE, "--edges", 40, "--stability", 10, "--out", tmp_path / "s.json")
+    assert record["provenance"]["stability"]["jaccard"] == pytest.approx(wanted.jaccard, abs=0.02)  # batches round differently
+    assert read(tmp_path / "s.json").provenance["stability"]["draws"] == 10
+    told = patchlab("find", *WHERE, "--edges", 40, "--stability", 10, "--out", tmp_path / "s.json", "--force").stdout
+    assert "Stability: Jaccard" in told
+    core = printed("find", *WHERE, "--edges", 40, "--stability", 10, "--consistent", 0.9, "--out", tmp_path / "c.json")
+    assert set(core["edges"]) <= set(wanted.table().query("share >= 0.9")["edge"])
+    assert core["provenance"]["how"] == "in at least 90% of 10 resamples: top 40 by |effect|"
+    assert "above 0 and at most 1; got 2" in error_of("find", *WHERE, "--consistent", 2, "--out", tmp_path / "d.json")
+
+
+@pytest.mark.slow
 def test_every_option_of_find_reaches_the_selection(tmp_path, halves):
     model = halves[0]
     scores = pl.AttributionPatching().run(
@@ -216,7 +236,22 @@ def test_evaluate_refuses_what_does_not_fit(found, tmp_path):
 @pytest.fixture(scope="module")
 def curve(tmp_path_factory):
     out = tmp_path_factory.mktemp("curve") / "out"
-    arguments = ["evaluate", *WHERE, "--curve", out, "--methods", "atp, relp", "--sizes", "5,40,479", "--random", 2, "--ablation", "zero"]
+    arguments = [
+        "evaluate",
+        *WHERE,
+        "--curve",
+        out,
+        "--methods",
+        "atp, relp",
+        "--sizes",
+        "5,40,479",
+        "--random",
+        2,
+        "--ablation",
+        "zero",
+        "--stability",
+        8,
+    ]
     return out, printed(*arguments), arguments
 
 
@@ -243,6 +278,10 @@ def test_curve_writes_tables_figure_and_the_smallest_circuits(curve):
     assert record["provenance"]["ablation"] == "zero"
     assert record["provenance"]["selection"] == {"atp": "disjoint", "relp": "disjoint"}
     assert record["provenance"]["random_draws"] == 2
+    assert "stability.html" in names
+    assert table.query("method != 'random' and n_requested == 479")["jaccard"].tolist() == [1.0, 1.0], "nothing is chosen of all edges"
+    for name in ("atp", "relp"):
+        assert read(out / f"circuit.{name}.json").provenance["stability"]["jaccard"] == pytest.approx(smallest.loc[name, "jaccard"])
 
 
 def test_curve_chooses_finds_and_reports_on_three_sets_of_pairs(curve, halves):
@@ -269,11 +308,18 @@ def test_curve_does_not_replace_results_unasked(curve):
     assert (out / "run.json").stat().st_mtime_ns == before
     result = patchlab(*arguments, "--force")
     assert result.exit_code == 0, result.output
-    head, pairs, atp, relp = result.stdout.splitlines()
+    head, pairs, *lines, note = result.stdout.splitlines()
     assert head == "FaithfulnessCurve(demo-gpt2-4l × ioi[6], logit_diff, zero ablation)"
-    assert re.fullmatch(r"  pairs: 6 for choosing, 3 for finding the size \(of \d+, a tenth apart\), 3 for reporting", pairs)
-    for name, line in (("atp", atp), ("relp", relp)):
-        assert re.fullmatch(rf"  {name}: f ≥ 0.9 from \d+ edges on \(95 % interval \d+ to \d+\); f = .* there on the reporting pairs", line)
+    assert re.fullmatch(
+        r"  pairs: 6 for choosing, 3 for finding the size \(of \d+, a tenth apart\), 3 for reporting; CPR and CMD on the last two together", pairs
+    )
+    for name in ("atp", "relp"):
+        areas, smallest, stable, *lines = lines
+        assert re.fullmatch(rf"  {name}: CPR .* \[.*\], CMD .* \[.*\]", areas)
+        assert re.fullmatch(r" +f ≥ 0.9 from \d+ edges on \(95 % interval \d+ to \d+\); f = .* there on the reporting pairs", smallest)
+        assert re.fullmatch(r" +Jaccard .* between resamples \(.*8 resamples of 6 prompts; the bar of \.8 asks for 100\)", stable)
+    assert [line.split(":")[0] for line in lines] == ["  random"]
+    assert note.startswith("  CPR and CMD are over the sizes that were given, so they are not MIB's; CPR has no upper bound")
     assert "demo-gpt2-4l, ioi: 6 pairs for choosing, 3 for finding the size, 3 for reporting" in result.stderr
     assert re.search(r"next, to find the smallest faithful ones: \d+ circuits on 3 pairs, about \d+ s", result.stderr)
     assert f"done: open {out / 'faithfulness.html'}" in result.stderr

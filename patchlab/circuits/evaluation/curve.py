@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,7 @@ from patchlab.circuits.heldout import check_disjoint
 from patchlab.circuits.nodes import AnyCircuit
 from patchlab.circuits.select import BY, greedy, top_n
 from patchlab.circuits.select_nodes import of_nodes
+from patchlab.circuits.stability import Stability, noted, stabilities
 from patchlab.errors import CircuitError, unknown
 from patchlab.graph import Graph
 from patchlab.models import Model
@@ -28,8 +29,10 @@ from patchlab.scores import ScoreMap
 from patchlab.scores.arrays import plain
 from patchlab.sites import Site
 from patchlab.stats.bootstrap import TAILS, interval, resampling_weights
+from patchlab.stats.jaccard import NUMBERS
 from patchlab.store.files import writing
 from patchlab.tasks.task import Task
+from patchlab.versions import library_versions
 
 HOW: dict[str, Callable[..., Any]] = {"top_n": top_n, "greedy": greedy}
 RANDOM = "random"
@@ -49,12 +52,16 @@ class FaithfulnessCurve:
             counted per position for circuits by position), ``faithfulness`` with its 95 % interval ``lo``, ``hi`` over examples (for
             ``random`` also over draws), ``metric`` (mean, in its unit). Of circuits of nodes it has ``n_nodes`` for ``n_edges``,
             ``threshold`` (NaN where numbers of nodes were asked for), and ``completeness`` (faithfulness of the complement; low is good)
-            with ``completeness_lo``, ``completeness_hi``.
+            with ``completeness_lo``, ``completeness_hi``. With ``stability`` also what :func:`patchlab.circuits.stability` finds of
+            each choice (:data:`patchlab.stats.jaccard.NUMBERS`), over resamples of the examples of the scores; NaN for ``random`` and where nothing
+            is chosen.
         areas: per method ``cpr`` (area under f, high is good) and ``cmd`` (area between f and 1, low is good; of ``random``: of the mean
             over draws) with intervals: trapezoids over the requested fractions, from the smallest to the largest, without a point at 0.
             They are MIB's CPR and CMD only at MIB's ten sizes (:attr:`mib_sizes`). And ``smallest``, what :meth:`smallest` gives at the
             level of the provenance, with the 95 % interval ``smallest_lo``, ``smallest_hi`` of measured sizes over resamples of the examples,
-            the same for all methods; infinite where no size is faithful. No finer than the sizes: see :func:`smallest_faithful`.
+            the same for all methods; infinite where no size is faithful. No finer than the sizes: see :func:`smallest_faithful`. Read the three
+            together: CPR has no upper bound and rewards circuits that overshoot (f above 1, by leaving out what works against the behaviour),
+            which CMD counts as far from the model as falling short.
         circuits: the circuits of each method, in the order of its rows (not of ``random``).
         provenance: model, task, ablation, selection; JSON-able.
     """
@@ -158,9 +165,23 @@ class FaithfulnessCurve:
         head = f"FaithfulnessCurve({about.get('model')} × {about.get('task')}, {about.get('metric')}, {about.get('ablation')} ablation)"
         lines = []
         for row in self.areas.to_dict("records"):
-            areas = f"CPR {row['cpr']:.3f} [{row['cpr_lo']:.3f}, {row['cpr_hi']:.3f}], CMD {row['cmd']:.3f}; " if self.mib_sizes else ""
-            lines.append(f"  {row['method']}: {areas}{self._reach(row['method'])}")
-        return "\n".join([head, *lines, *still_falling(about)])
+            lines.append(f"  {row['method']}: {areas_text(row)}; {self._reach(row['method'])}")
+        return "\n".join([head, *lines, *still_falling(about), f"  {areas_note(self)}"])
+
+
+def areas_text(row: Mapping[Hashable, Any]) -> str:
+    """CPR and CMD of a row of :attr:`FaithfulnessCurve.areas` with their intervals, in words."""
+    words = []
+    for name in ("cpr", "cmd"):
+        low, high = row[f"{name}_lo"], row[f"{name}_hi"]
+        words.append(f"{name.upper()} {row[name]:.3f}" + (f" [{low:.3f}, {high:.3f}]" if np.isfinite(low) else ""))
+    return ", ".join(words)
+
+
+def areas_note(curve: FaithfulnessCurve) -> str:
+    """What a reader of CPR and CMD must know: which sizes they are over, and what CPR rewards."""
+    over = "MIB's ten sizes" if curve.mib_sizes else "the sizes that were given, so they are not MIB's"
+    return f"CPR and CMD are over {over}; CPR has no upper bound and rewards f above 1, CMD and the smallest size do not"
 
 
 def random_circuit(graph: Graph, n: int, *, seed: int = 0, how: str = "top_n", prune: bool = True) -> Circuit:
@@ -194,6 +215,7 @@ def faithfulness_curve(
     start_layer: int | None = None,
     random: int = 5,
     level: float | int = 0.9,
+    stability: int = 0,
     allow_overlap: bool = False,
     n_boot: int = 1000,
     seed: int = 0,
@@ -223,6 +245,7 @@ def faithfulness_curve(
         start_layer: of maps of nodes: earlier layers are free.
         random: draws of random circuits of the same sizes, pruned in the same way; 0 for none.
         level: what counts as faithful in ``smallest`` of the areas.
+        stability: resamples of the examples of the scores on which each choice of edges is made again, to see how stable it is; 0 for none.
         allow_overlap: accept examples that the scores were computed on.
         n_boot: resamples behind each interval.
         seed: of resamples and random circuits.
@@ -241,10 +264,13 @@ def faithfulness_curve(
         raise CircuitError(f"give at least one map of scores, none of them named {RANDOM!r}, and random >= 0; got {list(maps)}, random={random}.")
     selection = {name: check_disjoint(one.provenance, task, f"the map {name!r}", allow_overlap=allow_overlap) for name, one in maps.items()}
     about = {"how": how, "by": by, "random_draws": random, "level": float(level), "n_boot": n_boot, "seed": seed, "selection": selection}
+    about |= {"versions": library_versions()}
     shared: dict[str, Any] = {"train": train, "batch_size": batch_size, "max_memory": max_memory}
     if any(of_nodes(one, sites) for one in maps.values()):
         if how != "top_n" or fit is not None or post_norm != "renormalised":
             raise CircuitError("how=, fit= and post_norm= are for circuits of edges; got scores of nodes. Leave them out.")
+        if stability:
+            raise CircuitError("stability= of a curve is for circuits of edges; ask circuits.stability for that of a circuit of nodes.")
         nodes = NodeSizes.of(
             model,
             maps,
@@ -287,6 +313,14 @@ def faithfulness_curve(
         table.add(RANDOM, plan, np.array([[c.n_edges for c in some] for some in draws]), found[start:].reshape(random, len(plan), -1))
     named = [f"{name} {n}" for name in circuits for n, _, _ in sizing[name]]
     record = {**runner.provenance(), **measured.record(["no edges", *named]), **about}
+    if stability:
+        stable = {name: stable_sizes(one, [n for n, _, _ in sizing[name]], how=how, by=by, draws=stability, seed=seed) for name, one in maps.items()}
+        record["stability"] = {"draws": stability, "seed": seed, "prompts": {name: one.data.sizes["example"] for name, one in maps.items()}}
+        _add_stability(table.rows, stable)
+        circuits = {
+            name: tuple(noted(one, stable[name][n].record()) if n in stable[name] else one for one, (n, _, _) in zip(some, sizing[name], strict=True))
+            for name, some in circuits.items()
+        }
     return FaithfulnessCurve(pd.DataFrame(table.rows), pd.DataFrame(table.areas), circuits, plain(record))
 
 
@@ -362,6 +396,28 @@ def _chosen(scores: ScoreMap, n: int, total: int, how: str, by: str) -> Circuit:
     if n == total and total == scores.graph.n_edges:
         return Circuit.full(scores.graph)  # nothing is chosen, so edges without scores are no hindrance
     return HOW[how](scores, n, by=by)
+
+
+def stable_sizes(scores: ScoreMap, sizes: Sequence[int], *, how: str, by: str, draws: int, seed: int) -> dict[int, Stability]:
+    """The stability of the circuit of each size that has edges, by the number of edges asked for; nothing with no draws.
+
+    Raises:
+        CircuitError: as :func:`patchlab.circuits.stability`.
+    """
+    if not draws:
+        return {}
+    [(_, _, total), *_] = _sizes("scores", scores, [1])
+
+    def choosing(n: int) -> Callable[[ScoreMap], Circuit]:
+        return lambda one: _chosen(one, n, total, how, by)
+
+    return stabilities(scores, {n: choosing(n) for n in sizes if choosing(n)(scores).n_edges}, draws=draws, seed=seed)
+
+
+def _add_stability(rows: list[dict[str, Any]], stable: Mapping[str, Mapping[int, Stability]]) -> None:
+    for row in rows:
+        found = stable.get(row["method"], {}).get(row["n_requested"])
+        row |= dict.fromkeys(NUMBERS, float("nan")) if found is None else found.numbers
 
 
 def _random(graph: Graph, n: int, total: int, seed: int, how: str) -> Circuit:

@@ -416,7 +416,8 @@ class TestCurves:
         assert curve.provenance["selection"] == {"AtP": "disjoint"}
         assert "AtP: CPR" in repr(curve)
         assert "random: CPR" in repr(curve)
-        assert "CPR" not in repr(self.curve(sizes=[30, 60], random=0)), "an area over other sizes is not MIB's"
+        assert "CPR and CMD are over MIB's ten sizes" in repr(curve)
+        assert "over the sizes that were given, so they are not MIB's" in repr(self.curve(sizes=[30, 60], random=0))
 
     @pytest.mark.parametrize("by", ["abs", "signed"])
     def test_other_ways_to_choose(self, by: str) -> None:
