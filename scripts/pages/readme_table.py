@@ -1,7 +1,10 @@
 """Make the table of the README: where RelP is nearer to exact patching than AtP at the same cost, and where it is farther from it.
 
-Run it in the repository: ``python scripts/pages/readme_table.py`` (about a minute on two cores). The settings are those of the results page, which
-has all methods (``make_results_page.py``).
+    patchlab sweep run examples/sweeps/methods.yaml --out out/methods
+    python scripts/pages/readme_table.py out/methods
+
+Every number comes from the scores of that sweep. The settings shown are those of the results page (``make_results_page.py``), the counts are of all
+that the sweep patched denoising; ``make_sweeps_page.py`` shows all of them, with all methods and both directions.
 """
 
 import argparse
@@ -9,10 +12,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from make_results_page import BASE, MODELS, ROOT, RUNS, TASKS, measure, table
+from make_results_page import BASE, MODELS, ROOT, RUNS, TASKS, table
 
 import patchlab as pl
 from patchlab.comparison.compare import Comparison
+from patchlab.sweeps import Sweep
 
 METHOD, SITES = "relp", RUNS["nodes"][0]
 FORMS = {"pearson_per_prompt": "per prompt", "pearson": "of means"}
@@ -31,13 +35,12 @@ def cell(base: Mapping[Any, Any], row: Mapping[Any, Any], difference: Mapping[An
     return f"{number(base[form])} → {number(row[form])} [{number(low, signed=True)}, {number(high, signed=True)}]{mark}"
 
 
-def rows(model: str, task: str, comparison: Comparison) -> list[list[str]]:
+def rows(name: str, comparison: Comparison) -> list[list[str]]:
     """A row per form of agreement, with a cell per site."""
     live = comparison.table[comparison.table["cells"] == "live"]
     found = {(row["method"], row["site"]): row for row in live.to_dict("records")}
     against = comparison.differences[(comparison.differences["cells"] == "live") & (comparison.differences["other"] == BASE)]
     differences = {row["site"]: row for row in against[against["method"] == METHOD].to_dict("records")}
-    name = " ".join([model, task, *TASKS[task].values()])
     return [
         [name if i == 0 else "", words, *(cell(found[BASE, site], found[METHOD, site], differences[site], form) for site in SITES)]
         for i, (form, words) in enumerate(FORMS.items())
@@ -64,26 +67,64 @@ def insert(readme: Path, text: str) -> None:
     readme.write_text(f"{head}{BEGIN}\n{text}\n{END}{tail}", encoding="utf-8")
 
 
+def comparisons(sweep: Sweep) -> dict[str, tuple[str, Comparison]]:
+    """Of each setting that the sweep patched denoising, both methods against exact patching, and the name of the setting if it is one that is shown.
+
+    Raises:
+        SystemExit: unfinished runs, nothing of that kind, a setting without one of the methods, or two settings of one name.
+    """
+    runs = sweep.runs().set_index("key")
+    wanted = runs[(runs["kind"] == "score") & (runs["direction"] == RUNS["nodes"][1]) & runs["method"].isin(["exact", BASE, METHOD])]
+    if left := int((wanted["status"] != "done").sum()):
+        raise SystemExit(
+            f"{left} of the {len(wanted)} runs that the table is made of are not done in {sweep.folder}. Run the sweep to its end first."
+        )
+    groups: dict[str, dict[str, str]] = {}
+    for key, reference in sweep.references().items():
+        if runs.loc[key, "direction"] == RUNS["nodes"][1] and (name := str(runs.loc[key, "method"])) in (BASE, METHOD):
+            groups.setdefault(reference, {})[name] = key
+    found: dict[str, tuple[str, Comparison]] = {}
+    for reference, keys in groups.items():
+        name = shown_as(str(runs.loc[reference, "model"]), sweep.store.planned()[reference]["spec"]["task"])
+        if set(keys) != {BASE, METHOD} or (name and name in [one for one, _ in found.values()]):
+            raise SystemExit(
+                f"{name or reference} occurs twice, or lacks one of {BASE} and {METHOD}; give the folder of examples/sweeps/methods.yaml."
+            )
+        found[reference] = name, pl.compare(sweep.scores(reference), {name: sweep.scores(keys[name]) for name in (BASE, METHOD)})
+    if not found:
+        raise SystemExit(f"{sweep!r} has no denoising runs of {BASE}, {METHOD} and exact; give the folder of examples/sweeps/methods.yaml.")
+    return found
+
+
+def shown_as(model: str, task: Mapping[str, Any]) -> str:
+    """What the table calls a setting; nothing for one that it only counts."""
+    options = TASKS.get(task["name"])
+    if model not in MODELS or options is None or not options.items() <= task["options"].items():
+        return ""
+    return " ".join([model, task["name"], *options.values()])
+
+
+def written(found: Mapping[str, tuple[str, Comparison]]) -> str:
+    """The table, with the settings that are shown and the counts over all of them, and what is said below it."""
+    every = [(name, rows(name, comparison)) for name, comparison in found.values()]
+    body = [row for name, part in every if name for row in part]
+    heads = ["AtP → RelP", "", *(f"`{site}`" for site in SITES)]
+    halves = min(comparison.reliability["reliability"].min() for _, comparison in found.values())
+    pairs = sorted({int(comparison.setting["n_examples"]) for _, comparison in found.values()})
+    told = (
+        f"{' or '.join(map(str, pairs))} pairs each, whether the model solves them or not. The last rows count all {len(found)} settings, shown or "
+        f"not. The exact maps themselves have a split-half reliability of at least {number(float(halves))}."
+    )
+    return table(heads, body + counts([row for _, part in every for row in part])) + "\n\n" + told
+
+
 def main() -> None:
-    """Measure, and write the table."""
+    """Write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--n", type=int, default=32)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("folder", type=Path, help="of the finished sweep examples/sweeps/methods.yaml")
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="the file whose table is replaced")
     arguments = parser.parse_args()
-    body: list[list[str]] = []
-    halves: list[float] = []
-    for name in MODELS:
-        model = pl.load_model(name)
-        for task in TASKS:
-            print(f"{name}, {task}", flush=True)
-            comparison = measure(model, task, "nodes", arguments.n, arguments.seed, (BASE, METHOD))
-            body += rows(name, task, comparison)
-            halves += comparison.reliability["reliability"].tolist()
-    told = (
-        f"{arguments.n} pairs each that the model solves. The exact maps themselves have a split-half reliability of at least {number(min(halves))}."
-    )
-    insert(arguments.readme, table(["AtP → RelP", "", *(f"`{site}`" for site in SITES)], body + counts(body)) + "\n\n" + told)
+    insert(arguments.readme, written(comparisons(pl.sweeps.open(arguments.folder))))
 
 
 if __name__ == "__main__":

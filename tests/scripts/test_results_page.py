@@ -7,9 +7,14 @@ import pandas as pd
 import pytest
 from page_scripts import script
 from score_maps import altered, random_map
+from sweeping import runs, swept
 
+import patchlab as pl
 from patchlab.comparison.compare import FORMS, compare
+from patchlab.methods import get_method
 from patchlab.scores import ScoreMap
+from patchlab.store.runs import RunStore
+from patchlab.sweeps.driver import planned
 
 page, readme = script("make_results_page"), script("readme_table")
 
@@ -111,7 +116,7 @@ def test_cells_of_the_readme_mark_differences_that_exclude_0(found):
 def test_rows_of_the_readme_are_those_of_the_comparison(found, monkeypatch):
     monkeypatch.setattr(readme, "SITES", ("attn_out", "z"))
     comparison = found["m", "greater_than", "nodes"]
-    first, second = readme.rows("m", "greater_than", comparison)
+    first, second = readme.rows("m greater_than", comparison)
     assert (first[:2], second[:2]) == (["m greater_than", "per prompt"], ["", "of means"])
     live = comparison.table.query("cells == 'live' and site == 'z'").set_index("method")
     apart = comparison.differences.query("cells == 'live' and site == 'z' and method == 'relp' and other == 'atp'").iloc[0]
@@ -123,3 +128,38 @@ def test_rows_of_the_readme_are_those_of_the_comparison(found, monkeypatch):
 def test_marks_are_counted_by_site_and_form():
     body = [["m", "per prompt", "a ▲", "b ▼"], ["", "of means", "c", "d ▼"], ["l", "per prompt", "e ▲", "f"], ["", "of means", "g ▲", "h ▼"]]
     assert readme.counts(body) == [["all 2", "per prompt", "**2 ▲, 0 ▼**", "**0 ▲, 1 ▼**"], ["", "of means", "**1 ▲, 0 ▼**", "**0 ▲, 2 ▼**"]]
+
+
+STUDY = """
+version: 1
+name: methods
+models: demo-gpt2-4l
+tasks:
+  - {name: ioi, n: 8}
+  - {name: agreement, n: 8, options: {variant: across_rc}}
+directions: [denoising, noising]
+runs: [{kind: score, methods: [exact, atp, relp, gim], sites: [resid_pre, attn_out, mlp_out, z]}]
+"""
+
+
+def test_the_table_of_the_readme_is_that_of_the_sweep(tmp_path, monkeypatch):
+    """And its numbers are those of the same runs without a sweep."""
+    swept(runs(tmp_path, STUDY), tmp_path / "out", about={"name": "methods"})
+    monkeypatch.setattr(readme, "MODELS", ("demo-gpt2-4l",))
+    monkeypatch.setattr(readme, "TASKS", {"agreement": {"variant": "across_rc"}})
+    found = readme.comparisons(pl.sweeps.open(tmp_path / "out"))
+    assert [name for name, _ in found.values()] == ["", "demo-gpt2-4l agreement across_rc"]
+    model = pl.load_model("demo-gpt2-4l")
+    pairs = pl.load_task("agreement", model, n=8, variant="across_rc")
+    maps = {name: get_method(name).run(model, pairs, readme.SITES, progress=False) for name in ("exact", "atp", "relp")}
+    expected = readme.rows("demo-gpt2-4l agreement across_rc", pl.compare(maps.pop("exact"), maps))
+    text = readme.written(found)
+    lines = text.splitlines()
+    assert lines[2:4] == ["| " + " | ".join(row) + " |" for row in expected]
+    assert lines[4].startswith("| all 2 | per prompt |")
+    assert "8 pairs each, whether the model solves them or not. The last rows count all 2 settings" in text
+    wanted = runs(tmp_path, STUDY.replace("name: ioi, n: 8}", "name: ioi, n: 8, seed: [0, 1]}"))
+    with RunStore.open(tmp_path / "out", write=True) as store:
+        store.plan({run.key: planned(run) for run in wanted})
+    with pytest.raises(SystemExit, match="3 of the 9 runs that the table is made of are not done in"):
+        readme.comparisons(pl.sweeps.open(tmp_path / "out"))
