@@ -73,7 +73,7 @@ def test_the_blocks_of_a_page_run_in_order_and_print_what_it_shows(page, tmp_pat
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(plotly.io, "show", lambda figure, *_, **__: figure.to_json())
-    monkeypatch.setattr("patchlab.report.files._images", lambda *_: "")  # pictures take seconds, and are not what is tried here
+    monkeypatch.setattr("patchlab.report.files.write_images", lambda *_: "")  # pictures take seconds, and are not what is tried here
     text = (ROOT / page).read_text(encoding="utf-8")
     with registries():
         assert masked(outputs.with_outputs(text, page)) == masked(text), f"make it anew: python scripts/pages/outputs.py {page}"

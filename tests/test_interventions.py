@@ -405,7 +405,7 @@ def test_addresses_that_cannot_be_edited(site: str, error: type[Exception], mess
 
 
 def test_unknown_operations() -> None:
-    with pytest.raises(InterventionError, match="an edit's op is 'replace', 'add' or 'scale'; got 'multiply'"):
+    with pytest.raises(InterventionError, match="an edit's op is one of 'replace', 'add', 'scale', 'at_least', 'at_most'; got 'multiply'"):
         inspect.unwrap(pl.Edit.__post_init__)(_with_op("multiply"))
 
 

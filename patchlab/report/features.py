@@ -19,6 +19,7 @@ from patchlab.report.html import captioned, document, inline, listed, paragraph,
 from patchlab.store import folder as folders
 from patchlab.store.files import writing
 from patchlab.store.record import finish
+from patchlab.tables import records
 
 AGREEMENT = {
     "pearson_per_prompt": "r per prompt",
@@ -94,6 +95,8 @@ def _record(results: FeatureResults, files: list[str]) -> dict[str, Any]:
         "accuracy": results.accuracy,
         "versions": provenance.get("versions", {}),
         "seconds": results.seconds,
+        "costs": records(results.comparison.costs),
+        "differences": records(results.differences),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "files": files,
     }

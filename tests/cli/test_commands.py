@@ -516,7 +516,7 @@ def results(tmp_path_factory):
 @pytest.fixture
 def no_images(monkeypatch):
     """Images take seconds; one test makes them."""
-    monkeypatch.setattr("patchlab.report.files._images", lambda *_: "")
+    monkeypatch.setattr("patchlab.report.files.write_images", lambda *_: "")
 
 
 @pytest.mark.usefixtures("no_images")

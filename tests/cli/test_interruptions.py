@@ -14,7 +14,7 @@ from patchlab.scores import ScoreMap
 from patchlab.store.folder import UNFINISHED
 
 ARGUMENTS = ["compare", "--model", "demo-gpt2-4l", "--task", "ioi", "--n", "4", "--methods", "exact,ig:5", "--sites", "z", "--device", "cpu"]
-START = "import patchlab.report.files as f; f._images = lambda *_: 'not here'; from patchlab.cli import main; main()"
+START = "import patchlab.report.files as f; f.write_images = lambda *_: 'not here'; from patchlab.cli import main; main()"
 """The command without pictures, which would take most of the time."""
 HOLD = """
 import sys, time

@@ -229,7 +229,7 @@ def test_the_page_is_small_and_draws_nothing_until_it_is_asked(folder, page):
         assert figure["data"]
     record = json.loads((folder / "run.json").read_text())
     assert {*record["files"]} == {path.name for path in folder.iterdir()}
-    assert record["counts"] == {"planned": 12, "done": 12, "failed": 0, "running": 0, "pending": 0, "stale": 0}
+    assert record["counts"] == {"planned": 12, "done": 12, "failed": 0, "running": 0, "pending": 0, "stale": 0, "damaged": 0}
     assert record["figures"] == len({*figures}) == 2 + 2 + 6 + 2
     assert [name for name in SECTIONS if name not in ("What failed", "What is missing")] == Tables(page).headings
 

@@ -86,7 +86,7 @@ def test_workers_end_with_the_driver(tmp_path):
     assert len(workers) >= 2
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
-    wait_for(lambda: not any(map(alive, workers)), 30)
+    wait_for(lambda: not any(map(alive, workers)), 120)
     assert "running" not in RunStore.open(tmp_path / "out").status().values()
 
 
@@ -102,10 +102,10 @@ def test_ctrl_c_stops_it_cleanly(tmp_path, how, options):
         os.killpg(process.pid, how)
     else:
         os.kill(process.pid, how)
-    text, _ = process.communicate(timeout=30)
+    text, _ = process.communicate(timeout=180)
     assert process.returncode != 0
     assert "Traceback" not in text
-    wait_for(lambda: not any(map(alive, below)), 10)
+    wait_for(lambda: not any(map(alive, below)), 120)
     assert RunStore.open(tmp_path / "out").counts()["running"] == 0
 
 

@@ -6,12 +6,13 @@ import torch
 from families import scores_of
 
 import patchlab as pl
+from patchlab.adapters.accessors import HOSTS
 from patchlab.methods import get_method
 from patchlab.rules import PRESETS
 from patchlab.sites import KINDS
 from patchlab.testing import linear_toy, micro_model, micro_task, toy_task
 
-SITES = [kind.name for kind in KINDS.values() if kind.name not in ("q", "k") and kind.granularities is None] + [
+SITES = [kind.name for kind in KINDS.values() if kind.name in HOSTS and kind.name not in ("q", "k")] + [
     "z[layer,pos,head]",
     "v[layer,pos,kv_head]",
     "mlp_post[layer,pos,neuron]",

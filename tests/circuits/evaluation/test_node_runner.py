@@ -300,7 +300,7 @@ def test_refuses_what_does_not_fit() -> None:
     with pytest.raises(CircuitError, match="errors='ablated' is for circuits of features"):
         measured(circuit, task, errors="ablated")
     wide = NodeCircuit.full([Candidates(Site.parse("z"), (3, 9))])
-    with pytest.raises(CircuitError, match=r"chooses from z\[layer 3, head 9\], and gpt2 has layer 3, head 4"):
+    with pytest.raises(CircuitError, match=r"chooses from z\[layer 3, head 9\], and gpt2 has z\[layer 3, head 4\]"):
         measured(wide, task)
     with pytest.raises(SiteError, match="names layer 6"):
         measured(NodeCircuit.full([Candidates(Site.parse("z"), (7, 2))]), task)
