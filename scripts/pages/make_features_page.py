@@ -109,8 +109,8 @@ def page(folders: dict[str, Path]) -> str:
             f"Made by `python scripts/pages/make_features_page.py`; do not edit. {len(folders)} settings: the packaged models {' and '.join(MODELS)} "
             f"with their packaged autoencoders, subject-verb agreement in four forms, {PAIRS} pairs each, half for choosing and half for measuring. "
             f"Noising: corrupted values are put into the clean run; everything outside a circuit carries its positional mean over "
-            f"corrupted prompts, as in Marks et al. 2024 (arXiv 2403.19647). `{features.MARKS}` is that paper's integrated gradients, one submodule at a time. "
-            f"{', '.join(f'{name} {version}' for name, version in record['versions'].items())}.\n",
+            f"corrupted prompts, as in Marks et al. 2024 (arXiv 2403.19647). `{features.MARKS}` is that paper's integrated gradients, one "
+            f"submodule at a time. {', '.join(f'{name} {version}' for name, version in record['versions'].items())}.\n",
             "## What came out\n",
             *said,
             "",

@@ -644,12 +644,12 @@ def test_the_commands_of_the_page_work_in_order_in_one_folder(tmp_path, monkeypa
     """With fewer pairs than the page has, and the smallest model."""
     monkeypatch.chdir(tmp_path)
     lines = documented_commands()
-    assert [words[0] for words in lines] == ["compare", "tasks", "circuit", "circuit", "circuit", "circuit"]
+    assert [words[0] for words in lines] == ["compare", "tasks", *["circuit"] * 6]
     for words in lines:
         fewer = ["--model", "demo-gpt2-4l", "--n", "8"] if "--model" in words else []
         result = patchlab(*instead(words, fewer))
         assert result.exit_code == 0, f"{words}: {result.output}"
-    assert {path.name for path in tmp_path.iterdir()} == {"results", "circuit.json", "circuit.html", "curve"}
+    assert {path.name for path in tmp_path.iterdir()} == {"results", "circuit.json", "nodes.json", "core.json", "circuit.html", "curve"}
 
 
 SWAPPED = {"clean": "John gave a drink to", "corrupted": "Mary gave a drink to", "correct": " John", "incorrect": " Mary"}
