@@ -85,6 +85,21 @@ def areas(folders: dict[str, Path]) -> tuple[str, dict[str, dict[str, tuple[int,
     return "\n".join(parts), counts
 
 
+def two_questions(folders: dict[str, Path]) -> str:
+    """Which method agrees best with single effects, and which finds the most faithful circuits: two questions."""
+    tables = [(pd.read_csv(path / "comparison.csv").query("cells == 'live'"), pd.read_csv(path / "areas.csv")) for path in folders.values()]
+    agreement_of = pd.concat([one[one["site"].str.startswith("features")] for one, _ in tables]).groupby("method")["pearson_per_prompt"].mean()
+    distance = pd.concat([one.query("nodes == 'features' and method != 'random'") for _, one in tables]).groupby("method")["distance"].mean()
+    closest, best, worst = agreement_of.idxmax(), distance.idxmin(), distance.idxmax()
+    said = [
+        f"The exact effects of single features are met best by `{closest}` (r {agreement_of.max():.2f} per prompt, mean over settings; `relp` "
+        f"{agreement_of['relp']:.2f}), whose circuits are at a mean distance |1 − f| of {distance[closest]:.3f}.",
+        f"Exact effects themselves choose circuits at {distance['exact']:.3f}, `relp` at {distance['relp']:.3f}, `{features.MARKS}` at "
+        f"{distance[features.MARKS]:.3f}; best are those of `{best}` ({distance[best]:.3f}), worst those of `{worst}` ({distance[worst]:.3f}).",
+    ]
+    return " ".join(["Agreement and circuits are two questions.", *said])
+
+
 def cost(folders: dict[str, Path]) -> str:
     """Passes of each method, in the first setting."""
     record = json.loads((next(iter(folders.values())) / "run.json").read_text(encoding="utf-8"))
@@ -116,6 +131,7 @@ def page(folders: dict[str, Path]) -> str:
             "",
             f"The RelP paper reports circuits of features about as faithful as those of integrated gradients, at a fraction of the cost. Here `relp` "
             f"takes 2 forward passes and one backward pass per batch; what `{features.MARKS}` takes is below.\n",
+            two_questions(folders) + "\n",
             *pictures,
             "## How faithful circuits are\n",
             "Mean |1 − f| over 12 numbers of nodes from 1 to all that have a score, with 95 % intervals over the measured pairs; low is good.\n",
@@ -144,7 +160,7 @@ def main() -> int:
             folders[f"{name} {variant}"] = made(model, name, variant, arguments.work)
         circuits = pd.read_csv(arguments.work / f"{name}-{DRAWN}" / "features.csv")
         figure = plots.node_circuits(circuits, title=f"Circuits of nodes: agreement {DRAWN} on {name}")
-        plots.save(figure, FIGURES / f"features-{name}.png", overwrite=True)
+        plots.save(figure, FIGURES / f"features-{name}.png", overwrite=True, scale=1)
     PAGE.write_text(page(folders), encoding="utf-8")
     print(f"wrote {PAGE}")
     return 0
