@@ -1,4 +1,4 @@
-"""Circuit files in JSON: one entry per node and per edge, by name; circuits of nodes have a form of their own (:mod:`.nodes`)."""
+"""Circuit files in JSON: an entry per node and per edge, by name; circuits of nodes have their own form (:mod:`patchlab.circuits.formats.nodes`)."""
 
 import json
 import math

@@ -82,7 +82,7 @@ def add_dictionaries(model: BridgedModel, dictionaries: Iterable[SparseDictionar
     into features, rest and error gives it back.
 
     Raises:
-        SiteError: as :func:`patchlab.adapters.points_of_dictionaries`, or a point that has dictionaries already.
+        SiteError: as :func:`patchlab.adapters.dictionaries.points_of_dictionaries`, or a point that has dictionaries already.
         ModelError: a test fails.
     """
     dtype = torch.promote_types(model.dtype, torch.float32)
