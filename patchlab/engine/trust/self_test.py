@@ -35,6 +35,8 @@ from patchlab.sources import Kept
 _CONTRIBUTIONS: tuple[str, ...] = ("input", "attn_out", "mlp_out")
 _SUM = ("resid_pre", "attn_out", "mlp_out", "resid_post")
 _RESIDUAL = ("resid_pre", "resid_mid", "resid_post")
+STEPS = (1e-2, 1e-3, 1e-4)
+"""Sizes of the edit whose effect is held against the gradient, as shares of the size of the activation."""
 
 
 @exclusive
@@ -169,13 +171,16 @@ def _of_other_slope(model: BridgedModel, tokens: Int[Tensor, "two pos"]) -> dict
             if not bool(slope.any()):
                 continue  # a dead part, which no edit changes
             length = float(value.square().sum().sqrt()) if bool(value.any()) else 1.0
-            step = slope * (0.01 * length / float(slope.square().sum().sqrt()))
-            ends = [
-                run(model, _program(ids, edits=(Edit(address(*target), sign * step, "add"),), metric=metric, answers=answers)) for sign in (-1, 1)
-            ]
-            changed = (_value(ends[1]) - _value(ends[0])) / 2
-            expected = float((slope * step).sum())
-            if abs(changed - expected) > (0.3 if own_rounding else 0.1) * abs(expected):
+            for share in STEPS:  # what comes of curvature shrinks with the step; what comes of a wrong accessor stays
+                step = slope * (share * length / float(slope.square().sum().sqrt()))
+                ends = [
+                    run(model, _program(ids, edits=(Edit(address(*target), sign * step, "add"),), metric=metric, answers=answers)) for sign in (-1, 1)
+                ]
+                changed = (_value(ends[1]) - _value(ends[0])) / 2
+                expected = float((slope * step).sum())
+                if abs(changed - expected) <= (0.3 if own_rounding else 0.1) * abs(expected):
+                    break
+            else:
                 where_to = "" if target[1] is None else f" in layer {target[1]}"
                 return {kind: f"an edit{where_to} changes the logits by {changed:.3g} where the gradient says {expected:.3g} (write, or pull?)"}
     return {}
