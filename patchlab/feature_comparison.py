@@ -6,7 +6,6 @@ carries its positional mean over corrupted prompts, and completeness is the fait
 """
 
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,11 +19,9 @@ from patchlab.circuits import NodeCircuit, evaluate
 from patchlab.circuits.evaluation.scale import Scale
 from patchlab.circuits.select_nodes import top_nodes
 from patchlab.comparison.compare import Comparison, compare
-from patchlab.comparison.job import named_task, scored
+from patchlab.comparison.job import exact_first, named_task, scored, stopwatch
 from patchlab.errors import MethodError, ScoreError, unknown
 from patchlab.features import load_dictionaries
-from patchlab.methods.exact import ActivationPatching
-from patchlab.methods.names import scoring_method
 from patchlab.models import Model, load_model
 from patchlab.scores import ScoreMap
 from patchlab.sites import POINTS
@@ -42,8 +39,6 @@ MARKS = "ig-activations-left:10"
 RANDOM = "random"
 SIZES = 12
 NEURONS = "mlp_post"
-COLUMNS = ("method", "nodes", "n_nodes", "faithfulness", "completeness")
-"""What ``features.csv`` has, with ``_lo`` and ``_hi`` of the last two."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +56,7 @@ class FeatureJob:
         ablation: what nodes outside a circuit carry.
 
     Raises:
-        MethodError: an unknown method, one named twice, or exact patching not among them.
+        MethodError: an unknown method, one named twice, ``exact`` not among them, or nothing beside it.
     """
 
     model: str
@@ -79,16 +74,10 @@ class FeatureJob:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        methods = [scoring_method(name) for name in self.methods]
-        names = [method.name for method in methods]
-        if repeated := sorted({name for name in names if names.count(name) > 1}):
-            raise MethodError(f"the method {repeated[0]} is named twice; name it once.")
-        exact = [method.name for method in methods if isinstance(method, ActivationPatching)]
-        if len(exact) != 1 or len(names) < 2:
-            raise MethodError(f"a comparison needs exact patching (the reference) once and at least one other method; got {', '.join(names)}.")
-        if exact[0] != "exact" or any(method.source != "paired" for method in methods):
-            raise MethodError(f"features are compared between the prompts of a pair; got the methods {', '.join(names)}. Leave @SOURCE out.")
-        object.__setattr__(self, "methods", (exact[0], *(name for name in names if name != exact[0])))
+        methods = exact_first(self.methods)
+        if methods[0] != "exact":
+            raise MethodError(f"features are compared between the prompts of a pair, by `exact` itself; got {methods[0]}. Leave its options out.")
+        object.__setattr__(self, "methods", methods)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for a file."""
@@ -109,7 +98,8 @@ class FeatureResults:
         maps: score maps of features and errors by method, the reference first.
         neurons: those of neurons.
         comparison: agreement with exact patching of features and errors.
-        circuits: a row per method, kind of nodes and number of nodes: :data:`COLUMNS` with ``_lo`` and ``_hi``.
+        circuits: a row per method, kind of nodes and number of nodes: ``method``, ``nodes``, ``n_nodes``, ``faithfulness`` and ``completeness``,
+            these two with ``_lo`` and ``_hi``; what ``features.csv`` holds.
         areas: a row per method and kind of nodes: ``distance``, the mean of abs(1 − faithfulness) over the sizes, with ``_lo`` and ``_hi``, and
             ``left``, the mean of completeness over the sizes (both: low is good).
         differences: paired differences of ``distance`` between each method and :data:`MARKS`: ``method``, ``nodes``, ``value``, ``lo``, ``hi``.
@@ -153,14 +143,7 @@ def run(
     Raises:
         PatchlabError: whatever is wrong with the names, the pairs, the model or the dictionaries.
     """
-    seconds: dict[str, float] = {}
-    started = time.perf_counter()
-
-    def done(step: str) -> None:
-        nonlocal started
-        now = time.perf_counter()
-        seconds[step], started = round(now - started, 3), now
-
+    seconds, done = stopwatch()
     model = model or load_model(job.model, device=job.device, dtype=job.dtype)
     points = _attach(job, model)
     done("load model and dictionaries")

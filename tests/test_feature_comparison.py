@@ -132,7 +132,8 @@ def test_sizes_grow_by_a_factor():
         (("atp", "relp"), "needs exact patching"),
         (("exact",), "at least one other method"),
         (("exact", "relp", "relp"), "relp is named twice"),
-        (("exact@mean", "relp@mean"), "Leave @SOURCE out"),
+        (("exact@mean", "relp@mean"), "by `exact` itself; got exact@mean"),
+        (("exact", "relp@mean"), "cannot be compared"),
     ],
 )
 def test_methods_that_make_no_comparison_are_refused(methods, message):

@@ -27,8 +27,6 @@ from patchlab.cli.options import (
     task_settings,
 )
 
-METHODS = "exact,atp,relp,relp-ah,attnlrp,gim,ig:1,ig:5,ig:10,ig-activations-left:10"
-
 features = typer.Typer(
     context_settings=SETTINGS,
     no_args_is_help=True,
@@ -52,7 +50,10 @@ def compare(
         str | None, typer.Option(help="Folder or hub name of dictionaries [default: those packaged with the model].", show_default=False)
     ] = None,
     points: Annotated[str | None, typer.Option(help="Sites whose dictionaries are used, comma-separated [default: all].", show_default=False)] = None,
-    methods: Annotated[str, typer.Option(help="Comma-separated (patchlab methods); exact is the reference.")] = METHODS,
+    methods: Annotated[
+        str | None,
+        typer.Option(help="Comma-separated (patchlab methods); exact is the reference [default: gradients, relevance and IG].", show_default=False),
+    ] = None,
     direction: Annotated[str, typer.Option(help="denoising or noising.")] = "noising",
     ablation: Annotated[str, typer.Option(help="What nodes outside a circuit carry: mean_positional, mean, resample or zero.")] = "mean_positional",
     n: Pairs = None,
@@ -88,8 +89,9 @@ def compare(
     if ablation not in NODE_ABLATIONS:
         raise CircuitError(unknown("ablation of nodes", ablation, NODE_ABLATIONS))
     chosen = () if points is None else tuple(word.strip() for word in points.split(","))
+    scored = jobs.METHODS if methods is None else tuple(split(methods))
     job = jobs.FeatureJob(
-        model, task, dictionaries, chosen, tuple(split(methods)), direction, n, seed, ablation, device, dtype, batch_size, options
+        model, task, dictionaries, chosen, scored, direction, n, seed, ablation, device, dtype, batch_size, options
     )  # fmt: skip
     with result_folder(out, force=force, job={"patchlab": __version__, **job.as_dict()}, say=say) as folder:
         results = jobs.run(job, folder=folder, say=say, progress=True)

@@ -48,24 +48,8 @@ class Job:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        methods = [scoring_method(name) for name in self.methods]
-        names = [method.name for method in methods]
-        if repeated := sorted({name for name in names if names.count(name) > 1}):
-            raise MethodError(f"the method {repeated[0]} is named twice; name it once.")
-        exact = [method.name for method in methods if isinstance(method, ActivationPatching)]
-        if not exact or len(names) < 2:
-            raise MethodError(
-                f"a comparison needs exact patching (the reference) and at least one other method; got {', '.join(names)}. "
-                f"For instance: exact,atp,relp."
-            )
-        sources = {method.name: method.source for method in methods}
-        if unlike := [name for name in names if sources[name] != sources[exact[0]]]:
-            raise MethodError(
-                f"{exact[0]} patches in the source {sources[exact[0]]!r} and {unlike[0]} the source {sources[unlike[0]]!r}, which cannot be "
-                f"compared; name methods of one source, such as exact@mean,relp@mean."
-            )
         _check_options(self.options)
-        object.__setattr__(self, "methods", (exact[0], *(name for name in names if name != exact[0])))
+        object.__setattr__(self, "methods", exact_first(self.methods))
         object.__setattr__(self, "sites", tuple(map(str, parse_sites(self.sites))))
 
     @property
@@ -89,6 +73,46 @@ class Results:
     maps: dict[str, ScoreMap]
     comparison: Comparison
     seconds: dict[str, float]
+
+
+def exact_first(methods: Iterable[str]) -> tuple[str, ...]:
+    """The names of methods that are compared, as they are written, with exact patching, the reference, first.
+
+    >>> exact_first(["relp", "exact"])
+    ('exact', 'relp')
+
+    Raises:
+        MethodError: an unknown method, one named twice, no exact patching or nothing beside it, methods of different sources.
+    """
+    chosen = [scoring_method(name) for name in methods]
+    names = [method.name for method in chosen]
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise MethodError(f"the method {repeated[0]} is named twice; name it once.")
+    exact = [method.name for method in chosen if isinstance(method, ActivationPatching)]
+    if not exact or len(names) < 2:
+        raise MethodError(
+            f"a comparison needs exact patching (the reference) and at least one other method; got {', '.join(names)}. For instance: exact,atp,relp."
+        )
+    sources = {method.name: method.source for method in chosen}
+    if unlike := [name for name in names if sources[name] != sources[exact[0]]]:
+        raise MethodError(
+            f"{exact[0]} patches in the source {sources[exact[0]]!r} and {unlike[0]} the source {sources[unlike[0]]!r}, which cannot be "
+            f"compared; name methods of one source, such as exact@mean,relp@mean."
+        )
+    return (exact[0], *(name for name in names if name != exact[0]))
+
+
+def stopwatch() -> tuple[dict[str, float], Callable[[str], None]]:
+    """Seconds of each step, and what is called with a step's name at its end."""
+    seconds: dict[str, float] = {}
+    last = time.perf_counter()
+
+    def done(step: str) -> None:
+        nonlocal last
+        now = time.perf_counter()
+        seconds[step], last = round(now - last, 3), now
+
+    return seconds, done
 
 
 def named_task(name: str, model: Model, *, n: int | None = None, seed: int = 0, options: Mapping[str, Any] | None = None) -> Task:
@@ -133,14 +157,7 @@ def run(
     Raises:
         PatchlabError: whatever is wrong with the names, the pairs or the model.
     """
-    seconds: dict[str, float] = {}
-    started = time.perf_counter()
-
-    def done(step: str) -> None:
-        nonlocal started
-        now = time.perf_counter()
-        seconds[step], started = round(now - started, 3), now
-
+    seconds, done = stopwatch()
     model = model or load_model(job.model, device=job.device, dtype=job.dtype)
     done("load model")
     task = named_task(job.task, model, n=job.n, seed=job.seed, options=job.options)

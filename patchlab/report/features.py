@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from plotly.offline import get_plotlyjs
 
 from patchlab import __version__, plots
 from patchlab.comparison.job import scores_file
@@ -64,8 +63,6 @@ def write_features(folder: Path, results: FeatureResults, *, images: bool = True
         say(f"no PNG files: {reason}")
     run = _record(results, folders.listed(folder, "index.html"))
     drawn = {name: inline(name, figure) for name, figure in figures.items()}
-    with writing(folder / "plotly.min.js", overwrite=True) as temporary:
-        temporary.write_text(get_plotlyjs(), encoding="utf-8")
     with writing(folder / "index.html", overwrite=True) as temporary:
         temporary.write_text(_page(results, drawn, run), encoding="utf-8")
     run = finish(folder, run, run["files"])

@@ -171,6 +171,7 @@ def _of_other_slope(model: BridgedModel, tokens: Int[Tensor, "two pos"]) -> dict
             if not bool(slope.any()):
                 continue  # a dead part, which no edit changes
             length = float(value.square().sum().sqrt()) if bool(value.any()) else 1.0
+            changed = expected = 0.0
             for share in STEPS:  # what comes of curvature shrinks with the step; what comes of a wrong accessor stays
                 step = slope * (share * length / float(slope.square().sum().sqrt()))
                 ends = [
