@@ -84,6 +84,27 @@ def test_areas_are_means_over_the_sizes(results):
 
 
 @pytest.mark.slow
+def test_intervals_are_those_of_a_literal_bootstrap(results):
+    """One draw of examples at a time, the same for both methods."""
+    sites, other = ["features.resid_post", "error.resid_post"], METHODS[-1]
+    sizes = sorted(set(results.circuits.query("nodes == 'features'")["n_nodes"]))
+    circuits = {f"{name} {n}": top_n(results.maps[name], n, sites=sites) for name in ("relp", other) for n in sizes}
+    found = evaluate(results.model, circuits, results.measuring, completeness=False, progress=False)
+    distances = {"relp": [], other: []}
+    examples = len(results.measuring)
+    for chosen in np.random.default_rng(results.job.seed).integers(examples, size=(1000, examples)):
+        empty = found.metric_empty[chosen].mean()
+        gap = found.metric_full[chosen].mean() - empty
+        for name, into in distances.items():
+            into.append(np.mean([abs(1 - (found.metric[f"{name} {n}"][chosen].mean() - empty) / gap) for n in sizes]))
+    relp, marks = np.array(distances["relp"]), np.array(distances[other])
+    area = results.areas.query("method == 'relp' and nodes == 'features'").iloc[0]
+    assert [area["distance_lo"], area["distance_hi"]] == pytest.approx(np.quantile(relp, [0.025, 0.975]), abs=1e-3)
+    difference = results.differences.query("method == 'relp' and nodes == 'features'").iloc[0]
+    assert [difference["lo"], difference["hi"]] == pytest.approx(np.quantile(relp - marks, [0.025, 0.975]), abs=1e-3)
+
+
+@pytest.mark.slow
 def test_the_folder_has_what_is_promised(results, tmp_path, monkeypatch):
     run = write_features(tmp_path, results, images=False)
     table = pd.read_csv(tmp_path / "features.csv")
