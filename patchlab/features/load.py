@@ -82,15 +82,18 @@ def load_dictionaries(
         DictionaryError: none found, or one that is unreadable or does not fit the model.
     """
     wanted = {"layers": layers, "sites": sites, "kind": kind}
+    every = list(_found(folder, model, Said(input_scale=input_scale), trained_on, dtype, single=False))
     found = [
         dictionary
-        for dictionary in _found(folder, model, Said(input_scale=input_scale), trained_on, dtype, single=False)
+        for dictionary in every
         if (layers is None or dictionary.layer in layers)
         and (sites is None or dictionary.reads in ([sites] if isinstance(sites, str) else sites))
         and (kind is None or dictionary.kind == kind)
     ]
     if not found:
-        raise DictionaryError(f"{folder} holds no dictionary with {', '.join(f'{k}={v}' for k, v in wanted.items() if v is not None)}.")
+        asked = ", ".join(f"{name}={value}" for name, value in wanted.items() if value is not None)
+        there = dict.fromkeys(f"{one.reads} ({one.kind})" for one in every)
+        raise DictionaryError(f"{folder} holds no dictionary with {asked}. It has dictionaries that read {', '.join(there)}.")
     return tuple(sorted(found, key=lambda dictionary: (-1 if dictionary.layer is None else dictionary.layer, dictionary.reads, dictionary.name)))
 
 
@@ -123,7 +126,10 @@ def _folder(path: str | Path, single: bool) -> Path:
         return folder
     name = HubName.parse(str(path)) if isinstance(path, str) else None
     if name is None:
-        raise DictionaryError(f"there is no folder {folder}; give one, or a name of the hub such as owner/repository:folder.")
+        raise DictionaryError(
+            f"there is no folder {folder}; give one, a packaged model that has dictionaries ({', '.join(DEMO_DICTIONARIES)}), or a name of the hub "
+            f"such as owner/repository:folder."
+        )
     markers = [marker for kind in FORMATS for marker in kind.markers]
     return hub_dictionaries(name, markers, [file for kind in FORMATS for file in kind.files], single=single)
 

@@ -383,7 +383,7 @@ def test_folders_are_searched_and_chosen_from(tmp_path, model):
         loaded(tmp_path, model)
     with pytest.raises(DictionaryError, match="holds no dictionary with layer=7, but mlp_in → mlp_out of layer 1, resid_post of layer 0"):
         loaded(tmp_path, model, layer=7)
-    with pytest.raises(DictionaryError, match="holds no dictionary with layers="):
+    with pytest.raises(DictionaryError, match="holds no dictionary with layers=.*It has dictionaries that read "):
         pl.load_dictionaries(tmp_path, model, layers=(7,))
     (tmp_path / "empty").mkdir()
     with pytest.raises(DictionaryError, match="holds no dictionary. Formats that are read: sparsify, SAELens"):
