@@ -19,6 +19,9 @@ from patchlab.models import Model
 from patchlab.rules import LNRule
 from patchlab.rules.jacobian import norm_vjp
 
+LETTERS = {"attn_out": "a", "mlp_out": "m", "resid_post": "r", "resid_pre": "r"}
+"""How names of what dictionaries write begin, by the point that they are on: ``m3.f512``, ``m3.error``, ``m3.bias``."""
+
 
 @dataclass(frozen=True)
 class Part:
@@ -126,13 +129,13 @@ def _neurons(stream: Stream, layer: int) -> Iterator[Part]:
 
 def _feature_targets(point: str, model: Model, layers: range) -> tuple[Target, ...]:
     """The features that write to a point in some layers, and what they leave out there; none where the point has no dictionaries."""
-    found = _point(model, point)
+    found = point_of(model, point)
     into = [] if found is None else [(layer, one) for layer in layers for one in found.into(layer)]
     features = dict.fromkeys((f"features.{point}", one.layer) for _, one in into)
     return (*features, *dict.fromkeys((f"error.{point}", layer) for layer, _ in into))
 
 
-def _point(model: Model, name: str) -> Point | None:
+def point_of(model: Model, name: str) -> Point | None:
     """The dictionaries on a kind of site; None where it has none."""
     site = model.arch.accessors.get(f"features.{name}")
     return site.point if isinstance(site, FeatureSite) else None
@@ -140,11 +143,11 @@ def _point(model: Model, name: str) -> Point | None:
 
 def _written_by_features(stream: Stream, point: str, layer: int) -> Iterator[Part]:
     """What features write to a point in one layer, what belongs to none of them, and what they leave out."""
-    found, c = _point(stream.model, point), stream.coefficient
+    found, c = point_of(stream.model, point), stream.coefficient
     sources = () if found is None else found.into(layer)
     if not sources:
         return
-    letter = {"attn_out": "a", "mlp_out": "m", "resid_post": "r"}[point]
+    letter = LETTERS[point]
     left = stream.written(point, layer)
     for one in sources:
         values = stream.kept[f"features.{point}", one.layer].to(c.dtype)
@@ -159,7 +162,7 @@ def _written_by_features(stream: Stream, point: str, layer: int) -> Iterator[Par
 
 def _features(stream: Stream, layer: int) -> Iterator[Part]:
     for point, whole in (("attn_out", _attention), ("mlp_out", _mlp)):
-        found = _point(stream.model, point)
+        found = point_of(stream.model, point)
         yield from _written_by_features(stream, point, layer) if found is not None and found.into(layer) else whole(stream, layer)
 
 

@@ -13,6 +13,7 @@ from patchlab.plots._faithfulness import faithfulness
 from patchlab.plots._heatmaps import heatmaps
 from patchlab.plots._node_circuits import node_circuits
 from patchlab.plots._patterns import patterns
+from patchlab.plots._qk import qk_pairs
 from patchlab.plots._ranking import ranking
 from patchlab.plots._save import DARK, save
 from patchlab.plots._stability import stability
@@ -36,6 +37,7 @@ __all__ = [
     "heatmaps",
     "node_circuits",
     "patterns",
+    "qk_pairs",
     "ranking",
     "save",
     "stability",

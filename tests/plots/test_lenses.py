@@ -10,6 +10,7 @@ from patchlab import lenses
 from patchlab.errors import LensError
 from patchlab.plots._attention import _prepare_head_grid, _prepare_thumbnails
 from patchlab.plots._conservation import _prepare_conservation
+from patchlab.plots._qk import _prepare_qk
 from patchlab.plots._token_strip import _prepare_token_strip
 from patchlab.plots._token_table import _prepare_token_table
 from patchlab.plots._trajectories import _prepare_trajectories
@@ -147,3 +148,19 @@ def test_conservation_stacks_the_biases_on_the_stream():
     np.testing.assert_allclose(np.add(stream.y, biases.y), total.y)
     np.testing.assert_allclose(total.y, 1, atol=1e-4)
     assert list(one.y) == [1, 1]
+
+
+def test_pairs_of_components_are_drawn_with_all_others_together():
+    found = lenses.qk_attribution(model_of("gpt2"), swap_task(), "L2.H1.pattern@END<1")
+    data = _prepare_qk(found, 3)
+    grid = found.grid(3)
+    np.testing.assert_array_equal(data.values, grid)
+    assert data.queries[-1] == data.keys[-1] == "others"
+    assert list(data.keys) == list(grid["key"].to_numpy())
+    (drawn,) = pl.plots.qk_pairs(found, 3).data
+    np.testing.assert_array_equal(drawn.z, data.values)
+    assert drawn.zmax == -drawn.zmin == np.abs(data.values).max()
+    assert drawn.hovertext[0][1].startswith(f"<b>{data.queries[0]} × {data.keys[1]}</b>")
+    assert len(_prepare_qk(found, 100).queries) == len(found.queries.names), "nothing is left for others"
+    with pytest.raises(LensError, match="n is 0"):
+        pl.plots.qk_pairs(found, 0)
