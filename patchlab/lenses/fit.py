@@ -2,8 +2,7 @@
 
 import hashlib
 import importlib.metadata
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -20,15 +19,13 @@ from patchlab.errors import LensError
 from patchlab.lenses.distributions import fidelity
 from patchlab.lenses.linear_map import LeastSquares, LinearMap
 from patchlab.lenses.readout import Readout
-from patchlab.lenses.rows import rows_of, token_ids
+from patchlab.lenses.rows import Corpus, by_length, rows_of
 from patchlab.models import Model
 from patchlab.progress import progress_bar
 from patchlab.rules import Composite, get_composite
 from patchlab.tasks.task import Task
 from patchlab.texts import Texts
 
-Corpus = Texts | Task | Sequence[Any] | Tensor
-"""What lenses are fitted on: rows of :mod:`patchlab.texts`, a task (its clean prompts), texts or rows of token ids, a tensor of them."""
 _TRIED = 64  # rows at a time in a least-squares fit
 
 
@@ -63,7 +60,7 @@ def fit_linear(
         LensError: too few states for the width of the model, an empty part, or layers that it has not.
     """
     chosen = _layers(model, layers, model.arch.n_layers - 1)
-    groups = _by_length(model, rows)
+    groups = [tokens for _, tokens in by_length(model, rows)]
     fitted, kept_back = _split(groups, held_out, seed)
     last = model.arch.n_layers - 1
     sums = {layer: LeastSquares(model.arch.d_model, model.arch.d_model, model.device) for layer in chosen}
@@ -143,7 +140,7 @@ def fit_jacobian(
     if not 0 < target < model.arch.n_layers:
         raise LensError(f"target_layer is {target_layer}; {model.name} has the layers 0 to {model.arch.n_layers - 1}, and one below it is needed.")
     chosen, composite = _layers(model, layers, target), get_composite(rules)
-    groups = [group[:, :max_length] for group in _by_length(model, rows)]
+    groups = [tokens[:, :max_length] for _, tokens in by_length(model, rows)]
     if short := [group.shape[1] for group in groups if group.shape[1] < skip_first + 2]:
         raise LensError(
             f"rows of {min(short)} tokens have no position that counts: the first {skip_first} and the last are left out. Give longer rows, "
@@ -200,29 +197,6 @@ def _layers(model: Model, layers: Iterable[int] | None, end: int) -> list[int]:
     if not chosen or not 0 <= chosen[0] <= chosen[-1] < end:
         raise LensError(f"layers to fit are numbers from 0 to {end - 1}, at least one; got {chosen}.")
     return chosen
-
-
-def _by_length(model: Model, rows: Corpus) -> list[Int[Tensor, "row pos"]]:
-    """Token rows grouped by length.
-
-    Raises:
-        LensError: no rows, or ids that the model has not.
-    """
-    if isinstance(rows, Task):
-        return [batch.tokens for batch in rows_of(model, rows).batches]
-    if isinstance(rows, (str, Path)):
-        raise LensError(f"rows are texts, lists of token ids, a tensor or a task; got {rows!r}. For a file take patchlab.texts.read(path, model).")
-    if isinstance(rows, Tensor):
-        return [token_ids(model, rows)]
-    if isinstance(rows, Texts):
-        return [token_ids(model, ids) for _, ids in rows.batches(rows.n_tokens * max(map(len, rows.rows)))]
-    lists = [model.to_ids(row) if isinstance(row, str) else [int(token) for token in row] for row in rows]
-    if not lists:
-        raise LensError("there are no rows to fit on; give at least one.")
-    groups: dict[int, list[list[int]]] = {}
-    for row in lists:
-        groups.setdefault(len(row), []).append(row)
-    return [token_ids(model, group) for group in groups.values()]
 
 
 def _split(groups: list[Int[Tensor, "row pos"]], share: float | int, seed: int) -> tuple[list[Tensor], list[Tensor]]:

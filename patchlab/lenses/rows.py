@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,12 @@ from patchlab.errors import LensError, TaskError, unknown
 from patchlab.metrics import Answers, Metric
 from patchlab.models import Model
 from patchlab.tasks.task import SIDES, PositionAxis, Task
+from patchlab.texts import Texts
 
 Prompts = Task | str | Sequence[Any] | Tensor
 """What readouts take: a task, a text, texts or rows of token ids of one length, or a tensor of them."""
+Corpus = Texts | Task | Sequence[Any] | Tensor
+"""What looks at many tokens takes: rows of :mod:`patchlab.texts`, a task (its clean prompts), texts or rows of token ids, a tensor of them."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +117,30 @@ def token_ids(model: Model, prompts: str | Sequence[Any] | Tensor) -> Int[Tensor
     if model.n_positions is not None and ids.shape[1] > model.n_positions:
         raise LensError(f"the prompts have {ids.shape[1]} tokens, and {model.name} reads {model.n_positions} at most. Cut them.")
     return ids.to(model.device, torch.long)
+
+
+def by_length(model: Model, rows: Corpus) -> list[tuple[Int[np.ndarray, " row"], Int[Tensor, "row pos"]]]:
+    """The rows of a corpus, whose lengths may differ: for each length the numbers of its rows and their token ids, on the model's device.
+
+    Raises:
+        LensError: no rows, a path in their place, or ids that the model has not.
+    """
+    if isinstance(rows, Task):
+        return [(batch.examples.cpu().numpy(), batch.tokens) for batch in rows_of(model, rows).batches]
+    if isinstance(rows, (str, Path)):
+        raise LensError(f"rows are texts, lists of token ids, a tensor or a task; got {rows!r}. For a file take patchlab.texts.read(path, model).")
+    if isinstance(rows, Tensor):
+        ids = token_ids(model, rows)
+        return [(np.arange(len(ids)), ids)]
+    if isinstance(rows, Texts):
+        return [(numbers, token_ids(model, ids)) for numbers, ids in rows.batches(rows.n_tokens * max(map(len, rows.rows)))]
+    lists = [model.to_ids(row) if isinstance(row, str) else [int(token) for token in row] for row in rows]
+    if not lists:
+        raise LensError("there are no rows; give at least one.")
+    groups: dict[int, list[int]] = {}
+    for number, row in enumerate(lists):
+        groups.setdefault(len(row), []).append(number)
+    return [(np.array(numbers), token_ids(model, [lists[i] for i in numbers])) for numbers in groups.values()]
 
 
 def token_text(model: Model, token: int) -> str:

@@ -11,11 +11,13 @@ from patchlab.plots._differences import differences
 from patchlab.plots._edges import edge_heatmap
 from patchlab.plots._faithfulness import faithfulness
 from patchlab.plots._heatmaps import heatmaps
+from patchlab.plots._layers import layers
 from patchlab.plots._node_circuits import node_circuits
 from patchlab.plots._patterns import patterns
 from patchlab.plots._qk import qk_pairs
 from patchlab.plots._ranking import ranking
 from patchlab.plots._save import DARK, save
+from patchlab.plots._skip_effects import layer_grid, skip_effects
 from patchlab.plots._stability import stability
 from patchlab.plots._token_strip import token_strip
 from patchlab.plots._token_table import token_table
@@ -35,11 +37,14 @@ __all__ = [
     "faithfulness",
     "head_grid",
     "heatmaps",
+    "layer_grid",
+    "layers",
     "node_circuits",
     "patterns",
     "qk_pairs",
     "ranking",
     "save",
+    "skip_effects",
     "stability",
     "token_strip",
     "token_table",

@@ -12,7 +12,7 @@ from patchlab.lenses import Distributions
 from patchlab.plots._style import INK, Box, Page, Pixels, lines, words_width
 from patchlab.stats.bootstrap import interval, resampling_weights
 
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#882255", "#999933")
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#882255", "#999933")
 _VALUES = {"metric": "metric", "probability": "probability of the answers", "rank": "rank of the best correct answer (0: the most likely token)"}
 _WIDTH, _HEIGHT, _LEFT = 640, 340, 76
 
@@ -55,7 +55,7 @@ def _prepare_trajectories(distributions: Distributions | Mapping[str, Distributi
             values = one.data[part].to_numpy()
             low, high = interval(resampling_weights(len(values), 1000, 0) @ values)
             label = f"{name}: {part}" if len(parts) > 1 else name
-            colour = _COLOURS[i % len(_COLOURS)]
+            colour = COLOURS[i % len(COLOURS)]
             found.append(TrajectoryLine(label, colour, part == "incorrect", np.array(one.layers), values.mean(0), low, high))
     first = next(iter(given.values()))
     metric, unit = first.metric or ("", "")
@@ -92,39 +92,44 @@ def _draw(data: TrajectoriesData) -> go.Figure:
     xaxis = {"title": {"text": "after layer"}, "tickmode": "array", "tickvals": every, "range": [every[0] - 0.3, every[-1] + 0.3]}
     where = page.panel(Box(_LEFT, top, _WIDTH, _HEIGHT), xaxis, {"title": {"text": data.label}, "zeroline": True, "zerolinecolor": "#dcdfe3"})
     for line in data.lines:
-        layers = line.layers.tolist()
-        band = f"rgba({','.join(str(int(line.colour[i : i + 2], 16)) for i in (1, 3, 5))},0.15)"
-        page.figure.add_trace(
-            go.Scatter(
-                x=[*layers, *layers[::-1]],
-                y=[*line.high.tolist(), *line.low.tolist()[::-1]],
-                fill="toself",
-                fillcolor=band,
-                line={"width": 0},
-                hoverinfo="skip",
-                mode="lines",
-                **where,
-            )
-        )
-        texts = [
-            f"<b>{line.name}</b>, layer {layer}<br>{m:.4g} [{a:.4g}, {b:.4g}]"
-            for layer, m, a, b in zip(layers, line.mean, line.low, line.high, strict=True)
-        ]
-        style = {"color": line.colour, "width": 2, "dash": "dash" if line.dashed else "solid"}
-        page.figure.add_trace(
-            go.Scatter(
-                x=layers,
-                y=line.mean,
-                mode="lines+markers",
-                line=style,
-                marker={"size": 5},
-                hovertext=texts,
-                hovertemplate="%{hovertext}<extra></extra>",
-                **where,
-            )
-        )
+        draw_line(page, line, where)
     _legend(page, data, top)
     return page.figure
+
+
+def draw_line(page: Page, line: TrajectoryLine, where: dict[str, str]) -> None:
+    """One line by layer with its band, in a panel."""
+    layers = line.layers.tolist()
+    band = f"rgba({','.join(str(int(line.colour[i : i + 2], 16)) for i in (1, 3, 5))},0.15)"
+    page.figure.add_trace(
+        go.Scatter(
+            x=[*layers, *layers[::-1]],
+            y=[*line.high.tolist(), *line.low.tolist()[::-1]],
+            fill="toself",
+            fillcolor=band,
+            line={"width": 0},
+            hoverinfo="skip",
+            mode="lines",
+            **where,
+        )
+    )
+    texts = [
+        f"<b>{line.name}</b>, layer {layer}<br>{m:.4g} [{a:.4g}, {b:.4g}]"
+        for layer, m, a, b in zip(layers, line.mean, line.low, line.high, strict=True)
+    ]
+    style = {"color": line.colour, "width": 2, "dash": "dash" if line.dashed else "solid"}
+    page.figure.add_trace(
+        go.Scatter(
+            x=layers,
+            y=line.mean,
+            mode="lines+markers",
+            line=style,
+            marker={"size": 5},
+            hovertext=texts,
+            hovertemplate="%{hovertext}<extra></extra>",
+            **where,
+        )
+    )
 
 
 def _legend(page: Page, data: TrajectoriesData, top: Pixels) -> None:
