@@ -49,7 +49,7 @@ class Model(BridgedModel):
                 self.arch = self_test(self)
                 self.keeps_logits = _keeps_logits(self)
                 continues(self)
-        self.fingerprint = _fingerprint(bridge)
+        self.fingerprint = fingerprint_of(bridge)
 
     @property
     def vocab_size(self) -> int:
@@ -237,7 +237,7 @@ def _vocab_size(bridge: TransformerBridge) -> int:
     return int(size if size and size > 0 else bridge.cfg.d_vocab)
 
 
-def _fingerprint(bridge: nn.Module) -> str:
+def fingerprint_of(bridge: nn.Module) -> str:
     """A short hash of names, shapes, a sample and a checksum of every parameter."""
     digest = hashlib.sha256()
     for name, parameter in sorted(bridge.named_parameters()):
