@@ -3,14 +3,14 @@
 # make quick   the same without the slow ones
 # make check   ruff, pyright and the tests
 # make docs    the documentation site, in site/; open site/index.html
-# make notebook   execute notebooks/quickstart.py into the .ipynb (needs Chromium or Chrome for the pictures)
+# make notebooks  execute notebooks/*.py into the .ipynb beside them (needs Chromium or Chrome for the pictures)
 # Another interpreter: make PYTHON=python3.12 test
 
 PYTHON ?= python3
 OUT ?= patchlab-demo
 BIN := .venv/bin
 
-.PHONY: demo test quick check lint docs notebook clean
+.PHONY: demo test quick check lint docs notebooks clean
 
 demo: .venv/.ok
 	$(BIN)/patchlab demo --force --out "$(OUT)"
@@ -31,9 +31,9 @@ lint: .venv/.ok
 docs: .venv/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict -q
 
-notebook: .venv/.ok
+notebooks: .venv/.ok
 	$(BIN)/python -m pip install -qq -c constraints.txt -e '.[test,notebooks]'
-	PLOTLY_RENDERER=plotly_mimetype+png $(BIN)/jupytext --to ipynb --execute notebooks/quickstart.py
+	$(BIN)/python scripts/notebooks.py
 
 .venv/.ok: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "patchlab needs Python 3.11 or newer and $(PYTHON) is " + sys.version.split()[0] + ". Name another one: make PYTHON=python3.12")'

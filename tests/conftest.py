@@ -35,7 +35,7 @@ LONG = {
     "sweeps/test_slurm.py": 60,
     "sweeps/test_driver.py": 60,
     "sweeps/test_study.py": 40,
-    "notebooks/quickstart.ipynb": 60,
+    "test_notebooks.py": 200,
     "benchmarks/test_benchmarks.py": 60,
     "cli/test_commands.py": 50,
     "cli/test_interruptions.py": 20,
@@ -51,8 +51,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files that take long come first: of what several workers share file by file, the last should be short, or all but one wait for it."""
     seconds = Counter[str]()
     for item in items:
-        if item.path.suffix == ".ipynb":
-            item.add_marker("slow")
         seconds[str(item.path)] += 3 if item.get_closest_marker("slow") else 0.4
     for path in seconds:
         seconds[path] += LONG.get("/".join(Path(path).parts[-2:]), LONG.get(Path(path).name, 0))

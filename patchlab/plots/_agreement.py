@@ -12,7 +12,7 @@ from plotly.colors import sample_colorscale
 
 from patchlab.comparison.alignment import check_alike, check_names
 from patchlab.plots._facets import cell_texts
-from patchlab.plots._style import INK, MUTED, PALE, Box, Page, about, heading, words_width
+from patchlab.plots._style import INK, MUTED, PALE, Box, Page, about, heading, lines, words_width
 from patchlab.scores import ScoreMap
 from patchlab.stats.agreement import Moments, mean_of_defined, pearson, slope
 
@@ -125,12 +125,14 @@ def agreement(reference: ScoreMap, methods: Mapping[str, ScoreMap]) -> go.Figure
 
 def _draw(data: AgreementData) -> go.Figure:
     n_rows, n_columns = len(data.rows), len(data.rows[0])
-    width = max(words_width(data.title, data.subtitle + _legend(data)), 70 + n_columns * (PANEL + GAP_X) + 60)
-    page = Page(width, 80 + n_rows * (PANEL + GAP_Y), data.title, data.subtitle + _legend(data))
+    width = max(words_width(data.title, ""), 70 + n_columns * (PANEL + GAP_X) + 60)
+    words = lines([data.subtitle, *_legend(data)], width)
+    width, top = max(width, *(words_width("", line) for line in words)), 76 + 16 * len(words)
+    page = Page(width, top - 12 + n_rows * (PANEL + GAP_Y), data.title, "<br>".join(words))
     unit = f" ({escape(data.unit, quote=False)})" if data.unit else ""
     for i, (row, span) in enumerate(zip(data.rows, data.ranges, strict=True)):
         for j, scatter in enumerate(row):
-            box = Box(70 + j * (PANEL + GAP_X), 92 + i * (PANEL + GAP_Y), PANEL, PANEL)
+            box = Box(70 + j * (PANEL + GAP_X), top + i * (PANEL + GAP_Y), PANEL, PANEL)
             page.note(box.left, box.top - 22, heading(f"{scatter.method} · {scatter.site}" + (", |exact|" if scatter.unsigned else ""), "", PANEL))
             shared = {"range": span, "nticks": 6, "mirror": True}
             across = {**shared, "title": {"text": f"{escape(data.reference, quote=False)} effect{unit}" if i == n_rows - 1 else ""}}
@@ -139,7 +141,7 @@ def _draw(data: AgreementData) -> go.Figure:
     layers = 1 + max(int(scatter.layer.max(initial=0)) for row in data.rows for scatter in row)
     bar = {
         "x": (44 + n_columns * (PANEL + GAP_X)) / width,
-        "y": 1 - 92 / page.height,
+        "y": 1 - top / page.height,
         "yanchor": "top",
         "xanchor": "left",
         "lenmode": "pixels",
@@ -151,11 +153,11 @@ def _draw(data: AgreementData) -> go.Figure:
     return page.figure
 
 
-def _legend(data: AgreementData) -> str:
+def _legend(data: AgreementData) -> list[str]:
     words = ["dashed: identity", "solid: slope through the origin", "Pearson over live cells: of the means drawn, per prompt, pooled"]
     if any((~scatter.live).any() for row in data.rows for scatter in row):
         words.append(f'<span style="color:{STRUCTURAL}">●</span> structural zero')
-    return "".join(f" &nbsp;·&nbsp; {word}" for word in words)
+    return words
 
 
 def _draw_scatter(page: Page, scatter: Scatter, box: Box, where: dict[str, str], span: tuple[float, float]) -> None:

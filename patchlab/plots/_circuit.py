@@ -243,7 +243,7 @@ def _draw_view(data: CircuitData, number: int) -> go.Figure:
 def _draw_edges(page: Page, data: CircuitData, number: int, where: dict[str, str]) -> None:
     """Edges of one colour, width and stroke are one trace, so that hundreds of edges are tens of traces; the thin ones are drawn first."""
     view = data.views[number]
-    points = 40 if len(view.edges) <= 100 else 24 if len(view.edges) <= 500 else 12
+    points = 24 if len(view.edges) <= 500 else 12
     lines = routes(view.layout, [mark.ends for mark in view.edges], points)
     groups: dict[tuple[float, str, str], list[tuple[EdgeMark, np.ndarray]]] = {}
     for mark, line in zip(view.edges, lines, strict=True):
