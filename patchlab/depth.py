@@ -23,6 +23,7 @@ from torch import Tensor
 from patchlab.engine import Program, Target, run
 from patchlab.engine.program import row_numbers
 from patchlab.errors import LensError
+from patchlab.host import precise
 from patchlab.interventions import Edit
 from patchlab.layer_metrics import LayerMetrics, States, collected, mean_of, states_of
 from patchlab.lenses.head import head_logits
@@ -71,11 +72,11 @@ def _sublayers(model: Model) -> tuple[str, ...]:
 
 def _added(model: Model, kept: dict[Target, Tensor], layer: int) -> Float[Tensor, "row pos d_model"]:
     """What a layer added: its attention and its MLP, in float64."""
-    return torch.stack([kept[kind, layer].double() for kind in _sublayers(model)]).sum(0)
+    return torch.stack([precise(kept[kind, layer]) for kind in _sublayers(model)]).sum(0)
 
 
 def _check_sum(model: Model, kept: dict[Target, Tensor], layer: int) -> None:
-    before, after = kept["resid_pre", layer].double(), kept["resid_post", layer].double()
+    before, after = precise(kept["resid_pre", layer]), precise(kept["resid_post", layer])
     off = float((after - before - _added(model, kept, layer)).norm() / after.norm().clamp_min(1e-30))
     if off > allowed(model):
         raise LensError(
@@ -133,10 +134,10 @@ def contributions(model: Model, corpus: Corpus, *, skip_first: int = 0) -> Layer
         kept, _ = _kept(model, tokens)
         for layer in range(model.arch.n_layers):
             _check_sum(model, kept, layer)
-            h, a = (kept[kind, layer].double()[:, skip_first:] for kind in ("resid_pre", "attn_out"))
+            h, a = (precise(kept[kind, layer])[:, skip_first:] for kind in ("resid_pre", "attn_out"))
             parts = {"attention": (a, h), "layer": (_added(model, kept, layer)[:, skip_first:], h)}
             if len(both) > 1:
-                parts["mlp"] = kept["mlp_out", layer].double()[:, skip_first:], h if model.arch.parallel else h + a
+                parts["mlp"] = precise(kept["mlp_out", layer])[:, skip_first:], h if model.arch.parallel else h + a
             for name, (own, stream) in parts.items():
                 norm = own.norm(dim=-1) / stream.norm(dim=-1).clamp_min(1e-30)
                 cosine = torch.nn.functional.cosine_similarity(own, stream, dim=-1, eps=1e-30)
@@ -159,11 +160,11 @@ def layer_influence(model: Model, corpus: Corpus) -> LayerMetrics:
         kept, logits = _kept(model, tokens, logits=True)
         for layer in range(model.arch.n_layers):
             _check_sum(model, kept, layer)
-            before, after = kept["resid_pre", layer].double(), kept["resid_post", layer].double()
+            before, after = precise(kept["resid_pre", layer]), precise(kept["resid_post", layer])
             found["lim"][numbers, layer] = -torch.nn.functional.cosine_similarity(before, after, dim=-1).mean(1).cpu().numpy()
             with torch.no_grad():
                 without = run(model, Program(tokens, row_numbers(tokens), edits=skip(model, layer), logits="all")).logits
-            kl = divergence(logits.double(), without.double()) / tokens.shape[1]  # pyright: ignore[reportOptionalMemberAccess]
+            kl = divergence(precise(logits), precise(without)) / tokens.shape[1]  # pyright: ignore[reportArgumentType]
             found["skip_kl"][numbers, layer] = kl.cpu().numpy()
     what = {"lim": "minus the cosine of the states before and after the layer", "skip_kl": "KL divergence from the output without the layer, in nats"}
     return _collect(model, corpus, found, what)
@@ -243,7 +244,7 @@ def skip_effects(model: Model, corpus: Corpus, *, local: bool = False, future: i
             own, without = _kept(model, tokens, skip(model, s, skipped_at), logits=True)
             for layer in range(s + 1, layers):
                 effect[numbers, s, layer] = _change(added[layer], _added(model, own, layer), future)
-            p, q = (part.double()[:, future or 0 :] for part in (logits, without))
+            p, q = (precise(part)[:, future or 0 :] for part in (logits, without))
             output[numbers, s] = (p.softmax(-1) - q.softmax(-1)).norm(dim=-1).amax(1).cpu().numpy()
             kl[numbers, s] = (divergence(p, q) / p.shape[1]).cpu().numpy()
     parts = {"effect": (("example", "skipped", "layer"), effect)}
@@ -287,7 +288,7 @@ def void_mask(model: Model, tokens: Int[Tensor, "row pos"], alpha: float | int =
     targets = (("resid_pre", 0), *(("resid_post", layer) for layer in range(model.arch.n_layers)))
     with torch.no_grad():
         kept = run(model, Program(tokens, row_numbers(tokens), keep=targets)).activations
-    return active_layers(torch.stack([kept[target].double().norm(dim=-1) for target in targets], 1), alpha)
+    return active_layers(torch.stack([precise(kept[target]).norm(dim=-1) for target in targets], 1), alpha)
 
 
 def shuffled(active: Bool[Tensor, "row layer pos"], seed: int = 0) -> Bool[Tensor, "row layer pos"]:

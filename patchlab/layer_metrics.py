@@ -26,6 +26,7 @@ from scipy.spatial.distance import cdist
 from patchlab.engine import Program, run
 from patchlab.engine.program import row_numbers
 from patchlab.errors import LensError, MetricError, unknown
+from patchlab.host import to_array
 from patchlab.lenses.linear_map import LeastSquares
 from patchlab.lenses.rows import Corpus, by_length
 from patchlab.models import Model
@@ -431,7 +432,7 @@ def states_of(model: Model, corpus: Corpus, *, labels: Labels = None, skip_first
             with torch.no_grad():
                 kept = run(model, Program(part, row_numbers(part), keep=targets)).activations
             for at, target in enumerate(targets):
-                values = kept[target][:, skip_first:].double().cpu().numpy()
+                values = to_array(kept[target][:, skip_first:])
                 for row, number in enumerate(numbers[start : start + _TRIED]):
                     of[at][number] = values[row]
             for row, number in enumerate(numbers[start : start + _TRIED]):

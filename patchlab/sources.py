@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from patchlab.errors import InterventionError
+from patchlab.host import precise
 from patchlab.sites import KINDS, Site, address
 
 
@@ -177,7 +178,7 @@ def mean_of(run: Any, *, positional: bool = False) -> Average:
     for (kind, layer), value in kept.activations.items():
         if KINDS[kind].source is not None and not positional:
             raise InterventionError("the mean of a pattern over positions is not an attention pattern; use positional=True.")
-        mean = value.double().mean(0)
+        mean = precise(value).mean(0)
         means[kind, layer] = mean if positional else mean.mean(0, keepdim=True)
     return Average(means, positional)
 

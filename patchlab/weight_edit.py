@@ -29,6 +29,7 @@ from patchlab.adapters import LinearPlace
 from patchlab.engine import Program, run, session_of
 from patchlab.engine.program import row_numbers
 from patchlab.errors import InterventionError, ModelError, unknown
+from patchlab.host import precise
 from patchlab.lenses.rows import Corpus, by_length
 from patchlab.metrics import divergence
 from patchlab.models import Model
@@ -55,7 +56,7 @@ class WeightEdit:
     @property
     def size(self) -> float:
         """Frobenius norm of the change."""
-        return float(self.change.double().norm())
+        return float(precise(self.change).norm())
 
 
 def weight_of(model: Model, place: str) -> Float[Tensor, "d_in d_out"]:
@@ -111,8 +112,8 @@ def least_squares(
             f"{place} maps {d_in} to {d_out} numbers, so keys are [n, {d_in}], residuals [n, {d_out}] and the covariance [{d_in}, {d_in}]; got "
             f"{list(keys.shape)}, {list(residuals.shape)} and {list(covariance.shape)}."
         )
-    k, r = keys.double(), residuals.double()
-    change, info = torch.linalg.solve_ex(strength * covariance.double() + k.T @ k, k.T @ r)
+    k, r = precise(keys), precise(residuals)
+    change, info = torch.linalg.solve_ex(strength * precise(covariance) + k.T @ k, k.T @ r)
     if int(info) or not bool(torch.isfinite(change).all()):
         raise InterventionError(f"no single change of {place} fits: the covariance has directions without keys. Take more texts, or add to it.")
     return WeightEdit(place, change.to(weight), f"least squares over {len(keys)} keys")
@@ -120,12 +121,12 @@ def least_squares(
 
 def covariance(model: Model, layer: int, corpus: Corpus) -> Float[Tensor, "neuron neuron"]:
     """The mean of ``k kᵀ`` over what goes into an MLP's output map (its neurons) at all tokens of a corpus, in float64."""
-    total, count = torch.zeros((), dtype=torch.float64, device=model.device), 0
+    total, count = torch.zeros(()), 0
     for _, tokens in by_length(model, corpus):
         for part in tokens.split(_TRIED):
             with torch.no_grad():
                 found = run(model, Program(part, row_numbers(part), keep=(("mlp_post", layer),))).activations
-            k = found["mlp_post", layer].double().flatten(0, 1)
+            k = precise(found["mlp_post", layer]).flatten(0, 1)
             total, count = total + k.T @ k, count + len(k)
     return total / count
 
@@ -269,7 +270,7 @@ def _kept_elsewhere(model: Model, corpora: Mapping[str, Any], before: Mapping[st
     found: dict[str, float] = {}
     for name, corpus in corpora.items():
         now = _last_logits(model, corpus)
-        found[f"kept {name}"] = float((now.argmax(-1) == before[name].argmax(-1)).double().mean())
+        found[f"kept {name}"] = float((now.argmax(-1) == before[name].argmax(-1)).float().mean())
         if kl:
             found[f"kl {name}"] = float(divergence(before[name], now).mean())
     return found
@@ -283,6 +284,6 @@ def _last_logits(model: Model, corpus: Corpus) -> Float[Tensor, "row vocab"]:
             part = tokens[start : start + _TRIED]
             with torch.no_grad():
                 logits = run(model, Program(part, row_numbers(part), logits="answer")).logits
-            parts.append((numbers[start : start + _TRIED], logits.double().cpu()))  # pyright: ignore[reportOptionalMemberAccess]
+            parts.append((numbers[start : start + _TRIED], precise(logits).cpu()))  # pyright: ignore[reportArgumentType]
     order = np.argsort(np.concatenate([numbers for numbers, _ in parts]))
     return torch.cat([logits for _, logits in parts])[torch.from_numpy(order)]

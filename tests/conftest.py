@@ -96,6 +96,14 @@ def browser() -> str:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def other_device() -> None:
+    """The device of tests/other_device.py: torch has to know it before the first backward pass of a process."""
+    from other_device import known
+
+    known()
+
+
+@pytest.fixture(scope="session", autouse=True)
 def patience():
     """A browser may take minutes for a picture where the machine is busy; what it is given by default is for one that hangs."""
     from patchlab.plots import save

@@ -20,7 +20,7 @@ HEAVY = ("torch", "pandas", "plotly", "transformers", "transformer_lens", "xarra
 # Imports point from right to left: a module may import those of its own rank and of the ranks before it.
 RANKS = (
     {"errors"},
-    {"store", "progress", "tables", "terminal", "labelled", "grammar", "digest", "versions"},
+    {"store", "progress", "tables", "terminal", "labelled", "grammar", "digest", "versions", "host"},
     {"sites", "graph", "metrics", "stats"},
     {"scores"},
     {"adapters"},
@@ -95,6 +95,14 @@ def test_imports_point_one_way(path):
         assert target not in FREE, f"{own} imports patchlab.{target}, which is for tests"
         if target != "":
             assert rank(target) <= rank(own), f"{own} imports {target}, which comes later in the order"
+
+
+@pytest.mark.parametrize("path", modules(), ids=module_name)
+def test_float64_of_a_device_is_taken_in_one_place(path):
+    """Apple's GPUs have none: what needs it says ``precise(tensor)`` or ``to_array(tensor)`` of patchlab.host instead of ``tensor.double()``."""
+    if noun(module_name(path)) not in ("host", *FREE):
+        calls = [node.lineno for node in ast.walk(tree(path)) if isinstance(node, ast.Attribute) and node.attr == "double"]
+        assert not calls, f"{path.name}, lines {calls}: use precise or to_array of patchlab.host, which work on devices without float64"
 
 
 def test_nouns_of_one_rank_do_not_import_each_other_in_a_circle():

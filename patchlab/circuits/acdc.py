@@ -18,6 +18,7 @@ from patchlab.engine.contributions import Contributions
 from patchlab.engine.masked import run_circuits
 from patchlab.errors import CircuitError, unknown
 from patchlab.graph import Graph
+from patchlab.host import precise, to_array
 from patchlab.models import Model
 from patchlab.progress import progress_bar
 from patchlab.tasks.task import Task
@@ -114,7 +115,7 @@ class _Measure:
         with torch.no_grad():
             for program, ablated in self.parts:
                 values = run_circuits(runner.model, program, ablated, keep, max_bytes=runner.budget, done=self._count)
-                total += values.double().sum(1).cpu().numpy()
+                total += to_array(precise(values).sum(1))
         return total / len(runner.task)
 
     def _count(self, finished: int) -> None:

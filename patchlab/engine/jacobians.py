@@ -16,6 +16,7 @@ from patchlab.engine.hooks import ruled
 from patchlab.engine.session import exclusive, session_of
 from patchlab.engine.trust.conservation import check_rules
 from patchlab.errors import InterventionError, SiteError
+from patchlab.host import precise
 from patchlab.rules import Composite, LNRule
 
 
@@ -121,10 +122,12 @@ def _check_scores(
     model: BridgedModel, name: str, scores: Float[Tensor, "row src"], pattern: Float[Tensor, "row src"], src: Int[Tensor, " row"]
 ) -> None:
     """Check that the pattern is the softmax of what the hook of the scores shows, on the entries that are attended to."""
+    tiny = torch.finfo(pattern.dtype).tiny
     if not bool((pattern.gather(1, src[:, None]) > 0).all()):
         raise SiteError(f"{name} of {model.name} does not attend there: the position is masked (later than the other, or outside of its window).")
-    seen = pattern > torch.finfo(pattern.dtype).tiny
-    off = pattern.double().log() - scores.double()
+    pattern, scores = precise(pattern), precise(scores)
+    seen = pattern > tiny
+    off = pattern.log() - scores
     spread = off.masked_fill(~seen, -torch.inf).amax(1) - off.masked_fill(~seen, torch.inf).amin(1)
     if bool((spread > 0.05 + 0.01 * scores.masked_fill(~seen, 0.0).abs().amax(1)).any()):
         raise SiteError(

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from patchlab.engine import Program, run
 from patchlab.errors import LensError, MetricError, unknown
+from patchlab.host import precise, to_array
 from patchlab.lenses.head import head_view
 from patchlab.lenses.linear_map import LinearMap
 from patchlab.lenses.rows import RowBatch, Rows
@@ -90,7 +91,7 @@ def attributions(model: Model, rows: Rows, linear: LinearMap | None, layer: int,
     components: list[tuple[str, str, int]] = []
     for batch in rows.batches:
         parts, metric = _of_batch(model, rows.metric, batch, linear, layer, unit)
-        array = torch.cat([part.shares for part in parts], 1).double().cpu().numpy()
+        array = to_array(torch.cat([part.shares for part in parts], 1))
         components = [(own, part.kind, -1 if part.layer is None else part.layer) for part in parts for own in part.names]
         for row, example in enumerate(batch.examples.tolist()):
             values[example], totals[example] = array[row], float(metric[row])
@@ -143,8 +144,8 @@ def _check_total(model: Model, parts: list[Part], values: Float[Tensor, " row"])
     Raises:
         LensError: the stream is not the sum of what the blocks write.
     """
-    everything = torch.cat([part.shares.double() for part in parts], 1)
-    off = ((everything.sum(1) - values.double()).abs() / everything.abs().sum(1).clamp_min(1e-30)).max()
+    everything = torch.cat([precise(part.shares) for part in parts], 1)
+    off = ((everything.sum(1) - precise(values)).abs() / everything.abs().sum(1).clamp_min(1e-30)).max()
     if float(off) > allowed(model):
         raise LensError(
             f"what the blocks of {model.name} write does not add up to its last state (the metric is off by {float(off):.2g} of the contributions): "

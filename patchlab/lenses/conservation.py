@@ -15,6 +15,7 @@ from torch import Tensor
 from patchlab.adapters import LinearPlace, NormPlace
 from patchlab.engine import Result, Target
 from patchlab.errors import MetricError
+from patchlab.host import precise, to_array
 from patchlab.lenses.coefficients import backward_runs, rows_at_once
 from patchlab.lenses.rows import rows_of
 from patchlab.models import Model
@@ -119,12 +120,12 @@ def conservation(
 def _metric(result: Result) -> np.ndarray:
     """The metric of a run that evaluated one."""
     found = result.values  # noqa: PD011
-    return np.full(len(result.examples), np.nan) if found is None else found.double().cpu().numpy()
+    return np.full(len(result.examples), np.nan) if found is None else to_array(found)
 
 
 def _summed(value: Tensor, gradient: Tensor) -> np.ndarray:
     """Σ value · gradient over all but the rows."""
-    product = value.to(gradient.device).double() * gradient.double()
+    product = precise(value.to(gradient.device)) * precise(gradient)
     return product.flatten(1).sum(1).cpu().numpy()
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from patchlab.engine import Program, run
 from patchlab.errors import LensError, MetricError
+from patchlab.host import precise, to_array
 from patchlab.lenses.head import head_logits
 from patchlab.lenses.linear_map import LinearMap
 from patchlab.lenses.rows import RowBatch, Rows, batch_rows, token_text
@@ -185,7 +186,7 @@ def _answered(metric: Metric, logits: Float[Tensor, "row vocab"], answers: Answe
 
 
 def _numpy(value: Tensor) -> np.ndarray:
-    return value.cpu().numpy() if not value.is_floating_point() else value.double().cpu().numpy()
+    return value.cpu().numpy() if not value.is_floating_point() else to_array(value)
 
 
 def fidelity(model: Model, rows: Rows, maps: Maps, *, skip_first: int) -> pd.DataFrame:
@@ -196,22 +197,22 @@ def fidelity(model: Model, rows: Rows, maps: Maps, *, skip_first: int) -> pd.Dat
     """
     last = model.arch.n_layers - 1
     sums = {layer: np.zeros(3) for layer in maps}  # squared error, KL, agreement
-    moments, count = [torch.zeros(model.arch.d_model, dtype=torch.float64, device=model.device) for _ in range(2)], 0
+    moments, count = [torch.zeros(()), torch.zeros(())], 0
     for whole in rows.batches:
         for batch in _pieces(model, whole):
             with torch.no_grad():
                 keep = tuple(dict.fromkeys((*(("resid_post", layer) for layer in maps), ("resid_post", last))))
                 plain = run(model, Program(batch.tokens, batch.examples, positions=batch.positions, keep=keep, logits="all"))
                 own = _wide(plain.logits)[:, skip_first:].log_softmax(-1)
-                final = plain.activations["resid_post", last][:, skip_first:].flatten(0, 1).double()
-                moments[0] += final.sum(0)
-                moments[1] += final.square().sum(0)
+                final = precise(plain.activations["resid_post", last][:, skip_first:].flatten(0, 1))
+                moments[0] = moments[0] + final.sum(0)
+                moments[1] = moments[1] + final.square().sum(0)
                 count += len(final)
                 for layer, linear in maps.items():
                     states = plain.activations["resid_post", layer][:, skip_first:]
                     mapped = states if linear is None else linear(states)
                     log_p = _wide(head_logits(model, mapped)).log_softmax(-1)
-                    error = (mapped.flatten(0, 1).double() - final).square().sum()
+                    error = (precise(mapped.flatten(0, 1)) - final).square().sum()
                     same = (log_p.argmax(-1) == own.argmax(-1)).sum()
                     sums[layer] += [float(error), float(_expected(own, own - log_p).sum()), float(same)]
     if not count:

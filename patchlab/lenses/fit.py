@@ -16,6 +16,7 @@ from patchlab.engine.jacobians import state_jacobians
 from patchlab.engine.memory import block_numbers, free_bytes, itemsize
 from patchlab.engine.program import row_numbers
 from patchlab.errors import LensError
+from patchlab.host import precise
 from patchlab.lenses.distributions import fidelity
 from patchlab.lenses.linear_map import LeastSquares, LinearMap
 from patchlab.lenses.readout import Readout
@@ -146,15 +147,15 @@ def fit_jacobian(
             f"rows of {min(short)} tokens have no position that counts: the first {skip_first} and the last are left out. Give longer rows, "
             f"or skip_first={max(0, min(short) - 2)} at most."
         )
-    total = torch.zeros(len(chosen), model.arch.d_model, model.arch.d_model, dtype=torch.float64, device=model.device)
+    total = precise(torch.zeros(len(chosen), model.arch.d_model, model.arch.d_model, device=model.device))
     size = batch_size or _rows_at_once(model, max(group.shape[1] for group in groups), len(chosen))
     batches = [part for group in groups for part in group.split(size)]
     with progress_bar("Jacobian lens", "batch", len(batches), show=progress) as bar:
         for tokens in batches:
             given = None if composite.plain else composite
-            total += state_jacobians(
-                model, tokens, chosen, target, valid=_valid(tokens.shape[1], skip_first).to(model.device), rules=given, qk_norms=False
-            ).sum(0)
+            valid = _valid(tokens.shape[1], skip_first).to(model.device)
+            found = state_jacobians(model, tokens, chosen, target, valid=valid, rules=given, qk_norms=False).sum(0)
+            total += found.to(total.device)
             bar.update()
     count = sum(map(len, groups))
     means = (total / count).to(torch.promote_types(model.dtype, torch.float32))

@@ -20,6 +20,7 @@ from patchlab.engine.hooks import ruled
 from patchlab.engine.session import found_once
 from patchlab.engine.trust.trials import tolerance, trial
 from patchlab.errors import LensError, MetricError
+from patchlab.host import precise
 from patchlab.metrics import Answers, Metric
 from patchlab.models import Model
 from patchlab.rules import Composite, LNRule, graft
@@ -105,7 +106,7 @@ def head_view(model: Model, states: Float[Tensor, "row d_model"], metric: Metric
         values = metric(read, answers)
         inner = seen[leaves[0]] if norms else x
         at_x, at_y, at_raw, at_logits = torch.autograd.grad(values.sum(), [x, inner, raw, logits])
-    _check_linear(metric, values.detach().double(), (at_logits.double() * logits.detach().double())[:, 0])
+    _check_linear(metric, precise(values.detach()), (precise(at_logits) * precise(logits.detach()))[:, 0])
     bias = getattr(norms[0].module.original_component, "bias", None) if norms else None
     zeros = torch.zeros_like(values)
     by_norm = zeros if bias is None else (at_y[:, 0] * bias).sum(-1).to(values.dtype)

@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from patchlab.errors import LensError
+from patchlab.host import precise
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,14 +33,16 @@ class LeastSquares:
 
     def __init__(self, d_in: int, d_out: int, device: torch.device) -> None:
         self.count = 0
-        self._xx = torch.zeros(d_in + 1, d_in + 1, dtype=torch.float64, device=device)
-        self._xy = torch.zeros(d_in + 1, d_out, dtype=torch.float64, device=device)
+        self._xx = precise(torch.zeros(d_in + 1, d_in + 1, device=device))
+        self._xy = precise(torch.zeros(d_in + 1, d_out, device=device))
+        self._device = device
 
     def add(self, x: Float[Tensor, "row d_in"], y: Float[Tensor, "row d_out"]) -> None:
         """Add pairs of states."""
-        wide = torch.cat([x.double(), torch.ones(len(x), 1, dtype=torch.float64, device=x.device)], 1)
+        wide = precise(x)
+        wide = torch.cat([wide, wide.new_ones(len(wide), 1)], 1)
         self._xx += wide.T @ wide
-        self._xy += wide.T @ y.double()
+        self._xy += wide.T @ precise(y)
         self.count += len(x)
 
     def solve(self, ridge: float | int, dtype: torch.dtype) -> LinearMap:
@@ -55,4 +58,4 @@ class LeastSquares:
         system = self._xx.clone()
         system[:-1, :-1].diagonal().add_(penalty)
         solution = torch.linalg.lstsq(system, self._xy, driver=None if system.is_cuda else "gelsd").solution
-        return LinearMap(solution[:-1].T.to(dtype).contiguous(), solution[-1].to(dtype))
+        return LinearMap(solution[:-1].T.to(dtype).contiguous().to(self._device), solution[-1].to(dtype).to(self._device))

@@ -17,6 +17,7 @@ from patchlab.engine import Program, run
 from patchlab.engine.contributions import Layer, layers_of
 from patchlab.engine.jacobians import score_forms
 from patchlab.errors import LensError, SiteError, unknown
+from patchlab.host import precise, to_array
 from patchlab.lenses.rows import RowBatch, rows_of
 from patchlab.lenses.stream import allowed
 from patchlab.lenses.writers import Written, sites_read, written
@@ -224,10 +225,10 @@ def qk_attribution(model: Model, task: Task, site: str | Site, *, side: str = "c
                 own = None if scales is None else scales[row, at[row]]
                 made.append(((*parts.names, "bias"), _read(model, blocks[layer], layer, head, letter, parts, own, whole[row])))
             (query_names, query), (key_names, key) = made
-            key = key.double() @ forms[row].double().T
-            whole = queries[row].double() @ forms[row].double() @ keys[row].double()
-            _check(model, site, query.double(), key, whole)
-            total = float((query.double().sum(0) * key.sum(0)).sum())
+            key = precise(key) @ precise(forms[row]).T
+            whole = precise(queries[row]) @ precise(forms[row]) @ precise(keys[row])
+            _check(model, site, precise(query), key, whole)
+            total = float((precise(query).sum(0) * key.sum(0)).sum())
             found[example] = (query_names, _numpy(query)), (key_names, _numpy(key)), float(scores[row]), float(scores[row]) - total
     order = [found[example] for example in sorted(found)]
     data = xr.Dataset({name: (("example",), np.array([one[i] for one in order])) for i, name in ((2, "score"), (3, "rest"))})
@@ -240,7 +241,7 @@ _Parts = tuple[tuple[str, ...], Float[np.ndarray, "_component d_head"]]
 
 
 def _numpy(value: Tensor) -> Float[np.ndarray, "component d_head"]:
-    return value.double().cpu().numpy()
+    return to_array(value)
 
 
 def _side(parts: Sequence[_Parts]) -> Side:

@@ -17,6 +17,7 @@ from patchlab.adapters import Place
 from patchlab.adapters.dictionaries import FeatureSite, Point
 from patchlab.engine import Target
 from patchlab.errors import MethodError
+from patchlab.host import to_array
 from patchlab.interventions import Edit
 from patchlab.methods.setting.meter import Meter
 from patchlab.methods.setting.rounding import product_variance
@@ -180,9 +181,7 @@ def qk_scores(setting: Setting, runs: Runs, meter: Meter, gradients: list[dict[i
             off = [qk_product(kind, one, torch.ones_like(one), copies) for one in off]
             where = (slice(None), slice(None)) if cell is None else (slice(None), slice(None), cell)
             for name in names:
-                values, variance = (
-                    torch.stack([_reduced(setting, runs, sites[name], one) for one in part], 1).double().cpu().numpy() for part in (products, off)
-                )
+                values, variance = (to_array(torch.stack([_reduced(setting, runs, sites[name], one) for one in part], 1)) for part in (products, off))
                 found[name][number][0][where] = values
                 found[name][number][1][where] = runs.rounding.of_products(variance, values)
     return found

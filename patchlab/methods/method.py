@@ -18,6 +18,7 @@ from patchlab.adapters.accessors import HOSTS
 from patchlab.engine import Target, session_of
 from patchlab.engine.memory import free_bytes
 from patchlab.errors import MethodError, unknown
+from patchlab.host import to_array
 from patchlab.methods.cells import CellKind, cells_of, parts
 from patchlab.methods.cells.kind import summed
 from patchlab.methods.plan import Plan
@@ -255,7 +256,7 @@ class Method(ABC):
                     check_metric(setting, runs, meter)
                     trusted = True
                 scored = _with_noise(setting, runs, self.score(setting, runs, meter, notes))
-                clean, corrupted = (value.double().cpu().numpy() for value in (runs.clean, runs.corrupted))
+                clean, corrupted = (to_array(value) for value in (runs.clean, runs.corrupted))
                 work.add(Finished(scored, clean, corrupted, notes))
         skipped = self.not_scored(setting)
         forwards, backwards, positions, seconds = work.spent()

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float
 from patchlab.digest import digest
 from patchlab.errors import MethodError
 from patchlab.graph import Graph
+from patchlab.host import to_array
 from patchlab.methods.cells.edges import edge_effects, set_effects
 from patchlab.methods.exact import ActivationPatching
 from patchlab.methods.setting.meter import Meter
@@ -174,8 +175,8 @@ def _collected(patcher: Patcher, live: Mapping[str, bool], what: str | None, eff
     rounding: list[np.ndarray] = []
     for runs in patcher.runs():
         parts.append(effects(runs).T)
-        clean.append(runs.clean.double().cpu().numpy())
-        corrupted.append(runs.corrupted.double().cpu().numpy())
+        clean.append(to_array(runs.clean))
+        corrupted.append(to_array(runs.corrupted))
         rounding.append(np.sqrt(2) * runs.rounding.metric)
     setting, meter = patcher.setting, patcher.meter
     return ScoreMap.build(

@@ -13,6 +13,7 @@ from torch import Tensor
 from patchlab.engine import Target, support
 from patchlab.engine.memory import activation_bytes, block_numbers, itemsize
 from patchlab.errors import MethodError
+from patchlab.host import to_array
 from patchlab.interventions import Edit
 from patchlab.methods.cells import parts
 from patchlab.methods.cells.nodes import addresses, patched
@@ -138,7 +139,7 @@ class SecondOrder(Method):
         first, differs = _cells(setting, runs, site, difference * gradient), _cells(setting, runs, site, (difference != 0).to(own)) > 0
         step = STEPS[setting.model.dtype]
         variance = product_variance(torch.zeros_like(own), difference, gradient, vectors=KINDS[site.kind].width is not None) / (4 * step**2)
-        noise = runs.rounding.of_products(reduced(setting, runs, site, variance).double().cpu().numpy(), np.zeros_like(first))
+        noise = runs.rounding.of_products(to_array(reduced(setting, runs, site, variance)), np.zeros_like(first))
         probed, rows = _Probed.of(first.shape, alone=differs.reshape(len(differs), -1).sum(1) <= 1), np.arange(len(first))
 
         def probe(rows: Int[np.ndarray, " row"], upto: int) -> None:
@@ -264,7 +265,7 @@ class _Probed:
 
 def _cells(setting: Setting, runs: Runs, site: Site, values: Float[Tensor, "batch *site"]) -> Float[np.ndarray, "batch *cells"]:
     summed = values if KINDS[site.kind].width is None else values.sum(-1)
-    return reduced(setting, runs, site, summed).double().cpu().numpy()
+    return to_array(reduced(setting, runs, site, summed))
 
 
 def _prices(setting: Setting, runs: Runs, site: Site, layer: int | None, shape: tuple[int, ...]) -> Float[np.ndarray, "batch *cells"]:

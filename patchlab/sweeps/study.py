@@ -12,6 +12,7 @@ from jaxtyping import Float
 
 from patchlab.engine import Program, run
 from patchlab.errors import MethodError, RuleError, SweepError
+from patchlab.host import precise, to_array
 from patchlab.methods.exact import ActivationPatching
 from patchlab.methods.names import scoring_method
 from patchlab.methods.setting.meter import Meter
@@ -370,7 +371,7 @@ def _together(heads: pd.DataFrame, patcher: Patcher) -> dict[str, float]:
     supporting = heads[heads["address"].isin(_addresses(heads, 1))]
     cells = [(site, (int(row["layer"]), int(row["head"]))) for row in supporting.to_dict("records")]
     [effect] = patcher.joint([cells])
-    gaps = np.concatenate([(runs.clean - runs.corrupted).double().cpu().numpy() for runs in patcher.runs()])[patcher.order]
+    gaps = np.concatenate([to_array(runs.clean - runs.corrupted) for runs in patcher.runs()])[patcher.order]
     weights = resampling_weights(len(effect), DRAWS, 0)
     low, high = interval(weights @ effect)
     share_low, share_high = interval((weights @ effect) / (weights @ gaps))
@@ -389,7 +390,7 @@ def _patterns(heads: pd.DataFrame, model: Model, task: Task) -> dict[str, Float[
         with torch.no_grad():
             kept = run(model, Program(batch.clean, batch.examples, keep=targets)).activations
         for row in found.to_dict("records"):
-            part = kept["pattern", int(row["layer"])][:, int(row["head"])].double().sum(0).cpu().numpy()
+            part = to_array(precise(kept["pattern", int(row["layer"])][:, int(row["head"])]).sum(0))
             address = str(row["address"])
             sums[address] = part if address not in sums else sums[address] + part
     return {address: total / len(task) for address, total in sums.items()}

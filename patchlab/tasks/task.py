@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from patchlab.errors import TaskError, unknown
+from patchlab.host import to_array
 from patchlab.metrics import METRICS, Answers, Metric, get_metric
 
 END = "END"
@@ -418,7 +419,7 @@ class Task:
             for side in which:
                 with torch.no_grad():
                     logits = model.run(getattr(batch, side)).logits[:, -1]
-                values[side][batch.examples.cpu().numpy()] = metric(logits, batch.answers).double().cpu().numpy()
+                values[side][batch.examples.cpu().numpy()] = to_array(metric(logits, batch.answers))
         return values
 
     def _choice(self) -> Metric:

@@ -11,6 +11,7 @@ from torch import Tensor
 from patchlab.engine.contributions import Contributions, contributions, post_norm_problem
 from patchlab.engine.masked import pass_bytes, row_bytes
 from patchlab.errors import CircuitError, unknown
+from patchlab.host import precise
 from patchlab.models import Model
 from patchlab.tasks.task import Task
 
@@ -132,19 +133,19 @@ def ablation_for(
     if kind == "mean_positional":
         check_lengths(task, source)
     mean = _mean(model, source, lambda values: values, post_norm, positional=kind == "mean_positional")
-    constants = Contributions(mean.to(model.dtype), post_norm)
+    constants = Contributions(mean.to(model.dtype).to(model.device), post_norm)
     if kind == "optimal":
         spread = _mean(model, source, lambda values: (values - mean).pow(2).mean(-1, keepdim=True), post_norm, positional=False)
-        fitting = Fitting(fit or OptimalFit(), source, constants, spread.sqrt().clamp_min(1e-6).to(model.dtype))
+        fitting = Fitting(fit or OptimalFit(), source, constants, spread.sqrt().clamp_min(1e-6).to(model.dtype).to(model.device))
         return Ablation(kind, None, source, post_norm, fitting)
     return Ablation(kind, constants, source, post_norm)
 
 
 def _mean(model: Model, task: Task, of: Callable[[Tensor], Tensor], post_norm: str, *, positional: bool) -> Float[Tensor, "writer one own_pos width"]:
     """Mean over examples (and positions) of what every writer writes on the corrupted prompts, summed in float64; never over writers."""
-    total, count = torch.zeros((), dtype=torch.float64, device=model.device), 0
+    total, count = torch.zeros(()), 0
     for batch in task.batches(rows_per_pass(model, task, pass_bytes(model) / 3), model.device):
-        values = of(contributions(model, batch.corrupted, post_norm).values.double())
+        values = of(precise(contributions(model, batch.corrupted, post_norm).values))
         total = total + values.sum(1 if positional else (1, 2), keepdim=True)
         count += len(batch) if positional else batch.corrupted.numel()
     return total / count

@@ -13,6 +13,7 @@ from patchlab.circuits.evaluation.ablations import check_lengths
 from patchlab.circuits.nodes import Candidates, NodeCircuit
 from patchlab.engine import Program, run
 from patchlab.errors import CircuitError, unknown
+from patchlab.host import precise
 from patchlab.models import Model
 from patchlab.sites import KINDS, Site
 from patchlab.tasks.task import Batch, PositionAxis, Task
@@ -93,16 +94,16 @@ def _means(
         where = None if index is None else torch.as_tensor(index[batch.examples.cpu().numpy()], device=model.device)
         donor = CorruptedRun(model, batch, universe)
         for one, layer in targets_of(universe):
-            key, values = (one.site.kind, layer), donor.read(one.site.kind, layer).double()
+            key, values = (one.site.kind, layer), precise(donor.read(one.site.kind, layer))
             if positional and where is not None and one.n_positions is not None:
-                values = values[torch.arange(len(batch), device=model.device)[:, None], where]
+                values = values[torch.arange(len(batch), device=values.device)[:, None], where.to(values.device)]
             part = values.sum(0) if positional else values.sum((0, 1)).unsqueeze(0)
             counts[key] = counts.get(key, 0) + (len(batch) if positional else batch.corrupted.numel())
             if part.ndim == 2 and int((part != 0).sum()) * 8 < part.numel():
                 part = part.to_sparse()
             known = total.get(key)
             total[key] = part if known is None else known + part if known.is_sparse == part.is_sparse else _dense(known) + _dense(part)
-    return {key: (value / counts[key]).to(model.dtype) for key, value in total.items()}
+    return {key: (value / counts[key]).to(model.dtype).to(model.device) for key, value in total.items()}
 
 
 def _dense(value: Tensor) -> Tensor:

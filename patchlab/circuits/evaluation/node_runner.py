@@ -16,6 +16,7 @@ from patchlab.engine import Program, run
 from patchlab.engine.masked import pass_bytes, slices
 from patchlab.engine.memory import block_numbers, itemsize
 from patchlab.errors import CircuitError, InterventionError, unknown
+from patchlab.host import to_array
 from patchlab.interventions import Edit
 from patchlab.models import Model
 from patchlab.progress import progress_bar
@@ -132,7 +133,7 @@ class NodeRunner:
         found = run(self.model, whole).values
         if found is None:
             raise InterventionError("a run of circuits evaluates a metric; the program has none.")
-        return found.double().reshape(times, len(batch)).cpu().numpy()
+        return to_array(found.reshape(times, len(batch)))
 
     def _edits(self, circuits: Sequence[NodeCircuit], batch: Batch, donor: CorruptedRun | None) -> tuple[Edit, ...]:
         """One edit per site and layer where a circuit leaves something out.

@@ -16,6 +16,7 @@ from patchlab.engine import Program, run
 from patchlab.engine.contributions import Contributions, contributions, post_norm_record
 from patchlab.engine.masked import pass_bytes, row_bytes, run_circuits, slices
 from patchlab.errors import CircuitError
+from patchlab.host import to_array
 from patchlab.metrics import Metric, divergence
 from patchlab.models import Model
 from patchlab.progress import progress_bar
@@ -132,7 +133,7 @@ class Runner:
                         keep = self.masks(unlike[some][part], batch)
                         with torch.no_grad():
                             metric = run_circuits(self.model, program, ablated.circuits(part), keep, max_bytes=self.budget)
-                        values[some.start + part.start : some.start + part.stop, columns] = metric.double().cpu().numpy()
+                        values[some.start + part.start : some.start + part.stop, columns] = to_array(metric)
                         bar.update(metric.numel())
         return Measured(values[places], tuple(losses[place] for place in places) if losses else ())
 
@@ -237,7 +238,7 @@ def clean_metric(model: Model, task: Task, batch_size: int) -> Float[np.ndarray,
     values = np.zeros(len(task))
     for batch in task.batches(batch_size, model.device):
         found = run(model, clean_program(model, task, batch)).values
-        values[batch.examples.cpu().numpy()] = torch.as_tensor(found).double().cpu().numpy()
+        values[batch.examples.cpu().numpy()] = to_array(torch.as_tensor(found))
     return values
 
 

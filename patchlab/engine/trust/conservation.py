@@ -35,6 +35,7 @@ from patchlab.engine.trust.ledger import Ledger, on_modules, tensors_in
 from patchlab.engine.trust.precision import at_full_precision, mapped, widened
 from patchlab.engine.trust.trials import trial
 from patchlab.errors import RuleError
+from patchlab.host import precise
 from patchlab.rules import AHRule, Composite, ConstantGateRule, HalfRule, IdentityRule, LNRule, SoftCap, Uncovered
 from patchlab.rules.attachments import Attachment
 
@@ -98,7 +99,7 @@ def _loss(place: CapPlace, capped: Tensor | None) -> SoftCap:
     """Of y = f(x), x·f'(x) is kept: with t = y / c, f'(x) = 1 − t². NaN where the scores are not seen."""
     if capped is None:
         return SoftCap(place.name, place.cap, *[float("nan")] * 3)
-    y = capped.double()
+    y = precise(capped)
     y = y[y.abs() <= place.cap]  # not what is masked
     t = (y / place.cap).clamp(-1 + 1e-12, 1 - 1e-12)
     lost = (y - place.cap * t.atanh() * (1 - t * t)).abs()

@@ -13,6 +13,7 @@ from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
 from patchlab.engine.trust.precision import at_full_precision, mapped
+from patchlab.host import precise
 
 
 @contextmanager
@@ -106,7 +107,7 @@ class Ledger:
 
         def flow(tensors: list[Tensor], size: Callable[[Tensor], Tensor] = lambda x: x) -> float:
             pairs = [(tensor, grads[id(tensor)]) for tensor in tensors]
-            return sum((float(size(tensor.detach().double() * grad.double()).sum()) for tensor, grad in pairs if grad is not None), 0.0)
+            return sum((float(size(precise(tensor.detach()) * precise(grad)).sum()) for tensor, grad in pairs if grad is not None), 0.0)
 
         gaps: dict[int, float] = {}
         closed = {id(entry) for entry in self.closed}
@@ -135,4 +136,4 @@ def _bias(entry: Entry, grads: Mapping[int, Tensor | None]) -> float:
     if bias is None or grad is None or not bias.is_floating_point():
         return 0.0
     at_channels = bias[:, None] if isinstance(owner, (nn.Conv1d, nn.ConvTranspose1d)) else bias
-    return float((at_channels.detach().double() * grad.double()).sum())
+    return float((precise(at_channels.detach()) * precise(grad)).sum())

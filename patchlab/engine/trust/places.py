@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from patchlab.adapters import LOGITS, AttentionPlace, BridgedModel, CapPlace, ClipPlace, GatePlace, LinearPlace, MLPPlace, NormPlace, Place
 from patchlab.engine.hooks import hooked
 from patchlab.engine.trust.precision import at_full_precision, is_half, mapped, widened
+from patchlab.host import precise
 from patchlab.rules import LNRule
 
 _FORMULA = 1e-4
@@ -109,8 +110,8 @@ def _norm_problem(model: BridgedModel, place: NormPlace, calls: Calls) -> str | 
             return f"its output is not w · x / s (off by {worst:.2g})"
         g = _cotangent(y)
         (gradient,) = torch.autograd.grad(surrogate, x, g.to(surrogate.dtype))
-        shares = x.detach().double() * gradient.double()
-        gap = float(shares.sum() - ((y - (own - surrogate)).detach().double() * g).sum())
+        shares = precise(x.detach()) * precise(gradient)
+        gap = float(shares.sum() - (precise((y - (own - surrogate)).detach()) * precise(g)).sum())
     return None if abs(gap) <= _SUMS * float(shares.abs().sum()) else f"the LN-rule does not conserve relevance there (gap {gap:.2g})"
 
 
@@ -208,13 +209,13 @@ def _held(module: Any, inputs: Any, output: Tensor) -> Tensor:
 
 
 def _cotangent(y: Tensor) -> Float[Tensor, "*shape"]:
-    return torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(y.device)
+    return torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(y)
 
 
 def _difference(got: Tensor, expected: Tensor) -> float:
     """Largest difference as a share of the expected tensor's largest entry."""
-    scale = float(expected.detach().double().abs().max())
-    return float((got.detach().double() - expected.detach().double()).abs().max()) / max(scale, 1e-30)
+    scale = float(precise(expected.detach()).abs().max())
+    return float((precise(got.detach()) - precise(expected.detach())).abs().max()) / max(scale, 1e-30)
 
 
 def _rounding(values: Tensor) -> float:

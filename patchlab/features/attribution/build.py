@@ -24,6 +24,7 @@ from patchlab.errors import MethodError, RuleError
 from patchlab.features.attribution.graph import AttributionGraph
 from patchlab.features.attribution.nodes import Nodes
 from patchlab.features.dictionary import Dictionary
+from patchlab.host import precise, to_array
 from patchlab.models import Model
 from patchlab.rules import get_composite
 from patchlab.rules.attachments import Attachment, Recorded
@@ -118,7 +119,7 @@ def _targets(
     logits: Float[Tensor, " vocab"], max_logits: int, cumulative: float, chosen: Sequence[int] | None
 ) -> tuple[list[int], Float[np.ndarray, " logit"]]:
     """The tokens whose logits are targets, and their probabilities."""
-    probabilities = logits.double().softmax(-1)
+    probabilities = precise(logits).softmax(-1)
     if chosen is None:
         top = probabilities.topk(min(max_logits, len(probabilities)))
         enough = int((top.values.cumsum(0) < cumulative).sum()) + 1
@@ -422,9 +423,9 @@ class _Rows:
         rows = np.concatenate([self.n_logits + order, np.arange(self.n_logits)]).astype(int)
         columns = np.concatenate([kept, np.arange(n, held.columns)]).astype(int)
         left_out = np.setdiff1d(np.arange(n), kept)
-        sums = self.rows.sum(1, dtype=torch.float64).cpu().numpy()
-        gone = self.rows[:, left_out].sum(1, dtype=torch.float64).cpu().numpy()
-        value, positional = self.values.double().cpu().numpy(), self.positional.double().cpu().numpy()
+        sums = to_array(precise(self.rows).sum(1))
+        gone = to_array(precise(self.rows[:, left_out]).sum(1))
+        value, positional = to_array(self.values), to_array(self.positional)
         length = held.length
         first, second = len(kept), n_layers * length
         count = first + second + length + self.n_logits
@@ -445,7 +446,7 @@ class _Rows:
             layer=column(features[:, 0], grid[0], -1, n_layers),
             pos=column(features[:, 1], grid[1], np.arange(length), length - 1),
             unit=column(features[:, 2], -1, ids, self.ids),
-            activation=column(held.activations.double().cpu().numpy()[kept], np.nan, np.nan, np.nan),
+            activation=column(to_array(held.activations)[kept], np.nan, np.nan, np.nan),
             probability=column(0.0, 0.0, 0.0, self.probabilities),
             value=of_targets(value),
             constant=of_targets(value - sums),

@@ -24,6 +24,7 @@ from patchlab.engine.edge_sweep import Differences, edge_sweep
 from patchlab.engine.memory import itemsize, token_bytes
 from patchlab.engine.trust.edges import edge_mask, edge_support, run_edge_sets
 from patchlab.errors import MethodError
+from patchlab.host import to_array
 from patchlab.interventions import Edit
 from patchlab.methods.cells.kind import Exactly, Index, Linear, Linearly, add_cells, listed, stacked
 from patchlab.methods.cells.nodes import change_of, shares
@@ -211,12 +212,12 @@ def edge_effects(
     finished = {} if finished is None else finished
     way = edge_support(setting.model) if engine == "auto" else Support("literal", "asked for")
     meter.engine = str(way)
-    base, where = runs.baseline_values.double(), _positions(setting, runs, cells)
+    base, where = to_array(runs.baseline_values), _positions(setting, runs, cells)
     left = [i for i in range(len(cells)) if i not in finished]
 
     def done(numbers: list[int], values: Tensor) -> None:
         meter.bar.update(len(numbers) * (meter.unit == "cell"))
-        finished.update(zip(numbers, (values.double() - base).cpu().numpy(), strict=True))
+        finished.update(zip(numbers, to_array(values) - base, strict=True))
         meter.keep()
 
     if left and way.mode == "literal":
@@ -266,13 +267,13 @@ def set_effects(
     A set is a mask over the edges, ``[writer, reader]`` or by place along the position axis ``[writer, reader, pos]``.
     """
     found: list[np.ndarray] = []
-    base = runs.baseline_values.double()
+    base = to_array(runs.baseline_values)
     meter.engine = "literal (sets of edges are routed)"
     masks = (_everywhere(setting, runs, mask) for mask in sets)
 
     def done(numbers: list[int], values: Tensor) -> None:
         meter.bar.update(len(numbers) * (meter.unit == "cell"))
-        found.append((values.double() - base).cpu().numpy())
+        found.append(to_array(values) - base)
 
     run_sets(setting, runs, meter, masks, done, post_norm=post_norm)
     return np.concatenate(found) if found else np.zeros((0, len(runs.batch)))
@@ -440,7 +441,7 @@ class EdgeScores:
         for values in (self.total, self.variance):
             for dim in range(3, values.ndim):
                 values = at_positions(self.setting, self.runs, values, dim)
-            found.append(values.double().cpu().numpy())
+            found.append(to_array(values))
             found[-1][:, :, np.isin(self.graph.reader_kind, list(self.composite.not_scored))] = np.nan
         (scores, variance), name = found, str(self.setting.sites[0])
         return Scored({name: scores}, {name: self.runs.rounding.of_products(variance, scores)})

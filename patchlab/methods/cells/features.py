@@ -27,6 +27,7 @@ from patchlab.adapters import Architecture
 from patchlab.adapters.dictionaries import FeatureSite, Point
 from patchlab.engine import Result, Target
 from patchlab.errors import MethodError
+from patchlab.host import precise, to_array
 from patchlab.interventions import Edit
 from patchlab.methods.cells.kind import Exactly, Index, Linear, Linearly, add_cells, stacked
 from patchlab.methods.cells.nodes import Nodes, patched
@@ -403,8 +404,8 @@ class _Sums:
             beside = beside + rest_change(self.runs, point, layer) if layer in point.of else beside
             features = self._sum_into(point, layer, gradient, terms if not across else None)
             node = ((other - own) * gradient).sum(-1)
-            total = features + ((beside * gradient).sum(-1) * live).double().sum(1)
-            whole = (node * live).double().sum(1)
+            total = features + precise((beside * gradient).sum(-1) * live).sum(1)
+            whole = precise(node * live).sum(1)
             off = np.maximum(off, (total - whole).abs().cpu().numpy())
             largest = np.maximum(largest, whole.abs().cpu().numpy())
         check = notes.setdefault("self_check", {})
@@ -419,17 +420,17 @@ class _Sums:
 
     def _sum_into(self, point: Point, layer: int, gradient: Tensor, terms: Sequence[Terms] | None) -> Float[Tensor, " row"]:
         """What all features add to a layer's node score."""
-        found = torch.zeros(gradient.shape[0], dtype=torch.float64, device=gradient.device)
+        found = precise(gradient.new_zeros(gradient.shape[0]))
         if terms is not None:
             for one in terms:
                 if one.layer == layer:
-                    found.index_add_(0, one.row, one.value.double())
+                    found.index_add_(0, one.row.to(found.device), precise(one.value))
             return found
         live = live_positions(self.setting, self.runs, point.name, [layer])
         for one in point.into(layer):
             place = reading(self.setting, self.runs, point, one.layer)
             values = place.change * place.dot({layer: gradient}) * live[place.row, place.pos]
-            found.index_add_(0, place.row, values.double())
+            found.index_add_(0, place.row.to(found.device), precise(values))
         return found
 
 
@@ -482,7 +483,7 @@ def _gathered(setting: Setting, runs: Runs, site: Site, terms: Sequence[Terms]) 
         for into, values in ((scores, one.value), (variances, one.variance)):
             sums: Float[np.ndarray, " number"] = np.zeros(0)
             if size:
-                sums = np.bincount(row * len(own) + where, values.double().cpu().numpy()[number], size).astype(np.float64)
+                sums = np.bincount(row * len(own) + where, to_array(values)[number], size).astype(np.float64)
             into.append(sums.reshape(n, len(own)))
         index.append(own)
     cells, values, variance = np.concatenate(index), np.concatenate(scores, 1), np.concatenate(variances, 1)

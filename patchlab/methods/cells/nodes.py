@@ -12,6 +12,7 @@ from patchlab.adapters import Architecture
 from patchlab.engine import Result, Support, Target, Work, in_blocks, support, sweep
 from patchlab.engine.memory import activation_bytes, itemsize, token_bytes
 from patchlab.errors import MethodError
+from patchlab.host import to_array
 from patchlab.interventions import Edit
 from patchlab.methods.cells.kind import Exactly, Index, Linear, Linearly, add_cells, listed
 from patchlab.methods.corrections import drop_term, every_layer, qk_forwards, qk_scores
@@ -252,7 +253,7 @@ class _NodeScores:
             scores.append(reduced(self.setting, self.runs, site, product.sum(-1) if vectors else product))
             variance = product_variance(change, self.runs.baseline.activations[key], coefficient, vectors=vectors)
             variances.append(reduced(self.setting, self.runs, site, variance))
-        found, off = (np.asarray((part[0] if layers == [None] else torch.stack(part, 1)).double().cpu()) for part in (scores, variances))
+        found, off = (to_array(part[0] if layers == [None] else torch.stack(part, 1)) for part in (scores, variances))
         return found, self.runs.rounding.of_products(off, found)
 
     def _note_gaps(self, meter: Meter, notes: dict[str, Any]) -> None:
@@ -269,7 +270,7 @@ class _NodeScores:
                 moved = meter.run(setting.model, program(setting, runs, edits=(Edit(address(*group), runs.source),)))
                 end = moved.values if moved.values is not None else runs.baseline_values
             scores = (self.differences[group] * self.total[group]).flatten(1).sum(1)
-            gaps = (scores - (end - runs.baseline_values)).double().cpu().numpy().tolist()
+            gaps = to_array(scores - (end - runs.baseline_values)).tolist()
             notes.setdefault(name, {}).setdefault(str(address(*group)), []).extend(gaps)
 
 
@@ -328,10 +329,10 @@ def patched(
     """
     way = support(setting.model) if engine == "auto" else Support("literal", "asked for")
     finished = {} if finished is None else finished
-    base = runs.baseline_values.double()
+    base = to_array(runs.baseline_values)
 
     def found(numbers: list[int], values: Tensor) -> None:
-        finished.update(zip(numbers, (values.double() - base).cpu().numpy(), strict=True))
+        finished.update(zip(numbers, to_array(values) - base, strict=True))
         meter.keep()
 
     if way.mode != "literal" and not in_blocks(setting.model, setting.surrounding):

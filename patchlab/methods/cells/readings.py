@@ -15,6 +15,7 @@ from torch import Tensor
 
 from patchlab.adapters.dictionaries import Attached, FeatureSite, Point
 from patchlab.engine import Target
+from patchlab.host import precise
 from patchlab.methods.cells.nodes import Nodes
 from patchlab.methods.setting.setting import Setting
 from patchlab.methods.setting.unpatched import Runs
@@ -137,7 +138,7 @@ def _source_values(runs: Runs, one: Attached, point: Point, layer: int, other: T
         return zeros
     mean = runs.source.means[f"features.{point.name}", layer]
     if mean.is_sparse:
-        mean = mean.index_select(0, pos).to_dense()
+        mean = mean.index_select(0, pos.to(mean.device)).to_dense()
     return zeros + mean.to(zeros)
 
 
@@ -219,18 +220,18 @@ def summed(setting: Setting, point: Point, kept: Mapping[Target, Tensor], *, pos
         length, width = x.shape[1], int(one.dictionary.n_features)
         parts: list[Tensor] = []
         for first in range(0, len(flat), step := _encoded_at_once(setting, one)):
-            values = one.values(flat[first : first + step]).double()
+            values = precise(one.values(flat[first : first + step]))
             if not positional:
                 parts.append(values.sum(0)[None])
                 continue
             entry, feature = values.nonzero().unbind(1)
             parts.append(_sparse(torch.stack([(entry + first) % length, feature]), values[entry, feature], (length, width)))
         found[f"features.{point.name}", layer] = sum(parts[1:], parts[0])
-        rest = one.rest(x).double()
+        rest = precise(one.rest(x))
         found[f"rest.{point.name}", layer] = rest.sum(0) if positional else rest.sum((0, 1))[None]
     for layer in point.written:
         own = point.into(layer)[0].flat(kept[point.name, layer])
-        error = (own - in_chunks(setting, point, layer, {one.layer: read[one.layer] for one in point.into(layer)})).double()
+        error = precise(own - in_chunks(setting, point, layer, {one.layer: read[one.layer] for one in point.into(layer)}))
         found[f"error.{point.name}", layer] = error.sum(0) if positional else error.sum((0, 1))[None]
     return found
 

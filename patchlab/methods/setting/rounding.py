@@ -29,6 +29,7 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from patchlab.host import precise
 from patchlab.metrics import Answers, Metric
 
 POINTS = 5
@@ -93,8 +94,8 @@ def rounding(
             (slopes,) = torch.autograd.grad(values.sum(), logits)
         except RuntimeError:  # torch's word for a function that leaves its graph
             return Rounding(unit, np.full(n, np.nan), np.full(n, np.nan))
-    slopes = rearrange(slopes, "(point batch) ... -> point batch (...)", batch=n).double()
-    off = _length(slopes[:POINTS] * size.flatten(1)).amax(0)
+    slopes = precise(rearrange(slopes, "(point batch) ... -> point batch (...)", batch=n))
+    off = _length(slopes[:POINTS] * precise(size.flatten(1))).amax(0)
     length = _length(slopes[base])
     bent = torch.where(length > 0, _length(slopes[POINTS] - slopes[base]) / length, 0.0)
     return Rounding(unit, off.cpu().numpy(), bent.cpu().numpy())

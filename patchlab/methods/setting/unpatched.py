@@ -11,6 +11,7 @@ from torch import Tensor
 
 from patchlab.engine import Baseline, Program, Result, Target, run_rest
 from patchlab.errors import MethodError
+from patchlab.host import precise
 from patchlab.methods.setting.meter import Meter
 from patchlab.methods.setting.rounding import Rounding, rounding
 from patchlab.methods.setting.setting import Setting
@@ -212,7 +213,7 @@ def mean_source(
         tokens = batch.clean if setting.direction == "denoising" else batch.corrupted
         kept = meter.run(setting.model, _program(setting, batch, tokens, {}, keep=at)).activations
         for key, value in kept.items():
-            total = value.double().sum(0) if positional else value.double().sum((0, 1))[None]
+            total = precise(value).sum(0) if positional else precise(value).sum((0, 1))[None]
             sums[key] = total if key not in sums else sums[key] + total
         if summed is not None:
             for key, total in summed(kept).items():
