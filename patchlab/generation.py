@@ -24,6 +24,7 @@ from torch import Tensor
 from patchlab.engine import Program, continues, empty_cache, run, session_of
 from patchlab.engine.program import row_numbers
 from patchlab.errors import InterventionError
+from patchlab.host import precise
 from patchlab.interventions import Edit, as_edits
 from patchlab.models import Model
 from patchlab.sites import KINDS, Position, Site
@@ -159,7 +160,8 @@ def generate(
         program = Program(tokens[:, offset:], examples, positions=named if offset == 0 else {}, edits=placed, logits="answer")
         with torch.no_grad():
             logits = run(model, program, cache=kept).logits
-        picked, logprob = _next(logits.double(), examples, step, temperature, top_k, seed)  # pyright: ignore[reportOptionalMemberAccess]
+        picked, logprob = _next(precise(logits), examples, step, temperature, top_k, seed)  # pyright: ignore[reportOptionalMemberAccess]
+        picked = picked.to(tokens.device)
         lengths = torch.where(~stopped & _among(picked, ends), step, lengths)
         stopped |= _among(picked, ends)
         new.append(picked)
@@ -259,8 +261,8 @@ def sequence_logprobs(
     whole = torch.cat([tokens, wanted[:, :-1]], 1)
     with torch.no_grad():
         logits = model.run(whole, edits=list(as_edits(edits)), positions=named).logits
-    read = logits[:, tokens.shape[1] - 1 :].double().log_softmax(-1)  # pyright: ignore[reportOptionalSubscript]
-    return read.gather(-1, wanted[..., None])[..., 0]
+    read = precise(logits[:, tokens.shape[1] - 1 :]).log_softmax(-1)  # pyright: ignore[reportOptionalSubscript]
+    return read.gather(-1, wanted.to(read.device)[..., None])[..., 0]
 
 
 def _answer_ids(model: Model, answers: Any) -> Int[Tensor, "row token"]:
