@@ -160,7 +160,7 @@ def generate(
         program = Program(tokens[:, offset:], examples, positions=named if offset == 0 else {}, edits=placed, logits="answer")
         with torch.no_grad():
             logits = run(model, program, cache=kept).logits
-        picked, logprob = _next(precise(logits), examples, step, temperature, top_k, seed)  # pyright: ignore[reportOptionalMemberAccess]
+        picked, logprob = _next(precise(torch.as_tensor(logits)), examples, step, temperature, top_k, seed)
         picked = picked.to(tokens.device)
         lengths = torch.where(~stopped & _among(picked, ends), step, lengths)
         stopped |= _among(picked, ends)

@@ -6,6 +6,7 @@ from patchlab.lenses.coefficients import coefficients, relevance
 from patchlab.lenses.conservation import Conservation, conservation
 from patchlab.lenses.distributions import Distributions
 from patchlab.lenses.fit import fit_jacobian, fit_linear
+from patchlab.lenses.head_paths import HeadPaths, head_paths
 from patchlab.lenses.linear_map import LinearMap
 from patchlab.lenses.qk import QKAttribution, qk_attribution
 from patchlab.lenses.readout import Readout, load, logit_lens
@@ -15,6 +16,7 @@ __all__ = [
     "Attributions",
     "Conservation",
     "Distributions",
+    "HeadPaths",
     "LinearMap",
     "QKAttribution",
     "Readout",
@@ -23,6 +25,7 @@ __all__ = [
     "conservation",
     "fit_jacobian",
     "fit_linear",
+    "head_paths",
     "load",
     "logit_lens",
     "qk_attribution",
