@@ -4,7 +4,7 @@ A place knows the hooks it is read from and written at, and holds what a rule ne
 an activation function). ``problem`` says why no rule can be put there; a composite that wants to then refuses.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import Any, cast
@@ -16,7 +16,8 @@ from transformer_lens.model_bridge.generalized_components.linear import LinearBr
 from transformer_lens.model_bridge.generalized_components.moe import MoEBridge
 from transformer_lens.model_bridge.generalized_components.normalization import NormalizationBridge
 
-Activation = Callable[[Tensor], Tensor]
+from patchlab.adapters.experts import Activation, Experts, clamp, find_experts
+
 LOGITS = "logits"
 """Stands in for a hook: what the whole model returns."""
 
@@ -102,6 +103,26 @@ class MLPPlace(Place):
 
 
 @dataclass(frozen=True)
+class ExpertsPlace(Place):
+    """A mixture of experts; ``at`` is its output. A rule computes it again from its input, so that rules sit inside every expert."""
+
+    experts: Experts | None = None
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return (f"{self.name}.hook_in",)
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        return ("activation", "product", "routing", "linear")
+
+    def problem_with(self, *rules: Any) -> str | None:
+        if self.problem is not None or rules[3] is None:
+            return self.problem
+        return f"the {type(rules[3]).__name__} does not reach the linear maps of its experts"
+
+
+@dataclass(frozen=True)
 class AttentionPlace(Place):
     """An attention layer; ``at`` is its pattern hook, ``z`` the output of pattern times values, ``scores`` the queries and keys.
 
@@ -153,7 +174,7 @@ class ClipPlace(Place):
     @property
     def activation(self) -> Activation:
         """The clamp."""
-        return _clamp(self.limit)
+        return clamp(self.limit)
 
 
 @dataclass(frozen=True)
@@ -246,6 +267,10 @@ def _mlp(bridge: TransformerBridge, layer: int) -> Iterator[Place]:
         return
     hooks = bridge.hook_dict
     routed = isinstance(mlp, MoEBridge) and not mlp.bound_dense
+    experts = find_experts(mlp) if routed else None
+    if experts is not None:
+        yield ExpertsPlace(name, f"{name}.hook_out", module=mlp, experts=experts)
+        return
     if routed or f"{name}.hook_post" not in hooks or f"{name}.hook_pre" not in hooks:
         problem = f"{type(mlp).__name__} has no single activation (a router, or hooks that are missing)"
         yield MLPPlace(name, f"{name}.hook_post", problem, mlp)
@@ -306,11 +331,6 @@ def find_places(bridge: TransformerBridge, n_layers: int) -> tuple[Place, ...]:
     if (cap := final_cap(bridge)) is not None:
         places.append(CapPlace("logits.softcap", LOGITS, cap=cap, final=True))
     return tuple(places + list(_linears(bridge)))
-
-
-@cache
-def _clamp(limit: float) -> Activation:
-    return lambda x: x.clamp(-limit, limit)
 
 
 @cache

@@ -115,8 +115,8 @@ def fit_jacobian(
     """A Jacobian lens: ``J_l = E_prompt[mean over t of Σ_{t'≥t} ∂h_target,t' / ∂h_l,t]``, read as unembedding of norm(J_l h_l).
 
     Source: Gurnee et al. 2026 (transformer-circuits.pub/2026/workspace). With ``rules`` the derivative is that of a relevance backward pass: with
-    ``relp`` (LN-, Identity- and Half-rule, softmax as it is, and no rule on norms of queries and keys) this is the relevance lens (R-lens). A model
-    that the rules cannot cover, such as a mixture of experts, is refused.
+    ``relp`` (LN-, Identity- and Half-rule, softmax as it is, and no rule on norms of queries and keys) this is the relevance lens (R-lens). Mixtures
+    of experts have rules inside every expert and constant routing weights. A model that the rules cannot cover is refused.
 
     TransformerLens' own ``JacobianLens.fit`` gives the same matrices without rules; this one takes token rows, any length of a batch and rules.
 

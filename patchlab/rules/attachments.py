@@ -8,7 +8,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from patchlab.adapters import AttentionPlace, CapPlace, ClipPlace, GatePlace, LinearPlace, MLPPlace, NormPlace, Place
+from patchlab.adapters import AttentionPlace, CapPlace, ClipPlace, ExpertsPlace, GatePlace, LinearPlace, MLPPlace, NormPlace, Place
+from patchlab.adapters.experts import Activation, Gated, Neurons, Weighted, plain_weighted
 from patchlab.errors import RuleError
 from patchlab.rules.nonlinear import ConstantGateRule, UniformRule
 from patchlab.rules.rule import ActivationRule, LinearRule, NormRule, PatternRule, ProductRule, graft, scale_gradient
@@ -90,6 +91,37 @@ def _neurons(place: MLPPlace, activation: ActivationRule | None, product: Produc
         u = seen[place.linear]
         surrogate = surrogate * u if product is None else product.surrogate(surrogate, u)
     return graft(value, surrogate)
+
+
+@attaching(ExpertsPlace)
+def _experts(
+    place: ExpertsPlace,
+    activation: ActivationRule | None,
+    product: ProductRule | None = None,
+    routing: ProductRule | None = None,
+    linear: LinearRule | None = None,
+) -> list[Attachment]:
+    """The layer computed again from its input, under the rules; ``linear`` is refused by the place."""
+    neurons = partial(_in_expert, activation, product)
+    weighted = plain_weighted if routing is None else routing.surrogate
+    return [Attachment(place.at, place.reads, partial(_mixed, place, neurons, weighted))]
+
+
+def _in_expert(activation: ActivationRule | None, product: ProductRule | None, gated: Gated, g: Tensor, u: Tensor) -> Tensor:
+    def ruled(f: Activation, x: Tensor) -> Tensor:
+        return f(x) if activation is None else activation.surrogate(f, x)
+
+    a, u = ruled(gated.activation, g), gated.linear(u if gated.clamp is None else ruled(gated.clamp, u))
+    return a * u if product is None else product.surrogate(a, u)
+
+
+def _mixed(place: ExpertsPlace, neurons: Neurons, weighted: Weighted, value: Tensor, seen: Recorded) -> Tensor:
+    if place.experts is None:
+        return value
+    try:
+        return graft(value, place.experts.run(seen[place.reads[0]], neurons, weighted))
+    except RuleError as error:
+        raise RuleError(f"{place.name}: {error}") from error
 
 
 @attaching(AttentionPlace)

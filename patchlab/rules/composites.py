@@ -22,6 +22,7 @@ _FIELDS: dict[str, tuple[type, str]] = {
     "bilinear": (UniformRule, "UniformRule()"),
     "linear": (LinearRule, "EpsilonRule()"),
     "gate": (ConstantGateRule, "ConstantGateRule()"),
+    "routing": (ProductRule, "ConstantGateRule()"),
     "softcap": (ActivationRule, "IdentityRule()"),
 }
 """What each field of a composite takes, and an example."""
@@ -43,6 +44,8 @@ class Composite:
         bilinear: the bilinear maps of attention, A·V and Q·K.
         linear: every linear map inside the blocks (q, k, v, o, and those of the MLP).
         gate: the sigmoid gate on the output of attention; as σ(0) = ½ it is no factor of its input, so it can only be held.
+        routing: the product of an expert's output and its routing weight, in mixtures of experts: the weight held (``ConstantGateRule``), or half of
+            the gradient to each (``HalfRule``). Rules for activations and products sit inside every expert.
         softcap: the tanh soft caps of attention scores and of logits; no preset has a rule for them.
         allow_gaps: run although the model has modules that no rule covers; they keep the plain gradient, and results name them.
 
@@ -59,6 +62,7 @@ class Composite:
     bilinear: UniformRule | None = None
     linear: LinearRule | None = None
     gate: ConstantGateRule | None = None
+    routing: ProductRule | None = None
     softcap: ActivationRule | None = None
     allow_gaps: bool = False
 
@@ -159,6 +163,8 @@ for _name, _place, _kind in (
     ("epsilon", "linear", EpsilonRule),
     ("gamma", "linear", GammaRule),
     ("gate", "gate", ConstantGateRule),
+    ("routing", "routing", ConstantGateRule),
+    ("half-routing", "routing", HalfRule),
     ("softcap", "softcap", IdentityRule),
 ):
     register_rule(_name, _place)(_kind)
@@ -185,7 +191,7 @@ def register_preset(name: str) -> Callable[[Callable[[], Composite]], Callable[[
     ... def relp_held():
     ...     '''RelP with every gated product held.'''
     ...     return replace(PRESETS["relp"], product=ConstantGateRule())
-    >>> get_composite("relp-held") == get_composite("lrp[ln,identity,constant,gate]") == PRESETS.pop("relp-held")
+    >>> get_composite("relp-held") == get_composite("lrp[ln,identity,constant,gate,routing]") == PRESETS.pop("relp-held")
     True
 
     Raises:
@@ -208,7 +214,8 @@ def register_preset(name: str) -> Callable[[Callable[[], Composite]], Callable[[
 @register_preset("relp")
 def _relp() -> Composite:
     """Relevance patching: LN-, Identity- and Half-rule"""
-    return Composite("relp", norm=LNRule(), activation=IdentityRule(), product=HalfRule(), gate=ConstantGateRule())
+    held = ConstantGateRule()
+    return Composite("relp", norm=LNRule(), activation=IdentityRule(), product=HalfRule(), gate=held, routing=held)
 
 
 @register_preset("relp-ah")
@@ -232,7 +239,8 @@ def _cp_lrp() -> Composite:
 @register_preset("gim")
 def _gim() -> Composite:
     """LN-rule, softmax temperature 2, uniform rule, gate and up ½ each"""
-    return Composite("gim", norm=LNRule(), product=HalfRule(), pattern=TemperatureRule(), bilinear=UniformRule())
+    rules = {"norm": LNRule(), "product": HalfRule(), "pattern": TemperatureRule(), "bilinear": UniformRule()}
+    return Composite("gim", routing=ConstantGateRule(), **rules)
 
 
 PACKAGED = frozenset(PRESETS)
@@ -246,7 +254,7 @@ def get_composite(rules: str | Composite, *, allow_gaps: bool | None = None) -> 
 
     >>> get_composite("lrp[ln,identity]") == Composite(norm=LNRule(), activation=IdentityRule())
     True
-    >>> get_composite("lrp[gate,half,identity,ln]").name, get_composite("relp", allow_gaps=True).name
+    >>> get_composite("lrp[routing,gate,half,identity,ln]").name, get_composite("relp", allow_gaps=True).name
     ('relp', 'relp[gaps]')
 
     Raises:

@@ -14,11 +14,12 @@ from patchlab.engine.trust.nodes import support
 from patchlab.errors import ModelError, PatchlabError, RuleError
 from patchlab.interventions import Edit
 from patchlab.methods.exact import ActivationPatching
-from patchlab.methods.named import RelevancePatching
+from patchlab.methods.named import AttributionPatching, RelevancePatching
 from patchlab.metrics import METRICS, Answers
 from patchlab.models import Model
-from patchlab.rules import coverage
+from patchlab.rules import coverage, get_composite
 from patchlab.sources import Kept
+from patchlab.testing.dictionaries import random_dictionary
 from patchlab.testing.toys import toy_task
 from patchlab.testing.zoo import zoo_model
 
@@ -38,7 +39,9 @@ class Family:
 
     ``refused`` says why the model does not load. ``gap`` is the largest difference between exact patching and whole passes, and ``edges_gap``
     between all edges out of a node patched together and the node, as shares of the largest effect; None where there are no edges,
-    and ``no_edges`` says why. ``single``: the architecture does not run in float64. ``rules`` maps a composite to why it refuses, or to None.
+    and ``no_edges`` says why.
+    ``features_gap`` is that of features and errors of dictionaries between the engine and whole passes, or why there are none.
+    ``single``: the architecture does not run in float64. ``rules`` maps a composite to why it refuses, or to None.
     """
 
     name: str
@@ -47,13 +50,14 @@ class Family:
     gap: float = np.nan
     absent: dict[str, str] = field(default_factory=dict)
     rules: dict[str, str | None] = field(default_factory=dict)
+    features_gap: float | str = ""
     edges: str = ""
     edges_gap: float | None = None
     no_edges: str | None = None
     single: bool = False
 
 
-def measure_family(name: str, *, layers: int = 3, rules: tuple[str, ...] = ("relp", "relp-ah")) -> Family:
+def measure_family(name: str, *, layers: int = 3, rules: tuple[str, ...] = ("relp", "relp-ah"), features: bool = True) -> Family:
     """Try a model of the zoo on random prompts, in float64 where it can."""
     try:
         try:
@@ -68,6 +72,7 @@ def measure_family(name: str, *, layers: int = 3, rules: tuple[str, ...] = ("rel
         gap=_exact_gap(model),
         absent=dict(model.arch.absent),
         rules={composite: _refusal(model, composite) for composite in rules},
+        features_gap=_features(model, rules) if features else "not tried",
         single=model.dtype != torch.float64,
     )
     try:
@@ -91,6 +96,39 @@ def _exact_gap(model: Model) -> float:
             return np.inf
         worst = max(worst, float(np.nanmax(np.abs(got - expected))) / max(float(np.nanmax(np.abs(expected))), 1e-30))
     return worst
+
+
+def features_gap(model: Model, rules: tuple[str, ...] = ()) -> float:
+    """Features and errors of random dictionaries on layer 1: exact patching by the engine against whole passes, as a share of the largest effect.
+
+    AtP, and every composite that covers the model, score them too: each run checks that features, errors and rests add up to the scores of nodes.
+
+    Raises:
+        PatchlabError: they cannot be scored, or do not add up.
+    """
+    points = [point for point in ("resid_post", "attn_out", "mlp_out") if point in model.arch.sites]
+    task, worst = toy_task(model, n=2, length=5, seed=4), 0.0
+    model.add_dictionaries([random_dictionary(model, point, 1, 16) for point in points])
+    try:
+        sites = [f"{part}.{point}" for point in points for part in ("features", "error")]
+        methods = [ActivationPatching(), ActivationPatching(engine="literal")]
+        fast, whole = (method.run(model, task, sites, direction="denoising", progress=False) for method in methods)
+        for site in sites:
+            got, expected = (scores.data[site].to_numpy() for scores in (fast, whole))
+            scale = float(np.abs(expected).max())
+            worst = max(worst, float(np.abs(got - expected).max()) / scale if scale > 1e-6 else np.inf)
+        for method in (AttributionPatching(), *(RelevancePatching(name) for name in rules if not model.uncovered(get_composite(name)))):
+            method.run(model, task, sites, direction="denoising", progress=False)
+    finally:
+        model.drop_dictionaries()
+    return worst
+
+
+def _features(model: Model, rules: tuple[str, ...]) -> float | str:
+    try:
+        return features_gap(model, rules)
+    except PatchlabError as error:
+        return str(error)
 
 
 def _refusal(model: Model, composite: str) -> str | None:

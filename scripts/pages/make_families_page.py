@@ -1,6 +1,6 @@
 """Make docs/families.md: what works on which architecture, measured on tiny models with random weights.
 
-Run it in the repository: ``python scripts/pages/make_families_page.py`` (about three minutes on one core). Every cell is measured by
+Run it in the repository: ``python scripts/pages/make_families_page.py`` (about six minutes on one core). Every cell is measured by
 :mod:`patchlab.testing.family`; nothing is looked up.
 """
 
@@ -60,7 +60,7 @@ def row(family: Family, notes: Notes) -> list[str]:
     """What the table says of a family."""
     name = f"`{family.name}`"
     if family.refused is not None:
-        return [name, f"refused {notes(_general(family.refused, family.name))}", *["–"] * (4 + len(RULES))]
+        return [name, f"refused {notes(_general(family.refused, family.name))}", *["–"] * (5 + len(RULES))]
     allowed = 1e-4 if family.single else RIGHT
     exact = f"{agreement(family.gap, allowed)}, {engine(family.engine, notes)}"
     reasons: dict[str, list[str]] = {}
@@ -72,7 +72,9 @@ def row(family: Family, notes: Notes) -> list[str]:
         edges = ["refused " + notes(_general(family.no_edges or "", family.name)), "–"]
     else:
         edges = [engine(family.edges, notes), agreement(family.edges_gap, 1e-3 if family.single else RIGHT)]
-    return [name, "yes", exact, absent, *rules, *edges]
+    gap = family.features_gap
+    features = f"refused {notes(_general(gap, family.name))}" if isinstance(gap, str) else agreement(gap, allowed)
+    return [name, "yes", exact, absent, *rules, *edges, features]
 
 
 def _general(reason: str, name: str) -> str:
@@ -85,7 +87,7 @@ def _general(reason: str, name: str) -> str:
 def page(families: Sequence[Family]) -> str:
     """The page."""
     notes = Notes()
-    header = ["family", "loads", "exact = literal", "absent sites", *(f"`{name}`" for name in RULES), "edges", "edges of a node = node"]
+    header = ["family", "loads", "exact = literal", "absent sites", *(f"`{name}`" for name in RULES), "edges", "edges of a node = node", "features"]
     body = table(header, [row(family, notes) for family in families])
     return f"""# Families
 
@@ -103,6 +105,10 @@ the architecture runs in it, with transformers {transformers.__version__} and Tr
   1e-5 of it. Otherwise the rules refuse, and name the module.
 - **edges**: how single edges are patched. **Edges of a node = node**: all edges out of a node patched together change the metric as
   patching the node does.
+- **features**: exact patching of the features and errors of random dictionaries on `resid_post`, `attn_out` and `mlp_out` is that of whole passes,
+  and under AtP and the rules that cover the model they add up to the scores of nodes.
+
+In a mixture of experts, rules sit inside every expert, and routing weights are constants.
 
 {body}
 

@@ -164,8 +164,8 @@ def test_names_of_options() -> None:
         ("second-order[probes=4, seed=0]", "second-order:4"),
         ("verified", "verified[relp]"),
         ("verified[k=20]", "verified[relp]"),
-        ("lrp[gate,half,identity,ln]+ig:5", "relp+ig:5"),
-        ("lrp[ln,identity,half,ah,gate,gaps]", "relp-ah[gaps]"),
+        ("lrp[routing,gate,half,identity,ln]+ig:5", "relp+ig:5"),
+        ("lrp[ln,identity,half,ah,gate,routing,gaps]", "relp-ah[gaps]"),
         ("lrp[identity,ln]", "lrp[ln,identity]"),
         ("lrp[gamma:0.25]", "lrp[gamma]"),
         ("lrp[gamma[epsilon=1e-3,gamma=.5]]", "lrp[gamma:0.5[epsilon=0.001]]"),
@@ -299,7 +299,7 @@ def registries() -> Iterator[None]:
 def test_composites_that_no_registry_knows_are_refused(registries: None) -> None:
     with pytest.raises(RuleError, match=r"the composite 'mine', which is in no registry. .*@patchlab\.rules\.register_preset.*then it is lrp\[ln\]"):
         pl.RelevancePatching(Composite("mine", norm=LNRule()))
-    with pytest.raises(RuleError, match=r"'relp', whose name is that of another one.*lrp\[ln,half,gate\]"):
+    with pytest.raises(RuleError, match=r"'relp', whose name is that of another one.*lrp\[ln,half,gate,routing\]"):
         pl.RelevancePatching(replace(PRESETS["relp"], activation=None))
     with pytest.raises(RuleError, match=r"Louder\(by=2.0\) is in no registry.*register_rule.*register_preset"):
         Composite(norm=Louder())

@@ -36,6 +36,7 @@ from patchlab.rules import (
     graft,
     scale_gradient,
 )
+from patchlab.testing.zoo import zoo_model
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -447,23 +448,10 @@ def test_composites_fail_closed(place: Any, composite: str, message: str) -> Non
     assert PRESETS["gradient"].attach(model.arch.places) == ()
 
 
-def test_a_mixture_of_experts_is_refused() -> None:
-    """Its router is no elementwise activation, and what the Bridge calls its neurons is the output of its MLP."""
-    from transformers import AutoModelForCausalLM, MixtralConfig
-
-    sizes = {"vocab_size": 37, "hidden_size": 16, "intermediate_size": 12, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = MixtralConfig(**sizes, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, max_position_embeddings=24)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = bridged(AutoModelForCausalLM.from_config(config, attn_implementation="eager"), "experts")
-    with pytest.raises(RuleError, match=r"cannot cover blocks\.0\.mlp: MoEBridge has no single activation \(a router"):
-        scores_of(pl.RelevancePatching(), model, swap_task(), "z")
-    report = coverage(model, "relp")
-    assert [module for module, _ in report.uncovered] == ["blocks.0.mlp", "blocks.1.mlp"]
-    assert ("blocks.0.mlp", "mlp", "not covered") in report.rows
-    assert scores_of(pl.AttributionPatching(), model, swap_task(), "mlp_out").cost.backwards == 1
+def test_experts_have_no_neurons_to_score() -> None:
+    """What the Bridge calls their neurons is the output of the whole layer."""
     with pytest.raises(SiteError, match=r"no site mlp_post: .*shows the MLP's output \(a mixture of experts\?\)"):
-        scores_of(pl.AttributionPatching(), model, swap_task(), "mlp_post")
+        scores_of(pl.AttributionPatching(), zoo_model("mixtral", layers=2), swap_task(), "mlp_post")
 
 
 def test_a_norm_that_the_bridge_does_not_open_is_found() -> None:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
-from patchlab.adapters import AttentionPlace, BridgedModel, CapPlace, GatePlace, LinearPlace, MLPPlace, Place
+from patchlab.adapters import AttentionPlace, BridgedModel, CapPlace, ExpertsPlace, GatePlace, LinearPlace, MLPPlace, Place
 from patchlab.adapters.places import value_and_slope_at_zero
 from patchlab.engine.hook_points import Shown
 from patchlab.engine.hooks import ruled
@@ -42,7 +42,8 @@ from patchlab.rules.attachments import Attachment
 TOLERANCE = 1e-5
 """Largest gap, as a share of Σ|x·Jᵀg|."""
 
-HOLDING = Composite("holding", norm=LNRule(), activation=IdentityRule(), product=HalfRule(), pattern=AHRule(), gate=ConstantGateRule())
+_HELD = ConstantGateRule()
+HOLDING = Composite("holding", norm=LNRule(), activation=IdentityRule(), product=HalfRule(), pattern=AHRule(), gate=_HELD, routing=_HELD)
 
 
 def uncovered(model: BridgedModel, composite: Composite) -> tuple[Uncovered, ...]:
@@ -238,10 +239,24 @@ def _test_block(
 ) -> Iterator[Uncovered]:
     ledger = Ledger(_modules_of(rules))
     modules = [module for module in block.modules() if not isinstance(module, HookPoint)]
-    with torch.enable_grad(), ruled(model, _attachments(rules)), on_modules(modules, ledger.before, ledger.after):
+    constants = [value for rule in rules if isinstance(rule.place, ExpertsPlace) and rule.place.experts for value in rule.place.experts.constants]
+    with torch.enable_grad(), _differentiable(constants), ruled(model, _attachments(rules)), on_modules(modules, ledger.before, ledger.after):
         y, x = call()
-    ledger.root.inputs, ledger.root.outputs = [x], [y]
-    yield from _found(model, part, ledger, y, rules)
+        ledger.root.inputs, ledger.root.outputs, ledger.root.sources = [x], [y], constants
+        yield from _found(model, part, ledger, y, rules)
+
+
+@contextmanager
+def _differentiable(constants: list[Tensor]) -> Generator[None, None, None]:
+    """Constants by which a run can be differentiated, for the duration of the block."""
+    before = [value.requires_grad for value in constants]
+    try:
+        for value in constants:
+            value.requires_grad_()
+        yield
+    finally:
+        for value, wanted in zip(constants, before, strict=True):
+            value.requires_grad_(wanted)
 
 
 def _probe(model: BridgedModel, composite: Composite, call: Callable[[], tuple[Tensor, Tensor]], places: list[Place]) -> Iterator[Uncovered]:

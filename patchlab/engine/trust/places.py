@@ -14,7 +14,19 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from patchlab.adapters import LOGITS, AttentionPlace, BridgedModel, CapPlace, ClipPlace, GatePlace, LinearPlace, MLPPlace, NormPlace, Place
+from patchlab.adapters import (
+    LOGITS,
+    AttentionPlace,
+    BridgedModel,
+    CapPlace,
+    ClipPlace,
+    ExpertsPlace,
+    GatePlace,
+    LinearPlace,
+    MLPPlace,
+    NormPlace,
+    Place,
+)
 from patchlab.engine.hooks import hooked
 from patchlab.engine.trust.precision import at_full_precision, is_half, mapped, widened
 from patchlab.host import precise
@@ -76,6 +88,8 @@ def _problem(model: BridgedModel, tokens: Int[Tensor, "row pos"], place: Place, 
         return _norm_problem(model, place, calls)
     if isinstance(place, MLPPlace):
         return _mlp_problem(place, seen)
+    if isinstance(place, ExpertsPlace):
+        return _experts_problem(place, seen)
     if isinstance(place, (ClipPlace, GatePlace)):
         return _next_problem(model, tokens, place, seen)
     if isinstance(place, CapPlace):
@@ -130,6 +144,18 @@ def _mlp_problem(place: MLPPlace, seen: dict[str, Tensor]) -> str | None:
     worst = _difference(expected.to(seen[place.at].dtype), seen[place.at])
     what = "its output is not f(g)" + ("" if place.linear is None else " · u")
     return None if worst <= _rounding(g) else f"{what} (off by {worst:.2g})"
+
+
+def _experts_problem(place: ExpertsPlace, seen: dict[str, Tensor]) -> str | None:
+    if place.experts is None:
+        return "its experts were not found"
+    try:
+        with torch.no_grad():
+            got = place.experts.run(seen[place.reads[0]])
+    except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
+        return f"its router and experts cannot be run by themselves: {error}"
+    worst = _difference(got, seen[place.at])
+    return None if worst <= 4 * _rounding(got) else f"its output is not the sum of its experts' by their routing weights (off by {worst:.2g})"
 
 
 def _next_problem(model: BridgedModel, tokens: Int[Tensor, "row pos"], place: ClipPlace | GatePlace, seen: dict[str, Tensor]) -> str | None:
