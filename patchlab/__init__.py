@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from patchlab.comparison import compare as compare
     from patchlab.engine import intervene as intervene
     from patchlab.errors import PatchlabError as PatchlabError
+    from patchlab.explorer import explore as explore
     from patchlab.features import load_dictionaries as load_dictionaries
     from patchlab.features import load_dictionary as load_dictionary
     from patchlab.interventions import Edit as Edit
@@ -54,6 +55,7 @@ _HOMES = {
     "compare": "comparison",
     "intervene": "engine",
     "PatchlabError": "errors",
+    "explore": "explorer",
     "load_dictionaries": "features",
     "load_dictionary": "features",
     "Edit": "interventions",

@@ -32,7 +32,7 @@ RANKS = (
     {"comparison", "circuits", "depth", "layer_metrics", "weight_edit", "generation"},
     {"plots", "sweeps", "feature_comparison"},
     {"recipes"},
-    {"report"},
+    {"report", "explorer"},
     {"cli"},
     {"__main__"},
 )
@@ -200,7 +200,7 @@ def test_public_names_resolve_and_are_listed():
     import patchlab as pl
 
     assert set(pl.__all__) == set(dir(pl))
-    assert len(pl.__all__) <= 31
+    assert len(pl.__all__) <= 32
     for name in pl.__all__:
         assert getattr(pl, name) is not None
     assert pl.__version__ == metadata.version("patchlab")

@@ -11,6 +11,7 @@ import typer
 
 from patchlab import __version__
 from patchlab.cli.circuit import circuit
+from patchlab.cli.explore import explore
 from patchlab.cli.features import features
 from patchlab.cli.options import (
     SETTINGS,
@@ -64,6 +65,7 @@ app.add_typer(circuit, name="circuit")
 app.add_typer(features, name="features")
 app.add_typer(sweep, name="sweep")
 app.command(cls=Command)(study)
+app.command(cls=Command)(explore)
 
 
 @app.command(cls=Command)

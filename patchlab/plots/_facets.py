@@ -68,8 +68,9 @@ class Axis:
 class Facet:
     """One panel: values in metric units (or shares of the gap), why a cell cannot matter ("": it can), the hover text of every cell.
 
-    A ``compact`` panel keeps to a fixed height, and its cells to the names of its axes. ``room`` is the width in pixels it should try to keep to;
-    ``first`` is False where the panel to its left has the same rows; ``unsigned`` values are sizes.
+    ``index`` is the number of each cell in the flattened effects of the site; the number of cells stands for none. A ``compact`` panel keeps to a
+    fixed height, and its cells to the names of its axes. ``room`` is the width in pixels it should try to keep to; ``first`` is False where the panel
+    to its left has the same rows; ``unsigned`` values are sizes.
     """
 
     site: str
@@ -81,6 +82,7 @@ class Facet:
     hover: Shaped[np.ndarray, "row column"] | None
     rows: Axis
     columns: Axis
+    index: Int[np.ndarray, "row column"]
     not_scored: str | None = None
     room: Pixels = 330
     first: bool = True
@@ -160,7 +162,7 @@ def facets_of(
         if not (compact and rows.names and columns.names):
             texts = np.array([cells.hover(i, unit) for i in index.ravel().tolist()], dtype=object).reshape(index.shape)
         about = what + note if first else "sizes without sign" if unsigned else ""
-        panel = (values[index], zero[index], texts, rows, columns, scores.not_scored.get(site))
+        panel = (values[index], zero[index], texts, rows, columns, index, scores.not_scored.get(site))
         facets.append(Facet(site, title, about, group, *panel, room, first, compact, unsigned))
     return facets
 

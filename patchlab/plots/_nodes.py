@@ -13,12 +13,14 @@ from patchlab.plots._style import MUTED, UNSCORED, Box, Page, Signs, signs, word
 
 MOST = 200
 """Nodes that are drawn at most, unless a number is asked for: those of largest |score|."""
-_COLUMN, _ROW, _LEFT, _TOP = 96, 20, 130, 84
+_COLUMN, _ROW, _LEFT, _TOP = 96, 20, 140, 84
 
 
 @dataclass(frozen=True)
 class Lane:
-    """The drawn nodes of one site: where each stands (layer, row in its layer), its score (NaN: none), its label, and its hover text."""
+    """The drawn nodes of one site: where each stands (layer, row in its layer), its score (NaN: none), its label, its address, and its hover
+    text.
+    """
 
     site: str
     count: str
@@ -26,6 +28,7 @@ class Lane:
     row: Int[np.ndarray, " node"]
     score: Float[np.ndarray, " node"]
     label: Shaped[np.ndarray, " node"]
+    address: tuple[str, ...]
     hover: Shaped[np.ndarray, " node"]
 
     @property
@@ -68,7 +71,7 @@ def _prepare_nodes(circuit: NodeCircuit, most: int | None = None) -> NodesData:
         hover = [f"<b>{escape(name)}</b><br>{escape(value)}" for name, value in zip(rows["node"], values, strict=True)]
         labels = [_short(name, one.site.kind) for name in rows["node"]]
         count = f"{len(circuit.ids(one.name)):,} of {one.size:,}"
-        arrays = (np.array(places, dtype=int), scores, np.array(labels, dtype=object), np.array(hover, dtype=object))
+        arrays = (np.array(places, dtype=int), scores, np.array(labels, dtype=object), tuple(rows["node"]), np.array(hover, dtype=object))
         lanes.append(Lane(one.name, count, layers, *arrays))
     who = " × ".join(str(record[key]) for key in ("model", "task") if record.get(key))
     method = record.get("method") or record.get("file")
@@ -113,7 +116,8 @@ def _draw(data: NodesData) -> go.Figure:
         marker = {"size": 5 + 11 * np.sqrt(shares), "color": colours, "line": {"width": 0}}
         text = {"mode": "markers+text", "text": lane.label, "textposition": "middle right", "textfont": {"size": 10}}
         hover = {"hovertext": lane.hover, "hovertemplate": "%{hovertext}<extra></extra>"}
-        page.figure.add_trace(go.Scatter(x=lane.layer - 0.36, y=lane.row, marker=marker, **text, **hover, **where))
+        own = {"circuit": "addresses", "nodes": list(lane.address)}
+        page.figure.add_trace(go.Scatter(x=(lane.layer - 0.36).tolist(), y=lane.row.tolist(), marker=marker, meta=own, **text, **hover, **where))
         top += height
     page.figure.update_layout(hovermode="closest")
     return page.figure
