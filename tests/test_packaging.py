@@ -20,7 +20,7 @@ HEAVY = ("torch", "pandas", "plotly", "transformers", "transformer_lens", "xarra
 # Imports point from right to left: a module may import those of its own rank and of the ranks before it.
 RANKS = (
     {"errors"},
-    {"store", "progress", "tables", "terminal", "labelled", "grammar", "digest", "versions", "host"},
+    {"store", "progress", "tables", "terminal", "labelled", "grammar", "digest", "versions", "host", "hub"},
     {"sites", "graph", "metrics", "stats"},
     {"scores"},
     {"adapters"},

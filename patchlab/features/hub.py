@@ -7,7 +7,7 @@ from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 
 from patchlab.errors import DictionaryError
-from patchlab.models.hub import HUB_TIMEOUT, hub_endpoint, is_offline, refusal
+from patchlab.hub import HUB_TIMEOUT, hub_endpoint, is_offline, refusal
 
 _NAME = re.compile(r"(?:hf://)?(?P<repo>[\w.-]+/[\w.-]+?)(?:[:/](?P<folder>[^@:?]+?))?/?(?:@(?P<revision>[\w./-]+))?")
 

@@ -1,14 +1,12 @@
 """Hub models: the local copy of a Hugging Face repository, from the cache or downloaded."""
 
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
 from patchlab.errors import ModelError, unknown
+from patchlab.hub import HUB_TIMEOUT, hub_endpoint, is_offline, refusal
 
-HUB_TIMEOUT = 2.0
-"""Seconds to wait for the hub's answer about a model that is not in the cache."""
 _SMALL_FILES = ("*.json", "*.txt", "*.model")
 _NOT_NEEDED = ("*/*", "consolidated*")  # other formats, and second copies of the weights
 
@@ -37,25 +35,6 @@ def hub_folder(name: str, packaged: Iterable[str]) -> Path:
     endpoint = hub_endpoint()
     _ask(name, endpoint, known)
     return _download(name, endpoint)
-
-
-def is_offline() -> bool:
-    """Whether the hub may not be asked."""
-    return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON")
-
-
-def hub_endpoint() -> str:
-    """The address of the hub."""
-    return os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-
-
-def refusal(code: int, endpoint: str, what: str, needs: str = "") -> str:
-    """What an HTTP status of the hub means: for a model or another repository, and the file that it must have."""
-    return {
-        401: f"the hub has no such {what}, or it is private: set HF_TOKEN if you have access",
-        403: "access to it is restricted: set HF_TOKEN to a token that has access",
-        404: f"the hub has no such {what}{needs}",
-    }.get(code, f"the hub at {endpoint} answered with HTTP {code}")
 
 
 def has_weights(folder: Path) -> bool:
