@@ -166,6 +166,13 @@ def _logprob_diff(logits: Float[Tensor, "batch columns"], a: Answers) -> Float[T
     return correct - _gathered(logits, a.incorrect, a.incorrect_mask, -torch.inf).logsumexp(-1)
 
 
+@register_metric("max_diff", columns="answers")
+def _max_diff(logits: Float[Tensor, "batch columns"], a: Answers) -> Float[Tensor, " batch"]:
+    # the best answer of each side: above 0 where a choice among all of them would be right
+    correct = _gathered(logits, a.correct, a.correct_mask, -torch.inf).amax(-1)
+    return correct - _gathered(logits, a.incorrect, a.incorrect_mask, -torch.inf).amax(-1)
+
+
 @register_metric("prob_diff", unit="probability")
 def _prob_diff(logits: Float[Tensor, "batch columns"], a: Answers) -> Float[Tensor, " batch"]:
     probabilities = logits.softmax(-1)

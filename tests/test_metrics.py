@@ -40,7 +40,11 @@ def _prob_diff(row: list[float], correct: list[int], incorrect: list[int]) -> fl
     return sum(math.exp(row[i]) / total for i in correct) - sum(math.exp(row[i]) / total for i in incorrect)
 
 
-TWINS = {"logit_diff": _logit_diff, "logprob_diff": _logprob_diff, "prob_diff": _prob_diff}
+def _max_diff(row: list[float], correct: list[int], incorrect: list[int]) -> float:
+    return max(row[i] for i in correct) - max(row[i] for i in incorrect)
+
+
+TWINS = {"logit_diff": _logit_diff, "logprob_diff": _logprob_diff, "max_diff": _max_diff, "prob_diff": _prob_diff}
 
 
 @pytest.mark.parametrize("name", TWINS)
@@ -53,7 +57,7 @@ def test_the_padding_of_answers_counts_for_nothing(logits: Tensor) -> None:
     # token 0 fills the rows with fewer answers; a huge logit there must not be seen
     loud = logits.clone()
     loud[0, 0] += 50
-    for name in ("logit_diff", "logprob_diff"):
+    for name in ("logit_diff", "logprob_diff", "max_diff"):
         alone = METRICS[name](loud[:1], Answers.of(CORRECT[:1], INCORRECT[:1]))
         torch.testing.assert_close(METRICS[name](loud, Answers.of(CORRECT, INCORRECT))[:1], alone, rtol=1e-12, atol=0)
         torch.testing.assert_close(alone, METRICS[name](logits, Answers.of(CORRECT, INCORRECT))[:1], rtol=1e-12, atol=0)
@@ -144,7 +148,7 @@ def test_metrics_by_name_value_or_function() -> None:
 
 def test_unknown_metrics() -> None:
     with pytest.raises(
-        MetricError, match=r"unknown metric 'logitdiff'; did you mean 'logit_diff'\? Valid: logit_diff, logprob_diff, neg_kl, prob_diff"
+        MetricError, match=r"unknown metric 'logitdiff'; did you mean 'logit_diff'\? Valid: logit_diff, logprob_diff, max_diff, neg_kl, prob_diff"
     ):
         get_metric("logitdiff")
     with pytest.raises(MetricError, match=r"a metric is a name, a Metric or a function of \(logits, answers\); got int"):

@@ -1,10 +1,11 @@
 """Contents of inputs: by what a key knows the models and files that a run reads, however they are spelt."""
 
 import hashlib
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 
-from patchlab.errors import SweepError
+from patchlab.errors import SweepError, TaskError
 
 MODEL_FILES = (
     "config.json",
@@ -46,8 +47,44 @@ def folder_content(folder: Path) -> str:
         raise SweepError(f"the folder {folder} has no config.json; give a Hugging Face model folder.")
     if not any(name.endswith((".safetensors", ".bin")) for name in files):
         raise SweepError(f"the folder {folder} has no weights (*.safetensors or *.bin); give a Hugging Face model folder.")
-    lines = "\n".join(f"{name} {file_content(files[name])}" for name in sorted(files))
+    return _content({name: files[name] for name in sorted(files)})
+
+
+def _content(files: Mapping[str, Path]) -> str:
+    lines = "\n".join(f"{name} {file_content(path)}" for name, path in files.items())
     return f"sha256:{hashlib.sha256(lines.encode()).hexdigest()}"
+
+
+def data_content(folder: Path, split: str | None = None, subset: str | None = None) -> str:
+    """The content of a split of a data set, ``sha256:...`` of the names and bytes of its files.
+
+    Raises:
+        SweepError: no such split, or a file that cannot be read.
+    """
+    from patchlab.tasks.files.folder import split_files
+
+    try:
+        paths = split_files(folder, split, subset).paths
+    except TaskError as error:
+        raise SweepError(str(error)) from error
+    return _content({path.relative_to(folder).as_posix(): path for path in paths})
+
+
+def hub_data_content(name: str) -> str:
+    """The content of a data set of the hub, ``hub:NAME@COMMIT``, of the commit that is in the cache.
+
+    Raises:
+        SweepError: it is not in the cache.
+    """
+    from patchlab.tasks.files.hub import cached_data
+
+    folder = cached_data(name)
+    if folder is None:
+        raise SweepError(
+            f"the data set {name!r} is neither a generator nor a file or folder nor in the hub cache. If it is a name of the hub, fetch it with: "
+            f"patchlab sweep prefetch FILE."
+        )
+    return f"hub:{name}@{folder.name}"
 
 
 def model_folder(name: str, folder: Path) -> Path | None:

@@ -64,6 +64,12 @@ class SweepFile:
         items = [*self.body.models, *(model for one in self.body.include for model in one.models)]
         return tuple(dict.fromkeys(name for item in items for name in item.name))
 
+    @property
+    def task_names(self) -> tuple[str, ...]:
+        """The names of all tasks, as written."""
+        items = [*self.body.tasks, *(task for one in self.body.include for task in one.tasks)]
+        return tuple(dict.fromkeys(name for item in items for name in item.name))
+
 
 def read(path: str | os.PathLike[str]) -> SweepFile:
     """Read the file of a sweep.

@@ -16,7 +16,7 @@ from pydantic_core import PydanticCustomError
 
 from patchlab.errors import PatchlabError, SweepError, unknown
 from patchlab.sites import KINDS, parse_sites
-from patchlab.sweeps.content import file_content, folder_content, hub_content, model_folder
+from patchlab.sweeps.content import data_content, file_content, folder_content, hub_content, hub_data_content, model_folder
 
 if TYPE_CHECKING:
     from patchlab.methods.verified.search import VerifiedPatching
@@ -201,7 +201,7 @@ class ModelSpec(Spec):
 
 
 class TaskSpec(Spec):
-    """A task: a generator with its options, or a file.
+    """A task: a generator with its options, a file, or a data set in a folder or on the hub.
 
     What is left out of a generator is filled in: its number of pairs, metric and options.
 
@@ -212,10 +212,10 @@ class TaskSpec(Spec):
         metric: instead of the task's own.
         only_correct: keep only pairs whose clean prompt the model solves.
         positions: the named positions to score, with commas between them; None for all.
-        options: of the generator, or of the file: ``corrupted``, ``on_mismatch``, ``chat``.
+        options: of the generator, or of the file or data set (:data:`patchlab.tasks.load.FILE_OPTIONS`).
         half: only the ``first`` or the ``second`` half of the pairs (:meth:`patchlab.Task.split` with the seed); None for all.
-        path: the file.
-        content: ``sha256:...`` of the file.
+        path: the file or folder; None for a name of the hub.
+        content: ``sha256:...`` of the file or of the split's files, ``hub:NAME@COMMIT`` of a data set of the hub.
     """
 
     name: Name
@@ -257,18 +257,24 @@ class TaskSpec(Spec):
 
     @staticmethod
     def of(name: str, *, folder: Path | None = None, **fields: Any) -> "TaskSpec":
-        """The task of a name: a generator's, or a file's with its content.
+        """The task of a name: a generator's, or a file's or data set's with its content.
 
         ``folder`` is what a relative file is relative to; default the current one.
 
         Raises:
-            SweepError: no such file, or one that cannot be read.
+            SweepError: no such file, one that cannot be read, or a data set of the hub that is not in the cache.
             ValidationError: no such generator, or fields that do not fit.
         """
         from patchlab.tasks import GENERATORS
+        from patchlab.tasks.files.hub import is_hub_name
         from patchlab.tasks.files.read import SUFFIXES
 
         path = (folder or Path()) / Path(name).expanduser()
+        split = {key: value for key, value in fields.get("options", {}).items() if key in ("split", "subset")}
+        if name not in GENERATORS and path.is_dir():
+            return TaskSpec(name=name, path=str(path.resolve()), content=data_content(path, **split), **fields)
+        if name not in GENERATORS and path.suffix not in SUFFIXES and not path.exists() and is_hub_name(name):
+            return TaskSpec(name=name, content=hub_data_content(name), **fields)
         if name in GENERATORS or not (path.suffix in SUFFIXES or path.exists()):
             return TaskSpec(name=name, **fields)
         if not path.is_file():

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,17 @@ from torch import Tensor
 
 from patchlab.errors import TaskError, unknown
 from patchlab.metrics import PACKAGED, Answers, Metric, get_metric
-from patchlab.tasks.files.read import SUFFIXES, TaskFile, load_file, read_pairs
+from patchlab.tasks.files.hub import hub_data, is_hub_name
+from patchlab.tasks.files.read import SUFFIXES, TaskFile, load_file, load_folder, read_pairs
 from patchlab.tasks.generators.lexicon import Lexicon
 from patchlab.tasks.registry import GENERATORS, Generator
 from patchlab.tasks.task import Pair, Task, TaskModel
 
 DEFAULT_N = 64
 _CANDIDATES = 10  # with only_correct, a generator draws at most this many candidates per pair asked for
-FILE_OPTIONS = ("corrupted", "on_mismatch", "chat")
+ROW_OPTIONS = ("corrupted", "on_mismatch", "chat", "incorrect", "answers")
+FOLDER_OPTIONS = ("split", "subset")
+FILE_OPTIONS = (*ROW_OPTIONS, *FOLDER_OPTIONS)
 
 
 def load_task(
@@ -33,10 +37,11 @@ def load_task(
     metric: str | Metric | Callable[[Tensor, Answers], Tensor] | None = None,
     **options: Any,
 ) -> Task:
-    """Prompt pairs as token ids for a model: from a generator or from a JSONL, CSV or auto-circuit file.
+    """Prompt pairs as token ids for a model: from a generator, a file, or a data set in a folder or on the hub.
 
     Args:
-        name_or_path: a name of :data:`TASKS`, or a file with clean, corrupted, correct and incorrect (text or ids).
+        name_or_path: a name of :data:`TASKS`; a file with clean, corrupted, correct and incorrect (text or ids), or in another layout that is
+            read; a folder with a data set, or its name on the hub (``mib-bench/ioi``).
         model: its tokenizer makes the ids; nothing is run unless ``only_correct`` or a metric of your own asks for it.
         n: how many pairs. None means 64 from a generator and all rows of a file; of a file the first n are taken.
         seed: of the generator; the same seed gives the same pairs.
@@ -44,7 +49,8 @@ def load_task(
         only_correct: keep only pairs whose clean prompt the model solves (see :meth:`Task.solved`), still n of them.
         metric: instead of the task's own: a name, a Metric, or a function of (logits, answers) with one value per example.
         options: of the generator (``order="BABA"``), or of a file: ``corrupted`` (the column to use), ``on_mismatch`` ("raise" or "drop"),
-            ``chat`` (True: each prompt is a user's message in the tokenizer's chat template).
+            ``chat`` (True: each prompt is a user's message in the tokenizer's chat template). Of a data set also ``split`` ("train", "validation",
+            "test") and ``subset``; of MIB's ``incorrect`` ("counterfactual" or "others") and ``answers`` ("mib" or "continuation").
 
     Raises:
         TaskError: unknown task or option, bad n, too few pairs, or a file that cannot be used; the message names the pair.
@@ -61,14 +67,34 @@ def load_task(
     path = Path(name_or_path)
     if str(name_or_path) in GENERATORS:
         task = _generated(GENERATORS[str(name_or_path)], model, DEFAULT_N if n is None else n, seed, with_bos, only_correct, options)
-    elif path.suffix in SUFFIXES or path.exists():
-        if bad := [option for option in options if option not in FILE_OPTIONS]:
-            raise TaskError(unknown("option of a task file", bad[0], FILE_OPTIONS))
-        task = _of_rows(path.name, path.stem, load_file(path, model, bos=with_bos, **options), model, n, only_correct)
+    elif path.suffix in SUFFIXES or path.exists() or is_hub_name(str(name_or_path)):
+        task = _of_rows(
+            path.name, path.name if path.is_dir() else path.stem, _read(path, model, n, with_bos, only_correct, options), model, n, only_correct
+        )
         common = _about_rows(task, model, common)
     else:
-        raise TaskError(unknown("task", str(name_or_path), GENERATORS, more=f"Or the path of a file ending in {', '.join(SUFFIXES)}."))
+        raise TaskError(
+            unknown(
+                "task",
+                str(name_or_path),
+                GENERATORS,
+                more=f"Or the path of a file ending in {', '.join(SUFFIXES)}, a folder with such files, or a data set of the hub (owner/name).",
+            )
+        )
     return _finished(task, model, common, metric)
+
+
+def _read(path: Path, model: TaskModel, n: int | None, bos: bool, only_correct: bool, options: dict[str, Any]) -> TaskFile:
+    """The rows of a file, or of a data set: of that no more than are wanted, since it may have tens of thousands."""
+    if bad := [option for option in options if option not in FILE_OPTIONS]:
+        raise TaskError(unknown("option of a task file", bad[0], FILE_OPTIONS))
+    if path.is_file() or path.suffix in SUFFIXES:
+        if bad := [option for option in FOLDER_OPTIONS if option in options]:
+            raise TaskError(f"{bad[0]} is an option of a folder with a data set, and {path} is one file; leave it out.")
+        return load_file(path, model, bos=bos, **options)
+    folder = path if path.is_dir() else hub_data(path.as_posix(), options.get("split"), options.get("subset"))
+    found = load_folder(folder, model, bos=bos, limit=None if only_correct else n, **options)
+    return found if path.is_dir() else replace(found, provenance={"data_set": path.as_posix(), **found.provenance})
 
 
 def task_of_pairs(
@@ -82,8 +108,8 @@ def task_of_pairs(
     **options: Any,
 ) -> Task:
     """A task from a Python list; see :meth:`Task.from_pairs`."""
-    if bad := [option for option in options if option not in FILE_OPTIONS]:
-        raise TaskError(unknown("option of a list of pairs", bad[0], FILE_OPTIONS))
+    if bad := [option for option in options if option not in ROW_OPTIONS]:
+        raise TaskError(unknown("option of a list of pairs", bad[0], ROW_OPTIONS))
     if isinstance(pairs, (str, bytes, Mapping)) or not isinstance(pairs, Sequence) or not pairs:
         raise TaskError(f"pairs is a list of (clean, corrupted, correct, incorrect), of dictionaries or of Pair; got {pairs!r:.80}.")
     with_bos = _with_bos(model, bos)
@@ -185,7 +211,7 @@ def _checked(task: Task, model: TaskModel) -> Task:
             raise TaskError(
                 f"pair {i} of {task.name} has {len(pair)} tokens, and {model.name} reads {model.n_positions} at most. Shorten or drop such pairs."
             )
-    compares = task.metric.name in ("logit_diff", "logprob_diff", "prob_diff")
+    compares = task.metric.name in ("logit_diff", "logprob_diff", "max_diff", "prob_diff")
     for i, pair in enumerate(task.pairs):
         if compares and not pair.incorrect:
             raise TaskError(

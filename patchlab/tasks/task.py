@@ -426,13 +426,13 @@ class Task:
         """The metric whose sign says which side the model chose."""
         if any(not pair.incorrect for pair in self.pairs):
             return Metric("is_argmax", _is_argmax, "", columns="vocabulary")
-        return METRICS["prob_diff" if self.metric.name == "prob_diff" else "logit_diff"]
+        return METRICS[self.metric.name if self.metric.name in ("prob_diff", "max_diff") else "logit_diff"]
 
     def solved(self, model: TaskModel) -> Bool[np.ndarray, " example"]:
         """Whether the model prefers the correct answers on each clean prompt.
 
         Forced choice: mean logit of the correct answers above that of the incorrect ones; total probability for
-        ``prob_diff``; for pairs without incorrect answers the most likely token must be a correct one.
+        ``prob_diff``, the largest logit for ``max_diff``; for pairs without incorrect answers the most likely token must be a correct one.
         """
         return self._values(model, self._choice(), ("clean",))["clean"] > 0
 

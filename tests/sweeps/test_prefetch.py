@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from patchlab import cli
-from patchlab.errors import ModelError
+from patchlab.errors import ModelError, TaskError
 from patchlab.models import DEMO_MODELS
 from patchlab.models import hub as hub_of_models
 
@@ -93,3 +93,37 @@ def test_a_folder_that_is_not_there_is_no_hub_name(file):
     found = prefetch(file)
     assert found.exit_code == 1
     assert "there is no folder" in found.stderr
+
+
+def test_data_sets_are_fetched_beside_models(file, tmp_path, monkeypatch):
+    """A folder with a data set beside the sweep is none of the hub's, and a data set in the cache is known by its commit."""
+    here, asked = tmp_path / "hub" / "datasets--someone--there", []
+    rows = '{"clean": "Mary is", "corrupted": "John is", "correct": " here", "incorrect": " there"}\n'
+
+    def put_data(repository: Path) -> Path:
+        (repository / "snapshots" / COMMIT).mkdir(parents=True)
+        (repository / "snapshots" / COMMIT / "train.jsonl").write_text(rows)
+        (repository / "refs").mkdir()
+        (repository / "refs" / "main").write_text(COMMIT)
+        return repository / "snapshots" / COMMIT
+
+    put_data(here)
+    (tmp_path / "own" / "data").mkdir(parents=True)
+    (tmp_path / "own" / "data" / "train.jsonl").write_text(rows)
+    file.write_text(
+        TEXT.replace("someone/here, someone/away, ", "").replace("[{name: ioi, n: 8}]", "[{name: [ioi, someone/there, someone/far, own/data], n: 8}]")
+    )
+    monkeypatch.setattr("patchlab.tasks.files.hub._downloaded", lambda name: asked.append(name) or put_data(here.with_name("datasets--someone--far")))
+    found = prefetch(file)
+    assert found.exit_code == 0, found.output
+    assert found.stdout.splitlines()[2:4] == [
+        f"someone/there: in the cache (hub:someone/there@{COMMIT})",
+        f"someone/far: fetched (hub:someone/far@{COMMIT})",
+    ]
+    assert asked == ["someone/far"]
+    monkeypatch.setattr("patchlab.tasks.files.hub._downloaded", lambda name: (_ for _ in ()).throw(TaskError("it is far away")))
+    file.write_text(file.read_text().replace("someone/far", "someone/further"))
+    found = prefetch(file)
+    assert found.exit_code == 1
+    assert "someone/further: it is far away" in found.stderr
+    assert "1 of 4 models and data sets cannot be fetched: someone/further. The same command tries again." in found.stderr

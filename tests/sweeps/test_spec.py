@@ -312,6 +312,29 @@ def test_a_task_file_is_known_by_what_is_in_it(tmp_path):
         TaskSpec.of("pairs.txt", folder=tmp_path)
 
 
+def test_a_data_set_is_known_by_the_files_of_its_split(tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    for split in ("train", "test"):
+        (tmp_path / "data" / split).mkdir(parents=True)
+        (tmp_path / "data" / split / "0000.jsonl").write_text("{}\n")
+    one, other = TaskSpec.of("data", folder=tmp_path), TaskSpec.of("data", folder=tmp_path, options={"split": "test"})
+    (tmp_path / "data" / "train" / "0000.jsonl").write_text("{} \n")
+    assert TaskSpec.of("data", folder=tmp_path).content != one.content
+    assert TaskSpec.of("data", folder=tmp_path, options={"split": "test"}) == other
+    with pytest.raises(SweepError, match="unknown split 'tset'"):
+        TaskSpec.of("data", folder=tmp_path, options={"split": "tset"})
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    with pytest.raises(SweepError, match=r"neither a generator nor a file or folder nor in the hub cache.*patchlab sweep prefetch"):
+        TaskSpec.of("mib-bench/ioi", folder=tmp_path)
+    repository = tmp_path / "hub" / "datasets--mib-bench--ioi"
+    (repository / "snapshots" / "c0ffee").mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("c0ffee")
+    assert TaskSpec.of("mib-bench/ioi", folder=tmp_path).content == "hub:mib-bench/ioi@c0ffee"
+    assert TaskSpec.of("mib-bench/ioi", folder=tmp_path).path is None
+
+
 def test_a_spec_loads_what_it_says(demo_gpt2_4l):
     found = TaskSpec(name="ioi", n=4, seed=2, metric="prob_diff", positions="S2,END", options={"order": "BABA"}).load(demo_gpt2_4l)
     assert (len(found), found.metric.name, found.scored_positions) == (4, "prob_diff", ("S2", "END"))

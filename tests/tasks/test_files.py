@@ -151,7 +151,7 @@ def test_tasks_from_python_lists_are_those_of_a_file(tmp_path, gpt2_bpe):
     from_file = load_task(jsonl(tmp_path, *rows), gpt2_bpe)
     made = Task.from_pairs(gpt2_bpe, rows, name="mine")
     assert (made.pairs, made.name, made.metric) == (from_file.pairs, "mine", from_file.metric)
-    assert made.provenance == {key: value for key, value in from_file.provenance.items() if key not in ("file", "sha256", "corrupted_column")}
+    assert made.provenance == {key: value for key, value in from_file.provenance.items() if key not in ("file", "sha256")}
     assert Task.from_pairs(gpt2_bpe, list(made.pairs)).pairs == made.pairs
     tuples = [tuple(row[key] for key in ("clean", "corrupted", "correct", "incorrect")) for row in rows]
     assert [one.clean_ids for one in Task.from_pairs(gpt2_bpe, tuples).pairs] == [one.clean_ids for one in made.pairs]
@@ -312,7 +312,9 @@ def test_bad_paths_and_options(tmp_path, gpt2_bpe):
     with pytest.raises(TaskError, match=r"ends in '.txt'; a task file is one of .csv, .json, .jsonl"):
         load_task(tmp_path / "notes.txt", gpt2_bpe)
     path = jsonl(tmp_path, GOOD)
-    with pytest.raises(TaskError, match="unknown option of a task file 'order'; Valid: chat, corrupted, on_mismatch"):
+    with pytest.raises(
+        TaskError, match="unknown option of a task file 'order'; Valid: answers, chat, corrupted, incorrect, on_mismatch, split, subset"
+    ):
         load_task(path, gpt2_bpe, order="ABBA")
     with pytest.raises(TaskError, match="unknown on_mismatch 'skip'; Valid: drop, raise"):
         load_task(path, gpt2_bpe, on_mismatch="skip")

@@ -222,7 +222,11 @@ def check_pairs(made: Task) -> None:
             assert made.tokenizer.decode(one.correct).strip() in text
 
 
-@pytest.mark.parametrize(("name", "options"), VARIANTS)
+LARGE_VOCABULARY = ("arithmetic", "coloured_objects")
+"""Tasks whose numbers or letters the packaged models don't have."""
+
+
+@pytest.mark.parametrize(("name", "options"), [one for one in VARIANTS if one[0] not in LARGE_VOCABULARY])
 def test_64_distinct_pairs_with_the_demo_vocabulary(name, options, demo_gpt2_4l):
     made = load_task(name, demo_gpt2_4l, **options)
     check_pairs(made)
@@ -327,7 +331,8 @@ def test_bos_and_provenance(demo_gpt2_4l):
         (
             "iou",
             {},
-            "unknown task 'iou'; did you mean 'ioi'[?] Valid: agreement, docstring, facts, greater_than, induction, ioi, pronoun. Or the path",
+            "unknown task 'iou'; did you mean 'ioi'[?] Valid: agreement, arithmetic, coloured_objects, docstring, facts, greater_than, induction, "
+            "ioi, pronoun. Or the path",
         ),
         ("ioi", {"n": 0}, "n is 0; a task needs at least 1 pair"),
         ("ioi", {"ordr": "ABBA"}, "unknown option of the task ioi 'ordr'; did you mean 'order'[?] Valid: corruption, order, template"),

@@ -1,22 +1,27 @@
-"""Readers of task files: patchlab's own JSONL and CSV, EAP-IG's CSV, feature-circuits' JSONL and auto-circuit's JSON."""
+"""Readers of task files: patchlab's own, EAP-IG's, feature-circuits', auto-circuit's and MIB's, as JSON lines, JSON, CSV or parquet."""
 
 import codecs
 import csv
 import hashlib
 import io
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from patchlab.errors import PatchlabError, TaskError, unknown
-from patchlab.tasks.files.rows import Fields, Row, occurrence, recognise, unfold
+from patchlab.tasks.files.folder import DATA_SUFFIXES, split_files
+from patchlab.tasks.files.formats import recognise
+from patchlab.tasks.files.rows import Fields, Format, Row, occurrence, unfold
 from patchlab.tasks.generators.lexicon import Lexicon
 from patchlab.tasks.task import Pair, TaskModel
 
 ON_MISMATCH = ("raise", "drop")
-SUFFIXES = (".csv", ".json", ".jsonl")
+INCORRECT = ("counterfactual", "others")
+ANSWERS = ("mib", "continuation")
+SUFFIXES = (".csv", *DATA_SUFFIXES)
 
 
 @dataclass(frozen=True)
@@ -29,7 +34,7 @@ class TaskFile:
 
 
 def read_rows(path: Path) -> list[tuple[int, dict[str, Any]]]:
-    """The rows of a CSV or JSON-lines file as (line number, fields); of one JSON object with a list of prompts, without line numbers (0).
+    """The rows of a CSV or JSON-lines file as (line number, fields); of one JSON value or a parquet file, without line numbers (0).
 
     Raises:
         TaskError: the file is missing, unreadable, empty, or has a malformed line.
@@ -38,11 +43,27 @@ def read_rows(path: Path) -> list[tuple[int, dict[str, Any]]]:
         raise TaskError(
             f"{path} ends in {path.suffix!r}; a task file is one of {', '.join(SUFFIXES)} (.json with one object per line, or one with prompts)."
         )
-    text = _text_of(path)
-    rows = _csv_rows(path, text) if path.suffix == ".csv" else _json_rows(path, text)
+    if path.suffix == ".parquet":
+        rows = _parquet_rows(path)
+    else:
+        text = _text_of(path)
+        rows = _csv_rows(path, text) if path.suffix == ".csv" else _json_rows(path, text)
     if not rows:
         raise TaskError(f"{path} is empty; a task file has one pair per line.")
     return [(number, _in_small_letters(path, number, fields)) for number, fields in rows]
+
+
+def _parquet_rows(path: Path) -> list[tuple[int, dict[str, Any]]]:
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError as error:
+        raise TaskError(
+            f"{path.name} is a parquet file, and reading it needs pyarrow: pip install 'patchlab[parquet]', or write the rows as JSON lines (.jsonl)."
+        ) from error
+    try:
+        return [(0, fields) for fields in parquet.ParquetFile(path).read().to_pylist()]
+    except (ArrowException, OSError) as error:
+        raise TaskError(f"cannot read the parquet file {path}: {' '.join(str(error).split())}. Get or write it again.") from error
 
 
 def _text_of(path: Path) -> str:
@@ -69,7 +90,7 @@ def _in_small_letters(path: Path, number: int, fields: dict[str, Any]) -> dict[s
 
 def _json_rows(path: Path, text: str) -> list[tuple[int, dict[str, Any]]]:
     if (document := _document(text)) is not None:
-        return [(0, fields) for fields in unfold(path.name, document)]
+        return [(0, fields) for fields in (document if isinstance(document, list) else unfold(path.name, document))]
     rows = []
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
@@ -84,12 +105,14 @@ def _json_rows(path: Path, text: str) -> list[tuple[int, dict[str, Any]]]:
     return rows
 
 
-def _document(text: str) -> dict[str, Any] | None:
-    """The file as one object with prompts, if it is one."""
+def _document(text: str) -> dict[str, Any] | list[dict[str, Any]] | None:
+    """The file as one object with prompts, or as one list of objects, if it is one."""
     try:
         whole = json.loads(text)
     except json.JSONDecodeError:
         return None
+    if isinstance(whole, list) and whole and all(isinstance(row, dict) for row in whole):
+        return whole
     return whole if isinstance(whole, dict) and "prompts" in whole else None
 
 
@@ -112,16 +135,37 @@ def _csv_rows(path: Path, text: str) -> list[tuple[int, dict[str, Any]]]:
     return rows
 
 
-def load_file(path: Path, model: TaskModel, *, corrupted: str = "corrupted", **options: Any) -> TaskFile:
+def load_file(path: Path, model: TaskModel, *, corrupted: str | None = None, **options: Any) -> TaskFile:
     """Read a task file for a model's tokenizer; ``options`` are those of :func:`read_pairs`.
 
     Raises:
         TaskError: anything wrong with the file; the message names the pair.
     """
-    rows = [(_where(path.name, i, number), fields) for i, (number, fields) in enumerate(read_rows(path))]
-    found = read_pairs(path.name, rows, model, corrupted=corrupted, **options)
-    about = {"file": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "corrupted_column": corrupted}
+    found = read_pairs(path.name, _placed(path), model, corrupted=corrupted, **options)
+    return replace(found, provenance={"file": path.name, "sha256": _sha256([path]), **found.provenance})
+
+
+def load_folder(folder: Path, model: TaskModel, *, split: str | None = None, subset: str | None = None, **options: Any) -> TaskFile:
+    """Read a split of a data set in a folder (:func:`patchlab.tasks.files.folder.split_files`); ``options`` are those of :func:`read_pairs`.
+
+    Raises:
+        TaskError: no such split or subset, or anything wrong with a file; the message names the pair.
+    """
+    files = split_files(folder, split, subset)
+    found = read_pairs(folder.name, [row for path in files.paths for row in _placed(path)], model, **options)
+    about = {"split": files.split, "files": [path.relative_to(folder).as_posix() for path in files.paths], "sha256": _sha256(files.paths)}
     return replace(found, provenance={**about, **found.provenance})
+
+
+def _placed(path: Path) -> list[tuple[str, Fields]]:
+    return [(_where(path.name, i, number), fields) for i, (number, fields) in enumerate(read_rows(path))]
+
+
+def _sha256(paths: Sequence[Path]) -> str:
+    found = hashlib.sha256()
+    for path in paths:
+        found.update(path.read_bytes())
+    return found.hexdigest()
 
 
 def read_pairs(
@@ -130,51 +174,89 @@ def read_pairs(
     model: TaskModel,
     *,
     bos: bool,
-    corrupted: str = "corrupted",
+    corrupted: str | None = None,
     on_mismatch: str = "raise",
     chat: bool = False,
+    incorrect: str | None = None,
+    answers: str | None = None,
+    limit: int | None = None,
 ) -> TaskFile:
     """Rows of fields, each with what names it in messages, as pairs for a model's tokenizer.
 
-    ``bos`` puts the model's bos in front of prompts given as text; ids are used as they are. ``corrupted`` names the column of
-    the corrupted prompt (EAP-IG's IOI file has two). ``on_mismatch="drop"`` leaves out pairs of unequal length. ``chat`` makes each
-    prompt a user's message in the tokenizer's chat template, up to where the answer begins; it brings its own bos.
+    ``bos`` puts the model's bos in front of prompts given as text; ids are used as they are. ``corrupted`` names the column of the corrupted prompt
+    (EAP-IG's IOI file has two, MIB's data sets several), None the usual one. ``on_mismatch="drop"`` leaves out pairs of unequal length. ``chat``
+    makes each prompt a user's message in the tokenizer's chat template, up to where the answer begins; it brings its own bos.
+
+    Of MIB's data sets, ``incorrect`` says which answers count as incorrect: that of the ``counterfactual`` (the default, as in MIB), or the
+    ``others`` that the clean prompt offers; ``answers`` how they become tokens: as in ``mib`` (as they are written, of several tokens the first), or
+    as a ``continuation`` of the prompt (with the space that a word has, one token). Reading ends at ``limit`` pairs.
 
     Raises:
         TaskError: anything wrong with a row; the message names it.
     """
     if on_mismatch not in ON_MISMATCH:
         raise TaskError(unknown("on_mismatch", on_mismatch, ON_MISMATCH))
-    corrupted = corrupted.strip().lower()
-    format_ = recognise(name, [fields for _, fields in rows], corrupted)
-    raw = [format_.read(where, fields, corrupted) for where, fields in rows]
+    column = "corrupted" if corrupted is None else corrupted.strip().lower()
+    format_ = recognise(name, [fields for _, fields in rows], column)
+    column = format_.corrupted if corrupted is None else column
+    raw = [format_.read(where, fields, column) for where, fields in rows]
     notes: list[str] = []
     if format_.check is not None:
         notes += format_.check(name, raw)
+    raw = [_as_asked(name, format_, row, incorrect, answers) for row in raw]
     if chat:
         raw = [_as_chat(row, model) for row in raw]
         notes.append("prompts are a user's message in the tokenizer's chat template")
     words = Lexicon.of(model, bos and not chat) if model.tokenizer is not None else None
     encoder = _Encoder(name, model, words, notes)
-    pairs, dropped = [], 0
+    pairs: list[Pair] = []
+    left_out: Counter[str] = Counter()
     for row in raw:
+        if len(pairs) == limit:
+            break
+        if why := encoder.leave_out(row):
+            left_out[why] += 1
+            continue
         clean, corrupted_ids = encoder.prompt(row, "clean"), encoder.prompt(row, "corrupted")
         if len(clean) != len(corrupted_ids):
             if on_mismatch == "drop":
-                dropped += 1
+                left_out["unequal lengths"] += 1
                 continue
             raise TaskError(encoder.mismatch(row, clean, corrupted_ids))
-        correct, incorrect = encoder.answers(row, "correct"), encoder.answers(row, "incorrect")
+        correct, wrong = encoder.answers(row, "correct"), encoder.answers(row, "incorrect")
+        if row.literal and set(correct) & set(wrong):
+            left_out["both answers begin with the same token"] += 1
+            continue
         positions = encoder.positions(row, clean)
         try:
-            pairs.append(Pair(clean, corrupted_ids, correct, incorrect, positions, row.template))
+            pairs.append(Pair(clean, corrupted_ids, correct, wrong, positions, row.template))
         except PatchlabError as error:
             raise TaskError(f"{row.where}: {error}") from error
     if not pairs:
-        raise TaskError(f"{name}: no pair is left of {len(raw)}; all have unequal lengths with the tokenizer of {model.name}.")
-    if dropped:
-        notes.append(f"{dropped} of {len(raw)} pairs dropped: unequal lengths")
-    return TaskFile(tuple(pairs), _metric(name, raw, format_.metric), {"format": format_.name, "notes": list(dict.fromkeys(notes))})
+        why = "; ".join(f"{count} {reason}" for reason, count in left_out.items())
+        raise TaskError(f"{name}: no pair is left of {len(raw)} with the tokenizer of {model.name}: {why}. Use another model, or other rows.")
+    read = len(pairs) + sum(left_out.values())
+    notes += [f"{count} of {read} pairs dropped: {reason}" for reason, count in left_out.items()]
+    about = {
+        "format": format_.name,
+        "corrupted_column": column,
+        **{key: value for key, value in (("incorrect", incorrect), ("answers", answers)) if value},
+    }
+    return TaskFile(tuple(pairs), _metric(name, raw, format_.metric), {**about, "notes": list(dict.fromkeys(notes))})
+
+
+def _as_asked(name: str, format_: Format, row: Row, incorrect: str | None, answers: str | None) -> Row:
+    """The row of a data set of MIB with the answers that are asked for."""
+    for option, value, valid in (("incorrect", incorrect, INCORRECT), ("answers", answers, ANSWERS)):
+        if value is not None and not row.literal:
+            raise TaskError(f"{option} is an option of MIB's data sets, and {name} is a file of {format_.name}; leave it out.")
+        if value not in (None, *valid):
+            raise TaskError(unknown(option, str(value), valid))
+    if incorrect == "others" and not row.leave_out:
+        if not row.others:
+            raise TaskError(f"{row.where}: the prompt offers no other answers (it is {format_.name}); leave incorrect out, or give a metric.")
+        row = replace(row, answer_texts={**row.answer_texts, "incorrect": row.others}, alike=())
+    return replace(row, literal=False, alike=(), single=()) if answers == "continuation" else row
 
 
 def _as_chat(row: Row, model: TaskModel) -> Row:
@@ -267,7 +349,25 @@ class _Encoder:
                     self._same_text(row, f"{side} answer", (one,), text)
             return ids
         words = self._need_words(row, side)
-        return tuple(self._answer(row, words, side, text) for text in texts or ())
+        return tuple((self._first if row.literal else self._answer)(row, words, side, text) for text in texts or ())
+
+    def leave_out(self, row: Row) -> str:
+        """Why a row is left out; nothing where it is not."""
+        if row.leave_out or self.words is None:
+            return row.leave_out
+        lengths = {text: len(self.words.encode(text) or ()) for text in (*row.alike, *row.single)}
+        if len({lengths[text] for text in row.alike}) > 1:
+            return "names or answers of unequal numbers of tokens"
+        return "answers of several tokens" if any(lengths[text] != 1 for text in row.single) else ""
+
+    def _first(self, row: Row, words: Lexicon, side: str, text: str) -> int:
+        """The first token of an answer that is taken as it is written."""
+        encoded = list(words.encode(text) or ())
+        if not encoded:
+            raise TaskError(f"{row.where}: the {side} answer {text!r} is not in the vocabulary of {self.model.name}; use a model that has it.")
+        if len(encoded) > 1:
+            self.notes.append("answers of several tokens count by the first, as in MIB")
+        return encoded[0]
 
     def _answer(self, row: Row, words: Lexicon, side: str, text: str) -> int:
         piece = self._with_space(row, words, text)

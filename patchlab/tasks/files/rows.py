@@ -3,7 +3,7 @@
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,9 @@ class Row:
     single token is left out. ``wanted`` names positions by a word that must be there (:func:`occurrence` says which of several is meant).
     ``foreign_ids`` are answer ids of a tokenizer that the file does not name. ``labels`` names positions counted from the first token after
     a bos that is put in front; where ``n_labelled`` says how many tokens were counted, they hold for prompts of that many only.
+    ``literal`` answers are taken as they are written, and of several tokens the first; ``others`` are the answers that the clean prompt offers
+    beside the correct one. Texts that are ``alike`` must take equally many tokens, and ``single`` ones one, else the row is left out; ``leave_out``
+    says why it is anyway.
     """
 
     where: str
@@ -37,42 +40,26 @@ class Row:
     n_labelled: int | None = None
     template: str = ""
     metric: str | None = None
+    literal: bool = False
+    others: tuple[str, ...] = ()
+    alike: tuple[str, ...] = ()
+    single: tuple[str, ...] = ()
+    leave_out: str = ""
 
 
 @dataclass(frozen=True)
 class Format:
-    """A kind of task file: the columns it is recognised by, how a row is read, and a check over all rows that returns notes."""
+    """A kind of task file: the columns it is recognised by, how a row is read, and a check over all rows that returns notes.
+
+    ``corrupted`` is the column of the corrupted prompt unless another one is asked for.
+    """
 
     name: str
     columns: tuple[str, ...]
     read: Callable[[str, Fields, str], Row]
     metric: str | None = None
     check: Callable[[str, list[Row]], list[str]] | None = None
-
-
-def recognise(name: str, rows: Sequence[Fields], corrupted: str) -> Format:
-    """The format of a file, from its columns.
-
-    Raises:
-        TaskError: no format has these columns.
-    """
-    columns = set(rows[0])
-
-    def chosen(column: str) -> str:
-        return corrupted if column == "corrupted" else column
-
-    missing = [chosen(column) for column, either in _OWN.items() if not columns & {chosen(column), either}]
-    for format_ in FORMATS[1:]:
-        if missing and {chosen(column) for column in format_.columns} <= columns:
-            return format_
-    if missing:
-        others = "; ".join(f"{format_.name}: {', '.join(format_.columns)}" for format_ in FORMATS[1:])
-        raise TaskError(
-            f"{name} lacks the column{'s' if len(missing) > 1 else ''} {', '.join(missing)}; it has {', '.join(sorted(columns)) or 'none'}. "
-            f"A task file has clean, corrupted, correct and incorrect (as text, or as clean_ids, corrupted_ids, correct_id, incorrect_id). "
-            f"Also read: {others}."
-        )
-    return FORMATS[0]
+    corrupted: str = "corrupted"
 
 
 # --- values of cells -------------------------------------------------------------------------------------------------
@@ -87,7 +74,12 @@ def _text(where: str, fields: Fields, column: str) -> str | None:
     return value
 
 
-def _needed(where: str, fields: Fields, column: str) -> str:
+def needed_text(where: str, fields: Fields, column: str) -> str:
+    """The text of a column that every row has.
+
+    Raises:
+        TaskError: it is missing, or no text.
+    """
     value = _text(where, fields, column)
     if value is None:
         raise TaskError(f"{where}: {column} is missing; every pair needs it.")
@@ -130,11 +122,11 @@ def _ids(where: str, fields: Fields, column: str) -> tuple[int, ...] | None:
 
 # --- patchlab's own --------------------------------------------------------------------------------------------------
 
-_OWN = {"clean": "clean_ids", "corrupted": "corrupted_ids", "correct": "correct_id", "incorrect": "incorrect_id"}
+OWN = {"clean": "clean_ids", "corrupted": "corrupted_ids", "correct": "correct_id", "incorrect": "incorrect_id"}
 
 
 def _read_own(where: str, fields: Fields, corrupted: str) -> Row:
-    for column, either in _OWN.items():
+    for column, either in OWN.items():
         column = corrupted if column == "corrupted" else column
         if fields.get(column) is None and fields.get(either) is None:
             raise TaskError(f"{where}: {column} is missing; every pair needs it (or {either}).")
@@ -203,7 +195,7 @@ def _of_text(where: str, clean: str, corrupted: str, correct: list[str], incorre
 
 def _read_eap_ioi(where: str, fields: Fields, corrupted: str) -> Row:
     """The answers come from the text: the ids in these files are those of whatever tokenizer the file was made for."""
-    clean = _needed(where, fields, "clean")
+    clean = needed_text(where, fields, "clean")
     counts = Counter(_NAME.findall(clean))
     repeated = [word for word, count in counts.items() if count == 2]
     partners = [
@@ -219,7 +211,7 @@ def _read_eap_ioi(where: str, fields: Fields, corrupted: str) -> Row:
     if ids[0] is None or ids[1] is None:
         raise TaskError(f"{where}: correct_idx or incorrect_idx is missing; every pair needs both.")
     roles = {"IO": (indirect, 0), "S1": (subject, 0), "S2": (subject, 1)}
-    other = _needed(where, fields, corrupted)
+    other = needed_text(where, fields, corrupted)
     return _of_text(where, clean, other, [" " + indirect], [" " + subject], words=roles, foreign_ids=(ids[0][0], ids[1][0]))
 
 
@@ -243,7 +235,7 @@ def _read_eap_years(where: str, fields: Fields, corrupted: str) -> Row:
         raise TaskError(f"{where}: label must be the two last digits of the first year, 00 to 98; got {label!r}.")
     years = [f"{year:02d}" for year in range(100)]
     above = int(label) + 1
-    return _of_text(where, _needed(where, fields, "clean"), _needed(where, fields, corrupted), years[above:], years[:above])
+    return _of_text(where, needed_text(where, fields, "clean"), needed_text(where, fields, corrupted), years[above:], years[:above])
 
 
 # --- feature-circuits ------------------------------------------------------------------------------------------------
@@ -251,7 +243,7 @@ def _read_eap_years(where: str, fields: Fields, corrupted: str) -> Row:
 
 def _read_feature_circuits(where: str, fields: Fields, corrupted: str) -> Row:
     columns = ("clean_prefix", "patch_prefix", "clean_answer", "patch_answer")
-    clean, patch, right, wrong = (_needed(where, fields, column) for column in columns)
+    clean, patch, right, wrong = (needed_text(where, fields, column) for column in columns)
     return _of_text(where, clean, patch, [right], [wrong])
 
 
@@ -279,7 +271,7 @@ def _read_auto_circuit(where: str, fields: Fields, corrupted: str) -> Row:
         if isinstance(fields.get(column), list):
             ids[side] = _ids(where, fields, column)
         else:
-            texts[side] = _needed(where, fields, column)
+            texts[side] = needed_text(where, fields, column)
     answer_texts: dict[str, tuple[str, ...] | None] = {"correct": None, "incorrect": None}
     answer_ids: dict[str, tuple[int, ...] | None] = {"correct": None, "incorrect": None}
     for side, column in (("correct", "answers"), ("incorrect", "wrong_answers")):

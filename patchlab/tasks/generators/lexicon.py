@@ -8,7 +8,7 @@ from typing import Any
 from patchlab.errors import TaskError
 from patchlab.tasks.task import Pair, TaskModel
 
-_SLOT = re.compile(r"( ?)\{(\w+)\}")
+_SLOT = re.compile(r"( ?)\{(\w+)(!?)\}")
 
 
 @dataclass(frozen=True)
@@ -16,8 +16,8 @@ class Lexicon:
     """A tokenizer, as the generators use it.
 
     Templates are plain text with slots, ``"When {IO} and {S1} went to"``; a slot is filled with a word that is one token
-    there (with the space before it), and gives its position the slot's name if that is in capitals. The fixed text between the
-    slots may take any number of tokens. ``bos_id`` is put in front of every prompt unless it is None.
+    there (with the space before it, unless the slot is written ``{A!}``), and gives its position the slot's name if that is in capitals. The fixed
+    text between the slots may take any number of tokens. ``bos_id`` is put in front of every prompt unless it is None.
     """
 
     model_name: str
@@ -107,10 +107,11 @@ class Lexicon:
         positions: dict[str, int] = {}
         end = 0
         for match in _SLOT.finditer(template):
-            ids += self._fixed(template[end : match.start()])
+            before = "" if match[3] else match[1]
+            ids += self._fixed(template[end : match.start(2) - 1 - len(before)])
             if match[2].isupper():
                 positions[match[2]] = len(ids)
-            ids.append(self.token(match[1] + fills[match[2]]))
+            ids.append(self.token(before + fills[match[2]]))
             end = match.end()
         ids += self._fixed(template[end:])
         return tuple(ids), positions

@@ -32,6 +32,9 @@ EVENTS = "war plan contract project trip study journey trial strike tour conflic
 CENTURIES = "11 12 13 14 15 16 17 18".split()
 YEARS = [f"{year:02d}" for year in range(100)]
 
+COLOURS = "red blue green yellow brown black white gray pink purple orange silver gold".split()
+COLOURED = "box ball bag hat car house door book cup table chair flower bird shirt wall phone".split()
+
 FUNCTIONS = "load save run build parse check".split()
 ARGUMENTS = "size name file user mode path data color width value key index label count state option limit level".split()
 
