@@ -1,4 +1,4 @@
-"""Circuits: edges of a model's graph, or nodes of its sites, chosen from scores, exchanged as files, and evaluated."""
+"""Circuits: edges of a model's graph, or nodes of its sites and edges between these, chosen from scores, exchanged as files, and evaluated."""
 
 from patchlab.circuits.acdc import acdc
 from patchlab.circuits.circuit import Circuit, kv_view
@@ -11,10 +11,12 @@ from patchlab.circuits.files import convert, read, write
 from patchlab.circuits.formats.dot import to_dot
 from patchlab.circuits.formats.mib import MIB_FRACTIONS, read_submission, write_submission
 from patchlab.circuits.heldout import Sets, three_sets
+from patchlab.circuits.node_edges import node_edges
 from patchlab.circuits.nodes import Candidates, NodeCircuit, candidates
 from patchlab.circuits.roc import ROC, overlap, roc
 from patchlab.circuits.select import greedy, threshold, top_n
 from patchlab.circuits.smallest import SmallestFaithful, size_grid, smallest_faithful
+from patchlab.circuits.sparse import SparseCircuit
 from patchlab.circuits.stability import Stability, consistent, stability
 
 __all__ = [
@@ -31,6 +33,7 @@ __all__ = [
     "OptimalFit",
     "Sets",
     "SmallestFaithful",
+    "SparseCircuit",
     "Stability",
     "acdc",
     "candidates",
@@ -40,6 +43,7 @@ __all__ = [
     "faithfulness_curve",
     "greedy",
     "kv_view",
+    "node_edges",
     "overlap",
     "random_circuit",
     "read",

@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from patchlab.circuits.circuit import Circuit
-from patchlab.circuits.formats import json, nodes, pt
-from patchlab.circuits.nodes import AnyCircuit, NodeCircuit
+from patchlab.circuits.formats import json, nodes, pt, sparse
+from patchlab.circuits.nodes import NodeCircuit
+from patchlab.circuits.sparse import AnyCircuit, SparseCircuit
 from patchlab.errors import CircuitError, OutputError, PatchlabError, unknown
 from patchlab.graph import Graph
 from patchlab.store.files import writing
@@ -34,7 +35,8 @@ SUFFIXES = tuple(FORMATS)
 
 
 def read(path: str | os.PathLike[str], *, graph: Graph | None = None) -> AnyCircuit:
-    """Read a circuit, or edge scores, from a file of patchlab, EAP-IG or MIB; a circuit of nodes from a file of patchlab.
+    """Read a circuit, or edge scores, from a file of patchlab, EAP-IG or MIB; a circuit of nodes, or of edges between
+    these, from a file of patchlab.
 
     Files of all versions of the format are read: nodes as ``true`` or as ``{"in_graph": true}``, edges with a score, with ``null``, or without.
     A ``.pt`` file is only ever loaded as tensors and plain values, never as code. The edges are what counts; where a file marks other nodes
@@ -69,7 +71,8 @@ def read(path: str | os.PathLike[str], *, graph: Graph | None = None) -> AnyCirc
 def write(circuit: AnyCircuit, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
     """Write a circuit so that EAP-IG and MIB can read it, as JSON or ``.pt`` by the suffix; whole or not at all.
 
-    Their formats have no word for nodes such as neurons and features: a circuit of nodes is written as JSON of patchlab's own.
+    Their formats have no word for nodes such as neurons and features: a circuit of nodes, or of edges between
+    these, is written as JSON of patchlab's own.
 
     Edges without a score get 0 there. That, provenance, key-value heads and positions, for which their formats have no place, are kept
     under keys of patchlab's own, so that :func:`read` gives the same circuit again. A position-resolved circuit looks to other tools like
@@ -82,14 +85,19 @@ def write(circuit: AnyCircuit, path: str | os.PathLike[str], *, overwrite: bool 
     path = Path(path)
     if path.suffix not in SUFFIXES:
         raise CircuitError(f"cannot write {path}: {unknown('kind of circuit file', path.suffix, SUFFIXES)}")
-    if isinstance(circuit, NodeCircuit):
+    if not isinstance(circuit, Circuit):
+        of = circuit if isinstance(circuit, NodeCircuit) else circuit.nodes
+        what = "a circuit of nodes" if isinstance(circuit, NodeCircuit) else "a circuit of edges between nodes"
         if path.suffix != ".json":
             raise CircuitError(
-                f"cannot write {path}: it is a circuit of nodes ({', '.join(circuit.sites)}), and the {path.suffix} format of EAP-IG has words for "
+                f"cannot write {path}: it is {what} ({', '.join(of.sites)}), and the {path.suffix} format of EAP-IG has words for "
                 f"edges between whole heads and MLPs only, as MIB's has. Write it as .json, in patchlab's own format."
             )
         with writing(path, overwrite=overwrite) as temporary:
-            nodes.save(circuit, temporary)
+            if isinstance(circuit, SparseCircuit):
+                sparse.save(circuit, temporary)
+            else:
+                nodes.save(circuit, temporary)
         return
     with writing(path, overwrite=overwrite) as temporary:
         FORMATS[path.suffix].save(circuit, temporary)

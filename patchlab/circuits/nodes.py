@@ -494,21 +494,6 @@ class NodeCircuit:
         return NodeCircuit(self.universe, listed, outside, scores if known and not outside else None, shared | {"how": how})
 
 
-AnyCircuit = Circuit | NodeCircuit
-"""A circuit of edges or of nodes."""
-
-
-def with_edges(circuit: AnyCircuit, what: str) -> Circuit:
-    """A circuit that has edges, for what cannot be said of nodes alone.
-
-    Raises:
-        CircuitError: a circuit of nodes.
-    """
-    if isinstance(circuit, Circuit):
-        return circuit
-    raise CircuitError(f"{what} is of edges between whole heads and MLPs; got a circuit of nodes ({', '.join(circuit.sites)}).")
-
-
 def _without_choice(provenance: Mapping[str, Any]) -> dict[str, Any]:
     """Provenance without what says how the nodes were chosen, which no longer holds for a combination."""
     return {key: value for key, value in provenance.items() if key not in ("how", "n_requested", "level", "stability")}

@@ -11,6 +11,8 @@ from jaxtyping import Bool, Float, Int
 from patchlab.circuits.circuit import Circuit
 from patchlab.circuits.nodes import NodeCircuit
 from patchlab.circuits.select_nodes import nodes_above, of_nodes, top_nodes
+from patchlab.circuits.select_sparse import edges_above, top_edges
+from patchlab.circuits.sparse import SparseCircuit
 from patchlab.errors import CircuitError, unknown
 from patchlab.graph import Graph
 from patchlab.methods.setting.setting import DIRECTIONS
@@ -24,7 +26,7 @@ Scores = ScoreMap | Float[np.ndarray, "writer reader *pos"]
 
 
 def top_n(
-    scores: Scores,
+    scores: Scores | SparseCircuit,
     n: int,
     *,
     by: str = "abs",
@@ -32,16 +34,17 @@ def top_n(
     graph: Graph | None = None,
     direction: str | None = None,
     sites: str | Iterable[str | Site] | None = None,
-) -> Circuit | NodeCircuit:
+) -> Circuit | NodeCircuit | SparseCircuit:
     """The ``n`` most important edges or nodes. Of equally important ones the first in the order of the graph (by writer, then reader) are taken.
 
     Scores of nodes (``z``, ``mlp_out``, ``mlp_post``, features, errors, ...) give a :class:`patchlab.circuits.NodeCircuit` among all nodes of
-    their sites, which are ranked together.
+    their sites, which are ranked together. Edges between nodes (:func:`patchlab.circuits.node_edges`) give a
+    :class:`patchlab.circuits.SparseCircuit`.
 
     Args:
-        scores: a map with ``edges`` or ``edges[writer,reader,pos]``, or of nodes (the mean over its examples counts), or effects of edges
-            ``[writer, reader]``, ``[writer, reader, pos]`` in metric units, NaN where an edge is not scored. With positions each position of
-            an edge or node is chosen for itself.
+        scores: a map with ``edges`` or ``edges[writer,reader,pos]``, or of nodes (the mean over its examples counts); edges between nodes; or
+            effects of edges ``[writer, reader]``, ``[writer, reader, pos]`` in metric units, NaN where an edge is not scored. With positions each
+            position of an edge or node is chosen for itself.
         n: edges (before pruning) or nodes to choose.
         by: ``abs`` (as MIB does) or ``signed`` importance.
         prune: drop edges that dangle afterwards (:meth:`Circuit.pruned`), so that fewer than ``n`` may be left; nodes don't.
@@ -58,6 +61,8 @@ def top_n(
         >>> top_n(effects, 2, graph=graph).edge_names
         ['input->m0', 'm0->logits']
     """
+    if isinstance(scores, SparseCircuit):
+        return top_edges(_alone(scores, graph, direction, sites), n, by=by, prune=prune)
     if of_nodes(scores, sites):
         direction_of(scores, direction)
         return top_nodes(scores, n, by=by, sites=sites)
@@ -70,7 +75,7 @@ def top_n(
 
 
 def threshold(
-    scores: Scores,
+    scores: Scores | SparseCircuit,
     level: float | int,
     *,
     by: str = "abs",
@@ -78,7 +83,7 @@ def threshold(
     graph: Graph | None = None,
     direction: str | None = None,
     sites: str | Iterable[str | Site] | None = None,
-) -> Circuit | NodeCircuit:
+) -> Circuit | NodeCircuit | SparseCircuit:
     """The edges, or nodes, whose importance is at least ``level``, in metric units. What was not scored stays outside.
 
     Takes the arguments of :func:`top_n`.
@@ -86,6 +91,8 @@ def threshold(
     Raises:
         CircuitError: a level that is no number, or below 0 for ``abs``; or scores of something else.
     """
+    if isinstance(scores, SparseCircuit):
+        return edges_above(_alone(scores, graph, direction, sites), level, by=by, prune=prune)
     if of_nodes(scores, sites):
         direction_of(scores, direction)
         return nodes_above(scores, level, by=by, sites=sites)
@@ -112,8 +119,10 @@ def greedy(
     Raises:
         CircuitError: as for :func:`top_n`; scores with positions; or no scored edges are left into the nodes that are in.
     """
-    if of_nodes(scores):
-        raise CircuitError("greedy selection goes from edge to edge; these are scores of nodes. Use top_n or threshold.")
+    if of_nodes(scores) or isinstance(scores, SparseCircuit):
+        raise CircuitError(
+            "greedy selection goes from edge to edge of a model's graph; these are scores of nodes, or of edges between them. Use top_n or threshold."
+        )
     ranked = _Ranked.of(scores, by, graph, direction)
     ranked.check(n)
     if ranked.importance.ndim > 2:
@@ -189,6 +198,17 @@ class _Ranked:
     def circuit(self, mask: Bool[np.ndarray, "writer reader *pos"], how: str, prune: bool, **choice: Any) -> Circuit:
         made = Circuit(self.graph, mask, self.effects, self.provenance | {"how": how} | choice)
         return made.pruned() if prune else made
+
+
+def _alone(scores: SparseCircuit, graph: Graph | None, direction: str | None, sites: Any) -> SparseCircuit:
+    """Edges between nodes, which know all about themselves.
+
+    Raises:
+        CircuitError: something is said about them that they know.
+    """
+    if graph is not None or sites is not None or direction not in (None, scores.provenance.get("direction")):
+        raise CircuitError("graph=, direction= and sites= are for arrays and maps; edges between nodes know theirs. Leave them out.")
+    return scores
 
 
 def direction_of(scores: ScoreMap, given: str | None) -> str:

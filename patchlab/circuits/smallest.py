@@ -10,8 +10,8 @@ import pandas as pd
 from patchlab.circuits.evaluation.curve import FaithfulnessCurve, faithfulness_curve, stable_sizes
 from patchlab.circuits.evaluation.evaluate import evaluate
 from patchlab.circuits.heldout import check_disjoint
-from patchlab.circuits.nodes import AnyCircuit
 from patchlab.circuits.select import mean_effects
+from patchlab.circuits.sparse import AnyCircuit
 from patchlab.circuits.stability import noted
 from patchlab.errors import CircuitError
 from patchlab.models import Model

@@ -242,7 +242,7 @@ def plot(
     import warnings
 
     from patchlab import circuits, plots
-    from patchlab.circuits.nodes import with_edges
+    from patchlab.circuits.sparse import with_edges
     from patchlab.store.files import writing
 
     drawn = circuits.read(file)

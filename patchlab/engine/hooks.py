@@ -57,7 +57,7 @@ class Execution:
             value = rule(value, self.recorded)
         host, joint = value, ""
         for edit, accessor in hook.edits:
-            companion = self._companion(accessor, edit.address.layer)
+            companion = self.companion(accessor, edit.address.layer)
             host, joint = (host if edit.joint and edit.joint == joint else value), edit.joint
             own = accessor.read(host, companion)
             new = accessor.write(host, companion, edit.apply(own, self.program.examples, self.program.positions))  # type: ignore[union-attr]
@@ -70,7 +70,7 @@ class Execution:
             self.raw_leaves.update(dict.fromkeys(hook.gradient_raw, value))
         for target in hook.keep:
             accessor = self.model.arch.accessors[target[0]].at(target[1])
-            self.activations[target] = accessor.read(value, self._companion(accessor, target[1])).detach().clone()
+            self.activations[target] = accessor.read(value, self.companion(accessor, target[1])).detach().clone()
         self.hooks.update((wanted, value.detach().clone()) for wanted in hook.keep_raw)
         if hook.recorded:
             self.recorded[name] = value
@@ -78,7 +78,7 @@ class Execution:
             value = rule(value, self.recorded)
         return value
 
-    def _companion(self, accessor: Accessor, layer: int | None) -> Any:
+    def companion(self, accessor: Accessor, layer: int | None) -> Any:
         """What an accessor needs beside its host: nothing, a tensor, or several."""
         names = accessor.companion(layer)
         if names is None or isinstance(names, str):
@@ -91,16 +91,18 @@ def canonical(model: BridgedModel, name: str) -> str:
     return str(model.hooks[name].name)
 
 
-def _at(plan: dict[str, Hook], model: BridgedModel, name: str) -> Hook:
+def hook_at(plan: dict[str, Hook], model: BridgedModel, name: str) -> Hook:
+    """The entry of a hook in a plan, by any of its names."""
     # aliases of one hook share one entry, so that the order rule, edits, capture holds across them
     return plan.setdefault(canonical(model, name), Hook())
 
 
-def _host(plan: dict[str, Hook], model: BridgedModel, accessor: Accessor, layer: int | None) -> Hook:
+def host_hook(plan: dict[str, Hook], model: BridgedModel, accessor: Accessor, layer: int | None) -> Hook:
+    """The hook that hosts a site in a plan, with what the accessor reads beside it recorded."""
     companion = accessor.companion(layer)
     for name in (companion,) if isinstance(companion, str) else companion or ():
-        _at(plan, model, name).recorded = True
-    return _at(plan, model, accessor.host(layer))
+        hook_at(plan, model, name).recorded = True
+    return hook_at(plan, model, accessor.host(layer))
 
 
 def plan_of(model: BridgedModel, program: Program, edits: tuple[Edit, ...]) -> dict[str, Hook]:
@@ -112,26 +114,26 @@ def plan_of(model: BridgedModel, program: Program, edits: tuple[Edit, ...]) -> d
     for edit in edits:
         site = edit.address
         for accessor in accessors[site.kind].at(site.layer).parts():
-            _host(plan, model, accessor, site.layer).edits.append((edit, accessor))
+            host_hook(plan, model, accessor, site.layer).edits.append((edit, accessor))
     for kind, layer in program.keep:
-        _host(plan, model, accessors[kind].at(layer), layer).keep.append((kind, layer))
+        host_hook(plan, model, accessors[kind].at(layer), layer).keep.append((kind, layer))
     for kind, layer in program.gradients:
         for part, accessor in enumerate(accessors[kind].at(layer).parts()):
-            _host(plan, model, accessor, layer).gradients.append(((kind, layer), part))
+            host_hook(plan, model, accessor, layer).gradients.append(((kind, layer), part))
     for name in program.hooks:
-        _at(plan, model, name).keep_raw.append(name)
+        hook_at(plan, model, name).keep_raw.append(name)
     for name in program.hook_gradients:
-        _at(plan, model, name).gradient_raw.append(name)
+        hook_at(plan, model, name).gradient_raw.append(name)
     return plan
 
 
 def _put_rules(plan: dict[str, Hook], model: BridgedModel, attachments: Iterable[Attachment]) -> None:
     for attachment in attachments:
         reads = {name: canonical(model, name) for name in attachment.reads}
-        hook = plan.setdefault(LOGITS, Hook()) if attachment.at == LOGITS else _at(plan, model, attachment.at)
+        hook = plan.setdefault(LOGITS, Hook()) if attachment.at == LOGITS else hook_at(plan, model, attachment.at)
         (hook.after if attachment.after else hook.rules).append(partial(_apply_rule, attachment, reads))
         for name in attachment.reads:
-            _at(plan, model, name).recorded = True
+            hook_at(plan, model, name).recorded = True
 
 
 @contextmanager
@@ -140,7 +142,7 @@ def ruled(model: BridgedModel, attachments: Iterable[Attachment], leaves: Iterab
     plan: dict[str, Hook] = {}
     _put_rules(plan, model, attachments)
     for name in leaves:
-        _at(plan, model, name).gradient_raw.append(name)
+        hook_at(plan, model, name).gradient_raw.append(name)
     execution = Execution(model)
     with hooked(model.hooks, {name: partial(execution.at_hook, name, hook) for name, hook in plan.items()}):
         yield execution.raw_leaves

@@ -151,7 +151,7 @@ class LinearizedPatching(Method):
         sums = [kind.linear(part, runs, self.how, drops) for kind, part in parts(setting)]
         moves = [set(kind.moves(part, self.how)) for kind, part in parts(setting)]
         for drop in drops:
-            for point, weight, moved in self._points(setting, runs, meter, drop):
+            for point, weight, moved in self.points(setting, runs, meter, drop):
                 for linear, own in zip(sums, moves, strict=True):
                     if moved is None or moved in own:
                         linear.add(point, weight, moved)
@@ -176,7 +176,7 @@ class LinearizedPatching(Method):
                     needs[name] = value if isinstance(value, str) else tuple(dict.fromkeys((*needs.get(name, ()), *value)))
         return needs
 
-    def _points(self, setting: Setting, runs: Runs, meter: Meter, drop: int | None) -> Iterator[tuple[Result, float, Target | None]]:
+    def points(self, setting: Setting, runs: Runs, meter: Meter, drop: int | None) -> Iterator[tuple[Result, float, Target | None]]:
         """Runs at the points of the path, their weights, and the activation that moved alone (None: the inputs, or nothing)."""
         rules = self._rules(setting, drop)
         if self.n_steps is None:

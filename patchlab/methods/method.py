@@ -239,12 +239,7 @@ class Method(ABC):
         with progress_bar(self.name, self.unit, total, done=before, show=progress) as bar:
             meter = Meter(bar, self.unit)
             work.begin(meter)
-            if self.source.startswith("mean"):
-                positional = self.source == "mean_positional"
-                mean = mean_source(
-                    setting, batches, meter, at=self.source_targets(setting), positional=positional, summed=summed(setting, positional=positional)
-                )
-                setting = replace(setting, mean=mean)
+            setting = self.with_mean(setting, batches, meter)
             trusted = task.metric in PACKAGED or any(len(batch) > 1 for batch in batches[: len(work.batches)])
             for number in range(len(work.batches), len(batches)):
                 batch = batches[number]
@@ -295,6 +290,14 @@ class Method(ABC):
                 torch.cuda.max_memory_allocated(model.device) if on_cuda else None,
             ),
         )
+
+    def with_mean(self, setting: Setting, batches: list[Batch], meter: Meter) -> Setting:
+        """The setting with the mean that is patched in, where one is."""
+        if not self.source.startswith("mean"):
+            return setting
+        positional = self.source == "mean_positional"
+        at, extra = self.source_targets(setting), summed(setting, positional=positional)
+        return replace(setting, mean=mean_source(setting, batches, meter, at=at, positional=positional, summed=extra))
 
     def _patterns(self, setting: Setting, examples: Int[np.ndarray, " example"]) -> Patterns | None:
         """Which cells can matter for which example; None where all can for all."""

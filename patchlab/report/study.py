@@ -11,7 +11,7 @@ import pandas as pd
 
 from patchlab import __version__, plots
 from patchlab.circuits import FaithfulnessCurve, SmallestFaithful, read
-from patchlab.circuits.nodes import with_edges
+from patchlab.circuits.sparse import with_edges
 from patchlab.errors import OutputError
 from patchlab.report.html import captioned, document, inline, listed, paragraph, table
 from patchlab.store.files import write_json, writing

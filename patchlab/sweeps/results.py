@@ -135,7 +135,7 @@ class Sweep:
             SweepError: no run has such a field.
         """
         from patchlab.circuits import read
-        from patchlab.circuits.nodes import with_edges
+        from patchlab.circuits.sparse import with_edges
         from patchlab.sweeps.kinds import CIRCUIT
 
         runs = self.runs()

@@ -292,7 +292,7 @@ BAD_JSON = {
     "score-bool": (changed("edges", "input->m0", {"in_graph": True, "score": True}), "must be a number; got True"),
     "score-huge": (changed("edges", "input->m0", {"in_graph": True, "score": 10**400}), "the score of input->m0 is not finite"),
     "own": (eap_ig_json(patchlab="x"), "the entry 'patchlab' is damaged: it has no format number"),
-    "own-newer": (eap_ig_json(patchlab={"format": 99}), "it has the format 99 and this patchlab reads up to 2. Update patchlab"),
+    "own-newer": (eap_ig_json(patchlab={"format": 99}), "it has the format 99 and this patchlab reads up to 3. Update patchlab"),
     "own-graph": (eap_ig_json(patchlab={"format": 1, "graph": {"layers": 2}}), "the graph under 'patchlab' is damaged"),
     "own-other": (eap_ig_json(patchlab={"format": 1, "graph": Graph(2, 2, 16).as_dict()}), "d_model 16 and 8"),
     "positions": (eap_ig_json(patchlab={"format": 1, "n_positions": 2}), "the positions of the edge input->a0.h0<q> do not fit 2 positions"),

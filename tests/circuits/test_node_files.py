@@ -80,7 +80,7 @@ def test_a_model_of_another_shape_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda d: d["patchlab"].update(format=3), "it has the format 3 and this patchlab reads up to 2. Update patchlab"),
+        (lambda d: d["patchlab"].update(format=4), "it has the format 4 and this patchlab reads up to 3. Update patchlab"),
         (lambda d: d["patchlab"].pop("candidates"), "of a circuit of nodes without candidates"),
         (lambda d: d["patchlab"].update(all_but=1), "all_but and provenance are a list, true or false, and a mapping"),
         (lambda d: d["patchlab"].update(all_but=True), "L0.H1.z@0 must have in_graph false, as all that are listed"),

@@ -18,9 +18,9 @@ from patchlab.circuits.evaluation.runner import Runner, checked
 from patchlab.circuits.evaluation.scale import Scale
 from patchlab.circuits.formats.mib import MIB_FRACTIONS
 from patchlab.circuits.heldout import check_disjoint
-from patchlab.circuits.nodes import AnyCircuit
 from patchlab.circuits.select import BY, greedy, top_n
 from patchlab.circuits.select_nodes import of_nodes
+from patchlab.circuits.sparse import AnyCircuit
 from patchlab.circuits.stability import Stability, noted, stabilities
 from patchlab.errors import CircuitError, unknown
 from patchlab.graph import Graph

@@ -13,8 +13,10 @@ from patchlab.circuits.evaluation.ablations import OptimalFit, still_falling
 from patchlab.circuits.evaluation.node_runner import NodeRunner, prepared
 from patchlab.circuits.evaluation.runner import Runner, checked
 from patchlab.circuits.evaluation.scale import Scale
+from patchlab.circuits.evaluation.sparse_runner import SparseRunner, prepared_sparse
 from patchlab.circuits.heldout import check_disjoint
-from patchlab.circuits.nodes import AnyCircuit, NodeCircuit
+from patchlab.circuits.nodes import NodeCircuit
+from patchlab.circuits.sparse import AnyCircuit, SparseCircuit
 from patchlab.errors import CircuitError, ScoreError, unknown
 from patchlab.models import Model
 from patchlab.scores.arrays import plain
@@ -118,14 +120,16 @@ def evaluate(
     minimality of a part v ``f(C) − f(C∖v)``. Source: Wang et al. 2023; Hanna et al. 2024; MIB (Mueller et al. 2025); of nodes Marks et al. 2024.
 
     Nodes outside a circuit carry what the ablation says, site after site in one forward pass: what comes later, also features and errors, is
-    computed from the stream as it then is. Candidates outside the circuit are ablated, what is no candidate is free.
+    computed from the stream as it then is. Candidates outside the circuit are ablated, what is no candidate is free. Of edges between nodes, each
+    node that has some is computed from these parents alone, with all other candidates before it ablated.
 
     Args:
         model: the model.
-        circuit: one circuit, or several by name; all of edges, or all of nodes among the same candidates.
+        circuit: one circuit, or several by name; all of edges of the model's graph, all of nodes, or all of edges between nodes, among the same
+            candidates.
         task: examples to evaluate on: others than those that the circuit was chosen by.
-        ablation: what the rest carries: of edges one of :data:`patchlab.circuits.ABLATIONS` (default ``resample``), of nodes one of
-            :data:`patchlab.circuits.NODE_ABLATIONS` (default ``mean_positional``).
+        ablation: what the rest carries: of edges one of :data:`patchlab.circuits.ABLATIONS` (default ``resample``), of nodes and of edges between
+            them one of :data:`patchlab.circuits.NODE_ABLATIONS` (default ``mean_positional``).
         train: examples for means (default: those of ``task``) and for the constants of optimal ablation; resampling and zeroing need none.
         fit: the budget of optimal ablation, of edges.
         post_norm: what a head's edges carry where a norm follows the attention; see :class:`patchlab.ActivationPatching`.
@@ -148,7 +152,7 @@ def evaluate(
     Example:
         >>> evaluate(model, top_n(scores, 100), held_out).faithfulness()  # doctest: +SKIP
     """
-    if not isinstance(circuit, (Circuit, NodeCircuit, Mapping)):
+    if not isinstance(circuit, (Circuit, NodeCircuit, SparseCircuit, Mapping)):
         raise CircuitError(f"give one circuit, or several by name as in {{'relp': circuit}}; got {type(circuit).__name__}.")
     given = dict(circuit) if isinstance(circuit, Mapping) else {"circuit": circuit}
     if not given:
@@ -157,12 +161,29 @@ def evaluate(
         raise CircuitError(unknown("part for minimality", minimality, PARTS))
     of_nodes = {name: one for name, one in given.items() if isinstance(one, NodeCircuit)}
     circuits = {name: checked(one, model, task, f"circuit {name!r}") for name, one in given.items() if isinstance(one, Circuit)}
+    sparse = {name: one for name, one in given.items() if isinstance(one, SparseCircuit)}
+    if sparse and len(sparse) < len(given):
+        raise CircuitError(
+            f"{next(iter(sparse))!r} has edges between nodes of sites, and {next(iter({**of_nodes, **circuits}))!r} is of another kind: their empty "
+            f"circuits differ, and so may their scales of faithfulness. Evaluate them one by one."
+        )
     if of_nodes and circuits:
         raise CircuitError(
             f"{next(iter(of_nodes))!r} is a circuit of nodes and {next(iter(circuits))!r} one of edges: their empty circuits differ, and so do their "
             f"scales of faithfulness. Evaluate them one by one."
         )
     shared = {"train": train, "batch_size": batch_size, "max_memory": max_memory}
+    if sparse:
+        if fit is not None or post_norm != "renormalised" or errors != "nodes" or start_layer is not None:
+            raise CircuitError(
+                "fit= and post_norm= are for circuits of a model's graph, errors= and start_layer= for circuits of nodes; got edges between nodes of "
+                "sites. Leave them out (only(...) and from_layer(...) of the nodes take candidates out before edges are found)."
+            )
+        ready = prepared_sparse(sparse, model, task)
+        bare, selection = _apart(sparse, {name: one.n_edges for name, one in sparse.items()}, "edges", task, allow_overlap)
+        edges = SparseRunner.of(model, task, ready.universe, ablation or "mean_positional", **shared)
+        none = next(iter(sparse.values())).emptied()
+        return _evaluation(edges, sparse, none, bare, selection, completeness, minimality, n_boot, seed, progress, ready.about)
     if of_nodes:
         if fit is not None or post_norm != "renormalised" or minimality == "edge":
             raise CircuitError("fit=, post_norm= and minimality='edge' are for circuits of edges; got circuits of nodes. Leave them out.")
@@ -248,6 +269,12 @@ def _of_other_weights(circuit: AnyCircuit, model: Model, what: str) -> str | Non
 
 def _without_parts(circuit: AnyCircuit, kind: str | None) -> Iterator[tuple[str, AnyCircuit]]:
     """The circuit without each of its edges or nodes (input and logits stay), by name."""
+    if isinstance(circuit, SparseCircuit):
+        for edge, name in enumerate(circuit.edges if kind == "edge" else ()):
+            yield name, circuit.without(edge)
+        for node in circuit.joined.tolist() if kind == "node" else ():
+            yield circuit.table_of_nodes.names[node], circuit.without_node(node)
+        return
     if isinstance(circuit, NodeCircuit):
         for one in circuit.universe if kind == "node" else ():
             for node in circuit.ids(one.name):
@@ -291,9 +318,9 @@ def _table(
     complements: Float[np.ndarray, "circuit example"] | None,
 ) -> pd.DataFrame:
     table = pd.DataFrame({"circuit": list(circuits)})
-    if edges := [circuit.n_edges for circuit in circuits.values() if isinstance(circuit, Circuit)]:
+    if edges := [circuit.n_edges for circuit in circuits.values() if not isinstance(circuit, NodeCircuit)]:
         table["n_edges"] = edges
-    table["n_nodes"] = [circuit.n_nodes if isinstance(circuit, NodeCircuit) else len(circuit.nodes) for circuit in circuits.values()]
+    table["n_nodes"] = [len(circuit.nodes) if isinstance(circuit, Circuit) else circuit.n_nodes for circuit in circuits.values()]
     table["metric"] = metric.mean(1)
     for name, values in (("", metric), ("completeness", complements)):
         column = name or "faithfulness"

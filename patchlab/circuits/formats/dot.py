@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from patchlab.circuits.nodes import AnyCircuit, with_edges
+from patchlab.circuits.sparse import AnyCircuit, with_edges
 
 _STYLES = {"q": "dashed", "k": "dotted"}
 _COLOURS = {"denoising": ("#b2182b", "#2166ac"), "noising": ("#2166ac", "#b2182b")}

@@ -12,8 +12,8 @@ from patchlab.circuits.circuit import Circuit, common_graph
 from patchlab.errors import CircuitError, SiteError
 from patchlab.graph import Graph
 
-FORMAT, NEWEST = 1, 2
-"""Format number of files of edges, and the largest that is read: that of files of nodes."""
+FORMAT, NEWEST = 1, 3
+"""Format number of files of edges, and the largest that is read: that of edges between nodes of sites; files of nodes have 2."""
 OWN = "patchlab"
 _CFG = {"n_layers": "n_layers", "n_heads": "n_heads", "d_model": "d_model", "parallel_attn_mlp": "parallel"}
 _ELSEWHERE = ("file", "node_scores")

@@ -1,4 +1,4 @@
-"""Circuit files in JSON: an entry per node and per edge, by name; circuits of nodes have their own form (:mod:`patchlab.circuits.formats.nodes`)."""
+"""Circuit files in JSON: an entry per node and per edge, by name; circuits of nodes, and of edges between these, have their own forms."""
 
 import json
 import math
@@ -11,8 +11,9 @@ from jaxtyping import Bool, Float
 
 from patchlab.circuits.circuit import Circuit
 from patchlab.circuits.formats import nodes as of_nodes
+from patchlab.circuits.formats import sparse as of_sparse
 from patchlab.circuits.formats.header import OWN, assemble, cfg_of, graph_from, needed, own_record, record_of
-from patchlab.circuits.nodes import AnyCircuit
+from patchlab.circuits.sparse import AnyCircuit
 from patchlab.errors import CircuitError
 from patchlab.graph import Graph
 
@@ -20,7 +21,7 @@ _KEYS = ("cfg", "nodes", "edges")
 
 
 def parse(raw: bytes, expected: Graph | None) -> AnyCircuit:
-    """The circuit that the bytes of a file describe, of edges or of nodes.
+    """The circuit that the bytes of a file describe, of edges, of nodes, or of edges between these.
 
     Raises:
         CircuitError: see :func:`patchlab.circuits.read`.
@@ -34,6 +35,8 @@ def parse(raw: bytes, expected: Graph | None) -> AnyCircuit:
     record = own_record(data.get(OWN))
     if of_nodes.holds_nodes(record):
         return of_nodes.parse(data, record, expected)
+    if of_sparse.holds_edges(record):
+        return of_sparse.parse(data, record, expected)
     graph = graph_from(data["cfg"], record, expected)
     marked, node_scores = _nodes(data["nodes"], graph)
     edges, scores = _edges(data["edges"], graph, record.get("n_positions"))

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from patchlab.circuits.circuit import Circuit
 from patchlab.circuits.files import SUFFIXES, read, write_folder
-from patchlab.circuits.nodes import AnyCircuit, NodeCircuit, with_edges
+from patchlab.circuits.nodes import NodeCircuit
+from patchlab.circuits.sparse import AnyCircuit, SparseCircuit, with_edges
 from patchlab.errors import CircuitError, unknown
 
 MIB_FRACTIONS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
@@ -62,7 +63,7 @@ def write_submission(circuits: Submission, folder: str | os.PathLike[str], *, su
     files: dict[str, Circuit] = {}
     for name, given in circuits.items():
         _check_name(name)
-        several = [given] if isinstance(given, Circuit | NodeCircuit) else given
+        several = [given] if isinstance(given, Circuit | NodeCircuit | SparseCircuit) else given
         entry = tuple(sorted((with_edges(one, "an MIB submission") for one in several), key=lambda circuit: circuit.n_edges))
         _check_entry(f"the entry {name}", entry)
         names = ["importances"] if len(entry) == 1 else [f"edges-{fraction:g}" for fraction in _SIZES]

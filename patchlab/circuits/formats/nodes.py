@@ -67,6 +67,13 @@ def parse(data: Mapping[str, Any], record: Mapping[str, Any], expected: Graph | 
 
 def save(circuit: NodeCircuit, path: Path) -> None:
     """Write the listed nodes with their scores, what they were chosen from, and where they come from."""
+    nodes, record = described(circuit)
+    # the keys of files of edges, so that an older patchlab says that it is too old
+    path.write_text(json.dumps({"cfg": {}, "nodes": nodes, "edges": {}, OWN: record}, allow_nan=False), encoding="utf-8")
+
+
+def described(circuit: NodeCircuit) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+    """The listed nodes of a circuit by address, and the entry of patchlab's own."""
     nodes: dict[str, dict[str, Any]] = {}
     for one in circuit.universe:
         cells = circuit.listed[one.name]
@@ -79,9 +86,7 @@ def save(circuit: NodeCircuit, path: Path) -> None:
         for one in circuit.universe
     ]
     provenance = {key: value for key, value in circuit.provenance.items() if key != "file"}
-    record = {"format": FORMAT, "holds": HOLDS, "candidates": universe, "all_but": circuit.all_but, "provenance": provenance}
-    # the keys of files of edges, so that an older patchlab says that it is too old
-    path.write_text(json.dumps({"cfg": {}, "nodes": nodes, "edges": {}, OWN: record}, allow_nan=False), encoding="utf-8")
+    return nodes, {"format": FORMAT, "holds": HOLDS, "candidates": universe, "all_but": circuit.all_but, "provenance": provenance}
 
 
 def _candidates(entry: Any) -> Candidates:
