@@ -31,6 +31,7 @@ from patchlab.engine import Target
 from patchlab.engine.memory import block_numbers, free_bytes, itemsize
 from patchlab.engine.segments import Passing, Segments, cut_run, in_order
 from patchlab.errors import CircuitError
+from patchlab.host import to_array
 from patchlab.methods.cells.nodes import change_of
 from patchlab.methods.cells.readings import error_change, reading
 from patchlab.methods.linearized import LinearizedPatching
@@ -273,7 +274,7 @@ class _Batch:
             group = sums.groups[i]
             if group.at in gradients:
                 products = self._products(group, gradients[group.at])
-                sums.add(target, i, rows, self._summed(group, products).double().cpu().numpy())
+                sums.add(target, i, rows, to_array(self._summed(group, products)))
 
     def _at_once(self, group: _Group) -> int:
         """Targets whose gradients fit into the budget."""

@@ -17,6 +17,7 @@ from patchlab.circuits.sparse import SparseCircuit, point_of
 from patchlab.engine import Program, Target, run
 from patchlab.engine.segments import in_order
 from patchlab.errors import CircuitError, InterventionError
+from patchlab.host import to_array
 from patchlab.interventions import Edit
 from patchlab.models import Model
 from patchlab.progress import progress_bar
@@ -116,7 +117,7 @@ class _Batch:
                             mask = self._mask(one, int(table.pos[node]), int(table.unit[node]), own)
                             own[mask] = mine[mask]
         last = into.get(self.circuit.nodes.n_nodes, np.zeros(0, dtype=np.int64)).tobytes()
-        return self._run([last], points, stored, keep=[])[_METRIC].double().cpu().numpy()
+        return to_array(self._run([last], points, stored, keep=[])[_METRIC])
 
     def _targets(self) -> list[tuple[Candidates, int | None]]:
         return [(one, layer) for one in self.runner.universe for layer in (one.layers if KINDS[one.site.kind].layered else (None,))]
