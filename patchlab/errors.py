@@ -59,6 +59,10 @@ class LensError(PatchlabError):
     """A lens cannot be fitted, read from a file or applied to this model."""
 
 
+class RecipeError(PatchlabError):
+    """A recipe is unknown, or cannot be run on these inputs."""
+
+
 class SweepError(PatchlabError):
     """The file of a sweep, or a run that it describes, cannot be read or planned."""
 

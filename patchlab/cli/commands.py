@@ -36,6 +36,7 @@ from patchlab.cli.options import (
     say,
     task_settings,
 )
+from patchlab.cli.recipes import recipe, recipes
 from patchlab.cli.study import study
 from patchlab.cli.sweep import sweep
 
@@ -66,6 +67,8 @@ app.add_typer(features, name="features")
 app.add_typer(sweep, name="sweep")
 app.command(cls=Command)(study)
 app.command(cls=Command)(explore)
+app.command(cls=Command)(recipes)
+app.command(cls=Command)(recipe)
 
 
 @app.command(cls=Command)

@@ -3,6 +3,7 @@
 from patchlab.plots._agreement import agreement
 from patchlab.plots._attention import attention, head_grid
 from patchlab.plots._attribution import attribution_graph
+from patchlab.plots._bars import bars
 from patchlab.plots._circuit import circuit
 from patchlab.plots._comparison import comparison
 from patchlab.plots._conservation import conservation
@@ -28,6 +29,7 @@ __all__ = [
     "agreement",
     "attention",
     "attribution_graph",
+    "bars",
     "circuit",
     "comparison",
     "conservation",
