@@ -52,7 +52,7 @@ def trained(model: Model, texts: Texts, seed: int) -> Dictionary:
 
 
 def layer_variance(weights: Tensor) -> tuple[float, float]:
-    """Variance of the layer that a latent is active at, of activations ``[token, layer, latent]``: over all tokens, and within one; in layers²."""
+    """Variance of the layer that a latent is active at, of activations ``[token, layer, latent]``: over all tokens, and within one."""
     w = precise(weights)
     layer = torch.arange(w.shape[1], dtype=w.dtype)[None, :, None]
 
@@ -74,7 +74,7 @@ def layer_variance(weights: Tensor) -> tuple[float, float]:
     claim="over many prompts a latent is active at several layers, within one prompt at few.",
 )
 def multi_layer_sae(inputs: Inputs) -> Outcome:
-    """The packaged autoencoder of all layers where there is one, else one that is trained here in a minute. Control: layers shuffled within a token."""
+    """The packaged autoencoder of all layers where there is one, else one that is trained here. Control: layers shuffled within a token."""
     model, test = inputs.model, inputs.texts(48)
     try:
         dictionary = pl.load_dictionaries(model.name, model, sites=["resid_post"], kind="multi_layer")[0]
