@@ -39,6 +39,7 @@ class Shape:
     kv_heads: int = 4
     inner: int = 2048
     vocab: int = 50257
+    positions: int = 1024
 
     @property
     def d_head(self) -> int:
@@ -68,7 +69,7 @@ def hf_module(shape: Shape, device: str, dtype: torch.dtype = torch.float32) -> 
 
     torch.manual_seed(0)
     if shape.family == "gpt2":
-        config: Any = GPT2Config(vocab_size=shape.vocab, n_embd=shape.width, n_layer=shape.layers, n_head=shape.heads)
+        config: Any = GPT2Config(vocab_size=shape.vocab, n_embd=shape.width, n_layer=shape.layers, n_head=shape.heads, n_positions=shape.positions)
     else:
         sizes: dict[str, Any] = {
             "vocab_size": shape.vocab,

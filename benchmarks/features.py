@@ -88,14 +88,28 @@ def exact(model: Model, task: Task, number: int, options: argparse.Namespace) ->
         fast = partial(kind.patch, setting, runs, meter, [[(site, cell)] for cell in chosen], method.how)
         slow = partial(kind.patch, setting, runs, meter, [[(site, cell)] for cell in sample], whole)
         slow()
+        before = meter.forwards
+        changed = [kind.changed(setting, runs, [(site, cell)]) for cell in chosen]
         ratios, seconds = [], []
         for _ in range(options.repeats):
             own, found = common.timed(options.device, fast)
+            shared = meter.forwards - before
             each, expected = common.timed(options.device, slow)
+            before = meter.forwards
             ratios.append(each / len(sample) * len(chosen) / own)
             seconds.append(own)
     off = np.abs(found[:: max(1, len(chosen) // 12)] - expected).max() / np.abs(expected).max()
-    return {"cells": len(chosen), "of": len(cells), "ratio": common.median(ratios), "seconds": common.median(seconds), "max_difference": float(off)}
+    pairs = [float(one.rows.sum()) for one in changed if one is not None]
+    return {
+        "cells": len(chosen),
+        "of": len(cells),
+        "runs": shared,
+        "pairs of a feature": float(np.mean(pairs)),
+        "pairs": len(batch),
+        "ratio": common.median(ratios),
+        "seconds": common.median(seconds),
+        "max_difference": float(off),
+    }
 
 
 def main() -> None:
@@ -137,15 +151,20 @@ def main() -> None:
     )
     report["exact"] = exact(model, task, number, options)
     found = report["exact"]
-    print(f"exact: {found['cells']} features, one forward each / fast engine {found['ratio']:.1f}, off by {found['max_difference']:.1e}", flush=True)
+    print(
+        f"exact: {found['cells']} features in {found['runs']} runs, one forward each / fast engine {found['ratio']:.1f}, "
+        f"off by {found['max_difference']:.1e}",
+        flush=True,
+    )
 
     if not options.tiny:
-        model.drop_dictionaries()
+        del model, dictionaries
+        model = common.bridged(replace(shape, positions=2048), options.device)
         model.add_dictionaries(middle)
-        long = common.random_task("S2", shape.vocab, pairs=1, length=500 if options.quick else 1000)
+        long = common.random_task("S2", shape.vocab, pairs=1, length=500 if options.quick else 2000)
         limit = AttributionPatching().prepared(model, long, "resid_post")[2]
         most = peak(partial(score, model, long, FEATURES, max_memory=1.2 * limit))[0]
-        report["long"] = {"length": len(long.pairs[0]), "max_memory": 1.2 * limit, "peak, bytes": most}
+        report["long"] = {"length": len(long.pairs[0]), "layers": shape.layers, "max_memory": 1.2 * limit, "peak, bytes": most}
         print(f"{report['long']['length']} tokens: {report['long']['peak, bytes'] / 1e6:.0f} MB of at most {1.2 * limit / 1e6:.0f} MB", flush=True)
     common.finish(options, report)
 

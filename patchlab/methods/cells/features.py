@@ -31,6 +31,7 @@ from patchlab.host import precise, to_array
 from patchlab.interventions import Edit
 from patchlab.methods.cells.kind import Exactly, Index, Linear, Linearly, add_cells, stacked
 from patchlab.methods.cells.nodes import Nodes, patched
+from patchlab.methods.cells.packs import Changed, Unpacked, packs_of
 from patchlab.methods.cells.readings import (
     CHUNK_BYTES,
     Reading,
@@ -125,8 +126,17 @@ class _OfDictionaries(Nodes):
         how: Exactly,
         finished: MutableMapping[int, np.ndarray] | None = None,
     ) -> Float[np.ndarray, "set batch"]:
-        edits = [self.edits(setting, runs, cells) for cells in sets]
-        return patched(setting, runs, meter, edits, engine=how.engine, finished=finished)
+        finished = {} if finished is None else finished
+        changed = [None if how.engine == "literal" else self.changed(setting, runs, cells) for cells in sets]
+        packs = packs_of(changed)
+        edits = [self.edits(setting, runs, [cell for i in pack for cell in sets[i]]) for pack in packs]
+        more = meter.bar.update if meter.unit == "cell" else None
+        patched(setting, runs, meter, edits, engine=how.engine, finished=Unpacked(finished, packs, changed, more))
+        return np.stack([finished[i] for i in range(len(sets))]) if sets else np.zeros((0, len(runs.batch)))
+
+    def changed(self, setting: Setting, runs: Runs, cells: Sequence[tuple[Site, Index]]) -> Changed | None:
+        """The prompts that a set of cells changes, where others can share its run; None where they cannot."""
+        return None
 
     def edits(self, setting: Setting, runs: Runs, cells: Sequence[tuple[Site, Index]]) -> tuple[Edit, ...]:
         """The edits that put the source's values into a set of cells.
@@ -224,6 +234,15 @@ class Features(_OfDictionaries):
         point = self.points(setting)[KINDS[site.kind].of]
         found = [(layer, reading(setting, runs, point, layer)) for layer in sorted(point.of)]
         return [(layer, one.row, one.pos, one.feature) for layer, one in found]
+
+    def changed(self, setting: Setting, runs: Runs, cells: Sequence[tuple[Site, Index]]) -> Changed | None:
+        if len(cells) != 1:
+            return None
+        ((site, cell),) = cells
+        at = dict(zip(site.axes, cell, strict=True))
+        whole = reading(setting, runs, self.points(setting)[KINDS[site.kind].of], at["layer"])
+        rows = whole.row[_chosen(setting, runs, whole, [(site, at)])].cpu().numpy()
+        return Changed((KINDS[site.kind].of, at["layer"], at.get("pos")), np.isin(np.arange(len(runs.batch)), rows))
 
     def moves_of(self, setting: Setting, runs: Runs, name: str, layer: int, cells: Sequence[tuple[Site, dict[str, int]]]) -> list[Edit]:
         point = self.points(setting)[name]
