@@ -9,21 +9,18 @@ which versions it was made; one without is named as not run yet.
 
 import argparse
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from make_results_page import over_settings, table
-from make_results_page import with_interval as shown
+from compared import ROOT, Setting, over_settings, settings_of, table
+from compared import with_interval as shown
 
 import patchlab as pl
 from patchlab.circuits import overlap
-from patchlab.comparison.compare import Comparison
 from patchlab.sweeps import Sweep
 
-ROOT = Path(__file__).resolve().parents[2]
 STUDIES = {
     "methods": "How well does each method agree with exact patching?",
     "relp_rules": "Which of RelP's rules does the work?",
@@ -33,36 +30,6 @@ STUDIES = {
 BASE = "relp"
 FORMS = {"pearson": "mean map", "pearson_per_prompt": "per prompt"}
 EDGES = {"cmd": "CMD", "smallest_edges": "smallest faithful circuit, edges"}
-
-
-@dataclass(frozen=True)
-class Setting:
-    """A model, a task with its options and seed, and a direction, where exact patching and other methods scored the same sites."""
-
-    model: str
-    task: str
-    direction: str
-    comparison: Comparison
-
-    @property
-    def name(self) -> str:
-        return f"{self.model}, {self.task}, {self.direction}"
-
-
-def settings_of(sweep: Sweep) -> list[Setting]:
-    """Every setting of the finished runs, with the base method last: paired differences are then its own minus the others'."""
-    runs = sweep.runs().set_index("key")
-    groups: dict[str, list[str]] = {}
-    for key, reference in sweep.references().items():
-        groups.setdefault(reference, []).append(key)
-    found = []
-    for reference, keys in groups.items():
-        maps = {runs.loc[key, "method"]: sweep.scores(key) for key in keys}
-        ordered = {name: maps[name] for name in sorted(maps, key=lambda name: name == BASE)}
-        label = str(runs.loc[reference, "label"]).partition(" × ")[2].partition(", ")[0]
-        about = (str(runs.loc[reference, "model"]), label, str(runs.loc[reference, "direction"]))
-        found.append(Setting(*about, pl.compare(sweep.scores(reference), ordered)))
-    return found
 
 
 def verdict(low: float, high: float) -> str:
@@ -116,17 +83,17 @@ def means(settings: Sequence[Setting], methods: Sequence[str], sites: Sequence[s
     return table(["method", *(f"`{site}` {words}" for site in sites for words in FORMS.values())], rows)
 
 
-def everything(settings: Sequence[Setting], methods: Sequence[str], sites: Sequence[str]) -> str:
+def everything(settings: Sequence[Setting], methods: Sequence[str]) -> str:
     """The agreement of each method in each setting, with intervals over prompts."""
     parts = []
     for setting in settings:
-        rows = []
+        rows, sites = [], setting.sites
         for name in methods:
             found = [_live(setting, site, name).to_dict("records") for site in sites]
             cells = [shown(*(one[0][f"{form}{end}"] for end in ("", "_lo", "_hi"))) if one else "–" for one in found for form in FORMS]
             rows.append([f"`{name}`", *cells])
         head = ["method", *(f"`{site}` {words}" for site in sites for words in FORMS.values())]
-        parts.append(f"**{setting.name}**\n\n{table(head, rows)}\n")
+        parts.append(f"**{setting.model}, {setting.label}, {setting.direction}**\n\n{table(head, rows)}\n")
     return "\n".join(parts)
 
 
@@ -225,11 +192,11 @@ def study(name: str, sweep: Sweep) -> str:
         errors = sweep.runs().query("status == 'failed'")
         parts += [*(f"- failed: {row['label']}: {row['error'].splitlines()[0]}" for row in errors.to_dict("records")), ""]
     if settings:
-        sites = list(dict.fromkeys(site for one in settings for site in one.comparison.table["site"]))
+        sites = list(dict.fromkeys(site for one in settings for site in one.sites))
         methods = [name for name in dict.fromkeys(sweep.runs().query("kind == 'score'")["method"]) if not name.startswith("exact")]
         number = len({one.model for one in settings})
         parts += [
-            "### Nodes",
+            "### Agreement",
             "",
             f"{len(settings)} settings (model × task × seed × direction) of {number} model{'s' if number > 1 else ''}.",
             "",
@@ -242,7 +209,7 @@ def study(name: str, sweep: Sweep) -> str:
             means(settings, methods, sites),
             "",
         ]
-        parts += ["#### Every setting", "", everything(settings, methods, sites)]
+        parts += ["#### Every setting", "", everything(settings, methods)]
     return "\n".join([*parts, edges(sweep)]).rstrip() + "\n"
 
 

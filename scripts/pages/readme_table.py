@@ -8,17 +8,18 @@ that the sweep patched denoising; ``make_sweeps_page.py`` shows all of them, wit
 """
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from make_results_page import BASE, MODELS, ROOT, RUNS, TASKS, table
+from compared import ROOT, Setting, settings_of, table
 
 import patchlab as pl
 from patchlab.comparison.compare import Comparison
 from patchlab.sweeps import Sweep
 
-METHOD, SITES = "relp", RUNS["nodes"][0]
+BASE, METHOD = "atp", "relp"
+SITES = ("resid_pre", "attn_out", "mlp_out", "z")
 FORMS = {"pearson_per_prompt": "per prompt", "pearson": "of means"}
 BEGIN, END = "<!-- table:begin -->", "<!-- table:end -->"
 
@@ -67,50 +68,28 @@ def insert(readme: Path, text: str) -> None:
     readme.write_text(f"{head}{BEGIN}\n{text}\n{END}{tail}", encoding="utf-8")
 
 
-def comparisons(sweep: Sweep) -> dict[str, tuple[str, Comparison]]:
-    """Of each setting that the sweep patched denoising, both methods against exact patching, and the name of the setting if it is one that is shown.
+def settings(sweep: Sweep) -> list[Setting]:
+    """The settings of node sites that the sweep patched denoising.
 
     Raises:
         SystemExit: unfinished runs, nothing of that kind, a setting without one of the methods, or two settings of one name.
     """
-    runs = sweep.runs().set_index("key")
-    wanted = runs[(runs["kind"] == "score") & (runs["direction"] == RUNS["nodes"][1]) & runs["method"].isin(["exact", BASE, METHOD])]
-    if left := int((wanted["status"] != "done").sum()):
-        raise SystemExit(
-            f"{left} of the {len(wanted)} runs that the table is made of are not done in {sweep.folder}. Run the sweep to its end first."
-        )
-    groups: dict[str, dict[str, str]] = {}
-    for key, reference in sweep.references().items():
-        if runs.loc[key, "direction"] == RUNS["nodes"][1] and (name := str(runs.loc[key, "method"])) in (BASE, METHOD):
-            groups.setdefault(reference, {})[name] = key
-    found: dict[str, tuple[str, Comparison]] = {}
-    for reference, keys in groups.items():
-        name = shown_as(str(runs.loc[reference, "model"]), sweep.store.planned()[reference]["spec"]["task"])
-        if set(keys) != {BASE, METHOD} or (name and name in [one for one, _ in found.values()]):
-            raise SystemExit(
-                f"{name or reference} occurs twice, or lacks one of {BASE} and {METHOD}; give the folder of examples/sweeps/methods.yaml."
-            )
-        found[reference] = name, pl.compare(sweep.scores(reference), {name: sweep.scores(keys[name]) for name in (BASE, METHOD)})
+    found = [one for one in settings_of(sweep, methods=(BASE, METHOD), whole=True) if one.direction == "denoising" and set(SITES) <= set(one.sites)]
     if not found:
         raise SystemExit(f"{sweep!r} has no denoising runs of {BASE}, {METHOD} and exact; give the folder of examples/sweeps/methods.yaml.")
+    names = [one.shown_as for one in found if one.shown_as]
+    if repeated := [name for name in names if names.count(name) > 1]:
+        raise SystemExit(f"{repeated[0]} occurs twice; give the folder of examples/sweeps/methods.yaml.")
     return found
 
 
-def shown_as(model: str, task: Mapping[str, Any]) -> str:
-    """What the table calls a setting; nothing for one that it only counts."""
-    options = TASKS.get(task["name"])
-    if model not in MODELS or options is None or not options.items() <= task["options"].items():
-        return ""
-    return " ".join([model, task["name"], *options.values()])
-
-
-def written(found: Mapping[str, tuple[str, Comparison]]) -> str:
+def written(found: Sequence[Setting]) -> str:
     """The table, with the settings that are shown and the counts over all of them, and what is said below it."""
-    every = [(name, rows(name, comparison)) for name, comparison in found.values()]
+    every = [(one.shown_as, rows(one.shown_as, one.comparison)) for one in found]
     body = [row for name, part in every if name for row in part]
     heads = ["AtP → RelP", "", *(f"`{site}`" for site in SITES)]
-    halves = min(comparison.reliability["reliability"].min() for _, comparison in found.values())
-    pairs = sorted({int(comparison.setting["n_examples"]) for _, comparison in found.values()})
+    halves = min(one.comparison.reliability["reliability"].min() for one in found)
+    pairs = sorted({int(one.comparison.setting["n_examples"]) for one in found})
     told = (
         f"{' or '.join(map(str, pairs))} pairs each, whether the model solves them or not. The last rows count all {len(found)} settings, shown or "
         f"not. The exact maps themselves have a split-half reliability of at least {number(float(halves))}."
@@ -124,7 +103,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="of the finished sweep examples/sweeps/methods.yaml")
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="the file whose table is replaced")
     arguments = parser.parse_args()
-    insert(arguments.readme, written(comparisons(pl.sweeps.open(arguments.folder))))
+    insert(arguments.readme, written(settings(pl.sweeps.open(arguments.folder))))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,9 @@
 """The pages of results: the rule that turns tables into recommendations, and what the tables say."""
 
 import math
+import shutil
+import sys
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -12,11 +15,11 @@ from sweeping import runs, swept
 import patchlab as pl
 from patchlab.comparison.compare import FORMS, compare
 from patchlab.methods import get_method
-from patchlab.scores import ScoreMap
+from patchlab.scores import Cost, ScoreMap
 from patchlab.store.runs import RunStore
 from patchlab.sweeps.driver import planned
 
-page, readme = script("make_results_page"), script("readme_table")
+compared, page, readme = script("compared"), script("make_results_page"), script("readme_table")
 
 
 def settings(**methods: list[float]) -> dict[tuple[str, str], pd.DataFrame]:
@@ -25,17 +28,12 @@ def settings(**methods: list[float]) -> dict[tuple[str, str], pd.DataFrame]:
     return {("m", str(i)): pd.DataFrame({form: {name: values[i] for name, values in methods.items()} for form in FORMS}) for i in range(count)}
 
 
-@pytest.mark.parametrize(("freedom", "quantile"), [(1, 12.7062), (2, 4.3027), (5, 2.5706), (30, 2.0423)])
-def test_students_quantile_is_that_of_the_tables(freedom, quantile):
-    assert page.student(freedom) == pytest.approx(quantile, abs=1e-4)
-
-
 def test_interval_over_settings_is_students():
-    mean, low, high = page.over_settings([0.1, 0.2, 0.6])
+    mean, low, high = compared.over_settings([0.1, 0.2, 0.6])
     half = 4.3027 * math.sqrt(((0.2**2) + (0.1**2) + (0.3**2)) / 2) / math.sqrt(3)
     assert (mean, low, high) == pytest.approx((0.3, 0.3 - half, 0.3 + half), abs=1e-4)
-    assert np.isnan(page.over_settings([0.1])[1:]).all()
-    assert np.isnan(page.over_settings([0.1, math.nan, 0.2])).all()
+    assert np.isnan(compared.over_settings([0.1])[1:]).all()
+    assert np.isnan(compared.over_settings([0.1, math.nan, 0.2])).all()
 
 
 def test_a_method_is_better_only_if_it_is_in_all_three_forms():
@@ -70,37 +68,48 @@ def _noisy(exact: ScoreMap, name: str, size: float) -> ScoreMap:
 
 @pytest.fixture(scope="module")
 def found():
-    """Comparisons as the page takes them, of maps made by hand: every method's noise is its own."""
+    """Settings as the page takes them, of maps made by hand: every method's noise is its own."""
     noise = {name: 0.2 * (len(page.METHODS) - i) for i, name in enumerate(page.METHODS)}
-    comparisons = {}
-    for seed, key in enumerate([("m", "ioi"), ("m", "greater_than"), ("l", "ioi")]):
-        for run, sites in {"nodes": ("attn_out", "z"), **({"neurons": ("mlp_post",)} if seed == 0 else {})}.items():
+    passes = {name: Cost(2, 1 if i < 6 else 5, 10, 0.0) for i, name in enumerate(page.METHODS)}
+    settings = []
+    for seed, (model, task) in enumerate([("m", "ioi"), ("m", "greater_than"), ("l", "ioi"), ("l", "ioi")]):
+        for sites in (("attn_out", "z"), *([("mlp_post",)] if seed == 0 else [])):
             exact = random_map(*sites, seed=seed)
-            maps = {name: _noisy(exact, name, size) for name, size in noise.items()}
-            comparisons[*key, run] = compare(exact, maps, n_boot=20)
-    return comparisons
+            maps = {name: replace(_noisy(exact, name, size), cost=passes[name]) for name, size in noise.items()}
+            about = ({"name": task, "options": {"variant": str(seed)}}, f"{task}[16]", "denoising" if seed < 3 else "noising")
+            settings.append(compared.Setting(model, *about, compare(replace(exact, cost=Cost(9, 0, 10, 0.0)), maps, n_boot=20)))
+    return settings
 
 
 def test_the_page_takes_its_verdicts_and_numbers_from_the_comparisons(found):
-    passes = {name: 1 if name in page.METHODS[:6] else 5 for name in page.METHODS}
-    text = page.advice("attention", found, passes)
-    assert text.startswith("### Attention (`attn_out`, `z`)")
+    text = page.advice("attention", "denoising", found)
+    assert text.startswith("### Attention (`attn_out`, `z`), denoising")
     assert "**One backward pass: `gim`**" in text  # the least noise of those with one pass
     assert "**Several backward passes: `relp+ig:5`**" in text
-    values = [found[key].table.query("cells == 'live' and method == 'gim' and site in ['attn_out', 'z']")["pearson_pooled"] for key in found]
+    values = [one.comparison.table.query("cells == 'live' and method == 'gim' and site in ['attn_out', 'z']")["pearson_pooled"] for one in found[:4]]
     assert f"{np.mean([part.mean() for part in values if len(part)]):.2f}" in next(line for line in text.splitlines() if line.startswith("| `gim`"))
-    rows = pd.concat([one.differences for one in found.values()]).query("cells == 'live' and method == 'gim' and other == 'atp'")
+    rows = pd.concat([one.comparison.differences for one in found[:4]]).query("cells == 'live' and method == 'gim' and other == 'atp'")
     rows = rows[rows["site"].isin(["attn_out", "z"])]
     counted = [(int((rows[f"{form}_lo"] > 0).sum()), int((rows[f"{form}_hi"] < 0).sum())) for form in FORMS]
     assert sum(better for better, _ in counted) > 0
     assert ", ".join(f"{better} / {worse}" for better, worse in counted) + " of 6 |" in text
-    listed = page.tables("m", "ioi", found)
+    assert page.advice("edges", "denoising", found) == "" == page.advice("neurons", "noising", found)
+    listed = page.tables("m ioi", found[:2])
     for name in page.METHODS:
         assert f"| `z` | `{name}` |" in listed
         assert (f"| `mlp_post` | `{name}` |" in listed.partition("Paired differences")[2]) is (name != page.BASE)
-    difference = found["m", "ioi", "nodes"].differences.query("cells == 'live' and method == 'gim' and other == 'atp' and site == 'z'").iloc[0]
+    difference = found[0].comparison.differences.query("cells == 'live' and method == 'gim' and other == 'atp' and site == 'z'").iloc[0]
     assert page._values(difference, "pearson_pooled", signed=True) in listed
     assert page.costs(found).count("\n") == 2 + len(page.METHODS)
+    assert "| `relp` | 8 / 4, 0.0 s | 2 / 1, 0.0 s |" in page.costs(found)
+
+
+def test_variants_of_a_task_are_one_setting(found):
+    """Of model l there are two, in two directions."""
+    [table] = [page.tables_of(found[3:], "attention")["l", "ioi"]]
+    parts = [one.comparison.table.query("cells == 'live' and method == 'relp'")["pearson"].mean() for one in found[3:]]
+    assert table.loc["relp", "pearson"] == pytest.approx(np.mean(parts))
+    assert list(page.tables_of(found, "neurons")) == [("m", "ioi")]
 
 
 def test_cells_of_the_readme_mark_differences_that_exclude_0(found):
@@ -115,7 +124,7 @@ def test_cells_of_the_readme_mark_differences_that_exclude_0(found):
 
 def test_rows_of_the_readme_are_those_of_the_comparison(found, monkeypatch):
     monkeypatch.setattr(readme, "SITES", ("attn_out", "z"))
-    comparison = found["m", "greater_than", "nodes"]
+    comparison = found[2].comparison
     first, second = readme.rows("m greater_than", comparison)
     assert (first[:2], second[:2]) == (["m greater_than", "per prompt"], ["", "of means"])
     live = comparison.table.query("cells == 'live' and site == 'z'").set_index("method")
@@ -142,13 +151,20 @@ runs: [{kind: score, methods: [exact, atp, relp, gim], sites: [resid_pre, attn_o
 """
 
 
-def test_the_table_of_the_readme_is_that_of_the_sweep(tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("methods")
+    swept(runs(folder, STUDY), folder / "out", about={"name": "methods"})
+    return folder
+
+
+def test_the_table_of_the_readme_is_that_of_the_sweep(folder, monkeypatch):
     """And its numbers are those of the same runs without a sweep."""
-    swept(runs(tmp_path, STUDY), tmp_path / "out", about={"name": "methods"})
-    monkeypatch.setattr(readme, "MODELS", ("demo-gpt2-4l",))
-    monkeypatch.setattr(readme, "TASKS", {"agreement": {"variant": "across_rc"}})
-    found = readme.comparisons(pl.sweeps.open(tmp_path / "out"))
-    assert [name for name, _ in found.values()] == ["", "demo-gpt2-4l agreement across_rc"]
+    shown = sys.modules[readme.Setting.__module__]
+    monkeypatch.setattr(shown, "SHOWN_MODELS", ("demo-gpt2-4l",))
+    monkeypatch.setattr(shown, "SHOWN_TASKS", {"agreement": {"variant": "across_rc"}})
+    found = readme.settings(pl.sweeps.open(folder / "out"))
+    assert [one.shown_as for one in found] == ["", "demo-gpt2-4l agreement across_rc"]
     model = pl.load_model("demo-gpt2-4l")
     pairs = pl.load_task("agreement", model, n=8, variant="across_rc")
     maps = {name: get_method(name).run(model, pairs, readme.SITES, progress=False) for name in ("exact", "atp", "relp")}
@@ -158,8 +174,25 @@ def test_the_table_of_the_readme_is_that_of_the_sweep(tmp_path, monkeypatch):
     assert lines[2:4] == ["| " + " | ".join(row) + " |" for row in expected]
     assert lines[4].startswith("| all 2 | per prompt |")
     assert "8 pairs each, whether the model solves them or not. The last rows count all 2 settings" in text
-    wanted = runs(tmp_path, STUDY.replace("name: ioi, n: 8}", "name: ioi, n: 8, seed: [0, 1]}"))
+
+
+def test_the_page_is_that_of_the_sweep(folder):
+    text = page.page(pl.sweeps.open(folder / "out"))
+    heads = [line for line in text.splitlines() if line.startswith("### ")]
+    kinds = ("Residual stream (`resid_pre`)", "Attention (`attn_out`, `z`)", "MLP (`mlp_out`)")
+    assert heads == [f"### {kind}, {direction}" for kind in kinds for direction in ("denoising", "noising")]
+    assert text.count("Means over 2 settings:") == 6
+    assert "Several backward pass" not in text.partition("## Which")[2].partition("###")[2], "there is none"
+
+
+def test_what_is_not_done_is_no_page(folder, tmp_path):
+    shutil.copytree(folder / "out", tmp_path / "out")
+    wanted = runs(folder, STUDY.replace("name: ioi, n: 8}", "name: ioi, n: 8, seed: [0, 1]}"))
     with RunStore.open(tmp_path / "out", write=True) as store:
         store.plan({run.key: planned(run) for run in wanted})
-    with pytest.raises(SystemExit, match="3 of the 9 runs that the table is made of are not done in"):
-        readme.comparisons(pl.sweeps.open(tmp_path / "out"))
+    with pytest.raises(SystemExit, match="6 of the 18 runs that this is made of are not done in"):
+        readme.settings(pl.sweeps.open(tmp_path / "out"))
+    with pytest.raises(SystemExit, match="8 of the 24 runs that this is made of are not done in"):
+        page.page(pl.sweeps.open(tmp_path / "out"))
+    with pytest.raises(SystemExit, match="there are no scores of gimp to compare"):
+        compared.settings_of(pl.sweeps.open(folder / "out"), methods=("relp", "gimp"))
