@@ -88,6 +88,7 @@ class RunStore:
         self._index: Index | None = None
         self.about: dict[str, Any] = _header(folder)
         """What ``sweep.json`` holds: ``format``, ``created``, ``patchlab`` (the version), and ``about``, which was given to :meth:`create`."""
+        self._plan_seen = _version(folder / PLAN)
         self._plan = _read_plan(folder)
         if write:
             with _saying(folder):
@@ -168,9 +169,9 @@ class RunStore:
             self._write_plan({**self._plan, **new})
 
     def planned(self) -> dict[str, dict[str, Any]]:
-        """The planned runs in order: records by key."""
-        if self._index is None:
-            self._plan = _read_plan(self.folder)
+        """The planned runs in order: records by key. A reader reads them again only where another process wrote them anew."""
+        if self._index is None and (seen := _version(self.folder / PLAN)) != self._plan_seen:
+            self._plan, self._plan_seen = _read_plan(self.folder), seen
         return dict(self._plan)
 
     def unplan(self, keys: Iterable[str]) -> None:
@@ -451,6 +452,15 @@ def _header(folder: Path) -> dict[str, Any]:
         what = "Update patchlab." if isinstance(number, int) and number > FORMAT else "Use the patchlab that made it."
         raise OutputError(f"{folder} has the format {number!r} (patchlab {made[-1]} made it) and this patchlab knows {FORMAT}. {what}")
     return found
+
+
+def _version(path: Path) -> tuple[int, int, int] | None:
+    """What tells one version of a file from another, as each is written under a temporary name; None where there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _read_plan(folder: Path) -> dict[str, dict[str, Any]]:

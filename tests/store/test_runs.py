@@ -17,7 +17,7 @@ from paths import ROOT
 from store_steps import EXIT, FILES, Steps, no_space
 
 from patchlab.errors import OutputError
-from patchlab.store import RunStore
+from patchlab.store import RunStore, runs
 from patchlab.store.record import finish
 from patchlab.testing.stores import StoreContract
 
@@ -203,7 +203,7 @@ def test_killed_at_random_moments() -> None:
 
 HOLDING = """
 import sys, time
-from patchlab.store import RunStore
+from patchlab.store import RunStore, runs
 store = RunStore.open(sys.argv[1], write=True)
 store.mark("k3", "running")
 print("held", flush=True)
@@ -268,7 +268,7 @@ READING = """
 import os, sys
 from pathlib import Path
 from patchlab import __version__
-from patchlab.store import RunStore
+from patchlab.store import RunStore, runs
 from patchlab.errors import OutputError
 if os.getuid() == 0:  # who may write anywhere
     os.setgroups([])
@@ -455,3 +455,18 @@ def test_opening_and_listing_hundreds_of_runs_reads_few_files(tmp_path: Path, mo
             assert store.counts()["done"] == 500
             assert len(store.results()) == 500
         assert 2 <= len(read) < 12, read
+
+
+def test_a_reader_reads_the_plan_again_only_where_it_was_written_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with made(tmp_path / "s") as store:
+        reader, read, right = RunStore.open(tmp_path / "s"), list[Path](), runs._read_plan
+        monkeypatch.setattr(runs, "_read_plan", lambda folder: (read.append(folder), right(folder))[1])
+        for _ in range(5):
+            assert len(reader.planned()) == 5
+            assert whole(reader, "k1")
+        assert not read
+        store.plan({"k9": {"number": 9}})
+        read.clear()
+        assert [*reader.planned()][-1] == "k9"
+        assert len(reader.planned()) == 6
+        assert len(read) == 1
