@@ -32,11 +32,12 @@ class StabilityLine:
 
 @dataclass(frozen=True)
 class StabilityData:
-    """Lines in the order of the curve, all edges of the graph, and the words."""
+    """Lines in the order of the curve, all edges (or nodes) that there are to choose from, what they are, and the words."""
 
     title: str
     subtitle: str
     total: int
+    unit: str
     lines: tuple[StabilityLine, ...]
 
 
@@ -46,12 +47,12 @@ def _prepare_stability(curve: FaithfulnessCurve) -> StabilityData:
     table = curve.table[curve.table["jaccard"].notna()]
     names = list(dict.fromkeys(table["method"]))
     if not names:
-        raise CircuitError("no circuit of the curve has edges, so there is no stability to draw.")
+        raise CircuitError(f"no circuit of the curve has {curve.unit}, so there is no stability to draw.")
     colours, lines = method_colours(names), list[StabilityLine]()
     for name in names:
         rows = table[table["method"] == name]
         hover = [
-            f"<b>{escape(name)}</b><br>{row['n_requested']:,} edges ({row['fraction']:.2%}) asked for<br>Jaccard {row['jaccard']:.3f}, "
+            f"<b>{escape(name)}</b><br>{row['n_requested']:,} {curve.unit} ({row['fraction']:.2%}) asked for<br>Jaccard {row['jaccard']:.3f}, "
             f"95 % of pairs in {row['jaccard_lo']:.3f} to {row['jaccard_hi']:.3f}<br>with the choice on all prompts {row['jaccard_to_choice']:.3f}"
             f"<br>chance {row['jaccard_chance']:.3f}"
             for row in rows.to_dict("records")
@@ -67,11 +68,11 @@ def _prepare_stability(curve: FaithfulnessCurve) -> StabilityData:
     pairs = f"{measured['draws']} resamples of {' or '.join(map(str, prompts))} prompts"
     few = "" if min(prompts) >= ENOUGH else f"the bar of {BAR:g} asks for {ENOUGH}"
     subtitle = " · ".join(filter(None, [who, pairs, few, "bands: 95 % of pairs of resamples; dotted: chance"]))
-    return StabilityData("Stability of circuits by size", subtitle, round(first["n_requested"] / first["fraction"]), tuple(lines))
+    return StabilityData("Stability of circuits by size", subtitle, round(first["n_requested"] / first["fraction"]), curve.unit, tuple(lines))
 
 
 def stability(curve: FaithfulnessCurve) -> go.Figure:
-    """Stability against the number of edges that were asked for (log axis): the mean Jaccard index of circuits chosen on resamples of the prompts.
+    """Stability against the number of edges or nodes asked for (log axis): the mean Jaccard index of circuits chosen on resamples of the prompts.
 
     A line per method with a band in which 95 % of pairs of resamples lie; dotted in its colour what random circuits of the same sizes would
     share, which grows with the size; the dashed line is the literature's bar of .8, which it asks of 100 prompts and more.
@@ -95,7 +96,7 @@ def stability(curve: FaithfulnessCurve) -> go.Figure:
     ticks = thinned(sizes.tolist(), (_WIDTH - 20) / (float(ends[1] - ends[0]) + 2 * margin))
     share = [f"{n:,}<br><span style='color:{MUTED}'>{percent(n / data.total)}</span>" for n in ticks]
     across = {"type": "log", "range": [float(ends[0]) - margin, float(ends[1]) + margin], "tickmode": "array", "tickvals": ticks, "ticktext": share}
-    across |= {"title": {"text": f"edges asked for, of {data.total:,} (log scale)"}, "showgrid": False}
+    across |= {"title": {"text": f"{data.unit} asked for, of {data.total:,} (log scale)"}, "showgrid": False}
     where = page.panel(
         Box(_LEFT, top, width - _LEFT - 20, _HEIGHT), across, {"range": [-0.02, 1.02], "title": {"text": "Jaccard index"}, "nticks": 6}
     )

@@ -278,6 +278,31 @@ def test_curves_have_it_per_method_and_size(measured, tmp_path):
     assert "Jaccard between resamples" in str(plots.faithfulness(again).data)
 
 
+@pytest.mark.parametrize("sizes", [{"sizes": [0, 2, 5]}, {"thresholds": [0.02, 1e9]}], ids=str)
+def test_curves_of_nodes_have_it_too(sizes):
+    model, sets = model_of("gpt2", torch.float64), three_sets(gap_task(16))
+    scores = scores_of(pl.AttributionPatching(), model, sets.choosing, ["z", "mlp_out"], "noising")
+    curve = faithfulness_curve(
+        model, {"a": scores}, sets.finding, **sizes, ablation="resample", random=1, stability=12, seed=2, n_boot=20, progress=False
+    )
+    own = curve.table[curve.table["method"] == "a"]
+    some = own[own["n_nodes"] > 0]
+    assert 1 <= len(some) < len(own), "one has no nodes"
+    for row in some.to_dict("records"):
+        choose = {
+            "sizes": lambda one, row=row: top_n(one, int(row["n_nodes"]), sites=["z", "mlp_out"]),
+            "thresholds": lambda one: threshold(one, 0.02, sites=["z", "mlp_out"]),
+        }
+        alone = stability(scores, choose[next(iter(sizes))], draws=12, seed=2)
+        assert {name: row[name] for name in NUMBERS} == pytest.approx(alone.numbers)
+        assert row["jaccard"] < 1 or row["n_nodes"] == scores.mean("z").size, "resamples differ"
+    assert curve.table.loc[(curve.table["method"] != "a") | (curve.table["n_nodes"] == 0), "jaccard"].isna().all()
+    assert [("stability" in one.provenance) for one in curve.circuits["a"]] == [one.n_nodes > 0 for one in curve.circuits["a"]]
+    data = _prepare_stability(curve)
+    assert data.unit == "nodes"
+    assert all("nodes (" in text for text in data.lines[0].hover)
+
+
 def test_without_it_the_figure_says_how_to_get_it(measured):
     curve = measured["curve"]
     bare = FaithfulnessCurve(curve.table.drop(columns=list(NUMBERS)), curve.areas, {}, curve.provenance)

@@ -245,7 +245,7 @@ def faithfulness_curve(
         start_layer: of maps of nodes: earlier layers are free.
         random: draws of random circuits of the same sizes, pruned in the same way; 0 for none.
         level: what counts as faithful in ``smallest`` of the areas.
-        stability: resamples of the examples of the scores on which each choice of edges is made again, to see how stable it is; 0 for none.
+        stability: resamples of the examples of the scores on which each choice is made again, to see how stable it is; 0 for none.
         allow_overlap: accept examples that the scores were computed on.
         n_boot: resamples behind each interval.
         seed: of resamples and random circuits.
@@ -269,8 +269,6 @@ def faithfulness_curve(
     if any(of_nodes(one, sites) for one in maps.values()):
         if how != "top_n" or fit is not None or post_norm != "renormalised":
             raise CircuitError("how=, fit= and post_norm= are for circuits of edges; got scores of nodes. Leave them out.")
-        if stability:
-            raise CircuitError("stability= of a curve is for circuits of edges; ask circuits.stability for that of a circuit of nodes.")
         nodes = NodeSizes.of(
             model,
             maps,
@@ -286,7 +284,8 @@ def faithfulness_curve(
         )
         about |= nodes.ready.about | ({"how": "thresholds"} if nodes.levels is not None else {})
         runner = NodeRunner.of(model, task, nodes.ready.universe, ablation or "mean_positional", always=nodes.ready.always, **shared)
-        return _curve_of_nodes(runner, nodes, about, progress)
+        stable_nodes = nodes.stable(maps, by=by, sites=sites, draws=stability, seed=seed) if stability else {}
+        return _curve_of_nodes(runner, nodes, about | _recorded(maps, stability, seed), stable_nodes, progress)
     if thresholds is not None or errors != "nodes" or start_layer is not None:
         raise CircuitError("thresholds=, errors= and start_layer= are for circuits of nodes; got scores of edges. Leave them out.")
     sizing = {name: _sizes(name, one, sizes) for name, one in maps.items()}
@@ -315,16 +314,16 @@ def faithfulness_curve(
     record = {**runner.provenance(), **measured.record(["no edges", *named]), **about}
     if stability:
         stable = {name: stable_sizes(one, [n for n, _, _ in sizing[name]], how=how, by=by, draws=stability, seed=seed) for name, one in maps.items()}
-        record["stability"] = {"draws": stability, "seed": seed, "prompts": {name: one.data.sizes["example"] for name, one in maps.items()}}
-        _add_stability(table.rows, stable)
-        circuits = {
-            name: tuple(noted(one, stable[name][n].record()) if n in stable[name] else one for one, (n, _, _) in zip(some, sizing[name], strict=True))
-            for name, some in circuits.items()
-        }
+        record |= _recorded(maps, stability, seed)
+        by_size = {name: [found.get(n) for n, _, _ in sizing[name]] for name, found in stable.items()}
+        _add_stability(table.rows, by_size)
+        circuits = _noted(circuits, by_size)
     return FaithfulnessCurve(pd.DataFrame(table.rows), pd.DataFrame(table.areas), circuits, plain(record))
 
 
-def _curve_of_nodes(runner: NodeRunner, nodes: NodeSizes, about: dict[str, Any], progress: bool) -> FaithfulnessCurve:
+def _curve_of_nodes(
+    runner: NodeRunner, nodes: NodeSizes, about: dict[str, Any], stable: Mapping[str, Sequence[Stability | None]], progress: bool
+) -> FaithfulnessCurve:
     """Measure circuits of nodes and their complements."""
     total = nodes.ready.empty.size
     chosen = [circuit for some in (*nodes.circuits.values(), *nodes.random) for circuit in some]
@@ -339,7 +338,10 @@ def _curve_of_nodes(runner: NodeRunner, nodes: NodeSizes, about: dict[str, Any],
         sizes = [(int(n), n / total, total) for n in counts[0].tolist()]
         shape = (draws, counts.shape[1], -1)
         table.add(name, sizes, counts, own[part].reshape(shape), complements[part].reshape(shape), levels)
-    return FaithfulnessCurve(pd.DataFrame(table.rows), pd.DataFrame(table.areas), dict(nodes.circuits), plain({**runner.provenance(), **about}))
+    if stable:
+        _add_stability(table.rows, stable)
+    circuits = _noted(nodes.circuits, stable)
+    return FaithfulnessCurve(pd.DataFrame(table.rows), pd.DataFrame(table.areas), circuits, plain({**runner.provenance(), **about}))
 
 
 def check_plan(graph: Graph, methods: Mapping[str, Any], sizes: Sequence[int] | None, *, how: str, by: str, ablation: str) -> None:
@@ -414,10 +416,27 @@ def stable_sizes(scores: ScoreMap, sizes: Sequence[int], *, how: str, by: str, d
     return stabilities(scores, {n: choosing(n) for n in sizes if choosing(n)(scores).n_edges}, draws=draws, seed=seed)
 
 
-def _add_stability(rows: list[dict[str, Any]], stable: Mapping[str, Mapping[int, Stability]]) -> None:
+def _recorded(maps: Mapping[str, ScoreMap], draws: int, seed: int) -> dict[str, Any]:
+    """What provenance says of the stability that was measured; nothing without draws."""
+    prompts = {name: one.data.sizes["example"] for name, one in maps.items()}
+    return {"stability": {"draws": draws, "seed": seed, "prompts": prompts}} if draws else {}
+
+
+def _add_stability(rows: list[dict[str, Any]], stable: Mapping[str, Sequence[Stability | None]]) -> None:
+    """The numbers in the rows of each method, which are in the order of its circuits."""
+    left = {name: iter(found) for name, found in stable.items()}
     for row in rows:
-        found = stable.get(row["method"], {}).get(row["n_requested"])
+        found = next(left[row["method"]]) if row["method"] in left else None
         row |= dict.fromkeys(NUMBERS, float("nan")) if found is None else found.numbers
+
+
+def _noted(circuits: Mapping[str, Sequence[Any]], stable: Mapping[str, Sequence[Stability | None]]) -> dict[str, tuple[Any, ...]]:
+    """Circuits that hold the record of their stability, where it was measured."""
+    found: dict[str, tuple[Any, ...]] = {}
+    for name, some in circuits.items():
+        records = stable.get(name, [None] * len(some))
+        found[name] = tuple(one if about is None else noted(one, about.record()) for one, about in zip(some, records, strict=True))
+    return found
 
 
 def _random(graph: Graph, n: int, total: int, seed: int, how: str) -> Circuit:

@@ -1,6 +1,6 @@
 """Circuits of nodes of growing size: at thresholds of importance, or of given numbers of nodes, and random ones of the same sizes."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,6 +8,7 @@ import numpy as np
 from patchlab.circuits.evaluation.node_runner import Prepared, prepared
 from patchlab.circuits.nodes import Candidates, NodeCircuit
 from patchlab.circuits.select_nodes import BY, RankedNodes, check_number
+from patchlab.circuits.stability import Stability, stabilities
 from patchlab.errors import CircuitError
 from patchlab.models import Model
 from patchlab.scores import ScoreMap
@@ -74,6 +75,38 @@ class NodeSizes:
         positions = ready.empty.provenance
         random = [tuple(random_nodes(ready.universe, n, seed=seed + draw, provenance=positions) for n in counts) for draw in range(draws)]
         return NodeSizes(ready, circuits, None if sizes is not None else dict.fromkeys(circuits, levels), random)
+
+    def stable(
+        self, maps: Mapping[str, ScoreMap], *, by: str, sites: str | Iterable[str | Site] | None, draws: int, seed: int
+    ) -> dict[str, list[Stability | None]]:
+        """Per method how stable the choice of each of its circuits is under resampling of the prompts of its map; None for those without nodes.
+
+        Args:
+            maps: those that the circuits were chosen by.
+            by: as they were.
+            sites: as they were.
+            draws: resamples.
+            seed: of the resamples.
+
+        Raises:
+            CircuitError: as :func:`patchlab.circuits.stability`.
+        """
+        found: dict[str, list[Stability | None]] = {}
+        for name, circuits in self.circuits.items():
+            choices = {place: self._choice(name, place, by, sites) for place, one in enumerate(circuits) if one.n_nodes}
+            measured = stabilities(maps[name], choices, draws=draws, seed=seed) if choices else {}
+            found[name] = [measured.get(place) for place in range(len(circuits))]
+        return found
+
+    def _choice(self, name: str, place: int, by: str, sites: str | Iterable[str | Site] | None) -> Callable[[ScoreMap], NodeCircuit]:
+        """How a circuit is chosen, from the map or from one of a resample."""
+        level = None if self.levels is None else self.levels[name][place]
+
+        def choose(scores: ScoreMap) -> NodeCircuit:
+            ranked = RankedNodes.of(scores, by, sites).within(self.ready.universe)
+            return _of_size(ranked, self.circuits[name][place].n_nodes, by) if level is None else ranked.first(ranked.above(level))
+
+        return choose
 
 
 def random_nodes(universe: Sequence[Candidates], n: int, *, seed: int = 0, provenance: Mapping[str, object] | None = None) -> NodeCircuit:
