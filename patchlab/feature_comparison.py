@@ -145,7 +145,7 @@ def run(
     """
     seconds, done = stopwatch()
     model = model or load_model(job.model, device=job.device, dtype=job.dtype)
-    points = _attach(job, model)
+    points = attach(model, job.dictionaries or job.model, job.points)
     done("load model and dictionaries")
     task = named_task(job.task, model, n=job.n, seed=job.seed, options=job.options)
     accuracy = task.accuracy(model)
@@ -153,7 +153,7 @@ def run(
     done("load task")
     say(f"{model.name}: {len(choosing)} pairs for choosing, {len(measuring)} for measuring; dictionaries on {', '.join(points)}")
     settings = {"direction": job.direction, "batch_size": job.batch_size, "progress": progress}
-    sites = [f"{part}.{point}" for point in points for part in ("features", "error")]
+    sites = sites_at(points)
     maps = scored(job.methods, model, choosing, sites, folder=folder, say=say, done=done, **settings)
     neurons: dict[str, ScoreMap] = {}
     if NEURONS in model.arch.sites:
@@ -165,7 +165,8 @@ def run(
     tables: list[tuple[pd.DataFrame, ...]] = []
     undefined: dict[str, str] = {}
     for nodes in NODES:
-        found = _circuits(job, model, measuring, nodes, neurons if nodes == "neurons" else maps, sites, progress)
+        options = {"ablation": job.ablation, "seed": job.seed, "batch_size": job.batch_size, "progress": progress}
+        found = circuits_of(model, measuring, nodes, neurons if nodes == "neurons" else maps, sites, **options)
         if isinstance(found, str):
             undefined[nodes] = found
             say(f"{nodes}: {found}")
@@ -182,16 +183,34 @@ def _joined(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
     return pd.concat(list(tables), ignore_index=True) if tables else pd.DataFrame()
 
 
-def _attach(job: FeatureJob, model: Model) -> tuple[str, ...]:
-    """Give the model the job's dictionaries; the points that then have some, in the order of a block."""
-    dictionaries = load_dictionaries(job.dictionaries or job.model, model, kind="sae", sites=job.points or None)
-    present = {one.writes for one in dictionaries}
+def attach(model: Model, dictionaries: str, points: Sequence[str] = ()) -> tuple[str, ...]:
+    """Give a model dictionaries, in place of those that it has; the points that then have some, in the order of a block.
+
+    Args:
+        model: the model.
+        dictionaries: folder or hub name, or the name of a packaged model.
+        points: sites with dictionaries to use; empty for all.
+
+    Raises:
+        DictionaryError, ScoreError: none there, none at one of the points, or dictionaries of another model.
+    """
+    loaded = load_dictionaries(dictionaries, model, kind="sae", sites=points or None)
+    present = {one.writes for one in loaded}
     found = tuple(point for point in POINTS if point in present)
-    if missing := [point for point in job.points if point not in found]:
+    if missing := [point for point in points if point not in found]:
         raise ScoreError(unknown("site with dictionaries", missing[0], found))
     model.drop_dictionaries()
-    model.add_dictionaries(dictionaries)
+    model.add_dictionaries(loaded)
     return found
+
+
+def sites_at(points: Sequence[str]) -> list[str]:
+    """The sites that are scored: features and errors at these points.
+
+    >>> sites_at(["mlp_out"])
+    ['features.mlp_out', 'error.mlp_out']
+    """
+    return [f"{part}.{point}" for point in points for part in ("features", "error")]
 
 
 def sizes_of(most: int, n: int = SIZES) -> list[int]:
@@ -203,10 +222,34 @@ def sizes_of(most: int, n: int = SIZES) -> list[int]:
     return sorted({round(most ** (i / (n - 1))) for i in range(n)})
 
 
-def _circuits(
-    job: FeatureJob, model: Model, task: Task, nodes: str, maps: Mapping[str, ScoreMap], sites: Sequence[str], progress: bool
+def circuits_of(
+    model: Model,
+    task: Task,
+    nodes: str,
+    maps: Mapping[str, ScoreMap],
+    sites: Sequence[str],
+    *,
+    ablation: str,
+    seed: int = 0,
+    batch_size: int | None = None,
+    progress: bool = False,
 ) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame] | str:
-    """Curve, areas and differences of one kind of nodes; or why there are none."""
+    """Circuits of one kind of nodes, chosen by several maps and at random: curves, areas and differences, as :class:`FeatureResults` has them.
+
+    Args:
+        model: the model, with its dictionaries.
+        task: the pairs that circuits are measured on: others than those of the maps.
+        nodes: one of :data:`NODES`.
+        maps: score maps by method, of these sites or of neurons.
+        sites: those of :func:`sites_at`.
+        ablation: what nodes outside a circuit carry.
+        seed: of the resamples and of the circuits at random.
+        batch_size: examples per batch.
+        progress: show progress on stderr.
+
+    Returns:
+        The three tables, or a sentence on why there are none.
+    """
     if not maps:
         return f"{model.name} has no site {NEURONS}"
     wanted = {"features": list(sites), "features-without-errors": [site for site in sites if site.startswith("features.")], "neurons": [NEURONS]}[
@@ -218,17 +261,17 @@ def _circuits(
     chosen: dict[tuple[str, int], NodeCircuit] = {}
     for name, scores in usable.items():
         chosen |= {(name, n): top_nodes(scores, n, sites=wanted) for n in sizes}
-    universe = top_nodes(usable["exact"], 1, sites=wanted).universe
-    rng = np.random.default_rng(job.seed)
+    universe = top_nodes(next(iter(usable.values())), 1, sites=wanted).universe
+    rng = np.random.default_rng(seed)
     chosen |= {(RANDOM, n): _at_random(universe, n, rng) for n in sizes}
     found = evaluate(
         model,
         {f"{name} {n}": one for (name, n), one in chosen.items()},
         task,
-        ablation=job.ablation,
+        ablation=ablation,
         errors="nodes" if nodes != "features-without-errors" else "ablated",
-        seed=job.seed,
-        batch_size=job.batch_size,
+        seed=seed,
+        batch_size=batch_size,
         progress=progress,
     )
     if why := found.provenance.get("faithfulness_not_defined"):
@@ -237,7 +280,7 @@ def _circuits(
     rows = found.table.set_index("circuit").loc[[f"{name} {n}" for name, n in chosen]]
     for column, low, high in (("faithfulness", "lo", "hi"), ("completeness", "completeness_lo", "completeness_hi")):
         table[column], table[f"{column}_lo"], table[f"{column}_hi"] = rows[column].to_numpy(), rows[low].to_numpy(), rows[high].to_numpy()
-    scale = Scale(found.metric_full, found.metric_empty, 1000, job.seed)
+    scale = Scale(found.metric_full, found.metric_empty, 1000, seed)
     drawn = {name: np.abs(1 - scale.resampled(np.stack([found.metric[f"{name} {n}"] for n in sizes]))).mean(1) for name in (*usable, RANDOM)}
     return table, _areas(table, nodes, drawn), _differences(table, nodes, drawn)
 

@@ -22,7 +22,7 @@ from patchlab.store.files import writing
 from patchlab.store.folder import listed, result_folder
 from patchlab.store.record import checked, finish, read
 from patchlab.store.runs import Stored
-from patchlab.sweeps.kinds import CURVE, SCORES
+from patchlab.sweeps.kinds import CURVE, NODES, SCORES
 from patchlab.sweeps.results import Sweep
 from patchlab.sweeps.work import code_digest
 
@@ -98,7 +98,9 @@ def _write_figures(sweep: Sweep, found: Findings, folder: Path, say: Callable[[s
             write(COSTS, plots.costs(found.agreement, pd.DataFrame(exact, columns=["site", "setting", "method", "passes"])))
     for name, keys in found.circuits.items():
         write(name, plots.faithfulness(joined({found.method(key): found.done[key] for key in keys}), sweep.smallest(*keys)), keys)
-    scored = [key for key, stored in found.done.items() if SCORES in stored.files]
+    for name, keys in found.features.items():
+        write(name, plots.node_circuits(_nodes({found.method(key): found.done[key] for key in keys})), keys)
+    scored = [key for key, stored in found.done.items() if SCORES in stored.files and NODES not in stored.files]
     drawn = 0
     for key in scored:
         name, reference = figure_of(key), found.references.get(key)
@@ -125,6 +127,12 @@ def _copied(earlier: Earlier, name: str, made: list[str], folder: Path) -> bool:
     except OutputError:  # somebody changed or removed it
         return False
     return True
+
+
+def _nodes(runs: Mapping[str, Stored]) -> pd.DataFrame:
+    """The circuits of nodes of runs that differ in their method as one table, with the random ones of the first."""
+    tables = [pd.read_csv(stored.path(NODES)) for stored in runs.values()]
+    return pd.concat([tables[0], *(one[one["method"] != RANDOM] for one in tables[1:])], ignore_index=True)
 
 
 def joined(runs: Mapping[str, Stored]) -> FaithfulnessCurve:

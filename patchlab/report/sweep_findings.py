@@ -12,7 +12,7 @@ import pandas as pd
 from patchlab.errors import OutputError
 from patchlab.scores import ScoreMap
 from patchlab.store.runs import Stored
-from patchlab.sweeps.kinds import SCORES
+from patchlab.sweeps.kinds import NODES, SCORES
 from patchlab.sweeps.results import Sweep, without_source
 
 RANKING, COSTS = "ranking", "costs"
@@ -97,7 +97,9 @@ class Findings:
         return [key for key in self.done if self.plans[key]["fields"]["kind"] == kind]
 
     def sites(self, key: str) -> list[str]:
-        """The sites of a run."""
+        """The sites of a run; of features those that its dictionaries have, as the run found them."""
+        if self.plans[key]["fields"]["kind"] == "features":
+            return [site for one, site, statistic in self.statistics if one == key and statistic == "live_cells"]
         return list(self.plans[key]["spec"]["what"]["sites"])
 
     def method(self, key: str) -> str:
@@ -134,12 +136,22 @@ class Findings:
     @cached_property
     def circuits(self) -> dict[str, list[str]]:
         """Finished runs of circuits that differ in their method alone."""
+        return self._but_for_the_method("circuit", "curve")
+
+    @cached_property
+    def features(self) -> dict[str, list[str]]:
+        """Finished runs of features that differ in their method alone, and have circuits."""
+        found = self._but_for_the_method("features", "nodes")
+        having = {name: [key for key in keys if NODES in self.done[key].files] for name, keys in found.items()}
+        return {name: keys for name, keys in having.items() if keys}
+
+    def _but_for_the_method(self, kind: str, name: str) -> dict[str, list[str]]:
         groups: dict[str, list[str]] = {}
-        for key in self.of_kind("circuit"):
+        for key in self.of_kind(kind):
             spec = self.plans[key]["spec"]
             rest = {name: value for name, value in spec["what"].items() if name != "method"}
             groups.setdefault(json.dumps({**spec, "what": rest}, sort_keys=True), []).append(key)
-        return {f"curve-{keys[0][:16]}": keys for keys in groups.values()}
+        return {f"{name}-{keys[0][:16]}": keys for keys in groups.values()}
 
 
 def figure_of(key: str) -> str:

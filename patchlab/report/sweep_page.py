@@ -6,6 +6,7 @@ from html import escape
 from importlib.resources import files
 from typing import Any
 
+from patchlab.feature_comparison import NODES
 from patchlab.plots._ranking import SiteRanking, rank_methods
 from patchlab.report.html import FIT, document, listed, paragraph
 from patchlab.report.sortable import Cell, Column, missing, number, sortable, text
@@ -18,6 +19,9 @@ AGREEMENT = {
     "topk_recall": ("top-k recall", "share of the largest tenth of the exact effects that is among the largest tenth of the method's"),
 }
 PASSES = {"forwards": "forward passes of the run, its sites together", "backwards": "backward passes of the run, its sites together"}
+_STABILITY = (
+    "of the choice of that circuit: mean Jaccard index between resamples of the pairs that were scored, with the range of 95 % of pairs of resamples"
+)
 _SHOWN = 6
 """Curves that a reader sees without asking."""
 _HEAD = '<meta name="generator" content="patchlab sweep report">'
@@ -39,6 +43,7 @@ def render(found: Findings, counts: Mapping[str, int]) -> str:
         "Ranking": _ranking(found),
         "Cost": _costs(found),
         "Circuits": _circuits(found),
+        "Features": _features(found),
         "Verified": _verified(found),
         "Runs": _all_runs(found),
     }
@@ -61,7 +66,7 @@ def _runs(count: int) -> str:
 def _headline(found: Findings, counts: Mapping[str, int]) -> str:
     words = ", ".join(f"{count:,} {name}" for name, count in counts.items() if name != "planned" and count)
     total, *passes = (sum((found.value(key, name) or 0.0 for key in found.done), 0.0) for name in ("seconds", *PASSES))
-    counted = " (of circuits, those of their scores alone)" if found.of_kind("circuit") else ""
+    counted = " (of circuits, those of their scores alone)" if found.of_kind("circuit") or found.of_kind("features") else ""
     ran = f" Those that are done took {passes[0]:,.0f} forward and {passes[1]:,.0f} backward passes{counted} and {_duration(total)}."
     return f"{_runs(counts['planned'])} planned: {words}.{ran if found.done else ''}"
 
@@ -180,7 +185,7 @@ def _columns(found: Findings, keys: Sequence[str]) -> dict[Column, Any]:
         Column("model", choose=True): lambda key: text(found.models[key]),
     }
     fields = {key: found.plans[key]["fields"] for key in keys}
-    for name in ("seed", "direction", "ablation", "how", "by", "level", "sizes", "random", "smallest"):
+    for name in ("seed", "direction", "ablation", "how", "by", "level", "sizes", "random", "smallest", "dictionaries", "points"):
         if len({repr(one.get(name)) for one in fields.values()}) > 1:
             columns[Column(name, choose=True)] = lambda key, name=name: text("–" if fields[key].get(name) is None else fields[key][name])
     return columns
@@ -215,7 +220,7 @@ def _button(found: Findings, key: str) -> Cell:
 
 
 def _agreement(found: Findings) -> str:
-    keys = found.of_kind("score")
+    keys = [*found.of_kind("score"), *found.of_kind("features")]
     if not keys:
         return ""
     columns = _columns(found, keys)
@@ -311,6 +316,7 @@ def _circuits(found: Findings) -> str:
     if not keys:
         return ""
     columns = _columns(found, keys)
+    stable = any(found.plans[key]["fields"].get("stability") for key in keys)
     heads = [
         *columns,
         Column("CPR", "area under the curve of faithfulness, high is good; 95 % interval over pairs", number=True),
@@ -320,6 +326,7 @@ def _circuits(found: Findings) -> str:
         Column("smallest", "edges of the smallest circuit from which on all larger ones are faithful; 95 % interval over resamples", number=True),
         Column("share", "of all edges that were asked for, before pruning", number=True),
         Column("faithfulness", "of that circuit, on pairs that had no part in finding it", number=True),
+        *([Column("stability", _STABILITY, number=True)] if stable else []),
         *_PASSES,
         Column("curve"),
     ]
@@ -335,6 +342,8 @@ def _circuits(found: Findings) -> str:
             _statistic(found, key, "edges", "smallest_share", digits=4, why=why),
             _statistic(found, key, "edges", "smallest_faithfulness", why=why),
         ]
+        jaccard = "it was not asked for" if not found.plans[key]["fields"].get("stability") else why
+        smallest += [_statistic(found, key, "edges", "smallest_jaccard", why=jaccard)] if stable else []
         rows.append([*(cell(key) for cell in columns.values()), *areas, *smallest, *_passes(found, key), _button(found, key)])
     own = any(found.plans[key]["fields"].get("sizes") is not None for key in keys)
     words = (
@@ -375,6 +384,36 @@ def _best_circuits(found: Findings) -> list[str]:
         + " (not all of these differences are sure: see the intervals)."
         for ablation in wins
     ]
+
+
+# circuits of features
+
+
+def _features(found: Findings) -> str:
+    keys = found.of_kind("features")
+    if not keys:
+        return ""
+    columns = _columns(found, keys)
+    names = {
+        "distance": ("|1 − f|", "mean distance of faithfulness from 1 over the numbers of nodes, low is good; 95 % interval over pairs"),
+        "random_distance": ("random |1 − f|", "the same of nodes at random"),
+        "left": ("completeness", "mean over the numbers of nodes of the faithfulness of what is outside the circuit, low is good"),
+        "random_left": ("random completeness", "the same of nodes at random"),
+    }
+    heads = [*columns, Column("nodes", choose=True), *(Column(name, hint, number=True) for name, hint in names.values()), *_PASSES, Column("curve")]
+    rows = []
+    for key in keys:
+        for nodes in NODES:
+            values = [_statistic(found, key, nodes, name, why="faithfulness is not defined: see the run's log") for name in names]
+            rows.append([*(cell(key) for cell in columns.values()), text(nodes), *values, *_passes(found, key)])
+            rows[-1].append(_button(found, key))
+    words = (
+        "Features and errors of dictionaries, and neurons, are scored on one half of the pairs; circuits of the most important nodes are measured on "
+        f"the other: everything outside them carries what the ablation says. {'; '.join(f'{name}: {what}' for name, what in NODES.items())}. Passes "
+        "are those of the scores."
+    )
+    figures = "".join(_figure(name, _caption(found, group[0])) for name, group in found.features.items() if name in found.figures)
+    return paragraph(words + _constant(found, keys)) + sortable("features-table", heads, rows) + f"<h3>By the number of nodes</h3>{figures}"
 
 
 # verified cells

@@ -9,24 +9,11 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, GetCoreSchem
 from pydantic_core import core_schema
 
 from patchlab.errors import unknown
-from patchlab.sweeps.spec import (
-    BATCH_SIZE,
-    KINDS_OF_RUN,
-    CircuitSpec,
-    Count,
-    Direction,
-    ModelSpec,
-    Plain,
-    ScoreSpec,
-    Spec,
-    TaskSpec,
-    VerifySpec,
-    refusal,
-    shown,
-)
+from patchlab.sweeps.fields import Count, Direction, Plain, refusal, shown
+from patchlab.sweeps.spec import BATCH_SIZE, KINDS_OF_RUN, Kind, ModelSpec, Spec, TaskSpec
 
 VERSION = 1
-TOGETHER = ("sites", "sizes")
+TOGETHER = ("sites", "sizes", "points")
 """Fields whose lists belong together."""
 
 
@@ -120,10 +107,10 @@ _Tasks = _grid(Annotated[_Task, _Reads(_named, lambda _: {"type": "string"})])
 _Directions = _grid(Direction)
 
 
-def _kind(spec: type[ScoreSpec] | type[VerifySpec] | type[CircuitSpec], suffix: str, **more: Any) -> Any:
+def _kind(spec: type[Kind], suffix: str, **more: Any) -> Any:
     name, kind = spec.model_fields["kind"].default, spec.model_fields["kind"].annotation
     own = {"directions": (_Directions, Field(default_factory=tuple)), "batch_size": _SIZE}
-    return _item(f"{name.capitalize()}{suffix}", spec, ("kind",), {"method": "methods"}, kind=(kind, ...), **more, **own)
+    return _item(f"{name.capitalize()}{suffix}", spec, ("kind", "path", "content"), {"method": "methods"}, kind=(kind, ...), **more, **own)
 
 
 def _union(kinds: Iterable[Any]) -> Any:

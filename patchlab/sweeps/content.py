@@ -87,6 +87,38 @@ def hub_data_content(name: str) -> str:
     return f"hub:{name}@{folder.name}"
 
 
+def dictionary_folder(name: str | None, model: str, folder: Path) -> Path:
+    """The folder of dictionaries: those packaged with a model, by its name, or a folder relative to ``folder``.
+
+    Raises:
+        SweepError: there is none.
+    """
+    from patchlab.features.load import DEMO_DICTIONARIES
+
+    wanted = model if name is None else name
+    if wanted in DEMO_DICTIONARIES:
+        return DEMO_DICTIONARIES[wanted]
+    packaged = f"Packaged are those of: {', '.join(DEMO_DICTIONARIES)}."
+    if name is None:
+        raise SweepError(f"no dictionaries are packaged for the model {model}; give 'dictionaries: FOLDER'. {packaged}")
+    if not (found := folder / Path(name).expanduser()).is_dir():
+        raise SweepError(f"there is no folder of dictionaries {found}; give a folder, or the name of a packaged model. {packaged}")
+    return found.resolve()
+
+
+def files_content(folder: Path) -> str:
+    """The content of a folder of dictionaries, ``sha256:...`` of the names and bytes of all files in it and below, but hidden ones.
+
+    Raises:
+        SweepError: no file, or one that cannot be read.
+    """
+    names = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
+    kept = [name for name in sorted(names) if not any(part.startswith(".") for part in Path(name).parts)]
+    if not kept:
+        raise SweepError(f"the folder {folder} is empty; give a folder of dictionaries.")
+    return _content({name: names[name] for name in kept})
+
+
 def model_folder(name: str, folder: Path) -> Path | None:
     """The folder of a model: packaged, or a folder relative to ``folder``; None for a hub name.
 

@@ -30,7 +30,8 @@ from patchlab.errors import PatchlabError, SweepError, unknown
 from patchlab.sweeps.body import TOGETHER, VERSION, Body, said
 from patchlab.sweeps.body import schema as schema
 from patchlab.sweeps.document import Document, Place
-from patchlab.sweeps.spec import KINDS_OF_RUN, ModelSpec, Plain, RunSpec, ScoreSpec, Spec, TaskSpec, shown
+from patchlab.sweeps.fields import Plain, shown
+from patchlab.sweeps.spec import KINDS_OF_RUN, FeatureSpec, ModelSpec, RunSpec, ScoreSpec, Spec, TaskSpec
 
 MOST = 100_000
 """Runs that a file may describe."""
@@ -181,11 +182,14 @@ class _Expansion:
             chosen = _Choice({}, at, {("direction",): directions[id(what.item)][direction]})
             choices = (model.choice, task.choice, chosen, what.choice)
             try:
-                run = RunSpec(model=model.spec, task=task.spec, direction=direction, what=what.spec, batch_size=size)
+                found = what.spec.of(model.spec, self.folder) if isinstance(what.spec, FeatureSpec) else what.spec
+                run = RunSpec(model=model.spec, task=task.spec, direction=direction, what=found, batch_size=size)
             except ValidationError as error:
                 path = _path(error)
                 choice = {"model": model, "task": task}.get(str(path[0]) if path else "", what).choice
                 raise self.document.wrong(choice.place(path[1:]), said(error.errors()[0])) from None
+            except SweepError as error:
+                raise self.document.wrong(what.choice.place(("dictionaries",)), str(error)) from None
             yield run, choices
 
     def _directions(self, item: Any, place: Place) -> dict[Any, Place]:
@@ -301,7 +305,7 @@ class _Expansion:
             raise self.document.wrong(place, said(error.errors()[0])) from None
         except PatchlabError as error:
             raise self.document.wrong(place, str(error)) from None
-        if name == "sizes" and isinstance(value, list):
+        if name in ("sizes", "points") and isinstance(value, list):
             return ",".join(map(str, value))
         if isinstance(value, (list, dict)):
             raise self.document.wrong(place, f"a field of a run is a text, a number or a truth value; got {shown(value)}.")

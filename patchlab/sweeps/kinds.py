@@ -3,18 +3,19 @@
 import json
 import math
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 
 from patchlab.engine.memory import free_bytes
 from patchlab.errors import MethodError, ScoreError
 from patchlab.methods.names import scoring_method
 from patchlab.scores import Cost, ScoreMap
-from patchlab.sweeps.spec import CircuitSpec, RunSpec, ScoreSpec, VerifySpec
+from patchlab.sweeps.spec import CircuitSpec, FeatureSpec, RunSpec, ScoreSpec, VerifySpec
 from patchlab.tables import json_able
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from patchlab.tasks.task import Task
 
 SCORES, VERIFIED, CURVE, SIZES, SMALLEST, CIRCUIT = "scores.nc", "verified.json", "curve.json", "sizes.json", "smallest.json", "circuit.json"
+NEURONS, NODES = "neurons.nc", "nodes.csv"
 """Files of a run."""
 Statistic = dict[str, Any]
 """A number of a run: ``site`` ("" for the whole run), ``statistic``, ``value``, and its 95 % interval ``lo``, ``hi`` (None without)."""
@@ -75,17 +77,24 @@ def compute(run: RunSpec, desk: Desk, *, keeper: Any = None, say: Callable[[str]
         return _score(run, what, desk, keeper, say)
     if isinstance(what, VerifySpec):
         return _verify(run, what, desk, say)
+    if isinstance(what, FeatureSpec):
+        return _features(run, what, desk, keeper, say)
     return _circuit(run, what, desk, keeper, say)
 
 
 def _score(run: RunSpec, what: ScoreSpec, desk: Desk, keeper: Any, say: Callable[[str], Any]) -> Outcome:
     scores = _scored(run, what.method, desk.task, list(what.sites), desk, keeper, say)
+    return Outcome({SCORES: saved(scores.save, ".nc")}, scores.cost, _of_scores(scores))
+
+
+def _of_scores(scores: ScoreMap) -> list[Statistic]:
+    """The ends of the gap, and per site what there is to find."""
     rows = _ends(scores)
     for site in scores.sites:
         live = scores.live[site].to_numpy() & scores.scored(site).to_numpy()
         effects = scores.mean(site).to_numpy()[live]
         rows += [_row(site, "live_cells", int(live.sum())), _row(site, "largest_effect", float(np.abs(effects).max()) if effects.size else None)]
-    return Outcome({SCORES: saved(scores.save, ".nc")}, scores.cost, rows)
+    return rows
 
 
 def _verify(run: RunSpec, what: VerifySpec, desk: Desk, say: Callable[[str], Any]) -> Outcome:
@@ -107,7 +116,7 @@ def _circuit(run: RunSpec, what: CircuitSpec, desk: Desk, keeper: Any, say: Call
     scores = desk.edges[memo]
     train = None if what.ablation in ("resample", "zero") else choosing
     options = {"how": what.how, "by": what.by, "ablation": what.ablation, "train": train, "batch_size": run.batch_size}
-    options |= {"seed": desk.seed, "progress": desk.progress, "level": what.level}
+    options |= {"seed": desk.seed, "progress": desk.progress, "level": what.level, "stability": what.stability}
     sizes = None if what.sizes is None else list(what.sizes)
     curve = circuits.faithfulness_curve(desk.model, {what.method: scores}, held_out, sizes=sizes, random=what.random, **options)
     files, rows = {CURVE: saved(curve.save, ".json")}, _of_curve(curve)
@@ -115,6 +124,63 @@ def _circuit(run: RunSpec, what: CircuitSpec, desk: Desk, keeper: Any, say: Call
         more, sizes_found = _smallest(what, desk, scores, sets, options, say)
         files, rows = files | more, rows + sizes_found
     return Outcome(files, scores.cost, _ends(scores) + rows)
+
+
+def _features(run: RunSpec, what: FeatureSpec, desk: Desk, keeper: Any, say: Callable[[str], Any]) -> Outcome:
+    """What ``patchlab features compare`` does with one method; the model has the dictionaries only meanwhile."""
+    from patchlab import feature_comparison as features
+
+    choosing, measuring = desk.task.split(seed=desk.seed)
+    points = features.attach(desk.model, str(what.path), what.points)
+    try:
+        sites = features.sites_at(points)
+        scores = _scored(run, what.method, choosing, sites, desk, keeper, say)
+        files, rows, costs = {SCORES: saved(scores.save, ".nc")}, _of_scores(scores), [scores.cost]
+        neurons: dict[str, ScoreMap] = {}
+        if features.NEURONS in desk.model.arch.sites:
+            neurons[what.method] = _scored(run, what.method, choosing, [features.NEURONS], desk, None, say)
+            files[NEURONS] = saved(neurons[what.method].save, ".nc")
+            costs.append(neurons[what.method].cost)
+        options = {"ablation": what.ablation, "seed": desk.seed, "batch_size": run.batch_size, "progress": desk.progress}
+        tables = []
+        for nodes in features.NODES:
+            maps = neurons if nodes == "neurons" else {what.method: scores}
+            found = features.circuits_of(desk.model, measuring, nodes, maps, sites, **options)
+            if isinstance(found, str):
+                say(f"warning: {nodes}: {found}")
+                continue
+            tables.append(found[0])
+            rows += _of_nodes(nodes, found[0], found[1], random=features.RANDOM)
+    finally:
+        desk.model.drop_dictionaries()
+    if tables:
+        files[NODES] = pd.concat(tables, ignore_index=True).to_csv(index=False).encode()
+    return Outcome(files, _sum(costs), rows)
+
+
+def _sum(costs: Sequence[Cost]) -> Cost:
+    """What several things took, one after the other."""
+    peaks = ([getattr(one, name) for one in costs] for name in ("predicted_bytes", "cuda_peak_bytes"))
+    return Cost(
+        sum(one.forwards for one in costs),
+        sum(one.backwards for one in costs),
+        sum(one.positions for one in costs),
+        sum(one.seconds for one in costs),
+        *(max((peak for peak in found if peak is not None), default=None) for found in peaks),
+    )
+
+
+def _of_nodes(nodes: str, table: pd.DataFrame, areas: pd.DataFrame, *, random: str) -> list[Statistic]:
+    """Faithfulness and completeness by the number of nodes, and their means over the numbers; ``nodes`` stands in the place of a site."""
+    rows: list[Statistic] = []
+    for area in areas.to_dict("records"):
+        prefix = "random_" if area["method"] == random else ""
+        rows.append(_row(nodes, f"{prefix}distance", area["distance"], area["distance_lo"], area["distance_hi"]))
+        rows.append(_row(nodes, f"{prefix}left", area["left"]))
+    for point in table[table["method"] != random].to_dict("records"):
+        for name in ("faithfulness", "completeness"):
+            rows.append(_row(nodes, f"{name}_{point['n_nodes']}", point[name], point[f"{name}_lo"], point[f"{name}_hi"]))
+    return rows
 
 
 def _smallest(
@@ -204,9 +270,17 @@ def _of_curve(curve: "FaithfulnessCurve") -> list[Statistic]:
         rows += [_row("edges", prefix + name, area[name], area[f"{name}_lo"], area[f"{name}_hi"]) for name in ("cpr", "cmd")]
     for point in curve.table.to_dict("records"):
         if point["method"] != "random":
-            name = f"faithfulness_{point['n_requested']}"
-            rows.append(_row("edges", name, point["faithfulness"], point["lo"], point["hi"]))
+            size = point["n_requested"]
+            rows.append(_row("edges", f"faithfulness_{size}", point["faithfulness"], point["lo"], point["hi"]))
+            if "jaccard" in point:
+                rows += _of_stability(f"jaccard_{size}", point)
     return rows
+
+
+def _of_stability(name: str, numbers: Mapping[Any, Any]) -> list[Statistic]:
+    """How alike resamples choose, with the range of 95 % of their pairs, and what random choices of the same sizes would share."""
+    ends = (numbers["jaccard"], numbers["jaccard_lo"], numbers["jaccard_hi"])
+    return [_row("edges", name, *ends), _row("edges", f"{name}_chance", numbers["jaccard_chance"])]
 
 
 def _of_smallest(found: "SmallestFaithful", sets: "Sets") -> list[Statistic]:
@@ -214,6 +288,8 @@ def _of_smallest(found: "SmallestFaithful", sets: "Sets") -> list[Statistic]:
     reached = math.isfinite(row["n_edges"])
     rows = [_row("edges", "smallest_edges", row["n_edges"] if reached else None, row["n_edges_lo"], row["n_edges_hi"])]
     rows += [_row("edges", "smallest_share", row["fraction"]), _row("edges", "smallest_faithfulness", row["faithfulness"], row["lo"], row["hi"])]
+    if "jaccard" in row:
+        rows += _of_stability("smallest_jaccard", row)
     return [*rows, *(_row("", f"{name}_pairs", len(part)) for name, part in vars(sets).items())]
 
 

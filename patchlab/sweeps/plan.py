@@ -22,13 +22,14 @@ from patchlab.circuits.smallest import sizes_to
 from patchlab.engine.masked import pass_bytes, row_bytes
 from patchlab.engine.memory import free_bytes
 from patchlab.errors import ModelError, PatchlabError, SweepError
+from patchlab.feature_comparison import NEURONS, SIZES, attach, sites_at
 from patchlab.methods.names import scoring_method
 from patchlab.methods.plan import forward_seconds
 from patchlab.methods.verified.search import SAMPLE, VerifiedPatching, levels
 from patchlab.models import DEMO_MODELS, Model, load_model
 from patchlab.models.load import chosen_device
 from patchlab.progress import duration
-from patchlab.sweeps.spec import CircuitSpec, ModelSpec, RunSpec, ScoreSpec, VerifySpec
+from patchlab.sweeps.spec import CircuitSpec, FeatureSpec, ModelSpec, RunSpec, ScoreSpec, VerifySpec
 from patchlab.tasks.task import Task
 from patchlab.terminal import fitted, terminal_width
 
@@ -134,6 +135,8 @@ class Plan:
             lines.append("at least: only a run shows how many cells these sites have, and patching them comes on top.")
         if any(isinstance(one.run.what, VerifySpec) for one in self.runs):
             lines.append("at most: verified patching stops as soon as its rule says so.")
+        if any(isinstance(one.run.what, FeatureSpec) and not one.uncounted for one in self.runs):
+            lines.append("at most: circuits of features that turn out equal are run once.")
         return fitted("\n".join([*lines, self.calibration] if self.calibration else lines), terminal_width())
 
 
@@ -145,7 +148,7 @@ def _called(model: ModelSpec) -> str:
 def _cost(one: RunPlan) -> str:
     if one.problem is not None:
         return f"would fail: {one.problem}"
-    bound = "at least " if one.uncounted else "at most " if isinstance(one.run.what, VerifySpec) else ""
+    bound = "at least " if one.uncounted else "at most " if isinstance(one.run.what, VerifySpec | FeatureSpec) else ""
     shared = ", edge scores shared" if one.shared else ""
     return f"{bound}{_passes(one.forwards, one.backwards)}, {_time(one.seconds)}, {size(one.peak_bytes)}{shared}"
 
@@ -312,9 +315,10 @@ class _Planner:
         Raises:
             SweepError: it cannot fit.
         """
+        kinds = {ScoreSpec: self._score, VerifySpec: self._verify, CircuitSpec: self._circuit, FeatureSpec: self._features}
         try:
             task = self._task(run)
-            plan = {ScoreSpec: self._score, VerifySpec: self._verify, CircuitSpec: self._circuit}[type(run.what)](run, task, run.what)
+            plan = kinds[type(run.what)](run, task, run.what)
         except SweepError:
             raise
         except PatchlabError as error:
@@ -420,6 +424,25 @@ class _Planner:
         each = min(run.batch_size, len(held)) * row_bytes(self.model, longest)
         masked = max(each, min(each * circuits, pass_bytes(self.model)))
         return RunPlan(run, forwards, backwards, seconds, max(peak, masked), shared=shared)
+
+    def _features(self, run: RunSpec, task: Task, what: FeatureSpec) -> RunPlan:
+        choosing, measuring = task.split(seed=run.task.seed)
+        method, options = scoring_method(what.method), {"direction": run.direction, "batch_size": run.batch_size}
+        points = attach(self.model, str(what.path), what.points)
+        try:
+            scored = [sites_at(points), *([[NEURONS]] if NEURONS in self.model.arch.sites else [])]
+            plans = [method.plan(self.model, choosing, sites, **options) for sites in scored]
+            peak = max(method.prepared(self.model, choosing, sites, **options)[2] for sites in scored)
+        finally:
+            self.model.drop_dictionaries()
+        kinds = len(scored) + 1  # features with and without their errors, and neurons
+        batches = len(measuring.batches(run.batch_size, self.model.device))
+        circuits = 1 + 2 * 2 * SIZES  # none; those of the method and at random; and what is outside each
+        around = 1 if what.ablation == "zero" else 2  # the whole model, and what ablated nodes carry
+        forwards = sum(plan.forwards for plan in plans) + kinds * (circuits + around) * batches
+        seconds = sum(plan.work for plan in plans) * self._once(choosing) + kinds * (circuits + around) * self._once(measuring)
+        uncounted = tuple(dict.fromkeys(site for plan in plans for site in plan.uncounted))
+        return RunPlan(run, forwards, sum(plan.backwards for plan in plans), seconds, peak, uncounted=uncounted)
 
 
 def _most_patched(method: VerifiedPatching, n_live: int, live: Mapping[str, Any], sites: Iterable[Any]) -> int:

@@ -24,6 +24,8 @@ AGREEMENT = (
 )
 """Statistics of the agreement of a method with exact patching, over live cells."""
 COSTS = ("forwards", "backwards", "positions", "seconds")
+COMPARED = ("score", "features")
+"""Kinds of runs whose scores are compared with exact patching."""
 
 
 class Sweep:
@@ -334,19 +336,20 @@ def without_source(method: str) -> str:
 def _alike(plan: Mapping[str, Any], source: str) -> str:
     """What a run and its reference have in common."""
     spec = plan["spec"]
-    return json.dumps([spec["model"], spec["task"], spec["direction"], spec["what"]["sites"], source], sort_keys=True)
+    scored = {name: value for name, value in spec["what"].items() if name in ("kind", "sites", "content", "points")}
+    return json.dumps([spec["model"], spec["task"], spec["direction"], scored, source], sort_keys=True)
 
 
 def _compared_with(plan: Mapping[str, Any]) -> str | None:
     method = plan["spec"]["what"].get("method", "")
-    if plan["spec"]["what"]["kind"] != "score" or without_source(method) == "exact":
+    if plan["spec"]["what"]["kind"] not in COMPARED or without_source(method) == "exact":
         return None
     return _alike(plan, method.partition("@")[2])
 
 
 def _exact(plan: Mapping[str, Any]) -> str | None:
     what = plan["spec"]["what"]
-    if what["kind"] != "score" or without_source(what["method"]) != "exact":
+    if what["kind"] not in COMPARED or without_source(what["method"]) != "exact":
         return None
     return _alike(plan, what["method"].partition("@")[2])
 

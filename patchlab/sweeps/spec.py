@@ -1,22 +1,47 @@
 """The spec of a run: everything that its result depends on, as plain values, with one key for all ways to write it down."""
 
 import hashlib
-import itertools
 import json
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from datetime import date
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from patchlab.errors import PatchlabError, SweepError, unknown
-from patchlab.sites import KINDS, parse_sites
-from patchlab.sweeps.content import data_content, file_content, folder_content, hub_content, hub_data_content, model_folder
+from patchlab.sites import KINDS
+from patchlab.sweeps.content import (
+    data_content,
+    dictionary_folder,
+    file_content,
+    files_content,
+    folder_content,
+    hub_content,
+    hub_data_content,
+    model_folder,
+)
+from patchlab.sweeps.fields import (
+    Count,
+    Device,
+    Direction,
+    MethodName,
+    MetricName,
+    Name,
+    NotNegative,
+    Number,
+    Options,
+    PairsMethod,
+    Plain,
+    Points,
+    Positions,
+    Resamples,
+    Sites,
+    Sizes,
+    number,
+    refusal,
+)
 
 if TYPE_CHECKING:
     from patchlab.methods.verified.search import VerifiedPatching
@@ -44,90 +69,6 @@ class Apart:
 
 ADDED_OPTIONS: dict[tuple[str, str], Any] = {}
 """Options of generators that came after keys were in use: (generator, option) and the value that means what was done before."""
-
-
-def refusal(message: str, *path: str | int) -> PydanticCustomError:
-    """An error with a message of its own, about a part of what is validated."""
-    return PydanticCustomError("refused", "{message}", {"message": message, "path": path})
-
-
-def _told(read: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """A validator whose errors are those that patchlab raises."""
-
-    def validated(value: Any) -> Any:
-        try:
-            return read(value)
-        except PatchlabError as error:
-            raise refusal(str(error)) from error
-
-    return validated
-
-
-def _method(name: str) -> str:
-    from patchlab.methods.names import scoring_method
-
-    return scoring_method(name).name
-
-
-def _metric(name: str) -> str:
-    from patchlab.metrics import get_metric
-
-    return get_metric(name).name
-
-
-def _sites(given: Any) -> tuple[str, ...]:
-    if not isinstance(given, (str, list, tuple)) or not all(isinstance(one, str) for one in given):
-        raise SweepError(f"sites are a name such as 'resid_pre' or a list of names; got {shown(given)}.")
-    if not isinstance(given, str):
-        for i, one in enumerate(given):
-            try:
-                parse_sites([one])
-            except PatchlabError as error:
-                raise refusal(str(error), i) from error
-    return tuple(map(str, parse_sites(given)))
-
-
-def _number(given: Any) -> Any:
-    """YAML 1.1 takes 1e-6 for a text; it is meant as a number."""
-    return float(given) if isinstance(given, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", given) else given
-
-
-def _positions(text: str) -> str:
-    names = [name.strip() for name in text.split(",")]
-    if not all(names) or len(set(names)) < len(names):
-        raise SweepError(f"positions are names with commas between them, each once, such as S2,END; got {text!r}.")
-    return ",".join(names)
-
-
-def _device(name: str) -> str:
-    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
-        raise SweepError(f"unknown device {name!r}; give cpu, cuda, cuda:1 or mps, or leave it out.")
-    return name
-
-
-def _increasing(sizes: tuple[int, ...]) -> tuple[int, ...]:
-    if not sizes or sizes[0] < 0 or any(a >= b for a, b in itertools.pairwise(sizes)):
-        raise SweepError(f"sizes are numbers of edges, 0 or more, each larger than the one before; got {list(sizes)}.")
-    return sizes
-
-
-def shown(value: Any) -> str:
-    """A value as a message shows it, as YAML would write it."""
-    return str(value) if isinstance(value, date) else json.dumps(value, default=str, ensure_ascii=False)[:80]
-
-
-Name = Annotated[str, Field(min_length=1)]
-Number = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
-MethodName = Annotated[str, AfterValidator(_told(_method))]
-Sites = Annotated[tuple[str, ...], BeforeValidator(_told(_sites))]
-Sizes = Annotated[
-    tuple[int, ...], BeforeValidator(lambda given: tuple(given) if isinstance(given, list) else given), AfterValidator(_told(_increasing))
-]
-Count = Annotated[int, Field(ge=1)]
-NotNegative = Annotated[int, Field(ge=0)]
-Plain = str | int | float | bool | None
-Options = dict[str, Plain]
-Direction = Literal["denoising", "noising"]
 
 
 class Spec(BaseModel):
@@ -165,7 +106,7 @@ class ModelSpec(Spec):
 
     name: Annotated[Name, Apart()]
     dtype: Literal["float32", "float64", "bfloat16", "float16"] = "float32"
-    device: Annotated[Annotated[str, AfterValidator(_told(_device))] | None, Apart()] = None
+    device: Annotated[Device | None, Apart()] = None
     path: Annotated[str | None, Apart()] = None
     content: str | None = None
 
@@ -220,9 +161,9 @@ class TaskSpec(Spec):
 
     name: Name
     n: Count | None = None
-    metric: Annotated[str, AfterValidator(_told(_metric))] | None = None
+    metric: MetricName | None = None
     only_correct: bool = False
-    positions: Annotated[str, AfterValidator(_told(_positions))] | None = None
+    positions: Positions | None = None
     options: Options = {}
     seed: int = 0
     half: Annotated[Literal["first", "second"] | None, Added(old=None)] = None
@@ -245,7 +186,7 @@ class TaskSpec(Spec):
         if self.name not in GENERATORS:
             raise refusal(unknown("task", self.name, GENERATORS, more="Or give a file."), "name")
         generator = GENERATORS[self.name]
-        options = {name: _number(value) if isinstance(generator.defaults.get(name), float) else value for name, value in self.options.items()}
+        options = {name: number(value) if isinstance(generator.defaults.get(name), float) else value for name, value in self.options.items()}
         for name, value in options.items():
             try:
                 generator.options({name: value})
@@ -382,6 +323,7 @@ class CircuitSpec(Spec):
         random: draws of random circuits of the same sizes.
         level: what counts as faithful.
         smallest: find the smallest faithful circuit as well, on a quarter of the pairs, and report its faithfulness on another.
+        stability: resamples of the pairs of the scores on which each choice is made again, to see how stable it is; 0 for none.
     """
 
     kind: Literal["circuit"] = "circuit"
@@ -393,6 +335,7 @@ class CircuitSpec(Spec):
     random: NotNegative = 5
     level: Annotated[Number, Field(gt=0, le=1)] = 0.9
     smallest: bool = True
+    stability: Annotated[Resamples, Added(old=0)] = 0
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -405,8 +348,50 @@ class CircuitSpec(Spec):
         return 8 if self.smallest else 4
 
 
-What = Annotated[ScoreSpec | VerifySpec | CircuitSpec, Field(discriminator="kind")]
-KINDS_OF_RUN: tuple[type[ScoreSpec] | type[VerifySpec] | type[CircuitSpec], ...] = (ScoreSpec, VerifySpec, CircuitSpec)
+class FeatureSpec(Spec):
+    """Features and errors of dictionaries, and neurons, scored by a method on one half of the pairs, and how faithful the circuits of nodes that it
+    chooses are on the other; as ``patchlab features compare`` does it.
+
+    Args:
+        method: scores the nodes.
+        dictionaries: a folder, or the name of a packaged model; None for those packaged with the model of the run.
+        points: sites whose dictionaries are used; empty for all.
+        ablation: what nodes outside a circuit carry, one of :data:`patchlab.circuits.NODE_ABLATIONS`.
+        path: the folder that they are loaded from.
+        content: ``sha256:...`` of what is in it.
+    """
+
+    kind: Literal["features"] = "features"
+    method: PairsMethod
+    dictionaries: Annotated[Name | None, Apart()] = None
+    points: Points = ()
+    ablation: Literal["mean_positional", "mean", "resample", "zero"] = "mean_positional"
+    path: Annotated[str | None, Apart()] = None
+    content: str | None = None
+
+    least: ClassVar[int] = 4
+    """The fewest pairs: two that differ in each half."""
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """What is scored, as far as it is known without the dictionaries."""
+        from patchlab.feature_comparison import sites_at
+
+        return tuple(sites_at(self.points)) or ("features", "error")
+
+    def of(self, model: ModelSpec, folder: Path | None = None) -> "FeatureSpec":
+        """With the dictionaries of a model found, and their content; ``folder`` is what a relative one is relative to, default the current one.
+
+        Raises:
+            SweepError: there are none.
+        """
+        found = dictionary_folder(self.dictionaries, model.name, folder or Path())
+        return self.model_copy(update={"path": str(found), "content": files_content(found)})
+
+
+Kind = ScoreSpec | VerifySpec | CircuitSpec | FeatureSpec
+What = Annotated[Kind, Field(discriminator="kind")]
+KINDS_OF_RUN: tuple[type[Kind], ...] = (ScoreSpec, VerifySpec, CircuitSpec, FeatureSpec)
 
 
 class RunSpec(Spec):
@@ -431,29 +416,35 @@ class RunSpec(Spec):
 
     @model_validator(mode="after")
     def _fits(self) -> "RunSpec":
-        circuit = isinstance(self.what, CircuitSpec)
-        if self.task.content is not None and self.task.seed and not circuit and self.task.half is None:
+        if self.task.content is not None and self.task.seed and not self.halves and self.task.half is None:
             raise refusal(
                 f"a file has no seed: its rows stay the same, and {self.what.kind} cuts them into no halves; got {self.task.seed}. Leave seed out, "
-                f"or give the task with a seed to circuits alone (under include:).",
+                f"or give the task with a seed to circuits and features alone (under include:).",
                 "task",
                 "seed",
             )
-        if isinstance(self.what, CircuitSpec) and self.task.n is not None and self.task.n < self.what.least:
+        if isinstance(self.what, CircuitSpec | FeatureSpec) and self.task.n is not None and self.task.n < self.what.least:
             raise refusal(
                 f"{self.task.n} pairs cannot be cut into the halves that circuits are chosen and measured on; give n of at least {self.what.least}"
-                + (" (4 with smallest: false)." if self.what.smallest else "."),
+                + (" (4 with smallest: false)." if isinstance(self.what, CircuitSpec) and self.what.smallest else "."),
                 "task",
                 "n",
             )
         return self
 
+    @property
+    def halves(self) -> bool:
+        """Whether the pairs are cut in two: those that circuits are chosen on, and those that they are measured on."""
+        return isinstance(self.what, CircuitSpec | FeatureSpec)
+
     def canonical(self) -> str:
         """Canonical JSON of everything that the result depends on.
 
         Raises:
-            SweepError: the content of the model is not known.
+            SweepError: the content of the model or of the dictionaries is not known.
         """
+        if isinstance(self.what, FeatureSpec) and self.what.content is None:
+            raise SweepError("the content of the dictionaries is not known, so the run has no key; make it with FeatureSpec.of.")
         if self.model.content is None:
             raise SweepError(f"the content of the model {self.model.name} is not known, so its runs have no key; make it with ModelSpec.of.")
         return _json(self.plain())
@@ -465,18 +456,22 @@ class RunSpec(Spec):
 
     @cached_property
     def group(self) -> str:
-        """What runs that share work have in common: model, task, direction and sites; circuits are a group of their own."""
+        """What runs that share work have in common: model, task, direction and sites; circuits are a group of their own, features by dictionaries."""
         self.canonical()
         shared = {name: value for name, value in self.plain().items() if name in self.shared}
-        sites = "edges" if isinstance(self.what, CircuitSpec) else sorted(self.what.sites, key=_place_of)
+        sites: Any = "edges" if isinstance(self.what, CircuitSpec) else None
+        if isinstance(self.what, FeatureSpec):
+            sites = {"dictionaries": self.what.content, "points": list(self.what.points)}
+        elif sites is None:
+            sites = sorted(self.what.sites, key=_place_of)
         return hashlib.sha256(_json({**shared, "sites": sites}).encode()).hexdigest()[:16]
 
     @property
     def label(self) -> str:
         """A line for people."""
-        task, what = self.task, self.what
+        model, task, what = self.model, self.task, self.what
         pairs = "" if task.n is None else f"[{task.n}]"
-        seed = "" if task.content is not None and not isinstance(what, CircuitSpec) else f" seed {task.seed}"
+        seed = "" if task.content is not None and not self.halves else f" seed {task.seed}"
         seed += "" if task.half is None else f", {task.half} half"
         options = "".join(f" {name}={value}" for name, value in self._unusual().items())
         sites = ",".join(what.sites)
@@ -484,9 +479,10 @@ class RunSpec(Spec):
             "score": f"{what.method} on {sites}",
             "verify": f"verified by {what.method} on {sites}",
             "circuit": f"circuits by {what.method}, {getattr(what, 'ablation', '')}",
+            "features": f"features of {getattr(what, 'dictionaries', None) or model.name} by {what.method}, {getattr(what, 'ablation', '')}",
         }[what.kind]
-        model = self.model.name + ("" if self.model.dtype == "float32" else f" {self.model.dtype}")
-        return f"{model} × {task.name}{pairs}{options}{seed}, {self.direction}: {wanted}"
+        dtype = "" if model.dtype == "float32" else f" {model.dtype}"
+        return f"{model.name}{dtype} × {task.name}{pairs}{options}{seed}, {self.direction}: {wanted}"
 
     def _unusual(self) -> Mapping[str, Plain]:
         from patchlab.tasks import GENERATORS
@@ -507,7 +503,7 @@ class RunSpec(Spec):
             "method": what.method,
             "sites": ",".join(what.sites),
         }
-        rest = {name: getattr(what, name) for name in type(what).model_fields if name not in ("kind", "method", "screen", "sites")}
+        rest = {name: getattr(what, name) for name in type(what).model_fields if name not in ("kind", "method", "screen", "sites", "path", "content")}
         for prefix, values in (("task", task.options), (what.kind, rest)):
             for name, value in values.items():
                 plain = ",".join(map(str, value)) if isinstance(value, tuple) else value

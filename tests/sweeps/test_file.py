@@ -239,8 +239,8 @@ BAD = {
         5,
         "unknown key 'ablation'; Valid: batch_size, directions",
     ),
-    "unknown kind": (run("{kind: scroe, methods: relp}"), 5, "runs[0]: unknown kind of run 'scroe'; did you mean 'score'? Valid: circuit, score"),
-    "no kind": (run("{methods: relp, sites: z}"), 5, "runs[0]: an item of runs says what kind it is: 'kind: score' (or verify, circuit)"),
+    "unknown kind": (run("{kind: scroe, methods: relp}"), 5, "runs[0]: unknown kind of run 'scroe'; did you mean 'score'? Valid: circuit, features"),
+    "no kind": (run("{methods: relp, sites: z}"), 5, "runs[0]: an item of runs says what kind it is: 'kind: score' (or verify, circuit, features)"),
     "no sites": (run("{kind: score, methods: relp}"), 5, "runs[0].score: 'sites' is missing"),
     "unknown method": (
         run("{kind: score, methods: [relp, realp], sites: z}"),
@@ -252,6 +252,23 @@ BAD = {
         9,
         "runs[0].score.methods[1]: unknown method 'atpp'; did you mean 'atp'?",
     ),
+    "unknown site of dictionaries": (
+        run("{kind: features, methods: relp, points: [mlp_out, mlp_uot]}"),
+        5,
+        "runs[0].features.points[1]: unknown site of dictionaries 'mlp_uot'; did you mean 'mlp_out'?",
+    ),
+    "dictionaries that are not there": (
+        run("{kind: features, methods: relp, dictionaries: [demo-gpt2, saes]}"),
+        5,
+        "runs[0].features.dictionaries[1]: there is no folder of dictionaries ",
+    ),
+    "a model without dictionaries": (
+        run("{kind: features, methods: relp}"),
+        5,
+        "runs[0].features: no dictionaries are packaged for the model demo-gpt2-4l; give 'dictionaries: FOLDER'. Packaged are those of: demo-",
+    ),
+    "features in a mean": (run("{kind: features, methods: [relp, relp@mean]}"), 5, "runs[0].features.methods[1]: features are compared between the"),
+    "one resample": (run("{kind: circuit, methods: relp, stability: [0, 1]}"), 5, "runs[0].circuit.stability[1]: stability compares resamples"),
     "unknown screen": (run("{kind: verify, screen: [relp, rleap], sites: z}"), 5, "runs[0].verify.screen[1]: unknown method 'rleap'"),
     "unknown site": (run("{kind: score, methods: relp, sites: [z, zz]}"), 5, "runs[0].score.sites[1]: unknown site 'zz'; did you mean 'z'?"),
     "unknown site in a grid": (run("{kind: score, methods: relp, sites: [[z], [q, zz]]}"), 5, "runs[0].score.sites[1][1]: unknown site 'zz'"),
@@ -483,7 +500,7 @@ def test_shipped_studies_have_a_head_and_their_own_name(path):
     assert f"patchlab sweep plan examples/sweeps/{path.name}" in text
 
 
-@pytest.mark.parametrize(("name", "n_runs"), [("methods", 2 * (6 + 4) * 2 * 7), ("relp_rules", 2 * 3 * 11)])
+@pytest.mark.parametrize(("name", "n_runs"), [("methods", 2 * (6 + 4) * 2 * 10 + 2 * 3 * (10 + 8)), ("relp_rules", 2 * 3 * 11)])
 def test_shipped_studies_of_packaged_models_expand(name, n_runs):
     runs = runs_of(read(ROOT / "examples" / "sweeps" / f"{name}.yaml"))
     assert len(runs) == len({run.key for run in runs}) == n_runs
