@@ -54,6 +54,7 @@ def test_equals_the_loop_over_single_edges(family: str, ablation: str) -> None:
     assert found[0.3].provenance["skipped"] > 0
 
 
+@pytest.mark.slow
 def test_by_the_metric_of_the_task() -> None:
     model, task = model_of("gpt2", torch.float64, 2), swap_task(3)
     found = acdc(model, task, 0.05, measure="metric", prune=False, progress=False)[0.05]
@@ -78,6 +79,7 @@ def test_effects_are_those_of_the_trials() -> None:
     assert scores[circuit.graph.edge(first)] == pytest.approx(values[1] - values[0])
 
 
+@pytest.mark.slow
 def test_pruned_by_default_and_fit_for_evaluation(demo_gpt2_4l) -> None:
     task = pl.load_task("ioi", demo_gpt2_4l, n=6, seed=0)
     loose, tight = acdc(demo_gpt2_4l, task, [0.5, 0.05], progress=False).values()

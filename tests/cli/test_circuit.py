@@ -202,6 +202,7 @@ def test_evaluate_runs_the_circuit_on_the_other_half(found, halves):
     assert text.stdout == f"{wanted!r}\n"
 
 
+@pytest.mark.slow
 def test_evaluate_prints_what_each_node_adds(found, tmp_path):
     path, _ = found
     other = tmp_path / "other.json"

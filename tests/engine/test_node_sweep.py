@@ -65,6 +65,7 @@ def test_metrics(metric: str | Metric) -> None:
     assert largest_difference(*maps) < 1e-5
 
 
+@pytest.mark.slow
 def test_several_lengths_named_positions_and_different_first_differences() -> None:
     model = model_of("qwen3")
     # of the last one, all pairs differ at position 4, and one of them does before

@@ -222,6 +222,7 @@ def test_paths_over_inputs_differ_only_in_sign_between_directions(rules: str) ->
     assert float(np.abs(one.data["z"] + other.data["z"]).max()) > 0.05 * float(np.abs(one.data["z"]).max())
 
 
+@pytest.mark.slow
 def test_completeness_gap_falls_with_the_number_of_points() -> None:
     model, task = model_of("gpt2", torch.float64), swap_task()
     for over, group in (("inputs", "input"), ("activations", "L0.attn_out")):

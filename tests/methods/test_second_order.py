@@ -249,6 +249,7 @@ def test_cost_is_one_gradient_per_layer_and_probe() -> None:
     assert (cost.forwards, cost.backwards) == (2 + 2 * 2 * LAYERS, 1 + 2 * 2 * LAYERS)
 
 
+@pytest.mark.slow
 def test_flagged_cells_are_the_worse_ones(demo_gpt2_4l: Any) -> None:
     """On a trained model the first-order scores of flagged cells are off by several times more than the others'."""
     task = pl.load_task("ioi", demo_gpt2_4l, n=8)

@@ -560,6 +560,7 @@ def test_without_kaleido_the_warning_names_the_package(figure, tmp_path, monkeyp
         save(figure, tmp_path / "a.svg")
 
 
+@pytest.mark.slow
 def test_png(figure, tmp_path, browser):
     path = save(figure, tmp_path / "a.png", scale=1)
     assert path == tmp_path / "a.png"

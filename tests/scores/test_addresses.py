@@ -123,6 +123,7 @@ def test_named_positions_are_read_by_name() -> None:
     assert named.top(1)["address"][0].partition("@")[2] in words
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_every_cell_has_an_address_that_leads_to_it(family: str) -> None:
     for sites in (SITES, ["edges"], ["edges[writer,reader,pos]"]):

@@ -158,6 +158,7 @@ def folder(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_the_table_of_the_readme_is_that_of_the_sweep(folder, monkeypatch):
     """And its numbers are those of the same runs without a sweep."""
     shown = sys.modules[readme.Setting.__module__]
@@ -176,6 +177,7 @@ def test_the_table_of_the_readme_is_that_of_the_sweep(folder, monkeypatch):
     assert "8 pairs each, whether the model solves them or not. The last rows count all 2 settings" in text
 
 
+@pytest.mark.slow
 def test_the_page_is_that_of_the_sweep(folder):
     text = page.page(pl.sweeps.open(folder / "out"))
     heads = [line for line in text.splitlines() if line.startswith("### ")]
@@ -185,6 +187,7 @@ def test_the_page_is_that_of_the_sweep(folder):
     assert "Several backward pass" not in text.partition("## Which")[2].partition("###")[2], "there is none"
 
 
+@pytest.mark.slow
 def test_what_is_not_done_is_no_page(folder, tmp_path):
     shutil.copytree(folder / "out", tmp_path / "out")
     wanted = runs(folder, STUDY.replace("name: ioi, n: 8}", "name: ioi, n: 8, seed: [0, 1]}"))

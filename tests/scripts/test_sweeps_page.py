@@ -45,6 +45,7 @@ def cells(text: str, *first: str) -> list[str]:
     return found[len(first) :]
 
 
+@pytest.mark.slow
 def test_wins_are_paired_intervals_of_the_base_minus_the_other(folder, text):
     sweep = pl.sweeps.open(folder)
     table = sweep.runs()
@@ -65,6 +66,7 @@ def test_wins_are_paired_intervals_of_the_base_minus_the_other(folder, text):
     assert "4 settings (model × task × seed × direction) of 2 models" in text
 
 
+@pytest.mark.slow
 def test_edges_are_paired_over_models(folder, text):
     sweep = pl.sweeps.open(folder)
     table = sweep.table().query("statistic == 'cmd'")
@@ -77,12 +79,14 @@ def test_edges_are_paired_over_models(folder, text):
     assert row[3] == f"{less} / {4 - less - more} / {more}"
 
 
+@pytest.mark.slow
 def test_what_has_not_been_run_is_named(text):
     for name in ("methods", "relp_rules", "relp_paper"):
         assert f"- **{name}**" in text.partition("## Not run yet")[2]
     assert "**seeds**" not in text.partition("## Not run yet")[2]
 
 
+@pytest.mark.slow
 def test_sections_of_studies_that_are_not_given_stay(folder, text):
     before = text.replace("## Not run yet", "## methods\n\nHow well? 280 runs.\n\n### Nodes\n\nmany\n\n## seeds\n\nold\n\n## Not run yet")
     again = page.page([folder], before)
@@ -92,6 +96,7 @@ def test_sections_of_studies_that_are_not_given_stay(folder, text):
     assert page.page([folder], text) == text
 
 
+@pytest.mark.slow
 def test_other_folders_are_refused(folder, tmp_path):
     with pytest.raises(SystemExit, match="give one folder with finished runs for each of"):
         page.page([folder, folder])

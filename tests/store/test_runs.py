@@ -191,6 +191,7 @@ def test_a_disk_that_is_full(small_disk: Path) -> None:
         assert store.counts()["done"] == 60
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments() -> None:
     command = [sys.executable, str(ROOT / "scripts" / "kill_store.py"), "--kills", "5", "--runs", "40", "--json"]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False)

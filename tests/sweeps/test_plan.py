@@ -36,6 +36,7 @@ def planned(demo_gpt2_4l):
     return lambda *runs, **options: estimate(runs, load=lambda *_, **__: demo_gpt2_4l, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["exact", "exact@zero", "exact@mean", "atp", "relp+ig:3", "atp+qk", "relp@mean"])
 @pytest.mark.parametrize("direction", ["denoising", "noising"])
 def test_scores_take_the_passes_that_were_planned(planned, demo_gpt2_4l, method, direction):
@@ -59,6 +60,7 @@ def test_exact_patching_takes_the_passes_that_were_planned_with_every_metric(pla
     assert planned(run).forwards == found.cost.forwards
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fields",
     [
@@ -80,6 +82,7 @@ def test_verified_patching_takes_no_more_than_was_planned(planned, demo_gpt2_4l,
     assert "at most" in str(planned(run))
 
 
+@pytest.mark.slow
 def test_a_verified_sweep_is_a_sweep(planned, demo_gpt2_4l):
     run = run_of(VerifySpec(sites=["z"], k=16))
     (one,) = planned(run).runs
@@ -87,6 +90,7 @@ def test_a_verified_sweep_is_a_sweep(planned, demo_gpt2_4l):
     assert (one.forwards, one.backwards) == (found.cost.forwards, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "what",
     [
@@ -213,6 +217,7 @@ def test_every_model_is_loaded_once_as_its_spec_says(demo_gpt2_4l):
     assert sum(part.forwards for part in plan.by_model.values()) == plan.forwards
 
 
+@pytest.mark.slow
 def test_times_are_measured_while_there_is_time_and_scaled_after_that(planned):
     runs = [run_of(ScoreSpec(method="atp", sites="z"), model=replace_model(content=f"sha256:{i}")) for i in range(2)]
     assert "by the number of weights" not in planned(*runs, calibration=1e9).calibration

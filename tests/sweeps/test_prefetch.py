@@ -44,6 +44,7 @@ def prefetch(file: Path):
     return CliRunner().invoke(cli.app, ["sweep", "prefetch", str(file)], prog_name="patchlab")
 
 
+@pytest.mark.slow
 def test_what_is_missing_is_fetched_once(file, tmp_path, monkeypatch):
     fetched: list[str] = []
     monkeypatch.setattr(hub_of_models, "_ask", lambda *_: None)

@@ -78,6 +78,7 @@ def test_killed_at_random_moments_it_loses_nothing(whole, tmp_path):
     same_tables(whole, out)
 
 
+@pytest.mark.slow
 def test_workers_end_with_the_driver(tmp_path):
     runs(tmp_path, SCORES)
     process = command(tmp_path / "sweep.yaml", tmp_path / "out", "--workers", "2")
@@ -158,6 +159,7 @@ def test_workers_that_never_begin_end_the_sweep_and_no_run(tmp_path, monkeypatch
     assert not any(store.attempts(key) for key in store.planned())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [dies_after_each_run, dies_once_it_waits], ids=["between two runs", "between two groups"])
 def test_a_worker_that_dies_while_it_does_no_run_costs_no_run_a_retry(tmp_path, monkeypatch, how):
     monkeypatch.setattr(processes, "_work", how)
@@ -189,6 +191,7 @@ def test_one_process_and_several_agree(whole, tmp_path):
     assert one["value"].to_numpy(float) == pytest.approx(several["value"].to_numpy(float), abs=1e-4, nan_ok=True)
 
 
+@pytest.mark.slow
 def test_the_command_says_what_came_of_it(tmp_path):
     runs(tmp_path, SMALL.replace("seed: [0, 1]", "seed: 0"))
     process = command(tmp_path / "sweep.yaml", tmp_path / "out", "--json")

@@ -72,6 +72,7 @@ def test_more_shards_than_groups_are_refused(tmp_path):
         split(runs(tmp_path, MANY), 41)
 
 
+@pytest.mark.slow
 def test_shards_together_are_the_sweep(tmp_path):
     wanted = runs(tmp_path, SCORES)
     swept(wanted, tmp_path / "whole")

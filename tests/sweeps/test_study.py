@@ -117,6 +117,7 @@ def test_a_small_budget_leaves_out_what_is_dear_and_says_so(tmp_path, pairs):
     assert "Circuits of edges would have taken longer than the budget." in page
 
 
+@pytest.mark.slow
 def test_verified_heads_take_the_place_of_a_sweep_that_is_too_dear(tmp_path, pairs, monkeypatch):
     prices = studies._prices
 
@@ -133,6 +134,7 @@ def test_verified_heads_take_the_place_of_a_sweep_that_is_too_dear(tmp_path, pai
     assert "the largest were verified by patching" in (tmp_path / "out" / "index.html").read_text()
 
 
+@pytest.mark.slow
 def test_the_same_study_goes_on_from_its_runs(tmp_path, pairs, monkeypatch):
     folder = planted(tmp_path / "model", 1)
     first = made(folder, pairs, tmp_path / "out")

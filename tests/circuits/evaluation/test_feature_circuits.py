@@ -210,6 +210,7 @@ def test_the_identity_is_a_dictionary_of_coordinates() -> None:
     assert top_n(scores, 5).n_nodes == 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["transcoder", "cross_layer_transcoder", "codebook"])
 def test_other_kinds_of_dictionaries(kind: str) -> None:
     own = bridged(hf_module("gpt2", DTYPE), "gpt2")

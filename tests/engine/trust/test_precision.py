@@ -144,6 +144,7 @@ def test_gradients_below_the_range_of_float16_are_kept(name: str, dtype: torch.d
             assert np.linalg.norm(one - other) <= 64 * UNIT[dtype] * np.linalg.norm(other), (site, e)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", HALVES)
 def test_edges(dtype: torch.dtype) -> None:
     half, wide = _pair("llama", dtype)

@@ -484,6 +484,7 @@ pl.ActivationPatching().run(model, swap_task(), {sites!r}, progress=False, check
 """
 
 
+@pytest.mark.slow
 def test_a_killed_process_leaves_a_checkpoint(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     path = tmp_path / "run"
     code = textwrap.dedent(KILLED).format(tests=str(ROOT / "tests"), sites=SITES, path=str(path))

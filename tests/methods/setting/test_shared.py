@@ -35,6 +35,7 @@ def same(one: dict[str, ScoreMap], other: dict[str, ScoreMap]) -> None:
         assert costs[0] == costs[1], "each method costs what it costs by itself"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("direction", ["denoising", "noising"])
 @pytest.mark.parametrize("metric", ["logit_diff", "neg_kl"])
 @pytest.mark.parametrize("changed", [(0, 1), (2, 3)], ids=["from the start", "from the third token"])
@@ -57,6 +58,7 @@ def test_no_number_changes_and_the_source_runs_are_made_once(direction, metric, 
     assert alone - (len(seen) - alone) == shared.saved
 
 
+@pytest.mark.slow
 def test_batches_and_lengths_are_told_apart():
     model, task = model_of("gpt2"), mixed_task()
     apart = scores(model, task, "denoising", batch_size=1)
