@@ -112,6 +112,12 @@ def patience():
     defaults["timeout"] = 600.0
 
 
+@pytest.fixture
+def no_images(monkeypatch):
+    """Comparisons without PNG files: images take seconds, and tests of their own make them."""
+    monkeypatch.setattr("patchlab.report.files.write_images", lambda *_: "")
+
+
 @pytest.fixture(scope="session")
 def demo_gpt2():
     """The packaged 12-layer model."""

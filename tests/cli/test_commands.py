@@ -3,22 +3,20 @@
 import json
 import re
 import shlex
-import warnings
-from html.parser import HTMLParser
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 from command_lines import instead
+from html_page import parsed
 from paths import ROOT
 from typer.testing import CliRunner
 
-from patchlab import cli, plots, report
+from patchlab import cli
 from patchlab.cli.options import as_options, task_options
 from patchlab.comparison import job as jobs
 from patchlab.comparison.job import scores_file
-from patchlab.errors import MethodError, OutputError, PatchlabError, SiteError, TaskError
+from patchlab.errors import PatchlabError, TaskError
 from patchlab.methods.method import Method
 from patchlab.report.files import command
 from patchlab.scores import ScoreMap
@@ -53,18 +51,30 @@ def error_of(*arguments: str) -> str:
     return last
 
 
-@pytest.fixture(scope="module")
-def done(tmp_path_factory):
+def compared(out):
     """One real comparison: its folder, what it printed, and the JSON object on stdout."""
-    out = tmp_path_factory.mktemp("cli") / "deep" / "out"
     result = patchlab(*ARGUMENTS, "--out", out, "--json")
     assert result.exit_code == 0, result.output
     return out, result, json.loads(result.stdout)
 
 
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """Without images, which take seconds."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("patchlab.report.files.write_images", lambda *_: "")
+        return compared(tmp_path_factory.mktemp("cli") / "deep" / "out")
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    """With images."""
+    return compared(tmp_path_factory.mktemp("drawn") / "out")
+
+
 @pytest.mark.slow
-def test_folder_holds_scores_tables_plots_page_and_a_list_of_them(done):
-    out, _, printed = done
+def test_folder_holds_scores_tables_plots_page_and_a_list_of_them(drawn):
+    out, _, printed = drawn
     names = {path.name for path in out.iterdir()}
     wanted = {
         "scores.exact.nc",
@@ -123,40 +133,6 @@ def test_progress_goes_to_stderr_and_says_where_to_look(done):
     assert f"done: open {out / 'index.html'}" in result.stderr
 
 
-class Page(HTMLParser):
-    """Collects references, ids and text, and checks that tags close in order."""
-
-    VOID = frozenset({"meta", "link", "br", "img", "hr", "input"})
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.references: list[str] = []
-        self.ids: list[str] = []
-        self.text: list[str] = []
-
-    def handle_starttag(self, tag, attrs):
-        if tag not in self.VOID:
-            self.open.append(tag)
-        self.references += [value for name, value in attrs if name in ("src", "href")]
-        self.ids += [value for name, value in attrs if name == "id"]
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if not {"script", "style"} & set(self.open):
-            self.text.append(data)
-
-
-def parsed(path: Path) -> Page:
-    page = Page()
-    page.feed(path.read_text(encoding="utf-8"))
-    page.close()
-    assert page.open == []
-    return page
-
-
 def test_page_needs_no_network_and_its_links_lead_somewhere(done):
     out, _, _ = done
     page = parsed(out / "index.html")
@@ -187,8 +163,9 @@ def test_page_shows_the_numbers_of_the_comparison(done):
     assert printed["command"] in text
 
 
-def test_images_are_written_where_a_browser_is(done, browser):
-    out, result, _ = done
+@pytest.mark.slow
+def test_images_are_written_where_a_browser_is(drawn, browser):
+    out, result, _ = drawn
     assert "no PNG files" not in result.stderr
     for name in ("heatmaps", "agreement", "comparison", "differences"):
         assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
@@ -489,82 +466,6 @@ def test_version_and_help():
     assert {"demo", "compare", "verify", "tasks", "models", "methods", "sites"} <= set(patchlab("--help").stdout.split())
 
 
-# -- the parts below the command line
-
-
-def test_job_checks_its_names_when_it_is_made():
-    with pytest.raises(MethodError, match="unknown method"):
-        jobs.Job("m", "t", ("exact", "x"), ("z",))
-    with pytest.raises(SiteError, match="no sites given"):
-        jobs.Job("m", "t", ("exact", "atp"), ())
-
-
-@pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    """A finished job on a task file whose name, and so everything that shows it, is markup."""
-    folder = tmp_path_factory.mktemp("file")
-    import patchlab as pl
-
-    model = pl.load_model("demo-gpt2-4l", device="cpu")
-    pairs = pl.load_task("ioi", model, n=3).pairs
-    rows = [{"clean_ids": p.clean_ids, "corrupted_ids": p.corrupted_ids, "correct_id": p.correct, "incorrect_id": p.incorrect} for p in pairs]
-    path = folder / "<b>bold & 'x'.jsonl"
-    path.write_text("\n".join(map(json.dumps, rows)))
-    return jobs.run(jobs.Job("demo-gpt2-4l", str(path), ("exact", "atp"), ("z",)))
-
-
-@pytest.fixture
-def no_images(monkeypatch):
-    """Images take seconds; one test makes them."""
-    monkeypatch.setattr("patchlab.report.files.write_images", lambda *_: "")
-
-
-@pytest.mark.usefixtures("no_images")
-def test_a_file_gives_all_its_rows_and_its_name_is_escaped(results, tmp_path):
-    assert len(results.task) == 3
-    report.write(tmp_path, results)
-    page = parsed(tmp_path / "index.html")
-    assert "<b>bold & 'x' on demo-gpt2-4l: patching methods compared" in page.text
-    assert "<b>bold" not in (tmp_path / "index.html").read_text().partition("<script")[0]
-
-
-@pytest.mark.usefixtures("no_images")
-def test_the_page_says_what_is_patched_in(results, tmp_path):
-    job = jobs.Job("demo-gpt2-4l", results.job.task, ("relp@mean", "exact@mean"), ("z",))
-    found = jobs.run(job, model=results.model)
-    report.write(tmp_path, found)
-    text = " ".join(parsed(tmp_path / "index.html").text)
-    assert "means over all positions and examples of the other prompts are put into the corrupted run, one cell at a time" in text
-    assert "Exact patching is the reference; the approximations are relp@mean." in text
-    assert found.job.reference == "exact@mean"
-    (tmp_path / "paired").mkdir()
-    report.write(tmp_path / "paired", results)
-    assert "clean activations are moved into the corrupted run, one cell at a time" in " ".join(parsed(tmp_path / "paired" / "index.html").text)
-
-
-def test_a_browser_that_hangs_is_ended_and_the_rest_is_written(results, tmp_path, monkeypatch):
-    monkeypatch.setattr("patchlab.plots._save._DRAW", "import time; time.sleep(600)")
-    save = plots.save
-    monkeypatch.setattr(plots, "save", lambda figure, path, **options: save(figure, path, timeout=0.5, **options))
-    said: list[str] = []
-    report.write(tmp_path, results, say=said.append)
-    assert len(said) == 1
-    assert said[0].startswith("no PNG files: ")
-    assert said[0].endswith("the browser drew nothing in 0.5 s")
-    assert {"index.html", "run.json", "heatmaps.html"} <= {path.name for path in tmp_path.iterdir()}
-
-
-def test_an_interruption_while_pictures_are_drawn_loses_the_pictures_alone(results, tmp_path, monkeypatch):
-    def interrupted(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("patchlab.plots._save._drawn", interrupted)
-    said: list[str] = []
-    report.write(tmp_path, results, say=said.append)
-    assert said == ["no PNG files: interrupted; all else is written"]
-    assert (tmp_path / "run.json").exists()
-
-
 @pytest.mark.slow
 def test_finished_methods_are_kept_and_the_same_command_goes_on(tmp_path, monkeypatch, no_images):
     arguments = [*instead(ARGUMENTS, ["--methods", "exact,atp,relp"]), "--out", tmp_path / "out"]
@@ -593,30 +494,6 @@ def test_finished_methods_are_kept_and_the_same_command_goes_on(tmp_path, monkey
     for name in ("comparison.csv", "comparison.json"):
         texts = [(tmp_path / folder / name).read_text() for folder in ("out", "fresh")]
         assert len(set(texts)) == 1 or name.endswith("json")  # costs are of the runs themselves
-
-
-def test_without_a_browser_the_rest_is_written_and_the_reason_given(results, tmp_path, monkeypatch):
-    save = plots.save
-
-    def without_browser(figure, path, **options):
-        if Path(path).suffix == ".png":
-            warnings.warn("wrote a instead of a .png image, which needs kaleido and Chromium: there is none", stacklevel=2)
-            return save(figure, Path(path).with_suffix(".html"), **options)
-        return save(figure, path, **options)
-
-    monkeypatch.setattr(plots, "save", without_browser)
-    said: list[str] = []
-    report.write(tmp_path, results, say=said.append)
-    assert said == ["no PNG files: kaleido and Chromium: there is none"]
-    assert not list(tmp_path.glob("*.png"))
-    assert (tmp_path / "heatmaps.html").is_file()
-
-
-@pytest.mark.usefixtures("no_images")
-def test_a_page_that_cannot_be_written_is_an_error_of_ours(results, tmp_path):
-    (tmp_path / "index.html").mkdir()
-    with pytest.raises(OutputError, match=r"cannot write .*index\.html: it is a folder"):
-        report.write(tmp_path, results)
 
 
 @pytest.mark.slow

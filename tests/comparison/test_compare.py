@@ -7,9 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
+from literal_agreement import literal_cells, literal_ranks
 from score_maps import altered, make_map, random_map
 
-from patchlab.comparison.alignment import check_names
 from patchlab.comparison.compare import FORMS, STATISTICS, Comparison, compare
 from patchlab.errors import OutputError, ScoreError
 from patchlab.scores import Cost, ScoreMap
@@ -50,36 +50,6 @@ def row(comparison: Comparison, method: str, site: str, cells: str = "live") -> 
     return found.iloc[0]
 
 
-# the cost of verified recall
-
-
-def literal_cells(exact: np.ndarray, screen: np.ndarray, k: int, recall: float) -> int:
-    """Verify cell after cell in the screen's order until enough of the top k are there."""
-    top = set(np.argsort(-np.abs(exact), kind="stable")[:k].tolist())
-    found = 0
-    for count, cell in enumerate(np.argsort(-np.abs(screen), kind="stable").tolist(), start=1):
-        found += cell in top
-        if found >= recall * k:
-            return count
-    raise ValueError("never")
-
-
-@pytest.mark.parametrize("recall", [0.5, 0.95, 1.0])
-@pytest.mark.parametrize("k", [1, 4, 20])
-def test_cells_for_recall_equals_its_literal_twin(k, recall):
-    for seed in range(20):
-        exact, screen = np.random.default_rng(seed).normal(size=(2, 50))
-        assert stats.cells_for_recall(exact, screen, k, recall) == literal_cells(exact, screen, k, recall)
-
-
-def test_cells_that_the_screen_ties_are_all_verified():
-    exact = np.array([3.0, 0.0, 0.0, -2.0, 0.0])
-    assert stats.cells_for_recall(exact, np.array([9.0, 0, 0, 0, 0]), 2, 0.5) == 1
-    assert stats.cells_for_recall(exact, np.array([9.0, 0, 0, 0, 0]), 2, 1.0) == 5
-    # either of the cells tied at the k-th effect will do
-    assert stats.cells_for_recall(np.array([2.0, 1.0, 1.0, 0.0]), np.array([4.0, 1.0, 3.0, 2.0]), 2, 1.0) == 2
-
-
 def test_the_comparison_says_what_a_verified_top_costs(exact):
     scores = random_map("resid_pre", "z[layer,pos,head]")
     others = {"good": noisy(scores, noise=0.0), "bad": noisy(scores, 3, noise=50.0)}
@@ -107,13 +77,6 @@ def test_without_live_cells_nothing_is_verified():
     found = compare(dead, {"x": noisy(dead, noise=0.0)}, n_boot=2)
     assert found.verified_recall.empty
     assert "verified" not in found.summary()
-
-
-# statistics against literal twins
-
-
-def literal_ranks(values: np.ndarray) -> np.ndarray:
-    return np.array([np.mean([place for place, other in enumerate(sorted(values)) if other == value]) for value in values])
 
 
 MEANS = [name for name in STATISTICS if name not in ("pearson_per_prompt", "pearson_pooled")]
@@ -390,12 +353,6 @@ def test_a_site_that_one_method_lacks_has_no_difference_with_it(exact):
     assert pairs.to_numpy().tolist() == [["RelP", "AtP"]]
 
 
-def test_ranks_average_ties():
-    values = np.array([[3.0, 1.0, 3.0, 2.0, 3.0], [0.0, 0.0, -1.0, 0.0, 5.0]])
-    for got, given in zip(stats.ranks(values), values, strict=True):
-        assert got.tolist() == literal_ranks(given).tolist()
-
-
 def test_structural_zeros_tie_in_spearman():
     exact, other = np.array([[0.0, 0.0, 1.0, 2.0]]), np.array([[0.0, 0.0, 2.0, 1.0]])
     assert stats.spearman(exact, other)[0] == pytest.approx(np.corrcoef([0.5, 0.5, 2, 3], [0.5, 0.5, 3, 2])[0, 1])
@@ -605,64 +562,6 @@ def test_undefined_values_are_null_in_json(tmp_path):
     exact = random_map("z", n=1)
     compare(exact, {"x": noisy(exact)}).to_json(tmp_path / "a.json")
     assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))["table"][0]["pearson_lo"] is None
-
-
-# what is refused
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"task_fingerprint": "t1"}, r"cannot compare AtP with exact: the tasks differ \(toy t1 against toy t0\)"),
-        ({"model_fingerprint": "m1", "model": "huge"}, r"the models differ \(huge m1 against tiny m0\)"),
-        ({"direction": "noising"}, r"the directions differ \(noising against denoising\)"),
-        ({"metric": "prob_diff"}, r"the metrics differ \(prob_diff against logit_diff\)"),
-        ({"method_options": {"source": "zero"}}, r"the sources differ \(zero against paired\)"),
-        ({"ambient": ["zero L0.z"]}, r"the surrounding interventions differ \(zero L0\.z against none\)"),
-    ],
-)
-def test_unlike_provenance_is_refused(exact, changes, message):
-    with pytest.raises(ScoreError, match=message):
-        compare(exact, {"AtP": altered(exact, same, **changes)})
-
-
-def test_unlike_maps_are_refused(exact):
-    def refused(message: str, other) -> None:
-        with pytest.raises(ScoreError, match=message):
-            compare(exact, {"AtP": other})
-
-    refused(r"the examples differ \(0, 1, 2, 3, 4, 5, 6 against 0, 1", random_map(*SITES, n=7))
-    refused(r"the examples differ \(1, 2, 3, 4, 5, 6, 7, 8 against", random_map("z", "resid_pre", examples=range(1, 9)))
-    refused(r"the sites differ \(z against resid_pre, z\)", random_map("z"))
-    refused(r"the axes of resid_pre differ", random_map(*SITES, n_layers=4))
-    refused(r"the position coordinates of resid_pre differ \(P0, P1, .* against none\)", random_map(*SITES, named=True))
-    base = exact.data.metric_clean.to_numpy()
-    refused(r"the unpatched metrics \[clean, corrupted\] differ", random_map(*SITES, clean=base + 0.1))
-    live = {site: mask.to_numpy().copy() for site, mask in exact.live.items()}
-    live["z"][0, 1] = False
-    refused("structural zeros of z differ in 1 cells", make_map({site: exact.data[site].to_numpy() for site in SITES}, live=live))
-
-
-def test_small_differences_of_the_baselines_are_rounding(exact):
-    base = exact.data["metric_clean"].to_numpy()
-    compare(exact, {"x": random_map(*SITES, clean=base + 1e-5)}, n_boot=2)
-    half = {"clean": base + 0.05, "dtype": "bfloat16"}
-    compare(exact, {"x": random_map(*SITES, **half)}, n_boot=2)
-
-
-@pytest.mark.parametrize("name", ["", "  ", 3, None])
-def test_a_method_needs_a_name(name):
-    with pytest.raises(ScoreError, match="a method needs a name to appear under; got"):
-        check_names("exact", ["AtP", name])
-
-
-def test_names_are_taken_once(exact):
-    with pytest.raises(ScoreError, match=r"the name 'exact' is taken \(the reference has it\)"):
-        compare(exact, {"exact": exact})
-    with pytest.raises(ScoreError, match=r"the name 'AtP ' is taken \(it is given twice\)"):
-        compare(exact, {"AtP": exact, "AtP ": exact})
-    with pytest.raises(ScoreError, match="nothing to compare with the reference"):
-        compare(exact, {})
 
 
 def test_n_boot_must_be_positive(exact):

@@ -507,7 +507,8 @@ def test_shipped_studies_of_packaged_models_expand(name, n_runs):
     assert {run.model.name for run in runs} == {"demo-gpt2", "demo-llama"}
     assert "exact" in {run.what.method for run in runs}
     if name == "methods":
-        assert {run.task.name for run in runs} == set(TASKS)
+        untrained = {"arithmetic", "coloured_objects"}  # which the packaged models have never seen
+        assert {run.task.name for run in runs} == set(TASKS) - untrained
 
 
 def test_the_study_of_seeds_finds_its_models_beside_it(tmp_path):
