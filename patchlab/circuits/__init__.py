@@ -5,11 +5,21 @@ from patchlab.circuits.circuit import Circuit, kv_view
 from patchlab.circuits.evaluation.ablations import ABLATIONS, OptimalFit
 from patchlab.circuits.evaluation.curve import FaithfulnessCurve, faithfulness_curve, random_circuit
 from patchlab.circuits.evaluation.evaluate import Evaluation, evaluate
+from patchlab.circuits.evaluation.mib import mib_areas
 from patchlab.circuits.evaluation.node_ablations import NODE_ABLATIONS
 from patchlab.circuits.evaluation.node_runner import ERRORS
 from patchlab.circuits.files import convert, read, write
 from patchlab.circuits.formats.dot import to_dot
-from patchlab.circuits.formats.mib import MIB_FRACTIONS, read_submission, write_submission
+from patchlab.circuits.formats.mib import (
+    MIB_FRACTIONS,
+    MIB_MODELS,
+    MIB_TASKS,
+    check_submission,
+    importances,
+    read_submission,
+    sized,
+    write_submission,
+)
 from patchlab.circuits.heldout import Sets, three_sets
 from patchlab.circuits.node_edges import node_edges
 from patchlab.circuits.nodes import Candidates, NodeCircuit, candidates
@@ -23,6 +33,8 @@ __all__ = [
     "ABLATIONS",
     "ERRORS",
     "MIB_FRACTIONS",
+    "MIB_MODELS",
+    "MIB_TASKS",
     "NODE_ABLATIONS",
     "ROC",
     "Candidates",
@@ -37,12 +49,15 @@ __all__ = [
     "Stability",
     "acdc",
     "candidates",
+    "check_submission",
     "consistent",
     "convert",
     "evaluate",
     "faithfulness_curve",
     "greedy",
+    "importances",
     "kv_view",
+    "mib_areas",
     "node_edges",
     "overlap",
     "random_circuit",
@@ -50,6 +65,7 @@ __all__ = [
     "read_submission",
     "roc",
     "size_grid",
+    "sized",
     "smallest_faithful",
     "stability",
     "three_sets",

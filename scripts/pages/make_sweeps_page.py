@@ -25,6 +25,7 @@ STUDIES = {
     "methods": "How well does each method agree with exact patching?",
     "relp_rules": "Which of RelP's rules does the work?",
     "relp_paper": "The models, task and sites of the RelP paper",
+    "mib": "The models and tasks of the circuit track of MIB",
     "seeds": "How often does RelP win, over models trained with other seeds?",
 }
 BASE = "relp"

@@ -313,7 +313,7 @@ def test_wrong_json(tmp_path: Path, case: str) -> None:
     [
         (json.dumps(eap_ig_json())[:-40], "not JSON, or cut off"),
         ("", "not JSON, or cut off"),
-        (json.dumps(changed("edges", "input->m0", {"score": float("nan"), "in_graph": True})), "it holds NaN, which is no number"),
+        (json.dumps(changed("edges", "input->m0", {"score": float("nan"), "in_graph": True})), "the score of input->m0 must be a number; got 'NaN'"),
         (json.dumps(changed("edges", "input->m0", {"score": float("inf"), "in_graph": True})), "it holds Infinity"),
         (json.dumps(changed("edges", "input->m0", {"score": 0.0, "in_graph": True})).replace("0.0", "1e999"), "the score of input->m0 is not finite"),
         ('{"cfg": {"n_layers": 1, "n_layers": 2}}', "'n_layers' occurs twice"),

@@ -81,7 +81,7 @@ def test_edges_are_paired_over_models(folder, text):
 
 @pytest.mark.slow
 def test_what_has_not_been_run_is_named(text):
-    for name in ("methods", "relp_rules", "relp_paper"):
+    for name in ("methods", "relp_rules", "relp_paper", "mib"):
         assert f"- **{name}**" in text.partition("## Not run yet")[2]
     assert "**seeds**" not in text.partition("## Not run yet")[2]
 

@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from mib_rows import COMMIT, arc, arithmetic, ioi, mcqa, put_in_cache
 from paths import ROOT
 from safetensors.torch import load_file
 
 from patchlab import circuits
+from patchlab.circuits import MIB_TASKS
 from patchlab.circuits.evaluation.runner import Runner
 from patchlab.circuits.heldout import three_sets
 from patchlab.errors import ModelError, SweepError
@@ -263,15 +265,15 @@ SHAPES: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 
-def small(folder: Path, family: str, sizes: dict[str, Any], vocabulary: int) -> Path:
-    """A folder with a model of a family with random weights, and the tokenizer of the packaged models."""
-    width = {"n_embd": 32, "n_positions": 32} if family == "GPT2" else {"hidden_size": 32, "intermediate_size": 48, "max_position_embeddings": 32}
+def small(folder: Path, family: str, sizes: dict[str, Any], vocabulary: int, tokenizer: Path = DEMO_MODELS["demo-gpt2"]) -> Path:
+    """A folder with a model of a family with random weights, and a tokenizer, by default of the packaged models."""
+    width = {"n_embd": 32, "n_positions": 64} if family == "GPT2" else {"hidden_size": 32, "intermediate_size": 48, "max_position_embeddings": 64}
     torch.manual_seed(0)
     config = getattr(transformers, f"{family}Config")(vocab_size=vocabulary, bos_token_id=0, eos_token_id=0, pad_token_id=None, **width, **sizes)
     head = "LMHeadModel" if family == "GPT2" else "ForCausalLM"
     getattr(transformers, f"{family}{head}")(config).save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(DEMO_MODELS["demo-gpt2"] / name, folder)
+        shutil.copy(tokenizer / name, folder)
     return folder
 
 
@@ -297,6 +299,56 @@ def test_the_study_of_the_paper_is_planned_without_a_network(tmp_path, demo_gpt2
     assert 0 < cells["EleutherAI/pythia-70m"] < cells["EleutherAI/pythia-410m"]
     assert 0 < cells["Qwen/Qwen2-0.5B"] < cells["Qwen/Qwen2-7B"] == cells["google/gemma-2-2b"]
     assert len(plan.by_model) == 8
+
+
+MIB_SHAPES = {
+    "gpt2": ("GPT2", {"n_layer": 2, "n_head": 4}),
+    "Qwen/Qwen2.5-0.5B": ("Qwen2", {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}),
+    "google/gemma-2-2b": ("Gemma2", {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}),
+    "meta-llama/Llama-3.1-8B": ("Llama", {"num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 1}),
+}
+
+
+@pytest.mark.slow
+def test_the_track_of_mib_is_planned_without_a_network(tmp_path, shared_dir, monkeypatch):
+    """Its models by small ones of their families, its data sets in a hub cache, made to their layout: every pair that the track has is a run."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    file = read(ROOT / "examples" / "sweeps" / "mib.yaml")
+    assert set(file.model_names) == set(MIB_SHAPES)
+    rows = {
+        "ioi": ioi,
+        "copycolors_mcqa": mcqa,
+        "arithmetic_addition": arithmetic,
+        "arithmetic_subtraction": arithmetic,
+        "arc_easy": arc,
+        "arc_challenge": arc,
+    }
+    assert set(file.task_names) == {f"mib-bench/{name}" for name in rows}
+    people = ["Mary", "John", "Tom", "Anna", "Paul", "Mark", "Lisa", "Dan", "Kate", "James", "Peter"]
+    for name, row in rows.items():
+        data = {
+            ioi: [ioi(one, other) for one in people for other in people if one != other],
+            mcqa: [mcqa(("red", "blue", "green", colour), answer) for colour in ("gray", "black", "pink") for answer in range(4)],
+            arithmetic: [arithmetic(one, two) for one in range(10, 21) for two in range(30, 40)],
+            arc: [json.loads(json.dumps(arc()).replace("these", f"{i} things")) for i in range(100)],
+        }[row]
+        place = "4_answer_choices/train.jsonl" if row is mcqa else "data/train-00000-of-00001.jsonl"
+        put_in_cache(tmp_path / "hub", f"mib-bench/{name}", *data, place=place)
+    tokenizer = shared_dir / "data" / "tokenizers" / "gpt2"
+    runs = runs_of(file, models={name: small(tmp_path / name, *shape, 50257, tokenizer) for name, shape in MIB_SHAPES.items()})
+    pairs = {(run.model.name, run.task.name.removeprefix("mib-bench/")) for run in runs}
+    assert len(pairs) == 12
+    assert len(runs) == 6 * len(pairs)
+    short = dict(zip(("gpt2", "qwen2.5", "gemma2", "llama3"), MIB_SHAPES, strict=True))
+    tasks = {"ioi": "ioi", "mcqa": "copycolors_mcqa"} | {name: name.replace("-", "_") for name in MIB_TASKS if "-" in name}
+    assert pairs == {(short[model], tasks[task]) for task, models in MIB_TASKS.items() for model in models if model in short}
+    assert {run.model.dtype for run in runs if run.model.name != "gpt2"} == {"bfloat16"}
+    plan = estimate([run for run in runs if run.what.method in ("atp", "relp")])
+    reasons = {one.problem for one in plan.runs}
+    assert reasons == {None}, reasons
+    assert {one.run.task.content for one in plan.runs if "ioi" in one.run.task.name} == {f"hub:mib-bench/ioi@{COMMIT}"}
 
 
 def test_studies_can_be_planned_with_other_batches(planned):

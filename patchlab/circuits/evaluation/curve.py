@@ -15,7 +15,7 @@ from patchlab.circuits.evaluation.ablations import ABLATIONS, OptimalFit, still_
 from patchlab.circuits.evaluation.node_runner import NodeRunner
 from patchlab.circuits.evaluation.node_sizes import NodeSizes
 from patchlab.circuits.evaluation.runner import Runner, checked
-from patchlab.circuits.evaluation.scale import Scale
+from patchlab.circuits.evaluation.scale import Scale, areas
 from patchlab.circuits.formats.mib import MIB_FRACTIONS
 from patchlab.circuits.heldout import check_disjoint
 from patchlab.circuits.select import BY, greedy, top_n
@@ -478,10 +478,7 @@ class _Tables:
                 bounds = [float(bound[i]) for bound in interval(rest[1])]
                 row |= {"completeness": float(rest[0][i]), "completeness_lo": bounds[0], "completeness_hi": bounds[1]}
             self.rows.append(row)
-        area: dict[str, Any] = {"method": method}
-        for name, of in (("cpr", lambda f: f), ("cmd", lambda f: np.abs(1 - f))):
-            area[name] = float(np.trapezoid(of(value), shares))
-            area[f"{name}_lo"], area[f"{name}_hi"] = map(float, interval(np.trapezoid(of(resampled), shares)))
+        area: dict[str, Any] = {"method": method, **areas(value, resampled, shares)}
         order = np.argsort(-counts.mean(0), kind="stable")
         sizes_down = np.append(np.inf, counts.mean(0)[order])
         area["smallest"] = float(sizes_down[_kept(value[order], self.level)])

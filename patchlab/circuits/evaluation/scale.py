@@ -47,3 +47,12 @@ class Scale:
         """Faithfulness of each circuit on each resample of the examples."""
         weights = self.draws
         return np.moveaxis((metric - self.empty) @ weights.T / (weights @ (self.full - self.empty)), -1, 0)
+
+
+def areas(value: Float[np.ndarray, " size"], resampled: Float[np.ndarray, "draw size"], shares: Float[np.ndarray, " size"]) -> dict[str, float]:
+    """CPR, the area under f, and CMD, that between f and 1: trapezoids over shares of the graph, with 95 % intervals (``cpr_lo``, ...)."""
+    found: dict[str, float] = {}
+    for name, of in (("cpr", lambda f: f), ("cmd", lambda f: np.abs(1 - f))):
+        found[name] = float(np.trapezoid(of(value), shares))
+        found[f"{name}_lo"], found[f"{name}_hi"] = map(float, interval(np.trapezoid(of(resampled), shares)))
+    return found

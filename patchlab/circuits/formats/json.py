@@ -18,6 +18,7 @@ from patchlab.errors import CircuitError
 from patchlab.graph import Graph
 
 _KEYS = ("cfg", "nodes", "edges")
+NOT_A_NUMBER = "NaN"
 
 
 def parse(raw: bytes, expected: Graph | None) -> AnyCircuit:
@@ -77,8 +78,11 @@ def _order(graph: Graph) -> list[tuple[int, int]]:
     return pairs
 
 
-def _no_constant(name: str) -> None:
-    raise ValueError(f"it holds {name}, which is no number")
+def _no_constant(name: str) -> str:
+    """NaN is what EAP-IG writes as the score of a node that has none; an edge's score is refused where it is read."""
+    if name != NOT_A_NUMBER:
+        raise ValueError(f"it holds {name}, which is no number")
+    return name
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -120,7 +124,7 @@ def _nodes(entries: Any, graph: Graph) -> tuple[set[str], dict[str, float]]:
             raise CircuitError(f"{name} has neurons: this is a neuron-level circuit, and patchlab's circuits are made of whole edges.")
         if _flag(fields.get("in_graph"), name):
             marked.add(name)
-        if fields.get("score") is not None:
+        if fields.get("score") is not None and fields["score"] != NOT_A_NUMBER:
             scores[name] = _number(fields["score"], name)
     return marked, scores
 
