@@ -1,5 +1,6 @@
 """The graph of a circuit in layers: input at the bottom, logits on top, edges by sign and size."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from html import escape
 from typing import Any
@@ -7,10 +8,12 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
-from patchlab.circuits import Circuit, NodeCircuit
+from patchlab.circuits import Circuit, NodeCircuit, SparseCircuit
 from patchlab.errors import CircuitError
+from patchlab.features import Examples
 from patchlab.plots._circuit_layout import HALF_HEIGHT, HALF_WIDTH, PORTS, Layout, place, routes
 from patchlab.plots._nodes import nodes
+from patchlab.plots._sparse import sparse
 from patchlab.plots._style import INK, MUTED, PALE, UNSCORED, Box, Page, Signs, signs
 
 SIZES = (5, 10, 20, 50, 100, 200, 500, 1000)
@@ -159,7 +162,9 @@ def _legend(record: dict[str, Any], marks: list[EdgeMark], largest: float) -> tu
     return tuple(" &nbsp;·&nbsp; ".join(some) for some in (words, looks) if some)
 
 
-def circuit(circuit: Circuit | NodeCircuit, max_edges: int | None = None) -> go.Figure:
+def circuit(
+    circuit: Circuit | NodeCircuit | SparseCircuit, max_edges: int | None = None, *, examples: Examples | Iterable[Examples] = ()
+) -> go.Figure:
     """A circuit as a graph in layers: the input at the bottom, the logits on top, information flows upwards.
 
     The slider changes how many edges are shown (5, 10, 20, 50, ..., at most 1,000 or ``max_edges``), those of largest |score|. Heads stand in a
@@ -168,20 +173,28 @@ def circuit(circuit: Circuit | NodeCircuit, max_edges: int | None = None) -> go.
 
     In a page that :func:`patchlab.plots.save` wrote, a click on a node leaves only its edges, and a click on a layer's name draws its heads as one.
 
+    Edges between features, errors, neurons or heads: their activations upwards, with a column per position where nodes have positions. A
+    feature's label has the token at which it is most active, if ``examples`` are given, and its hover text contexts.
+
     A circuit of nodes has no edges: layers go from left to right, sites are lanes, and in each layer the largest node is on top.
 
     Args:
         circuit: what to draw.
         max_edges: how many edges are shown first, and in images; None shows all of a circuit of at most 150 edges, and of larger ones 60. Of
-            nodes how many are drawn; None for at most 200. The figure says which of how many it shows.
+            nodes how many are drawn; None for at most 200, of edges between them at most 150. The figure says which of how many it shows.
+        examples: what features stand for, of :func:`patchlab.features.examples`; of edges between nodes.
 
     Raises:
-        CircuitError: a circuit without edges or nodes, or ``max_edges`` below 1.
+        CircuitError: a circuit without edges or nodes, ``max_edges`` below 1, or examples for another kind of circuit.
 
     Example:
         >>> relp = pl.RelevancePatching().run(model, task, "edges", direction="noising")  # doctest: +SKIP
         >>> pl.plots.circuit(pl.circuits.top_n(relp, 200)).show()  # doctest: +SKIP
     """
+    if isinstance(circuit, SparseCircuit):
+        return sparse(circuit, max_edges, examples)
+    if examples != ():
+        raise CircuitError("examples= are shown of edges between nodes (a SparseCircuit); leave them out.")
     return nodes(circuit, max_edges) if isinstance(circuit, NodeCircuit) else _draw(_prepare_circuit(circuit, max_edges))
 
 
