@@ -6,6 +6,7 @@ halves), so that no circuit is judged by the pairs it was chosen on.
 
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -49,6 +50,10 @@ By = Annotated[str, typer.Option(help="Importance: abs, or signed (what supports
 Stable = Annotated[
     int, typer.Option("--stability", help="Resamples of the pairs on which the choice is made again, to see how stable it is [0: none].")
 ]
+Dictionaries = Annotated[
+    str | None,
+    typer.Option(help="Folder or hub name of dictionaries, for features and errors [default: those packaged with the model].", show_default=False),
+]
 Whole = Annotated[bool, typer.Option("--all", help="Use all pairs, not one half of them.")]
 
 
@@ -64,6 +69,11 @@ def find(
         str | None,
         typer.Option(help="Choose nodes of these sites instead of edges, such as z,mlp_post; --edges says how many.", show_default=False),
     ] = None,
+    nodes: Annotated[
+        int | None,
+        typer.Option(help="With --sites: choose this many nodes, and then --edges (or --threshold) edges between them.", show_default=False),
+    ] = None,
+    dictionaries: Dictionaries = None,
     how: How = "top_n",
     by: By = "abs",
     direction: Annotated[str, typer.Option(help="denoising or noising.")] = "noising",
@@ -88,11 +98,17 @@ def find(
 ) -> None:
     """Score the edges (or nodes), choose the important ones, write them as a circuit.
 
-    Works on the first half of the pairs; evaluate takes the other.
+    Works on the first half of the pairs; evaluate takes the other. With --sites features,error --nodes N the edges are those between the N most
+    important features and errors.
     """
     options = task_settings(option, metric=metric, on_mismatch=on_mismatch, only_correct=only_correct, chat=chat)
     if edges is not None and threshold is not None:
         raise typer.BadParameter("give a number of edges or a threshold, not both.", param_hint="--edges, --threshold")
+    if nodes is not None and (sites is None or how != "top_n" or stability or consistent is not None):
+        raise typer.BadParameter(
+            "edges between nodes need --sites, and are chosen by top_n or a threshold, once: leave --how, --stability and --consistent out.",
+            param_hint="--nodes",
+        )
     from patchlab import circuits
     from patchlab.circuits import threshold as above
     from patchlab.circuits.evaluation.curve import HOW
@@ -113,13 +129,17 @@ def find(
     scorer = scoring_method(method.strip())
     loaded, first, second = _load(model, task, n, seed, options, device, dtype, whole)
     scored = parse_sites("edges" if sites is None else sites)
+    _add_dictionaries(loaded, model, dictionaries, [site.kind for site in scored])
     if (
         line := cost_line([scorer.name], loaded, first or second, list(map(str, scored)), direction=direction, batch_size=batch_size, lower=FEWER)
     ) is not None:
         say(line)
-    scores = scorer.run(loaded, first or second, scored, direction=direction, batch_size=batch_size)
+    scores: Any = scorer.run(loaded, first or second, scored, direction=direction, batch_size=batch_size)
     if (warning := scores.reversed_gap()) is not None:
         say(f"warning: {warning}")
+    if nodes is not None:
+        chosen: Any = circuits.top_n(scores, nodes, by=by)
+        scores = circuits.node_edges(loaded, first or second, chosen, scorer, direction=direction, batch_size=batch_size)
 
     def choose(one: Any) -> Any:
         return HOW[how](one, EDGES if edges is None else edges, by=by) if threshold is None else above(one, threshold, by=by)
@@ -128,13 +148,16 @@ def find(
         found: Any = circuits.consistent(scores, choose, share=consistent, draws=stability or DRAWS, seed=seed)
     else:
         found = circuits.stability(scores, choose, draws=stability, seed=seed).choice if stability else choose(scores)
-    if not found.nodes:
+    if not (found.nodes if nodes is None else found.n_edges):
         raise CircuitError(
             f"nothing is left of the circuit: of the edges that were chosen ({found.provenance.get('how', '')}) none is on a path from the input to "
             f"the logits, so pruning took them all. Choose more with --edges."
         )
     write(found, out, overwrite=force)
-    if json_ and sites is not None:
+    if json_ and nodes is not None:
+        counts = {"n_edges": found.n_edges, "n_nodes": found.n_nodes, "n_candidates": found.nodes.size}
+        _say_json({"out": str(out), **counts, "edges": found.edges, "provenance": found.provenance})
+    elif json_ and sites is not None:
         counts = {"n_nodes": found.n_nodes, "n_candidates": found.size}
         _say_json({"out": str(out), **counts, "nodes": found.nodes, "provenance": found.provenance})
     elif json_:
@@ -154,6 +177,7 @@ def evaluate(
         typer.Option(help="What the rest carries: resample (edges), zero, mean, mean_positional (nodes), optimal.", show_default=False),
     ] = None,
     minimality: Annotated[str | None, typer.Option(help="Leave out each edge or node in turn.", show_default=False)] = None,
+    dictionaries: Dictionaries = None,
     curve: Annotated[Path | None, typer.Option(help="Compare methods over sizes instead; a folder for the results.", show_default=False)] = None,
     methods: Annotated[str, typer.Option(help="With --curve: comma-separated (patchlab methods).")] = METHODS,
     sizes: Annotated[
@@ -188,6 +212,8 @@ def evaluate(
     if bool(files) == (curve is not None):
         raise typer.BadParameter("give circuit files, or --curve and a folder.", param_hint="CIRCUIT.json, --curve")
     if curve is not None:
+        if dictionaries is not None:
+            raise typer.BadParameter("a curve is of edges of the model's graph.", param_hint="--dictionaries")
         if whole:
             raise typer.BadParameter("a curve chooses, finds the size and reports on three sets of pairs; leave --all out.", param_hint="--all")
         settings = {
@@ -212,6 +238,9 @@ def evaluate(
     if len(named) < len(paths):
         raise CircuitError(f"circuits are named after their files, and two of them have one name; got {', '.join(map(str, paths))}.")
     loaded, first, second = _load(model, task, n, seed, options, device, dtype, whole)
+    of = {name: one.nodes if isinstance(one, circuits.SparseCircuit) else one for name, one in named.items()}
+    kinds = [site.site.kind for one in of.values() if isinstance(one, circuits.NodeCircuit) for site in one.universe]
+    _add_dictionaries(loaded, model, dictionaries, kinds)
     train = None if ablation in (None, "resample", "zero") else first
     result = circuits.evaluate(loaded, named, second, ablation=ablation, train=train, minimality=minimality, seed=seed, batch_size=batch_size)
     if json_:
@@ -296,6 +325,20 @@ def _load(
     pairs = named_task(task, loaded, n=n, seed=seed, options=options)
     first, second = (None, pairs) if whole else pairs.split(seed=seed)
     return loaded, first, second
+
+
+def _add_dictionaries(loaded: Any, model: str, dictionaries: str | None, kinds: Sequence[str]) -> None:
+    """Give the model the autoencoders that sites of features and errors are of: at the points that they name, else at all."""
+    parts = [kind.partition(".") for kind in kinds]
+    points = [point for part, _, point in parts if part in ("features", "error")]
+    if not points:
+        if dictionaries is not None:
+            raise typer.BadParameter("no features or errors are asked for.", param_hint="--dictionaries")
+        return
+    from patchlab.features import load_dictionaries
+
+    named = list(dict.fromkeys(filter(None, points)))
+    loaded.add_dictionaries(load_dictionaries(dictionaries or model, loaded, kind="sae", sites=named or None))
 
 
 def _curve(out: Path, methods: str, where: tuple[Any, ...], settings: dict[str, Any], *, force: bool, as_json: bool) -> None:

@@ -415,3 +415,33 @@ def test_nodes_are_found_evaluated_and_drawn(tmp_path):
     assert about["provenance"]["ablation"] == "mean_positional"
     assert printed("plot", file, "--out", tmp_path / "nodes.html")["n_nodes"] == 30
     assert "it is a circuit of nodes" in error_of("convert", file, tmp_path / "nodes.pt")
+
+
+# edges between nodes
+
+
+def test_edges_between_nodes_are_found_evaluated_and_drawn(halves, tmp_path):
+    model, first, second = halves
+    path = tmp_path / "neurons.json"
+    options = ["--sites", "mlp_post", "--nodes", 30, "--edges", 20]
+    record = printed("find", *WHERE, *options, "--out", path)
+    nodes = pl.circuits.top_n(pl.RelevancePatching().run(model, first, "mlp_post", direction="noising", progress=False), 30)
+    expected = pl.circuits.top_n(pl.circuits.node_edges(model, first, nodes, "relp", direction="noising", progress=False), 20)
+    assert record["edges"] == list(expected.edges)
+    assert record["n_edges"] == read(path).n_edges == expected.n_edges > 1
+    table = printed("evaluate", *WHERE, path)["table"]
+    again = pl.circuits.evaluate(model, expected, second, progress=False)
+    assert table[0]["faithfulness"] == pytest.approx(again.faithfulness(), abs=1e-5)
+    assert printed("plot", path, "--out", tmp_path / "edges.html")["n_edges"] == expected.n_edges
+    level = float(np.sort(np.abs(expected.scores))[-1])
+    assert printed("find", *WHERE, "--sites", "mlp_post", "--nodes", 30, "--threshold", level * 0.999, "--out", tmp_path / "one.json")["n_edges"] <= 1
+
+
+def test_nodes_and_dictionaries_are_for_sites_that_have_them(tmp_path):
+    result = patchlab("find", *WHERE, "--nodes", 30, "--out", tmp_path / "a.json")
+    assert result.exit_code == 2
+    assert "edges between nodes need --sites" in " ".join(result.output.replace("│", "").split())
+    result = patchlab("find", *WHERE, "--sites", "z", "--dictionaries", "demo-gpt2", "--out", tmp_path / "a.json")
+    assert result.exit_code == 2
+    assert "no features or errors are asked for" in " ".join(result.output.replace("│", "").split())
+    assert "demo-gpt2-4l" in error_of("find", *WHERE, "--sites", "features", "--nodes", 5, "--out", tmp_path / "a.json"), "it has none packaged"
