@@ -2,6 +2,7 @@
 # make test    the tests
 # make quick   the same without the slow ones
 # make check   ruff, pyright and the tests
+# make browser-test   JupyterLab and saved pages in a real browser (needs Chromium or Chrome); pictures of them in browser-shots/
 # make docs    the documentation site, in site/; open site/index.html
 # make notebooks  execute notebooks/*.py into the .ipynb beside them (needs Chromium or Chrome for the pictures)
 # Another interpreter: make PYTHON=python3.12 test
@@ -10,7 +11,7 @@ PYTHON ?= python3
 OUT ?= patchlab-demo
 BIN := .venv/bin
 
-.PHONY: demo test quick check lint docs notebooks clean
+.PHONY: demo test quick check lint browser-test docs notebooks clean
 
 demo: .venv/.ok
 	$(BIN)/patchlab demo --force --out "$(OUT)"
@@ -28,6 +29,9 @@ lint: .venv/.ok
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
+browser-test: .venv/.browser
+	$(BIN)/python -m pytest -q browser_tests
+
 docs: .venv/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict -q
 
@@ -40,6 +44,10 @@ notebooks: .venv/.ok
 	@echo "installing into .venv (minutes, the first time)"
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -qq -c constraints.txt -e '.[test]'
+	@touch $@
+
+.venv/.browser: .venv/.ok
+	$(BIN)/python -m pip install -qq -c constraints.txt -e '.[test,browser]'
 	@touch $@
 
 .venv/.docs: .venv/.ok

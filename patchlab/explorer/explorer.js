@@ -302,19 +302,20 @@ function mount(root, { Plotly, state, live, ask }) {
 
   // ---- the circuit
   let drawn = false;
+  const roomOf = (figure) => figure.layout.width || Math.max(680, graph.clientWidth);
   function drawGraph() {
     if (!state.circuit) return;
     const { figure, links } = state.circuit;
     if (!drawn) {
       drawn = true;
-      const layout = { ...figure.layout, dragmode: false };
+      const layout = { ...figure.layout, dragmode: false, autosize: false, width: roomOf(figure) };
       for (const slider of layout.sliders || []) for (const step of slider.steps) if (step.args[0].visible) step.args[0].visible.push(true);
       const ring = { type: "scatter", mode: "markers", x: [], y: [], hoverinfo: "skip", marker: { symbol: "square-open", size: 42, color: RING, line: { width: 4 } }, meta: {} };
       const names = figure.data.find((one) => one.meta && one.meta.circuit === "names");
       ring.xaxis = names ? names.xaxis : "x";
       ring.yaxis = names ? names.yaxis : "y";
       const rings = names ? [ring] : figure.data.map((one) => ({ ...ring, xaxis: one.xaxis, yaxis: one.yaxis, marker: { ...ring.marker, symbol: "circle-open", size: 24 } }));
-      Plotly.newPlot(graph, [...figure.data, ...rings], layout, { ...config, responsive: true });
+      Plotly.newPlot(graph, [...figure.data, ...rings], layout, config);
       graph.on("plotly_click", (event) => {
         const point = event.points.find((one) => one.data.meta && ["names", "addresses"].includes(one.data.meta.circuit));
         if (point) toNode(point.data.meta.nodes[point.pointNumber]);
@@ -331,6 +332,7 @@ function mount(root, { Plotly, state, live, ask }) {
       y.push(hits.map((one) => one[2]));
     }
     graph.dataset.nodes = mine.join(" ");
+    if (graph.layout.width !== roomOf(figure)) Plotly.relayout(graph, { width: roomOf(figure) });
     Plotly.restyle(graph, { x, y }, x.map((_, i) => count + i));
   }
   function toNode(node) {
@@ -415,7 +417,8 @@ function mount(root, { Plotly, state, live, ask }) {
     const one = at.example >= 0, truth = exactOf(cell);
     const rows = Object.keys(group().maps).filter((method) => !site().scores[method].not_scored && Number.isFinite(site().scores[method].mean[cell])).map((method) => {
       const scores = site().scores[method], mean = scores.mean[cell];
-      const share = truth && !group().maps[method].exact ? (mean / truth.mean).toFixed(2).replace("-", "−") : "";
+      const whole = truth && (group().maps[method].unsigned ? Math.abs(truth.mean) : truth.mean);
+      const share = truth && !group().maps[method].exact && Math.abs(whole) > 1e-6 ? (mean / whole).toFixed(2).replace("-", "−") : "";
       const cells = [method, figure(mean, "mean"), interval(scores.low[cell], scores.high[cell]), ...(one ? [figure(value(method, cell), "one")] : []), truth ? share : ""];
       return { cells, own: method === at.method, data: { method } };
     });

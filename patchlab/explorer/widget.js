@@ -2,6 +2,7 @@
 async function render({ model, el }) {
   const waiting = new Map();
   let last = 0;
+  const own = Math.random().toString(36).slice(2); // other views of the same widget hear the same answers
   const heard = (content, buffers) => {
     const one = waiting.get(content.id);
     if (!one) return;
@@ -18,7 +19,7 @@ async function render({ model, el }) {
   model.on("msg:custom", heard);
   const ask = (question, { progress = () => {}, part = () => {}, started = () => {}, patience = 0 } = {}) =>
     new Promise((done, refuse) => {
-      const id = ++last;
+      const id = `${own}.${++last}`;
       const one = { done, refuse, progress, part, heard: false };
       waiting.set(id, one);
       started(() => model.send({ stop: id }));

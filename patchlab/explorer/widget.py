@@ -29,16 +29,16 @@ class Desk:
 
     def __init__(self, state: Callable[[], dict[str, Any]], ask: Ask, send: Callable[..., None]) -> None:
         self.state, self.ask, self.send = state, ask, send
-        self.waiting: queue.Queue[tuple[int, list[Any]]] = queue.Queue()
-        self.stopped: set[int] = set()
+        self.waiting: queue.Queue[tuple[int | str, list[Any]]] = queue.Queue()
+        self.stopped: set[int | str] = set()
         self._thread: threading.Thread | None = None
 
     def receive(self, message: Mapping[str, Any]) -> None:
         """A message of the browser."""
         if "stop" in message:
-            self.stopped.add(int(message["stop"]))
+            self.stopped.add(message["stop"])
         elif "ask" in message:
-            self.waiting.put((int(message["id"]), list(message["ask"])))
+            self.waiting.put((message["id"], list(message["ask"])))
             if self._thread is None or not self._thread.is_alive():
                 self._thread = threading.Thread(target=self._work, name="explorer", daemon=True)
                 self._thread.start()
@@ -61,7 +61,7 @@ class Desk:
             finally:
                 self.waiting.task_done()
 
-    def _answer(self, number: int, question: Sequence[Any]) -> None:
+    def _answer(self, number: int | str, question: Sequence[Any]) -> None:
         def tick(n: int) -> None:
             if number in self.stopped:
                 raise Stopped

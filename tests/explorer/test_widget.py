@@ -41,9 +41,9 @@ def office():
 
 
 def test_questions_are_answered_in_their_order_with_their_number(office):
-    office.say(1, "state")
+    office.say("a.1", "state")
     office.say(2, "exact", "denoising", "z", 3)
-    assert office.contents() == [{"id": 1, "answer": {"title": "state"}}, {"id": 2, "answer": {"of": ["exact", "denoising", "z", 3]}}]
+    assert office.contents() == [{"id": "a.1", "answer": {"title": "state"}}, {"id": 2, "answer": {"of": ["exact", "denoising", "z", 3]}}]
 
 
 def test_plotly_is_sent_as_bytes_and_not_kept_in_the_widget(office):
