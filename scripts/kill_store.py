@@ -61,7 +61,10 @@ def killed(folder: Path, runs: int, chance: random.Random) -> list[str]:
         stream.readline()
         reader = threading.Thread(target=lambda: said.extend(line.split()[0] for line in stream if line.endswith("done\n")))
         reader.start()
-        time.sleep(chance.uniform(0.0, 0.25))
+        wanted, until = chance.randrange(12), time.monotonic() + 60  # however busy the machine is, some die before their first result and some after
+        while len(said) < wanted and process.poll() is None and time.monotonic() < until:
+            time.sleep(0.001)
+        time.sleep(chance.uniform(0.0, 0.03))
         process.send_signal(signal.SIGKILL)
         process.wait()
         reader.join()
@@ -136,7 +139,8 @@ def main() -> int:
                 folder = Path(place) / str(stores)
     result = {**found, "stores": stores, "same_table": same}
     print(json.dumps(result) if options.json else "\n".join(f"{name}: {value}" for name, value in result.items()))
-    return 0 if same and not found["lost"] and not found["unreadable"] else 1
+    tried = 2 * found["acknowledged"] >= found["kills"]  # else nearly all were killed before they had anything to lose
+    return 0 if same and tried and not found["lost"] and not found["unreadable"] else 1
 
 
 def work_quietly(folder: Path, runs: int) -> None:

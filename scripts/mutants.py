@@ -1,7 +1,7 @@
 """Mutants: small mistakes put into a copy of patchlab, each of which some test must notice.
 
     python scripts/mutants.py                 # all of them: half an hour on two cores
-    python scripts/mutants.py --only softmax  # those whose name, file or tests contain a word
+    python scripts/mutants.py --only softmax test_graph  # those whose name, file or tests contain one of these
 
 A mutant is a line as it is, the line with the mistake, and the tests that should fail. It is tried in a copy of the working tree with
 ``pytest -x``; those that survive are listed at the end, and make the exit status 1. Run it once for each larger change; a bug that was found adds the
@@ -233,9 +233,9 @@ def tried(mutant: Mutant, copy: Path) -> str | None:
 def main() -> None:
     """Try the mutants, then list the survivors."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--only", default="", help="a word in the name, file or tests")
+    parser.add_argument("--only", nargs="+", default=[""], help="parts of the name, file or tests")
     wanted = parser.parse_args().only
-    chosen = [one for one in MUTANTS if wanted in f"{one.name} {one.file} {one.tests}"]
+    chosen = [one for one in MUTANTS if any(word in f"{one.name} {one.file} {one.tests}" for word in wanted)]
     survivors = []
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "patchlab"

@@ -41,6 +41,9 @@ LONG = {
     "cli/test_interruptions.py": 20,
     "report/test_sweep.py": 50,
     "methods/test_corrections.py": 40,
+    "scripts/test_results_page.py": 40,
+    "scripts/test_sweeps_page.py": 40,
+    "sweeps/test_features.py": 20,
     "test_docs.py": 60,
 }
 """Seconds, roughly, of files that take far longer than the number of their tests lets expect."""
