@@ -292,6 +292,50 @@ def test_dictionary_learning_is_never_unpickled(tmp_path, model, monkeypatch):
         pl.load_dictionary(folder, model)
 
 
+# --- Llama Scope ---------------------------------------------------------------------------------------------------------
+
+
+def llama_scope(folder: Path, **more: Any) -> Path:
+    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+    w = weights(seed=7)
+    tensors = {"encoder.weight": w["W_enc"].T, "encoder.bias": w["b_enc"], "decoder.weight": w["W_dec"].T, "decoder.bias": w["b_dec"]}
+    save_file(single(tensors), folder / "checkpoints" / "final.safetensors")
+    cfg = {"d_model": D, "d_sae": WIDTH, "hook_point_in": "blocks.1.hook_resid_post", "hook_point_out": "blocks.1.hook_resid_post"}
+    cfg |= {"jump_relu_threshold": 0.2, "dataset_average_activation_norm": {"in": 2.5, "out": 2.5}, "act_fn": "jumprelu", **more}
+    (folder / "hyperparams.json").write_text(json.dumps(cfg))
+    return folder
+
+
+def test_llama_scope_scales_inputs_and_threshold(tmp_path, model):
+    """The scaled form that it was trained in, and the one for raw inputs, whose features are S times smaller and meet the written threshold."""
+    dictionary = pl.load_dictionary(llama_scope(tmp_path / "L1R"), model, dtype=torch.float64)
+    assert (dictionary.layer, dictionary.reads, dictionary.kind) == (1, "resid_post", "sae")
+    w, s, x = weights(seed=7), D**0.5 / 2.5, draw(40, D, seed=9)
+    pre = x * s @ w["W_enc"] + w["b_enc"]
+    scaled = torch.where(pre > 0.2 * s, pre, 0.0)
+    raw = x @ w["W_enc"] + w["b_enc"] / s
+    assert 0 < int((scaled > 0).sum()) < int((pre > 0).sum())
+    torch.testing.assert_close(dictionary.encode(x), scaled, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(dictionary.reconstruct(x), torch.where(raw > 0.2, raw, 0.0) @ w["W_dec"] + w["b_dec"] / s, rtol=1e-6, atol=1e-6)
+
+
+def test_llama_scope_that_does_not_fit(tmp_path, model):
+    for change, message in (
+        ({"hook_point_out": "blocks.1.hook_mlp_out"}, "a transcoder, whose outputs have a scale"),
+        ({"hook_point_in": "blocks.1.hook_q", "hook_point_out": "blocks.1.hook_q"}, "unknown hook point"),
+        ({"act_fn": "topk"}, "unknown act_fn 'topk'"),
+        ({"norm_activation": "token-wise"}, "norm_activation is 'token-wise'"),
+        ({"use_glu_encoder": True}, "use_glu_encoder is True"),
+        ({"dataset_average_activation_norm": {"in": 0}}, "must hold a positive number 'in'; got 0"),
+        ({"jump_relu_threshold": None}, "jump_relu_threshold must be a number"),
+        ({"d_sae": WIDTH + 1}, "encoder.weight has the shape"),
+    ):
+        with pytest.raises(DictionaryError, match=message):
+            pl.load_dictionary(llama_scope(tmp_path / "L1R", **change), model)
+    with pytest.raises(DictionaryError, match=r"Llama-3\.1-8B"):
+        pl.load_dictionary(llama_scope(tmp_path / "Llama3_1-8B-Base-L1R-8x"), model)
+
+
 # --- sparsify ------------------------------------------------------------------------------------------------------------
 
 SPARSE = {"encoder.weight": W["W_enc"].T, "encoder.bias": W["b_enc"], "W_dec": W["W_dec"], "b_dec": W["b_dec"]}
