@@ -32,6 +32,8 @@ def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     """A new report, with the rows of an old one that it does not replace."""
     found = {**old, **new}
     for part, names in _KEYS.items():
+        if isinstance(new.get(part), dict):
+            continue  # numbers, no rows
         rows = {tuple(row.get(name) for name in names): row for row in old.get(part, [])}
         rows |= {tuple(row.get(name) for name in names): row for row in new.get(part, [])}
         if rows:
@@ -250,6 +252,40 @@ def edges_page(report: dict[str, Any]) -> str:
     )
 
 
+def features_page(report: dict[str, Any]) -> str:
+    """Features of dictionaries."""
+    goals, exact = report["goals"], report["exact"]
+    rows = [
+        [
+            "AtP of one layer's features / its nodes",
+            _number(report["features of one layer / nodes"], "×"),
+            f"at most {goals['features of one layer / nodes']:g}×",
+        ],
+        [
+            f"one forward each / exact patching of {exact['cells']:,} single features at single positions",
+            _number(exact["ratio"], "×"),
+            f"at least {goals['one forward each / exact']:g}×",
+        ],
+    ]
+    if "long" in report:
+        long = report["long"]
+        what = f"{long['length']:,} tokens, features of one layer: most memory beside the model"
+        rows.append([what, f"{long['peak, bytes'] / 1e6:,.0f} MB", f"at most {long['max_memory'] / 1e6:,.0f} MB (`max_memory`)"])
+    return "\n".join(
+        [
+            "## Features of dictionaries\n",
+            _machine(report) + "\n",
+            f"Random dictionaries {report['width']:,} wide on resid_post of the GPT-2 shape, about 100 features active per position, S2, "
+            f"{exact['pairs']} pairs, features by layer and position. A feature is active in {exact['pairs of a feature']:.1f} of the "
+            f"{exact['pairs']} pairs on average, and features that change different pairs share a run: {exact['cells']:,} features take "
+            f"{exact['runs']:,} runs. On prompts that share more features fewer runs are saved. *One forward each* is the literal engine "
+            f"with the answer position's logits, for a sample of the same features; effects differ by at most "
+            f"{exact['max_difference']:.0e} of the largest (effects of single features are near the rounding of float32; in float64 both agree).\n",
+            table(["what", "measured", "goal"], rows),
+        ]
+    )
+
+
 def gpu_page(report: dict[str, Any]) -> str:
     """Everything on a GPU; or that nobody has run it yet."""
     title = "## On a GPU\n"
@@ -317,6 +353,7 @@ PARTS: dict[str, Callable[[dict[str, Any]], str]] = {
     "linearized": linearized_page,
     "edges": edges_page,
     "verified": verified_page,
+    "features": features_page,
 }
 
 
