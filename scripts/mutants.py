@@ -205,6 +205,75 @@ MUTANTS = (
         'return ("node sweep",)',
         "methods/cells/test_kind",
     ),
+    *(
+        Mutant(f"edges of features: {name}", file, before, after, tests, words)
+        for name, file, before, after, tests, words in (
+            (
+                "the encoder in place of the decoder",
+                "circuits/node_edges.py",
+                "(gradient.flatten(3).to(change.dtype) @ one.rows()[units].T)",
+                "(gradient.flatten(3).to(change.dtype) @ one.dictionary.w_enc[:, units])",
+                "circuits/test_node_edges",
+                "formula and gradient-noising",
+            ),
+            (
+                "the reconstruction is dropped from the error",
+                "circuits/node_edges.py",
+                "- (through * x).sum(-1)",
+                "- 0 * (through * x).sum(-1)",
+                "circuits/test_node_edges",
+                "formula and gradient-noising",
+            ),
+            (
+                "sites between are not held",
+                "engine/segments.py",
+                "leaf = own.detach().requires_grad_()",
+                "leaf = own.view_as(own) if own.requires_grad else own.detach().requires_grad_()",
+                "circuits/test_node_edges",
+                "formula and gradient-noising",
+            ),
+            (
+                "what belongs to no feature is held",
+                "engine/segments.py",
+                "leaf = leaf + (part - part.detach())",
+                "leaf = leaf + 0 * (part - part.detach())",
+                "circuits/test_node_edges",
+                "add_up and atp",
+            ),
+            (
+                "a threshold is not reached by what is at it",
+                "circuits/select_sparse.py",
+                "np.flatnonzero(importance >= level)",
+                "np.flatnonzero(importance > level)",
+                "circuits/test_node_edges",
+                "level",
+            ),
+            (
+                "all candidates are parents",
+                "circuits/evaluation/sparse_runner.py",
+                "kept = self.outside.kept(own)",
+                "kept = torch.ones_like(self.outside.kept(own))",
+                "circuits/evaluation/test_sparse_runner",
+                "hand or resample",
+            ),
+            (
+                "means over clean prompts",
+                "circuits/evaluation/node_ablations.py",
+                "Program(batch.corrupted, batch.examples",
+                "Program(batch.clean, batch.examples",
+                "circuits/evaluation/test_sparse_runner",
+                "kept_parents and mean_positional",
+            ),
+            (
+                "b_dec is not subtracted",
+                "features/dictionary.py",
+                "(entered - self.b_dec if self.subtract_b_dec else entered)",
+                "entered",
+                "features/test_dictionary",
+                "",
+            ),
+        )
+    ),
 )
 
 
