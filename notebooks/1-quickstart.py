@@ -132,7 +132,8 @@ for name, scores in {"as it is": relp, f"{site} silenced": silenced}.items():
 # %% [markdown]
 # ## The same on your own prompts
 # Pairs can be written down: clean prompt, corrupted prompt, right and wrong answer. Both prompts need the same number of tokens, and an answer is
-# one token; what does not fit is refused with the word that is to blame. These have the names the other way round, with the giver first.
+# one token; what does not fit is refused with the word that is to blame ([notebook 4](4-your-own-model-and-task.ipynb) has all about that). These
+# have the names the other way round, with the giver first.
 
 # %%
 pairs = [
@@ -161,3 +162,7 @@ difference[["method", "other", "pearson_per_prompt", "pearson_per_prompt_lo", "p
 # ## Where to go next
 # - [2](2-gradients-and-relevance.ipynb) why gradients fail where relevance does not, and where relevance fails
 # - [3](3-ioi-circuit.ipynb) the circuit of this task, found and tested
+# - [4](4-your-own-model-and-task.ipynb) your own model and task
+# - [5](5-agreement-is-not-circuit-quality.ipynb) agreement is not circuit quality
+# - [6](6-features.ipynb) sparse feature circuits and attribution graphs
+# - [7](7-sweeps-and-reports.ipynb) many runs from one file, and their report

@@ -230,4 +230,4 @@ pd.DataFrame(rows).T.round(2)
 # little moves: .7 if one adds up the four. Together they are all of it, and the metric turns round: 5.0, the whole gap. Linear estimates cannot
 # have both: what they say of the four together *is* what they say of each, added up. The gradient says .2 and is nearer to single heads, RelP
 # says 2.1 and is nearer to all four. **Where many parts carry the same evidence, expect relevance to overestimate each of them**, and check with
-# exact patching.
+# exact patching; [notebook 5](5-agreement-is-not-circuit-quality.ipynb) shows that what looks worse here can still be what you want.

@@ -37,7 +37,7 @@ TOLERANCE, IN_TEXTS = 2e-3, 1e-4
 _COLOURS = 256
 """Of a picture: enough for text, lines and a colour scale, at a third of the bytes."""
 _NUMBER = re.compile(r"(?<![\w.#])[-−+]?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?")  # no part of a name (a8.h0) or of a colour
-_TIME = re.compile(r"[\d.,]+ (?:ms|s|min|h)\b")
+_TIME = re.compile(r"(?:[\d.,]+ (?:ms|s|min|h)\b ?)+")
 
 
 def execute(source: Path, *, pictures: bool, timeout: int = 600) -> NotebookNode:
@@ -55,16 +55,22 @@ def execute(source: Path, *, pictures: bool, timeout: int = 600) -> NotebookNode
     for number, cell in enumerate(notebook.cells):
         cell["id"] = f"cell-{number}"  # else they are random, and every execution is another file
     renderer = "plotly_mimetype+png" if pictures else "plotly_mimetype"
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "PLOTLY_RENDERER": renderer, "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "PLOTLY_RENDERER": renderer, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     with tempfile.TemporaryDirectory() as folder:
         client = NotebookClient(notebook, timeout=timeout, kernel_name="python3", resources={"metadata": {"path": folder}}, record_timing=False)
         client.execute(env=env)
     for cell in notebook.cells:
-        warned = [output for output in cell.get("outputs", ()) if output.get("name") == "stderr"]  # what it says is the machine's, so it is not kept
-        for output in warned:
-            print(output["text"].rstrip(), file=sys.stderr)
-            cell.outputs.remove(output)
+        kept: list[NotebookNode] = []
+        for output in cell.get("outputs", ()):
+            if output.get("name") == "stderr":  # it speaks of the machine
+                print(output["text"].rstrip(), file=sys.stderr)
+            elif kept and output.output_type == kept[-1].output_type == "stream":  # a text comes in pieces, which are others every time
+                kept[-1]["text"] += output["text"]
+            else:
+                kept.append(output)
+        if "outputs" in cell:
+            cell["outputs"] = kept
     for output in outputs(notebook):
         if PICTURE in output.get("data", {}):
             output["data"][PICTURE] = _smaller(output["data"][PICTURE])

@@ -17,7 +17,6 @@ from typer.testing import CliRunner
 DOCS = ROOT / "docs"
 NOT_RUN = {
     ("docs/howto/dictionaries.md", 'one = pl.load_dictionary("saes/blocks.3.hook_resid_post", model)'): "dictionaries of the hub",
-    ("docs/howto/attribution-graphs.md", "import patchlab as pl"): "transcoders of one's own: tests/features/attribution",
     ("docs/howto/own.md", 'model = pl.load_model("gpt2", dtype="float32", device="cpu")'): "a hub model: tests have no network",
     ("docs/howto/sweeps.md", 'sweep = pl.sweeps.open("out")'): "tests/sweeps reads sweeps",
 }

@@ -64,7 +64,7 @@ def _prepare_faithfulness(curve: FaithfulnessCurve, found: SmallestFaithful | No
     colours = method_colours(names)
     lines = tuple(_line(name, colours[name], [row for row in table if row["method"] == name], areas[name], rings[name], curve.unit) for name in names)
     about = curve.provenance
-    total = max(round(row["n_requested"] / row["fraction"]) for row in table if row["fraction"] > 0)
+    total = whole(curve)
     who = " × ".join(str(about[key]) for key in ("model", "task") if about.get(key))
     words = [who, about.get("metric"), f"{about['ablation']} ablation" if about.get("ablation") else None]
     importance = "|effect|" if about.get("by", "abs") == "abs" else "signed importance"
@@ -141,6 +141,12 @@ def _span(lines: tuple[FaithfulnessLine, ...]) -> tuple[float, float]:
     room = 0.35 * (high - low)
     low, high = max(low - room, float(bounds.min(initial=low))), min(high + room, float(bounds.max(initial=high)))
     return low - 0.05 * (high - low), high + 0.05 * (high - low)
+
+
+def whole(curve: FaithfulnessCurve) -> int:
+    """Edges of the graph (or candidate nodes), which a curve has as shares: of the largest size, since sizes are rounded down."""
+    last = curve.table.sort_values("fraction").iloc[-1]
+    return round(last["n_requested"] / last["fraction"])
 
 
 def faithfulness(curve: FaithfulnessCurve, found: SmallestFaithful | None = None, *, level: float | int = LEVEL) -> go.Figure:

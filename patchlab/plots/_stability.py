@@ -9,7 +9,7 @@ from jaxtyping import Float, Int, Shaped
 
 from patchlab.circuits.evaluation.curve import FaithfulnessCurve
 from patchlab.errors import CircuitError
-from patchlab.plots._faithfulness import faint, percent, thinned
+from patchlab.plots._faithfulness import faint, percent, thinned, whole
 from patchlab.plots._style import INK, MUTED, Box, Page, method_colours, words_width
 from patchlab.stats.jaccard import BAR, ENOUGH
 
@@ -61,14 +61,13 @@ def _prepare_stability(curve: FaithfulnessCurve) -> StabilityData:
         sizes = rows["n_requested"].to_numpy(int)
         lines.append(StabilityLine(name, colours[name], sizes, value, low, high, chance, np.array(hover, dtype=object)))
     about = curve.provenance
-    first = curve.table[curve.table["fraction"] > 0].iloc[0]
     who = " × ".join(str(about[key]) for key in ("model", "task") if about.get(key))
     measured = about["stability"]
     prompts = sorted(set(measured["prompts"].values()))
     pairs = f"{measured['draws']} resamples of {' or '.join(map(str, prompts))} prompts"
     few = "" if min(prompts) >= ENOUGH else f"the bar of {BAR:g} asks for {ENOUGH}"
     subtitle = " · ".join(filter(None, [who, pairs, few, "bands: 95 % of pairs of resamples; dotted: chance"]))
-    return StabilityData("Stability of circuits by size", subtitle, round(first["n_requested"] / first["fraction"]), curve.unit, tuple(lines))
+    return StabilityData("Stability of circuits by size", subtitle, whole(curve), curve.unit, tuple(lines))
 
 
 def stability(curve: FaithfulnessCurve) -> go.Figure:

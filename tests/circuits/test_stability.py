@@ -272,6 +272,7 @@ def test_curves_have_it_per_method_and_size(measured, tmp_path):
     assert [line.method for line in data.lines] == ["a"]
     assert data.lines[0].n_requested.tolist() == [20, 60]
     assert data.lines[0].value.tolist() == [rows.loc[("a", n), "jaccard"] for n in (20, 60)]
+    assert data.total == scores.graph.n_edges
     assert "12 resamples" in data.subtitle
     figure = plots.stability(again)
     assert any(trace.name == "a" and list(trace.y) == data.lines[0].value.tolist() for trace in figure.data)
