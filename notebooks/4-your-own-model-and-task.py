@@ -23,7 +23,8 @@ import tempfile
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig, MixtralConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig, LlamaConfig
+from transformers.utils.logging import disable_progress_bar
 
 import patchlab as pl
 from patchlab.models import DEMO_MODELS
@@ -42,6 +43,7 @@ def attempt(action):
 # A folder is what Hugging Face's `save_pretrained` writes. Here one of the packaged models stands for yours.
 
 # %%
+disable_progress_bar()  # for files that load in a second
 home = Path(tempfile.mkdtemp())
 folder = home / "my-model"
 AutoModelForCausalLM.from_pretrained(DEMO_MODELS["demo-llama"]).save_pretrained(folder)
@@ -73,17 +75,21 @@ print(neox)
 neox.arch.absent
 
 # %% [markdown]
-# Backward rules, which relevance patching stands on, are checked the same way: which rule sits on which module, and is anything left without? A
-# mixture of experts has a router that no rule speaks of:
+# Backward rules, which relevance patching stands on, are checked the same way: which rule sits on which module, and is anything left without?
 
 # %%
-experts = AutoModelForCausalLM.from_config(MixtralConfig(**sizes, num_key_value_heads=2, num_local_experts=4))
-mixtral = pl.load_model(experts, tokenizer=model.tokenizer)
-print(pl.rules.coverage(mixtral, "relp"))
+print(pl.rules.coverage(neox, "relp"))
 
 # %% [markdown]
-# Relevance patching refuses this model rather than give numbers that are half gradient and half something else. Exact patching and gradients work
-# on it. [The table of architectures](../docs/families.md) has what is known.
+# A rule has conditions. The Identity-rule replaces an activation by the factor f(x)/x, which makes no sense of one that is not 0 at 0:
+
+# %%
+odd = pl.load_model(AutoModelForCausalLM.from_config(LlamaConfig(**sizes, hidden_act="sigmoid")), tokenizer=model.tokenizer)
+attempt(lambda: pl.rules.coverage(odd, "relp"))
+
+# %% [markdown]
+# Relevance patching refuses such a model rather than give numbers that are half gradient and half something else. Exact patching and gradients
+# work on it, and so do rules without that one (`lrp[ln]`). [The table of architectures](../docs/families.md) has what is known.
 #
 # ## A task
 # A task file is CSV or JSONL, a row per pair: clean prompt, corrupted prompt, correct and incorrect answer.
@@ -112,11 +118,14 @@ print("the untrained one:", task.accuracy(neox))
 # the gap between clean and corrupted prompts:
 
 # %%
-nothing = pl.RelevancePatching().run(neox, task, "resid_pre", progress=False)
-attempt(nothing.normalised)
+for name, each in (("my-model", model), ("the untrained one", neox)):
+    scores = pl.RelevancePatching().run(each, task, "resid_pre", progress=False)
+    low, high = scores.gap_interval()
+    print(f"{name}: gap {scores.gap:.2f} [{low:.2f}, {high:.2f}] logits")
 
 # %% [markdown]
-# `only_correct=True` in `load_task` keeps the pairs that the model solves.
+# Effects as shares of the gap (`scores.normalised()`) raise where its interval contains 0. `only_correct=True` in `load_task` keeps the pairs
+# that the model solves.
 
 # %% [markdown]
 # ## Alignment errors, and how to read them
