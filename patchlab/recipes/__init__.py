@@ -8,6 +8,7 @@ Each measures one number or a few beside the paper's own, with its control, and 
 """
 
 from patchlab.recipes import attention_concentration as attention_concentration
+from patchlab.recipes import das as das
 from patchlab.recipes import depth_use as depth_use
 from patchlab.recipes import layer_by_layer as layer_by_layer
 from patchlab.recipes import layer_ranking as layer_ranking
