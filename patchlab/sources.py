@@ -81,6 +81,9 @@ class Kept:
     activations: Mapping[tuple[str, int | None], Tensor] = field(repr=False)
     examples: Int[Tensor, " row"] = field(repr=False)
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "examples", self.examples.cpu())
+
     def values(self, site: Site, own: Float[Tensor, "row *site"], examples: Int[Tensor, " row"]) -> Float[Tensor, "*values"]:
         key = (site.kind, site.layer)
         if key not in self.activations:
@@ -88,7 +91,7 @@ class Kept:
                 f"the source run did not keep {address(*key)}; it kept {_listed(self.activations)}. Add it to keep=[...] of that run."
             )
         value = self.activations[key]
-        if value.shape[0] != 1 and not torch.equal(self.examples, examples):
+        if value.shape[0] != 1 and not torch.equal(self.examples, examples := examples.cpu()):
             value = value[self._rows(examples)]
         if value.shape[1:] != own.shape[1:]:
             raise InterventionError(
@@ -105,7 +108,7 @@ class Kept:
                 f"the source run has no row for example {missing[0]} (it has {len(where)}, this run {examples.shape[0]}). Run the source on the same "
                 f"prompts, or on one prompt that serves all."
             )
-        return torch.tensor([where[example] for example in examples.tolist()], device=self.examples.device)
+        return torch.tensor([where[example] for example in examples.tolist()])
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,8 @@ from torch import Tensor
 from patchlab.adapters import BridgedModel
 from patchlab.engine.contributions import Layer, layers_of
 from patchlab.engine.hooks import hooked
-from patchlab.engine.node_sweep import ACCELERATOR_TOKENS, CPU_TOKENS, Wave, Work
+from patchlab.engine.node_sweep import ACCELERATOR_TOKENS, CPU_TOKENS, Wave, Work, answer_columns, not_finite
+from patchlab.engine.pending import Pending, in_parts
 from patchlab.engine.program import Program, Target
 from patchlab.engine.replay import Baseline, Template, baseline, empty_cache, template
 from patchlab.engine.session import exclusive, session_of
@@ -123,7 +124,7 @@ def edge_sweep(
         max_tokens: rows × positions that go through a block at once; at most (and by default) what suits the device.
         start: no writer's output differs before this position.
         base: the baseline's run, if it was made before.
-        done: called with the numbers of the edges that are finished, and their metric, ``[edge, row]``.
+        done: called with the numbers of the edges that are finished, and their metric, ``[edge, row]`` on the CPU; now and then on other devices.
         skip: numbers of edges whose metric is not needed (NaN); the others come out as without it, to the bit.
         work: counts what was computed.
 
@@ -140,21 +141,23 @@ def edge_sweep(
     rows, length = program.tokens.shape
     dtype = torch.float64 if model.dtype == torch.float64 else torch.float32
     values = torch.full((len(edges), rows), torch.nan, device=program.tokens.device, dtype=dtype)
-    with torch.no_grad():
+    with torch.no_grad(), Pending(done, not_finite(model, program.metric)) as pending:
         if base is None:
             base, _ = baseline(model, program, cache=empty_cache() if prefix else None)
             work.forwards += 1
+        read = answer_columns(program)
         for first, chunks in _chunks(model.arch.graph, edges, _starts(edges, where, start, prefix), max_tokens // rows, length):
             wanted = [chunk for chunk in chunks if not all(number in skip for number in chunk)]
             if not wanted:
                 continue
-            run = _Run(Wave(model, program, base, first, {}, [], work), template(model, program, base, first, length - first), differences, grouped)
+            wave = Wave(model, program, base, first, {}, [], work, read)
+            run = _Run(wave, template(model, program, base, first, length - first), differences, grouped)
             for chunk in wanted:
-                found = run.values([_Edge(int(edges[i, 0]), int(edges[i, 1]), None if where is None else where[i]) for i in chunk]).to(dtype)
-                values[torch.tensor(chunk, device=values.device)] = found
-                work.cells += len(chunk)
-                if done is not None:
-                    done(chunk, found)
+                for some, found in in_parts(partial(run.numbered, edges, where), chunk, work.room):
+                    numbers, found = list(some), found.to(dtype)
+                    values[torch.tensor(numbers, device=values.device)] = found
+                    work.cells += len(numbers)
+                    pending.add(numbers, found)
     return values
 
 
@@ -162,7 +165,9 @@ def _starts(edges: Int[np.ndarray, "edge 2"], where: Sequence[Tensor] | None, st
     """First position that each edge changes, over all rows."""
     if where is None or not prefix:
         return np.full(len(edges), start if prefix else 0)
-    return np.array([max(start, int(position.min())) for position in where], dtype=np.int64)
+    places = {id(position): position for position in where}  # edges that are read at one place share its tensor
+    lowest = dict(zip(places, torch.stack([position.amin() for position in places.values()]).cpu().numpy().tolist(), strict=True)) if places else {}
+    return np.array([max(start, lowest[id(position)]) for position in where], dtype=np.int64)
 
 
 def _chunks(
@@ -213,6 +218,10 @@ class _Run:
     def _answer_only(self) -> bool:
         metric = self.wave.program.metric
         return metric is not None and metric.reads == "answer"
+
+    def numbered(self, edges: Int[np.ndarray, "edge 2"], where: Sequence[Tensor] | None, numbers: Sequence[int]) -> Float[Tensor, "some row"]:
+        """The metric of some of the edges, by number."""
+        return self.values([_Edge(int(edges[i, 0]), int(edges[i, 1]), None if where is None else where[i]) for i in numbers])
 
     def values(self, edges: list[_Edge]) -> Float[Tensor, "edge row"]:
         """The metric of every edge's run; the edges come in the order of their readers' layers."""

@@ -99,14 +99,14 @@ def evaluate(model: BridgedModel, program: Program, logits: Float[Tensor, "row p
         raise InterventionError("a metric needs the answers of its rows; give Program(answers=...).")
     read = logits[:, -1] if metric.reads == "answer" else logits
     read = read.float() if read.dtype in (torch.float16, torch.bfloat16) else read
-    if not bool(torch.isfinite(read).all()):
-        bad = int((~torch.isfinite(read.flatten(1)).all(1)).sum())
-        raise ModelError(
-            f"{model.name} gave non-finite logits (NaN or infinity) for {bad} of {read.shape[0]} rows in {model.dtype}. "
-            f"Load it in another dtype (dtype='float32'), or check the edits."
-        )
     values = metric(read, answers)
-    if not bool(torch.isfinite(values).all()):
+    if bool((torch.isfinite(read).all() & torch.isfinite(values).all()).logical_not()):
+        bad = int((~torch.isfinite(read.flatten(1)).all(1)).sum())
+        if bad:
+            raise ModelError(
+                f"{model.name} gave non-finite logits (NaN or infinity) for {bad} of {read.shape[0]} rows in {model.dtype}. "
+                f"Load it in another dtype (dtype='float32'), or check the edits."
+            )
         raise MetricError(
             f"metric {metric.name!r} is not finite for {int((~torch.isfinite(values)).sum())} of {values.shape[0]} rows, though the logits are."
         )

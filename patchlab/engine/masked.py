@@ -29,6 +29,7 @@ from patchlab.engine.contributions import Contributions, Layer, contributions, h
 from patchlab.engine.hooks import canonical, hooked
 from patchlab.engine.literal import evaluate, forward, run
 from patchlab.engine.memory import block_numbers, itemsize
+from patchlab.engine.pending import empty_cache, is_out_of_memory
 from patchlab.engine.program import Program
 from patchlab.engine.session import exclusive, found_once, session_of
 from patchlab.engine.trust.precision import in_single_precision
@@ -59,7 +60,8 @@ def run_circuits(
         ablated: what the edges outside a circuit carry. The result is differentiable in it.
         keep: the edges of each circuit; ``[circuit, writer, reader, pos]`` where they depend on the position that reads, and
             ``[circuit, writer, reader, row, pos]`` where that differs from row to row.
-        max_bytes: memory for the activations of one forward pass; circuits and rows are cut into as many passes as it takes.
+        max_bytes: memory for the activations of one forward pass; circuits and rows are cut into as many passes as it takes, and into smaller
+            ones where memory runs out.
         done: called with the number of circuits × rows finished, after each pass.
 
     Returns:
@@ -75,10 +77,29 @@ def run_circuits(
     """
     _check(model, program, ablated, keep)
     found_once(model, ("circuits", ablated.form), lambda: _check_model(model, ablated.form))
-    rows, budget = program.tokens.shape[0], pass_bytes(model) if max_bytes is None else max_bytes
+    budget = pass_bytes(model) if max_bytes is None else max_bytes
     fitting = max(1, int(budget // row_bytes(model, program.tokens.shape[1])))
-    each = min(rows, fitting)
-    layers = layers_of(model)
+    while True:
+        try:
+            return _passes(model, program, ablated, keep, fitting, done)
+        except RuntimeError as error:
+            if fitting == 1 or not is_out_of_memory(error):
+                raise
+        empty_cache()
+        fitting //= 2
+
+
+def _passes(
+    model: BridgedModel,
+    program: Program,
+    ablated: Contributions,
+    keep: Bool[Tensor, "circuit writer reader *where"],
+    fitting: int,
+    done: Callable[[int], Any] | None,
+) -> Float[Tensor, "circuit row"]:
+    """The metric of every circuit, of ``fitting`` rows of circuits at once."""
+    rows = program.tokens.shape[0]
+    each, layers = min(rows, fitting), layers_of(model)
     parts: list[Tensor] = []
     for circuits in slices(keep.shape[0], max(1, fitting // rows)):
         of_rows: list[Tensor] = []

@@ -11,7 +11,8 @@ from patchlab.engine.program import Target
 def free_bytes(device: torch.device) -> int:
     """Memory that is free on a device (4 GiB where the system does not tell)."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        # what torch holds from earlier work and does not use is free as well
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     try:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, AttributeError, OSError):  # not every system tells

@@ -6,7 +6,7 @@ values standing in for the earlier positions. Cells with one start position form
 model's own blocks run on all rows of the wave at once.
 """
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -17,10 +17,11 @@ from torch import Tensor
 
 from patchlab.adapters import Accessor, BridgedModel
 from patchlab.engine.hooks import canonical, hooked
+from patchlab.engine.pending import Pending, Room, in_parts
 from patchlab.engine.program import Program
 from patchlab.engine.replay import Baseline, Prefix, Template, baseline, empty_cache, template, unembed
 from patchlab.engine.session import exclusive, session_of
-from patchlab.errors import InterventionError, ModelError
+from patchlab.errors import InterventionError
 from patchlab.interventions import Edit
 from patchlab.metrics import Answers, Metric
 from patchlab.sites import KINDS
@@ -32,11 +33,12 @@ CPU_TOKENS, ACCELERATOR_TOKENS = 1024, 65536
 
 @dataclass
 class Work:
-    """Work of a sweep: block × row × position triples, whole forward passes, and cells."""
+    """Work of a sweep: block × row × position triples, whole forward passes, cells, and how many of these had room in memory at once."""
 
     block_positions: int = 0
     forwards: int = 0
     cells: int = 0
+    room: Room = field(default_factory=Room)
 
 
 @exclusive
@@ -64,13 +66,14 @@ def sweep(
         max_tokens: rows × positions that go through a block at once; at most (and by default) what suits the device.
         start: no edit changes anything before this position.
         base: the baseline's run, if it was made before (with keys and values; block inputs matter from the start on).
-        done: called with the numbers of the cells that are finished, and their metric, ``[cell, row]``.
+        done: called with the numbers of the cells that are finished, and their metric, ``[cell, row]`` on the CPU; now and then on other devices.
         skip: numbers of cells whose metric is not needed. The others are computed together with the same cells as without it, so
             that not one bit changes; the values of those that are left out are NaN.
         work: counts what was computed.
 
     Raises:
         InterventionError: a cell at a site that no block computes.
+        ModelError: non-finite logits or values of the metric.
     """
     if program.metric is None or program.answers is None:
         raise InterventionError("a sweep evaluates a metric; give the program a metric and answers.")
@@ -80,7 +83,7 @@ def sweep(
     work = Work() if work is None else work
     usual = CPU_TOKENS if program.tokens.device.type == "cpu" else ACCELERATOR_TOKENS
     max_tokens = usual if max_tokens is None else min(max_tokens, usual)
-    with torch.no_grad():
+    with torch.no_grad(), Pending(done, not_finite(model, program.metric)) as pending:
         if base is None:
             base, _ = baseline(model, program, cache=empty_cache() if prefix else None)
             work.forwards += 1
@@ -88,9 +91,11 @@ def sweep(
         dtype = torch.float64 if model.dtype == torch.float64 else torch.float32
         values = torch.full((len(cells), rows), torch.nan, device=program.tokens.device, dtype=dtype)
         groups: dict[int, list[_Entry]] = {}
+        first = dict(zip(program.positions, _lowest(program.positions), strict=True))
         for i, cell in enumerate(cells):
-            entry = _entry(i, cell, program, model.arch.n_layers, max(start, _start(cell, program)) if prefix else 0)
+            entry = _entry(i, cell, program, model.arch.n_layers, max(start, _start(cell, first, length)) if prefix else 0)
             groups.setdefault(entry.start, []).append(entry)
+        read = answer_columns(program)
         for where, entries in sorted(groups.items()):
             entries.sort(key=lambda entry: (entry.joins(), not entry.local))
             size = max(1, max_tokens // (rows * (length - where)))
@@ -98,14 +103,35 @@ def sweep(
             chunks = [chunk for chunk in chunks if any(entry.index not in skip for entry in chunk)]
             spans = {length - where, *(1 for entry in entries if entry.local)} if chunks else set[int]()
             templates = {span: template(model, program, base, where, span) for span in spans}
+            run = partial(_run, model, program, base, where, templates, work, read)
             for chunk in chunks:
-                numbers = [entry.index for entry in chunk]
-                found = Wave(model, program, base, where, templates, chunk, work).run().to(values.dtype)
-                values[torch.tensor(numbers, device=values.device)] = found
-                work.cells += len(chunk)
-                if done is not None:
-                    done(numbers, found)
+                for some, found in in_parts(run, chunk, work.room):
+                    numbers, found = [entry.index for entry in some], found.to(values.dtype)
+                    values[torch.tensor(numbers, device=values.device)] = found
+                    work.cells += len(some)
+                    pending.add(numbers, found)
     return values
+
+
+def _run(
+    model: BridgedModel,
+    program: Program,
+    base: Baseline,
+    start: int,
+    templates: dict[int, Template],
+    work: Work,
+    read: "Columns",
+    entries: Sequence["_Entry"],
+) -> Float[Tensor, "cell row"]:
+    return Wave(model, program, base, start, templates, entries, work, read).run()
+
+
+def not_finite(model: BridgedModel, metric: Metric) -> str:
+    """What to say where a patched run has no finite metric."""
+    return (
+        f"{model.name} gave non-finite logits in {model.dtype}, or the metric {metric.name!r} is not finite on them, in a patched run; load it in "
+        f"another dtype (dtype='float32'), or check the edits."
+    )
 
 
 def in_blocks(model: BridgedModel, edits: Iterable[Edit]) -> bool:
@@ -162,8 +188,9 @@ class Wave:
     base: Baseline
     start: int
     templates: dict[int, Template]
-    entries: list[_Entry]
+    entries: Sequence[_Entry]
     work: Work
+    read: "Columns | None" = None
     companions: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     entering: bool = False
 
@@ -283,14 +310,11 @@ class Wave:
             if self.base.logits is not None and self.start:
                 logits = torch.cat([self.base.logits[:, : self.start].repeat(cells, 1, 1), logits], 1)
         else:
-            columns, answers = _columns(metric, answers)
+            columns, answers = answer_columns(self.program) if self.read is None else self.read
             logits = unembed(self.model, hidden[:, -1:], columns)[:, 0]
         logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
-        if not bool(torch.isfinite(logits).all()):
-            raise ModelError(
-                f"{self.model.name} gave non-finite logits in {self.model.dtype}; load it in another dtype (dtype='float32'), or check the edits."
-            )
-        return metric(logits, answers.rows(index)).reshape(cells, n)
+        finite = torch.isfinite(logits).flatten(1).all(1)  # the host looks when it reads the values
+        return torch.where(finite, metric(logits, answers.rows(index)), torch.nan).reshape(cells, n)
 
 
 def _for_rows(name: str, value: Any, rows: int) -> Any:
@@ -302,8 +326,14 @@ def _for_rows(name: str, value: Any, rows: int) -> Any:
     return value.expand(rows, *value.shape[1:]) if value.ndim == 4 and value.shape[0] == 1 else value
 
 
-def _columns(metric: Metric, answers: Answers) -> tuple[Int[Tensor, " column"] | None, Answers]:
-    """The columns of the vocabulary that a metric reads, and the answers counted in them."""
+Columns = tuple[Int[Tensor, " column"] | None, Answers]
+
+
+def answer_columns(program: Program) -> Columns:
+    """The columns of the vocabulary that a program's metric reads (None: all), and the answers counted in them."""
+    metric, answers = program.metric, program.answers
+    if metric is None or answers is None:
+        raise InterventionError("a sweep evaluates a metric; give the program a metric and answers.")
     if metric.columns != "answers":
         return None, answers
     columns = torch.bincount(torch.cat([answers.correct.flatten(), answers.incorrect.flatten()])).nonzero()[:, 0]
@@ -312,12 +342,17 @@ def _columns(metric: Metric, answers: Answers) -> tuple[Int[Tensor, " column"] |
     return columns, replace(answers, correct=correct, incorrect=incorrect, clean_logits=clean)
 
 
-def _start(cell: Cell, program: Program) -> int:
-    """First position that a cell edits, over all rows."""
+def _lowest(positions: Mapping[str, Int[Tensor, " row"]]) -> list[int]:
+    """The lowest place of each named position, over all rows: one move for all names."""
+    return torch.stack([index.amin() for index in positions.values()]).cpu().numpy().tolist() if positions else []
+
+
+def _start(cell: Cell, first: Mapping[str, int], length: int) -> int:
+    """First position that a cell edits, over all rows; ``first`` has that of every named position."""
     starts: list[int] = []
     for edit in cell:
         if edit.address.pos is None:
             return 0
         for position in edit.address.pos:
-            starts.append(int(program.positions[position].min()) if isinstance(position, str) else position % program.tokens.shape[1])
+            starts.append(first[position] if isinstance(position, str) else position % length)
     return min(starts)

@@ -26,7 +26,7 @@ class Program:
 
     Args:
         tokens: token ids; rows of one length.
-        examples: which example each row belongs to.
+        examples: which example each row belongs to; on the CPU, and put there, since the host looks rows up by them.
         positions: named positions, one index per row.
         edits: applied in order at each hook, after the rules and before anything is kept.
         rules: backward rules; None for the plain gradient.
@@ -56,6 +56,7 @@ class Program:
     logits: Literal["all", "answer", "none"] = "none"
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "examples", self.examples.cpu())
         if (self.gradients or self.hook_gradients) and (self.metric is None or self.answers is None):
             raise InterventionError("gradients need a metric and its answers; give both or ask for no gradients.")
 
@@ -124,4 +125,4 @@ def targets(sites: str | Site | list[str | Site] | tuple[str | Site, ...], arch:
 
 def row_numbers(tokens: Int[Tensor, "row pos"]) -> Int[Tensor, " row"]:
     """Examples 0, 1, 2, ... for rows that are examples of their own."""
-    return torch.arange(tokens.shape[0], device=tokens.device)
+    return torch.arange(tokens.shape[0])

@@ -119,7 +119,7 @@ def distributions(model: Model, rows: Rows, maps: Maps, *, name: str, site: str,
 def _pieces(model: Model, batch: RowBatch) -> list[RowBatch]:
     """Parts of a batch whose logits fit in memory."""
     size = batch_rows(model, batch.tokens.shape[1])
-    parts = (torch.arange(i, min(i + size, len(batch)), device=batch.tokens.device) for i in range(0, len(batch), size))
+    parts = (torch.arange(i, min(i + size, len(batch))) for i in range(0, len(batch), size))
     return [
         RowBatch(
             batch.tokens[part],

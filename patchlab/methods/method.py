@@ -17,12 +17,14 @@ from jaxtyping import Bool, Int
 from patchlab.adapters.accessors import HOSTS
 from patchlab.engine import Target, session_of
 from patchlab.engine.memory import free_bytes
+from patchlab.engine.pending import empty_cache, is_out_of_memory
 from patchlab.errors import MethodError, unknown
-from patchlab.host import to_array
+from patchlab.host import to_arrays
 from patchlab.methods.cells import CellKind, cells_of, parts
 from patchlab.methods.cells.kind import summed
 from patchlab.methods.plan import Plan
 from patchlab.methods.registry import name_of
+from patchlab.methods.setting.batches import cut_as, halved
 from patchlab.methods.setting.checkpoint import Checkpoint, Finished, batch_rows, described, joined, keeping
 from patchlab.methods.setting.fingerprint import identify
 from patchlab.methods.setting.liveness import live_cells, live_patterns, pattern_cells, without_path
@@ -241,29 +243,29 @@ class Method(ABC):
             work.begin(meter)
             setting = self.with_mean(setting, batches, meter)
             trusted = task.metric in PACKAGED or any(len(batch) > 1 for batch in batches[: len(work.batches)])
-            for number in range(len(work.batches), len(batches)):
-                batch = batches[number]
-                notes: dict[str, Any] = {}
-                meter.cells = work.cells_of(number)
-                at, baseline = self.source_targets(setting), self.baseline_options(setting)
-                runs = unpatched(setting, batch, meter, source=self.source, at=at, baseline=baseline, resume=self.resumes(setting))
-                if not trusted and len(batch) > 1:  # a batch of one shows nothing
-                    check_metric(setting, runs, meter)
-                    trusted = True
-                scored = _with_noise(setting, runs, self.score(setting, runs, meter, notes))
-                clean, corrupted = (to_array(value) for value in (runs.clean, runs.corrupted))
-                work.add(Finished(scored, clean, corrupted, notes))
+            batches = cut_as(batches, work.sizes())
+            while (number := len(work.batches)) < len(batches):
+                check = not trusted and len(batches[number]) > 1  # a batch of one shows nothing
+                finished = self._tried(setting, batches[number], meter, work.cells_of(number), check=check)
+                if finished is not None:
+                    work.add(finished)
+                    trusted = trusted or check
+                    continue
+                empty_cache()
+                meter.notes.append(f"memory ran out with {len(batches[number])} examples at once; went on with half as many")
+                batches, work.cells = halved(batches, number), (number, {})
         skipped = self.not_scored(setting)
         forwards, backwards, positions, seconds = work.spent()
-        finished = work.batches
+        done = work.batches
         effects, noise, errors = (
             {site: concatenated([found[site] for found in of_batches]) for site in map(str, setting.sites) if site in of_batches[0]}
-            for of_batches in ([getattr(one.scored, part.name) for one in finished] for part in fields(Scored))
+            for of_batches in ([getattr(one.scored, part.name) for one in done] for part in fields(Scored))
         )
-        clean, corrupted = (np.concatenate([getattr(one, side) for one in finished]) for side in ("clean", "corrupted"))
+        clean, corrupted = (np.concatenate([getattr(one, side) for one in done]) for side in ("clean", "corrupted"))
         examples = torch.cat([batch.examples for batch in batches]).cpu().numpy()
         order = np.argsort(examples).tolist()  # as the map orders its rows
-        notes = {name: {group: [values[i] for i in order] for group, values in groups.items()} for name, groups in joined(finished).items()}
+        notes = {name: {group: [values[i] for i in order] for group, values in groups.items()} for name, groups in joined(done).items()}
+        record = self.provenance_of(setting, skipped)
         return ScoreMap.build(
             effects,
             setting.live,
@@ -280,7 +282,7 @@ class Method(ABC):
             examples=examples,
             metric_clean=clean,
             metric_corrupted=corrupted,
-            provenance={**self.provenance_of(setting, skipped), "engine": meter.engine, **notes},
+            provenance={**record, "notes": [*record["notes"], *meter.notes], "engine": meter.engine, **notes},
             cost=Cost(
                 forwards,
                 backwards,
@@ -298,6 +300,25 @@ class Method(ABC):
         positional = self.source == "mean_positional"
         at, extra = self.source_targets(setting), summed(setting, positional=positional)
         return replace(setting, mean=mean_source(setting, batches, meter, at=at, positional=positional, summed=extra))
+
+    def _tried(self, setting: Setting, batch: Batch, meter: Meter, cells: dict[int, np.ndarray], *, check: bool) -> Finished | None:
+        """One batch; None if memory ran out and fewer examples may fit, once what the run held is gone."""
+        notes: dict[str, Any] = {}
+        meter.cells = cells
+        try:
+            at, baseline = self.source_targets(setting), self.baseline_options(setting)
+            runs = unpatched(setting, batch, meter, source=self.source, at=at, baseline=baseline, resume=self.resumes(setting))
+            if check:
+                check_metric(setting, runs, meter)
+            scored = _with_noise(setting, runs, self.score(setting, runs, meter, notes))
+            clean, corrupted = to_arrays([runs.clean, runs.corrupted])
+            return Finished(scored, clean, corrupted, notes)
+        except RuntimeError as error:
+            if is_out_of_memory(error) and len(batch) > 1:
+                return None
+            if is_out_of_memory(error):
+                error.add_note(f"patchlab: {self.name} does not fit with one example at a time; ask for fewer sites, or shorter prompts.")
+            raise
 
     def _patterns(self, setting: Setting, examples: Int[np.ndarray, " example"]) -> Patterns | None:
         """Which cells can matter for which example; None where all can for all."""

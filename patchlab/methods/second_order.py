@@ -22,7 +22,7 @@ from patchlab.methods.registry import register_method
 from patchlab.methods.setting.meter import Meter
 from patchlab.methods.setting.rounding import product_variance
 from patchlab.methods.setting.setting import Setting
-from patchlab.methods.setting.unpatched import Runs, Scored, first_difference, of_rows, program, reduced, required
+from patchlab.methods.setting.unpatched import Runs, Scored, of_rows, program, reduced, required
 from patchlab.sites import KINDS, POSITION_AXES, Site, address
 from patchlab.sources import Kept, Source
 
@@ -283,7 +283,7 @@ def _prices(setting: Setting, runs: Runs, site: Site, layer: int | None, shape: 
     by_number = place is not None and setting.axis is not None and setting.axis.names is None
     for row, example in enumerate(map(int, runs.batch.examples.cpu().numpy())):
         paired = isinstance(runs.source, Kept) and not setting.surrounding
-        start = np.array(first_difference(of_rows(runs, np.array([row])).batch) if paired and mode == "prefix" else 0)
+        start = np.array(runs.batch.rows(np.array([row])).first_difference if paired and mode == "prefix" else 0)
         at = start
         if place is not None and setting.axis is not None:
             at = setting.axis.index[example].reshape([-1 if dim == place else 1 for dim in range(1, len(shape))])

@@ -108,7 +108,7 @@ class Model(BridgedModel):
         named = {"END": -1, **({} if prompts is None else prompts.positions), **(positions or {})}
         program = Program(
             ids,
-            row_numbers(ids) if prompts is None else prompts.examples.to(self.device),
+            row_numbers(ids) if prompts is None else prompts.examples,
             positions={name: self._position(name, index, ids) for name, index in named.items()},
             edits=as_edits(edits),
             keep=self._targets(keep),

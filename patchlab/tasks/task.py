@@ -5,6 +5,7 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -116,7 +117,7 @@ class Prompts:
 
 @dataclass(frozen=True)
 class Batch:
-    """Pairs of one length, as tensors. ``examples`` are their indices in the task, ``positions`` the named positions that all of them have."""
+    """Pairs of one length, as tensors. ``examples`` are their indices in the task (on the CPU), ``positions`` the named positions that all have."""
 
     examples: Int[Tensor, " batch"]
     clean: Int[Tensor, "batch pos"]
@@ -126,6 +127,18 @@ class Batch:
 
     def __len__(self) -> int:
         return self.clean.shape[0]
+
+    @cached_property
+    def first_difference(self) -> int:
+        """First position at which any pair differs (0 if none does): with paired sources nothing before it can change."""
+        return int((self.clean != self.corrupted).any(0).int().argmax())
+
+    def rows(self, index: Int[np.ndarray, " row"]) -> "Batch":
+        """Some of the pairs."""
+        chosen = torch.as_tensor(index)
+        there = chosen.to(self.clean.device)
+        positions = {name: at[there] for name, at in self.positions.items()}
+        return Batch(self.examples[chosen], self.clean[there], self.corrupted[there], self.answers.rows(there), positions)
 
     def prompts(self, side: str) -> Prompts:
         """The ``clean`` or the ``corrupted`` prompts, to run with edits at named positions.
@@ -269,7 +282,7 @@ class Task:
                 pairs = [self.pairs[i] for i in chunk]
                 batches.append(
                     Batch(
-                        torch.tensor(chunk, device=device),
+                        torch.tensor(chunk),
                         torch.tensor([pair.clean_ids for pair in pairs], device=device),
                         torch.tensor([pair.corrupted_ids for pair in pairs], device=device),
                         Answers.of([list(pair.correct) for pair in pairs], [list(pair.incorrect) for pair in pairs], device),

@@ -127,7 +127,7 @@ class NodeRunner:
         index = torch.arange(len(batch), device=device).repeat(times)
         answers = None if program.answers is None else program.answers.rows(index)
         whole = replace(
-            program, tokens=batch.clean[index], examples=batch.examples[index], answers=answers, edits=self._edits(circuits, batch, donor)
+            program, tokens=batch.clean[index], examples=batch.examples.repeat(times), answers=answers, edits=self._edits(circuits, batch, donor)
         )
         whole = replace(whole, positions={name: at[index] for name, at in batch.positions.items()})
         found = run(self.model, whole).values

@@ -102,7 +102,7 @@ def _literally(model: BridgedModel, program: Program, cells: list[Cell]) -> Floa
     n, answers = program.tokens.shape[0], program.answers
     if answers is None:
         raise ValueError("the trial has answers")
-    index = torch.arange(n, device=program.tokens.device).repeat(len(cells))
+    index = torch.arange(n).repeat(len(cells))
     owner = torch.arange(len(cells), device=program.tokens.device).repeat_interleave(n)
     edits = tuple(Edit(edit.site, edit.source, edit.op, rows=owner == i) for i, cell in enumerate(cells) for edit in cell)
     with torch.no_grad():

@@ -24,13 +24,13 @@ from patchlab.engine.edge_sweep import Differences, edge_sweep
 from patchlab.engine.memory import itemsize, token_bytes
 from patchlab.engine.trust.edges import edge_mask, edge_support, run_edge_sets
 from patchlab.errors import MethodError
-from patchlab.host import to_array
+from patchlab.host import to_array, to_arrays
 from patchlab.interventions import Edit
 from patchlab.methods.cells.kind import Exactly, Index, Linear, Linearly, add_cells, listed, stacked
 from patchlab.methods.cells.nodes import change_of, shares
 from patchlab.methods.setting.meter import Meter
 from patchlab.methods.setting.setting import Setting
-from patchlab.methods.setting.unpatched import Runs, Scored, at_positions, first_difference, program, required
+from patchlab.methods.setting.unpatched import Runs, Scored, at_positions, program, required
 from patchlab.rules import Composite
 from patchlab.rules.jacobian import norm_jvp, norm_vjp
 from patchlab.scores.arrays import CellNames
@@ -241,7 +241,7 @@ def edge_effects(
                 where=where,
                 grouped=grouped,
                 prefix=way.mode == "prefix",
-                start=first_difference(runs.batch) if isinstance(runs.source, Kept) else 0,
+                start=runs.batch.first_difference if isinstance(runs.source, Kept) else 0,
                 base=runs.base if way.mode == "prefix" else None,
                 max_tokens=_max_tokens(setting, runs),
                 done=done,
@@ -249,6 +249,7 @@ def edge_effects(
                 work=work,
             )
         finally:
+            meter.note_room(work.room, "edges")
             meter.forwards += work.forwards + work.cells
             meter.positions += round(work.block_positions / setting.model.arch.n_layers) + work.forwards * runs.baseline_tokens.numel()
     return np.stack([finished[i] for i in range(len(cells))]) if len(cells) else np.zeros((0, len(runs.batch)))
@@ -397,7 +398,7 @@ class EdgeScores:
         arch, site = setting.model.arch, setting.sites[0]
         self.graph, self.axes = arch.graph, site.axes[2:]
         n, length = runs.baseline_tokens.shape
-        start = first_difference(runs.batch) if isinstance(runs.source, Kept) else 0
+        start = runs.batch.first_difference if isinstance(runs.source, Kept) else 0
         self.span = length - start
         self.differences = {key: value[:, -self.span :] for key, value in differences.items()}
         self.parts = layers_of(setting.model)
@@ -437,19 +438,21 @@ class EdgeScores:
 
     def result(self, meter: Meter, notes: dict[str, Any]) -> Scored:
         """The scores and their noise floors; NaN for readers that the rules cut off."""
-        found: list[np.ndarray] = []
+        found: list[Tensor] = []
         for values in (self.total, self.variance):
             for dim in range(3, values.ndim):
                 values = at_positions(self.setting, self.runs, values, dim)
-            found.append(to_array(values))
-            found[-1][:, :, np.isin(self.graph.reader_kind, list(self.composite.not_scored))] = np.nan
-        (scores, variance), name = found, str(self.setting.sites[0])
+            found.append(values)
+        (scores, variance), name = to_arrays(found), str(self.setting.sites[0])
+        for values in (scores, variance):
+            values[:, :, np.isin(self.graph.reader_kind, list(self.composite.not_scored))] = np.nan
         return Scored({name: scores}, {name: self.runs.rounding.of_products(variance, scores)})
 
     def mismatch(self) -> tuple[float, float]:
         """Largest |Σ of a writer's edges − its node score|, and the largest |node score| to hold it against."""
         sums = self.total.flatten(2).sum(2)
-        return float((sums - self.nodes).abs().max()), float(self.nodes.abs().max())
+        off, scale = to_array(torch.stack([(sums - self.nodes).abs().amax(), self.nodes.abs().amax()]))
+        return float(off), float(scale)
 
     def _written(self, point: Result, chunk: slice) -> Float[Tensor, "batch writer pos d_model"]:
         """How the output of every writer differs, as it reaches the residual stream at this point of the path."""

@@ -247,8 +247,9 @@ class Features(_OfDictionaries):
     def moves_of(self, setting: Setting, runs: Runs, name: str, layer: int, cells: Sequence[tuple[Site, dict[str, int]]]) -> list[Edit]:
         point = self.points(setting)[name]
         whole = reading(setting, runs, point, layer)
-        chosen = whole.of(_chosen(setting, runs, whole, cells))
-        pos = tuple(np.unique(chosen.pos.cpu().numpy()).tolist()) or (0,)
+        entries = _chosen(setting, runs, whole, cells)
+        chosen = whole.of(entries)
+        pos = tuple(np.unique(whole.places[1][entries]).tolist()) or (0,)
         return [
             Edit(Site(name, (), layer=where, pos=pos), _Pushed(chosen, where, runs.batch.examples), "add")
             for where in range(layer, layer + point.of[layer].span)
@@ -467,14 +468,18 @@ def _places(setting: Setting, runs: Runs, place: int | None) -> Int[Tensor, " ro
     return torch.as_tensor(axis.index[runs.batch.examples.cpu().numpy()][:, place], device=device)
 
 
-def _chosen(setting: Setting, runs: Runs, whole: Reading, cells: Iterable[tuple[Site, dict[str, int]]]) -> Bool[Tensor, " entry"]:
-    """The entries that belong to one of the cells."""
-    found = torch.zeros(len(whole.row), dtype=torch.bool, device=whole.row.device)
+def _chosen(setting: Setting, runs: Runs, whole: Reading, cells: Iterable[tuple[Site, dict[str, int]]]) -> Int[np.ndarray, " some"]:
+    """The numbers of the entries that belong to one of the cells."""
+    row, pos, feature = whole.places
+    axis = setting.axis
+    index = None if axis is None or axis.names is None else axis.index[runs.batch.examples.numpy()]
+    found = np.zeros(len(row), dtype=bool)
     for _, at in cells:
-        own = torch.ones_like(found) if "feature" not in at else whole.feature == at["feature"]
-        places = _places(setting, runs, at.get("pos"))
-        found |= own if places is None else own & (whole.pos == places[whole.row])
-    return found
+        own = np.ones_like(found) if "feature" not in at else feature == at["feature"]
+        if "pos" in at:
+            own &= pos == (at["pos"] if index is None else index[row, at["pos"]])
+        found |= own
+    return np.flatnonzero(found)
 
 
 def _columns(setting: Setting, runs: Runs, site: Site, terms: Terms) -> tuple[Int[np.ndarray, "entry axis"], Int[np.ndarray, " entry"]]:
@@ -535,10 +540,11 @@ def _added(parts: Sequence[Sparse]) -> Sparse:
 
 def _rows_of(own: Int[Tensor, " row"], examples: Int[Tensor, " row"]) -> Int[Tensor, " row"] | None:
     """Which of a batch's rows each example is; None where they are the same."""
+    examples = examples.cpu()
     if torch.equal(own, examples):
         return None
-    where = {example: row for row, example in enumerate(own.cpu().numpy().tolist())}
-    return torch.tensor([where[example] for example in examples.cpu().numpy().tolist()], device=own.device)
+    where = {example: row for row, example in enumerate(own.numpy().tolist())}
+    return torch.tensor([where[example] for example in examples.numpy().tolist()])
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,14 +12,14 @@ from patchlab.adapters import Architecture
 from patchlab.engine import Result, Support, Target, Work, in_blocks, support, sweep
 from patchlab.engine.memory import activation_bytes, itemsize, token_bytes
 from patchlab.errors import MethodError
-from patchlab.host import to_array
+from patchlab.host import to_array, to_arrays
 from patchlab.interventions import Edit
 from patchlab.methods.cells.kind import Exactly, Index, Linear, Linearly, add_cells, listed
 from patchlab.methods.corrections import drop_term, every_layer, qk_forwards, qk_scores
 from patchlab.methods.setting.meter import Meter
 from patchlab.methods.setting.rounding import product_variance
 from patchlab.methods.setting.setting import Setting
-from patchlab.methods.setting.unpatched import Runs, Scored, first_difference, program, reduced, required
+from patchlab.methods.setting.unpatched import Runs, Scored, program, reduced, required
 from patchlab.scores.arrays import CellNames
 from patchlab.sites import KINDS, POSITION_AXES, Site, address
 from patchlab.sources import Blend, Kept, Source
@@ -225,9 +225,10 @@ class _NodeScores:
         if self.fixed:
             share = 1.0 if self.how.composite.bilinear is None else self.how.composite.bilinear.share
             self.patterns.append({layer: self.total["pattern", layer] * share for layer in range(n_layers)})
-        for site in self.setting.sites:
-            if str(site) not in self.skipped | self.fixed:
-                self._count(site, *self._linear_scores(site), drop)
+        sites = [site for site in self.setting.sites if str(site) not in self.skipped | self.fixed]
+        found = to_arrays([part for site in sites for part in self._linear_scores(site)])
+        for site, scores, off in zip(sites, found[::2], found[1::2], strict=True):
+            self._count(site, scores, self.runs.rounding.of_products(off, scores), drop)
         self.total = {}
 
     def result(self, meter: Meter, notes: dict[str, Any]) -> Scored:
@@ -242,8 +243,8 @@ class _NodeScores:
         for into, values in ((self.scores, scores), (self.noise, off)):
             into[str(site)] += values if drop is None else drop_term(values, site.kind, drop, n_layers)
 
-    def _linear_scores(self, site: Site) -> tuple[Float[np.ndarray, "batch *cells"], Float[np.ndarray, "batch *cells"]]:
-        """Scores, and their noise floors."""
+    def _linear_scores(self, site: Site) -> list[Float[Tensor, "batch *cells"]]:
+        """Scores, and the squares of their rounding errors."""
         layers = list(range(self.setting.model.arch.n_layers)) if KINDS[site.kind].layered else [None]
         scores: list[Tensor] = []
         variances: list[Tensor] = []
@@ -253,8 +254,7 @@ class _NodeScores:
             scores.append(reduced(self.setting, self.runs, site, product.sum(-1) if vectors else product))
             variance = product_variance(change, self.runs.baseline.activations[key], coefficient, vectors=vectors)
             variances.append(reduced(self.setting, self.runs, site, variance))
-        found, off = (to_array(part[0] if layers == [None] else torch.stack(part, 1)) for part in (scores, variances))
-        return found, self.runs.rounding.of_products(off, found)
+        return [part[0] if layers == [None] else torch.stack(part, 1) for part in (scores, variances)]
 
     def _note_gaps(self, meter: Meter, notes: dict[str, Any]) -> None:
         """Completeness gap per example: the sum of a path's scores minus what the whole patch really does."""
@@ -302,7 +302,7 @@ def shares(
     share -= layers / setting.model.arch.n_layers
     if mode == "prefix":
         length = max(len(pair) for pair in setting.task.pairs)
-        start = min(first_difference(batch) for batch in setting.task.batches(len(setting.task), "cpu")) if paired else 0
+        start = min(batch.first_difference for batch in setting.task.batches(len(setting.task), "cpu")) if paired else 0
         named = setting.axis is None or setting.axis.names is not None
         share *= 1 - (np.full(len(share), start) if places is None or named else np.maximum(start, places)) / length
     return share
@@ -354,7 +354,7 @@ def patched(
                 program(setting, runs),
                 [cells[i] for i in fast],
                 prefix=way.mode == "prefix",
-                start=first_difference(runs.batch) if isinstance(runs.source, Kept) and not setting.surrounding else 0,
+                start=runs.batch.first_difference if isinstance(runs.source, Kept) and not setting.surrounding else 0,
                 base=runs.base if way.mode == "prefix" else None,
                 max_tokens=_max_tokens(setting, runs),
                 done=done,
@@ -362,6 +362,7 @@ def patched(
                 work=work,
             )
         finally:
+            meter.note_room(work.room, "cells")
             meter.forwards += work.forwards + work.cells
             meter.positions += round(work.block_positions / setting.model.arch.n_layers) + work.forwards * runs.baseline_tokens.numel()
     for i in sorted(set(range(len(cells))) - set(fast) - finished.keys()):

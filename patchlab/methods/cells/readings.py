@@ -6,6 +6,7 @@ layers. Only positions that can matter are encoded, a chunk of them at a time.
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, cast
 
 import numpy as np
@@ -46,9 +47,16 @@ class Reading:
         """Source minus baseline."""
         return self.source - self.own
 
-    def of(self, mask: Bool[Tensor, " entry"]) -> "Reading":
+    @cached_property
+    def places(self) -> tuple[Int[np.ndarray, " entry"], Int[np.ndarray, " entry"], Int[np.ndarray, " entry"]]:
+        """Row, position and feature of the entries on the host, moved there once."""
+        row, pos, feature = torch.stack([self.row, self.pos, self.feature]).cpu().numpy()
+        return row, pos, feature
+
+    def of(self, entries: Int[np.ndarray, " some"]) -> "Reading":
         """Some of the entries."""
-        return Reading(self.one, *(part[mask] for part in (self.row, self.pos, self.feature, self.own, self.source)))
+        index = torch.as_tensor(entries, device=self.row.device)
+        return Reading(self.one, *(part[index] for part in (self.row, self.pos, self.feature, self.own, self.source)))
 
     def dot(self, gradients: Mapping[int, Float[Tensor, "row pos d"]]) -> Float[Tensor, " entry"]:
         """Gradients at what is written to, per layer, along each entry's row of the decoder."""

@@ -68,6 +68,11 @@ class Checkpoint:
             self.cells = (number, {})
         return self.cells[1]
 
+    def sizes(self) -> list[int]:
+        """Examples of the finished batches, and of the one under way if it has finished cells."""
+        number, cells = self.cells
+        return [len(one.clean) for one in self.batches] + [len(values) for values in list(cells.values())[:1] if number == len(self.batches)]
+
     def add(self, finished: Finished) -> None:
         """Note a finished batch."""
         self.batches.append(finished)

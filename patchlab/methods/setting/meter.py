@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from patchlab.engine import Program, Result, run
+from patchlab.engine.pending import Room
 from patchlab.models import Model
 
 
@@ -22,10 +23,16 @@ class Meter:
         self.bar, self.unit = bar, unit
         self.cells: dict[int, np.ndarray] = {}
         self.keep: Callable[[], None] = _nothing
+        self.notes: list[str] = []
 
     def run(self, model: Model, program: Program, *, cache: Any = None) -> Result:
         """Run a program and count its work."""
         return self.count(run(model, program, cache=cache))
+
+    def note_room(self, room: Room, what: str) -> None:
+        """Note that memory ran out with more cells at once, if it did."""
+        if room.most is not None:
+            self.notes.append(f"memory ran out, so at most {room.most} {what} were patched at once")
 
     def count(self, result: Result) -> Result:
         """Count the work of a run."""

@@ -29,7 +29,7 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from patchlab.host import precise
+from patchlab.host import precise, to_arrays
 from patchlab.metrics import Answers, Metric
 
 POINTS = 5
@@ -98,7 +98,7 @@ def rounding(
     off = _length(slopes[:POINTS] * precise(size.flatten(1))).amax(0)
     length = _length(slopes[base])
     bent = torch.where(length > 0, _length(slopes[POINTS] - slopes[base]) / length, 0.0)
-    return Rounding(unit, off.cpu().numpy(), bent.cpu().numpy())
+    return Rounding(unit, *to_arrays([off, bent]))
 
 
 def _length(vectors: Float[Tensor, "*rest entry"]) -> Float[Tensor, "*rest"]:

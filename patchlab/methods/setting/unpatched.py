@@ -80,7 +80,7 @@ def unpatched(
             the differences that they are multiplied by.
     """
     if resume and resumable(setting, batch, source):
-        return _resumed(setting, batch, meter, at=at, baseline=baseline, start=first_difference(batch))
+        return _resumed(setting, batch, meter, at=at, baseline=baseline, start=batch.first_difference)
     denoising = setting.direction == "denoising"
     kept = {"keep": at if source == "paired" else ()}
     clean = _run_clean(setting, batch, meter, kept if denoising else baseline)
@@ -112,9 +112,7 @@ def _rounding(setting: Setting, answers: Answers, clean: Result, corrupted: Resu
 def of_rows(runs: Runs, rows: Int[np.ndarray, " row"]) -> Runs:
     """The runs of some examples of a batch; of the baseline only the metric."""
     index = torch.as_tensor(rows, device=runs.baseline_tokens.device)
-    batch, answers = runs.batch, runs.answers.rows(index)
-    positions = {name: at[index] for name, at in runs.positions.items()}
-    some = Batch(batch.examples[index], batch.clean[index], batch.corrupted[index], answers, positions)
+    answers, some = runs.answers.rows(index), runs.batch.rows(rows)
     baseline = Result(some.examples, values=runs.baseline_values[index])
     return Runs(
         some,
@@ -123,21 +121,16 @@ def of_rows(runs: Runs, rows: Int[np.ndarray, " row"]) -> Runs:
         runs.clean[index],
         runs.corrupted[index],
         runs.source,
-        positions,
+        some.positions,
         baseline,
         runs.rounding.rows(rows),
     )
 
 
-def first_difference(batch: Batch) -> int:
-    """First position at which any pair of a batch differs (0 if none does): with paired sources nothing before it can change."""
-    return int((batch.clean != batch.corrupted).any(0).int().argmax())
-
-
 def resumable(setting: Setting, batch: Batch, source: str) -> bool:
     """Whether running the baseline only from the first difference on gives the same."""
     answer_only = setting.task.metric.reads == "answer" and not (setting.task.metric.needs_clean and setting.direction == "noising")
-    return first_difference(batch) > 0 and source == "paired" and answer_only and not setting.surrounding
+    return batch.first_difference > 0 and source == "paired" and answer_only and not setting.surrounding
 
 
 def _resumed(setting: Setting, batch: Batch, meter: Meter, *, at: tuple[Target, ...], baseline: Mapping[str, Any], start: int) -> Runs:
