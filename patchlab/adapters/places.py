@@ -17,6 +17,7 @@ from transformer_lens.model_bridge.generalized_components.moe import MoEBridge
 from transformer_lens.model_bridge.generalized_components.normalization import NormalizationBridge
 
 from patchlab.adapters.experts import Activation, Experts, clamp, find_experts
+from patchlab.adapters.weights import fetched
 
 LOGITS = "logits"
 """Stands in for a hook: what the whole model returns."""
@@ -74,10 +75,15 @@ class NormPlace(Place):
     @property
     def weight(self) -> Tensor | None:
         """The factor of each channel; None for a norm without one."""
-        weight = getattr(self.module.original_component, "weight", None)
+        weight = fetched(self.module.original_component, "weight")
         if weight is None:
             return None
         return 1.0 + weight if self.module.uses_weight_offset else weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """What is added at the end; None for a norm without it."""
+        return fetched(self.module.original_component, "bias")
 
 
 @dataclass(frozen=True)
@@ -213,8 +219,8 @@ class LinearPlace(Place):
     def parameters(self) -> tuple[Tensor, Tensor | None]:
         """Weight as ``[in, out]`` and bias."""
         component = self.module.original_component
-        weight = component.weight
-        return (weight.T if isinstance(component, nn.Linear) else weight), component.bias
+        weight: Any = fetched(component, "weight")
+        return (weight.T if isinstance(component, nn.Linear) else weight), fetched(component, "bias")
 
 
 def _activation(component: Any) -> Activation | None:

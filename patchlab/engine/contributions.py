@@ -141,7 +141,7 @@ class Layer:
         if self.post is None:
             return parts, rest
         scale = self.inverse_denominator(parts.sum(1))
-        bias = getattr(self.post.module.original_component, "bias", None)
+        bias = self.post.bias
         rest = self.scaled(rest) * scale if isinstance(rest, Tensor) else rest
         return self.scaled(parts) * scale[:, None], rest if bias is None else rest + bias
 
@@ -154,7 +154,7 @@ class Layer:
 
     def inverse_denominator(self, attention: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows one"]:
         """1 / denominator of the post-norm on the sum of all heads: the factor by which its output is a multiple of w · x."""
-        bias = None if self.post is None else getattr(self.post.module.original_component, "bias", None)
+        bias = None if self.post is None else self.post.bias
         out = self.after(attention) if bias is None else self.after(attention) - bias
         numerator = self.scaled(attention if self.bias is None else attention + self.bias)
         return (out * numerator).sum(-1, keepdim=True) / (numerator * numerator).sum(-1, keepdim=True).clamp_min(1e-30)

@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from patchlab.adapters import BridgedModel
+from patchlab.adapters.weights import fetched
 from patchlab.engine.literal import run
 from patchlab.engine.program import Program, Result
 from patchlab.engine.session import exclusive
@@ -101,7 +102,8 @@ def unembed(model: BridgedModel, hidden: Float[Tensor, "row pos d_model"], colum
     for name in ("ln_final", "project_out"):
         hidden = getattr(bridge, name)(hidden) if hasattr(bridge, name) else hidden
     linear = bridge.unembed.original_component
-    weight, bias = linear.weight, getattr(linear, "bias", None)
+    weight: Any = fetched(linear, "weight")
+    bias = fetched(linear, "bias")
     if columns is not None:
         weight, bias = weight[columns], None if bias is None else bias[columns]
     # the stream is in float32 where a half-precision model is checked

@@ -139,7 +139,7 @@ def _biases(model: Model, composite: Composite) -> dict[str, tuple[int, Any]]:
         if isinstance(place, LinearPlace):
             bias = place.parameters()[1]
         elif isinstance(place, NormPlace):
-            bias = getattr(place.module.original_component, "bias", None)
+            bias = place.bias
         else:
             continue
         inside = re.match(r"blocks\.(\d+)\.", place.name)

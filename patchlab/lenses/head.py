@@ -107,7 +107,7 @@ def head_view(model: Model, states: Float[Tensor, "row d_model"], metric: Metric
         inner = seen[leaves[0]] if norms else x
         at_x, at_y, at_raw, at_logits = torch.autograd.grad(values.sum(), [x, inner, raw, logits])
     _check_linear(metric, precise(values.detach()), (precise(at_logits) * precise(logits.detach()))[:, 0])
-    bias = getattr(norms[0].module.original_component, "bias", None) if norms else None
+    bias = norms[0].bias if norms else None
     zeros = torch.zeros_like(values)
     by_norm = zeros if bias is None else (at_y[:, 0] * bias).sum(-1).to(values.dtype)
     by_logits = (at_raw[:, 0] * bridge.b_U).sum(-1).to(values.dtype)

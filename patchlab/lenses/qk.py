@@ -294,7 +294,7 @@ def _read(
         place = block.before
         vectors = (vectors - vectors.mean(-1, keepdim=True) if place.centred else vectors) / scale.to(vectors.dtype)
         vectors = vectors if place.weight is None else vectors * place.weight.to(vectors.dtype)
-        shift = getattr(place.module.original_component, "bias", None)
+        shift = place.bias
         fixed = fixed if shift is None else fixed + shift.to(vectors.dtype) @ weight
     made = torch.cat([vectors @ weight, fixed])
     off = float((made.sum(0) - whole.to(made.dtype)).abs().max() / whole.abs().max().clamp_min(1e-30))

@@ -51,7 +51,7 @@ class Stream:
         if place is None:
             return c, torch.zeros_like(c[:, 0])
         x, scale = (self.hooks[hook][:, None] for hook in place.reads)
-        bias = getattr(place.module.original_component, "bias", None)
+        bias = place.bias
         share = torch.zeros_like(c[:, 0]) if bias is None else c @ bias.to(c.dtype)
         return norm_vjp(LNRule(), place, x, scale, c[:, None, None])[:, 0, 0].to(c.dtype), share
 

@@ -1,7 +1,7 @@
 """Models from the package, a directory, the hub or memory."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -11,6 +11,7 @@ from torch import nn
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import PreTrainedModel
 
+from patchlab.adapters.weights import every_weight
 from patchlab.errors import ModelError, unknown
 from patchlab.models.hub import hub_folder
 from patchlab.models.model import Model
@@ -26,6 +27,8 @@ def load_model(
     tokenizer: Any = None,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
+    device_map: str | Mapping[str, Any] | None = None,
+    offload_folder: str | Path | None = None,
 ) -> Model:
     """Load a packaged demo model, a local Hugging Face directory, or a hub name that TransformerLens can bridge; or take a model in memory.
 
@@ -35,6 +38,9 @@ def load_model(
         tokenizer: a Hugging Face tokenizer, instead of the one that lies beside the weights; a model in memory has none of its own.
         device: default CUDA if present, else CPU; ``mps`` only on request. A model in memory stays where it is.
         dtype: default float32; a model in memory stays as it is.
+        device_map: where weights are kept, as Hugging Face takes it, instead of a device: ``{"": "cpu", "model.layers.3": "disk"}``. The model
+            runs on one device all the same; weights that are kept elsewhere are fetched for each use, which is slow.
+        offload_folder: for weights on disk.
 
     Raises:
         ModelError: unknown name, unreachable hub, unsupported architecture, missing device, or a failed self-test.
@@ -44,9 +50,13 @@ def load_model(
         4
         >>> load_model(AutoModelForCausalLM.from_pretrained(path), tokenizer=AutoTokenizer.from_pretrained(path))  # doctest: +SKIP
     """
+    if device_map is not None and (device is not None or isinstance(name_or_path, nn.Module)):
+        what = "device=" if device is not None else "a model in memory, which is where it is"
+        raise ModelError(f"device_map= says where weights are kept, and so does {what}; give one of them.")
     if isinstance(name_or_path, nn.Module):
         return _taken_over(name_or_path, tokenizer, None if device is None else chosen_device(device), None if dtype is None else _dtype(dtype))
-    where, kind = chosen_device(device), _dtype(dtype)
+    where: Any = chosen_device(device) if device_map is None else {"device_map": device_map, "offload_folder": offload_folder}
+    kind = _dtype(dtype)
     name = str(name_or_path)
     if name in DEMO_MODELS:
         folder = DEMO_MODELS[name]
@@ -99,7 +109,7 @@ def bridge_module(module: PreTrainedModel, name: str, tokenizer: Any = None) -> 
     length = min(6, int(getattr(module.config, "max_position_embeddings", None) or 6))
     embeddings: Any = module.get_input_embeddings()
     tokens = torch.arange(length)[None] % int(embeddings.num_embeddings)
-    tokens = tokens.to(next(module.parameters()).device)
+    tokens = tokens.to(_first_device(module))
     where, errors = "", (ValueError, KeyError, NotImplementedError, AttributeError, RuntimeError)
     with torch.no_grad():
         try:
@@ -128,7 +138,7 @@ def _check_weights(module: nn.Module, name: str) -> None:
         ModelError: NaN or infinite weights, with what was found where.
     """
     found, count = [], 0
-    for part, weight in module.named_parameters():
+    for part, weight in every_weight(module):
         count += 1
         if weight.is_floating_point() and not bool(torch.isfinite(weight).all()):
             kinds = ((int(torch.isnan(weight).sum()), "NaN"), (int(torch.isinf(weight).sum()), "infinite"))
@@ -142,18 +152,31 @@ def _check_weights(module: nn.Module, name: str) -> None:
         )
 
 
+def _first_device(module: PreTrainedModel) -> torch.device:
+    """Where a model's tokens go."""
+    embeddings: Any = module.get_input_embeddings()
+    first = next(embeddings.parameters()).device
+    return first if first.type != "meta" else torch.device(embeddings._hf_hook.execution_device)
+
+
 def _with_bridge(module: PreTrainedModel, name: str, tokenizer: Any) -> Model:
     # the Bridge gives its tokenizer special tokens that the model was not trained with, so it gets a copy
     return Model(bridge_module(module, name, copy.deepcopy(tokenizer)), name, tokenizer)
 
 
-def _load_folder(folder: Path, name: str, device: torch.device, dtype: torch.dtype, tokenizer: Any = None) -> Model:
+def _load_folder(folder: Path, name: str, where: torch.device | dict[str, Any], dtype: torch.dtype, tokenizer: Any = None) -> Model:
     from transformers import AutoModelForCausalLM
 
     try:
         with _quiet_transformers():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, attn_implementation="eager", local_files_only=True, ignore_mismatched_sizes=True, output_loading_info=True
+                folder,
+                dtype=dtype,
+                attn_implementation="eager",
+                local_files_only=True,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                **(where if isinstance(where, dict) else {}),
             )
             module, report = loaded
     except Exception as error:  # every file format has its own errors
@@ -161,7 +184,8 @@ def _load_folder(folder: Path, name: str, device: torch.device, dtype: torch.dty
     # without this check, weights that are not in the files would be random numbers
     if wrong := sorted(report["missing_keys"]) + sorted(key for key, *_ in report["mismatched_keys"]):
         raise ModelError(f"{name}: {len(wrong)} weights are missing from {folder} or have another shape than config.json says, such as {wrong[0]}.")
-    module.to(device)
+    if isinstance(where, torch.device):
+        module.to(where)
     return _with_bridge(module, name, _tokenizer(folder, name) if tokenizer is None else tokenizer)
 
 
@@ -235,7 +259,7 @@ def chosen_device(device: str | torch.device | None) -> torch.device:
 
 
 def _unknown_device(device: str | torch.device) -> str:
-    return f"unknown device {str(device)!r}; give 'cpu', 'cuda', 'cuda:1' or 'mps' (one device; a model spread over several is not supported)."
+    return f"unknown device {str(device)!r}; give 'cpu', 'cuda', 'cuda:1' or 'mps' (one device; device_map= keeps elsewhere what does not fit there)."
 
 
 def _dtype(dtype: str | torch.dtype | None) -> torch.dtype:

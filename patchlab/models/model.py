@@ -12,6 +12,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from patchlab.adapters import Accessor, BridgedModel, describe
 from patchlab.adapters.dictionaries import FeatureSite, SparseDictionary
+from patchlab.adapters.weights import every_weight, is_offloaded
 from patchlab.engine import Program, Result, continues, run, session_of
 from patchlab.engine.hook_points import points_of
 from patchlab.engine.program import row_numbers, targets
@@ -38,11 +39,8 @@ class Model(BridgedModel):
         bridge.eval()
         for parameter in bridge.parameters():
             parameter.requires_grad_(False)
-        devices = {parameter.device for parameter in bridge.parameters()}
-        if len(devices) != 1:
-            raise ModelError(f"{name} is spread over {', '.join(sorted(map(str, devices)))}; patchlab runs on one device for now. Load it on one.")
         dtype = next(p.dtype for p in bridge.parameters() if p.is_floating_point())
-        super().__init__(bridge, points_of(bridge), name, describe(bridge, vocab_size=_vocab_size(bridge)), dtype, devices.pop())
+        super().__init__(bridge, points_of(bridge), name, describe(bridge, vocab_size=_vocab_size(bridge)), dtype, _device(bridge, name, dtype))
         self.tokenizer = tokenizer
         if test:
             with session_of(self).running():
@@ -232,6 +230,31 @@ def _keeps_logits(model: Model) -> bool:
         return short.shape[1] == 1 and torch.allclose(short[:, -1], full, rtol=1e-3, atol=1e-3 * float(full.abs().max()))
 
 
+def _device(bridge: TransformerBridge, name: str, dtype: torch.dtype) -> torch.device:
+    """The device that a model runs on; weights may be kept elsewhere, in the CPU's memory or on disk, as accelerate's ``device_map`` says.
+
+    Raises:
+        ModelError: it runs on several devices, or keeps weights in half precision elsewhere.
+    """
+    if not is_offloaded(bridge):
+        devices = {parameter.device for parameter in bridge.parameters()}
+    else:
+        hooks = [getattr(module, "_hf_hook", None) for module in bridge.modules()]
+        devices = {torch.device(where) for hook in hooks if (where := getattr(hook, "execution_device", None)) is not None}
+        devices |= {parameter.device for parameter in bridge.parameters()} - {torch.device("meta")}
+        if dtype in (torch.float16, torch.bfloat16):
+            raise ModelError(
+                f"{name} keeps weights elsewhere (its device_map offloads them) and is in {str(dtype).removeprefix('torch.')}: the tests at load "
+                f"compute its blocks in float32, which offloaded weights cannot be turned into. Load it with dtype='float32', or on one device."
+            )
+    if len(devices) != 1:
+        raise ModelError(
+            f"{name} runs on {', '.join(sorted(map(str, devices)))}; scores, edits and rules of several layers meet on one device. Load it on "
+            f"one (device='cuda:0'); what does not fit there can be kept in the CPU's memory or on disk (device_map='auto' on one visible GPU)."
+        )
+    return devices.pop()
+
+
 def _vocab_size(bridge: TransformerBridge) -> int:
     size = getattr(bridge.cfg, "d_vocab_out", None) or bridge.cfg.d_vocab
     return int(size if size and size > 0 else bridge.cfg.d_vocab)
@@ -240,7 +263,7 @@ def _vocab_size(bridge: TransformerBridge) -> int:
 def fingerprint_of(bridge: nn.Module) -> str:
     """A short hash of names, shapes, a sample and a checksum of every parameter."""
     digest = hashlib.sha256()
-    for name, parameter in sorted(bridge.named_parameters()):
+    for name, parameter in every_weight(bridge):
         flat = parameter.detach().flatten()
         sample = flat[:: max(1, flat.numel() // 64)].float().cpu()
         # the bits as whole numbers: their sum does not depend on the order of summation, and every changed weight changes it

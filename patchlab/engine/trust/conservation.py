@@ -110,7 +110,7 @@ def _loss(place: CapPlace, capped: Tensor | None) -> SoftCap:
 
 def _gaps(model: BridgedModel, composite: Composite, problems: set[str]) -> Iterator[Uncovered]:
     tokens = trial(model, 6, seed=0).tokens
-    rules = [_holding(composite, place, place.name in problems) for place in model.arch.places]
+    rules = [_holding(composite, place, place.name in problems, model.device) for place in model.arch.places]
     seen = _observe(model, tokens)
     yield from _test_embedding(model, tokens, rules, seen)
     for layer, (args, kwargs) in enumerate(seen.calls):
@@ -133,13 +133,13 @@ class _Rule:
     known: bool = False
 
 
-def _holding(composite: Composite, place: Place, problem: bool) -> _Rule:
+def _holding(composite: Composite, place: Place, problem: bool, device: torch.device) -> _Rule:
     if isinstance(place, (LinearPlace, CapPlace)):
         return _Rule(place, ())  # linear as it is; caps are measured apart
     if problem or place.problem is not None:
         return _Rule(place, () if problem else None, known=problem)
     if isinstance(place, MLPPlace) and composite.activation is None and place.activation is not None:
-        at_zero, _ = value_and_slope_at_zero(place.activation, next(place.module.parameters()).device)
+        at_zero, _ = value_and_slope_at_zero(place.activation, device)
         if at_zero != 0:  # no factor of its input: the gate is the constant, or all of it
             return _Rule(place, Composite("gate", product=ConstantGateRule()).attach((place,))) if place.gated else _Rule(place)
     return _Rule(place, HOLDING.attach((place,)))

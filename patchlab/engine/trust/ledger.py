@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
+from patchlab.adapters.weights import fetched
 from patchlab.engine.trust.precision import at_full_precision, mapped
 from patchlab.host import precise
 
@@ -131,7 +132,7 @@ def _is_wrapped_leaf(module: nn.Module, parent: nn.Module | None) -> bool:
 def _bias(entry: Entry, grads: Mapping[int, Tensor | None]) -> float:
     """Σ b·g at the output of the module that owns b; a component of the Bridge owns the bias of the module it wraps."""
     owner = entry.module.original_component if isinstance(entry.module, GeneralizedComponent) else entry.module
-    bias = None if owner is None else dict(owner.named_parameters(recurse=False)).get("bias")
+    bias = None if owner is None or "bias" not in dict(owner.named_parameters(recurse=False)) else fetched(owner, "bias")
     grad = grads.get(id(entry.outputs[0])) if entry.outputs else None
     if bias is None or grad is None or not bias.is_floating_point():
         return 0.0

@@ -117,8 +117,8 @@ def _norm_problem(model: BridgedModel, place: NormPlace, calls: Calls) -> str | 
         place.module(*args, **kwargs)
         x, scale, y = (at[name] for name in (*place.reads, place.at))
         surrogate = LNRule().surrogate(place, x, scale)
-        bias = getattr(place.module.original_component, "bias", None)
-        own = surrogate + bias if isinstance(bias, nn.Parameter) and place.centred else surrogate
+        bias = place.bias
+        own = surrogate + bias if bias is not None and place.centred else surrogate
         worst = _difference(own, y)
         if worst > _FORMULA:
             return f"its output is not w · x / s (off by {worst:.2g})"

@@ -18,6 +18,7 @@ from scipy import sparse
 from torch import Tensor
 
 from patchlab.adapters import NormPlace
+from patchlab.adapters.weights import fetched
 from patchlab.engine.pullback import Pullback, pullback
 from patchlab.engine.trust.conservation import check_rules
 from patchlab.errors import MethodError, RuleError
@@ -303,7 +304,7 @@ def _placed(model: Model, dictionary: Dictionary, layer: int) -> _Transcoder:
     weight = norm.weight
     if weight is not None and not bool(weight.all()):
         raise MethodError(f"{dictionary.name} reads before the weight of {norm.name}, which is zero in {int((weight == 0).sum())} channels.")
-    return _Transcoder(moved, layer, hook, getattr(norm.module.original_component, "bias", None), weight)
+    return _Transcoder(moved, layer, hook, norm.bias, weight)
 
 
 def _held_places(model: Model) -> tuple[Attachment, ...]:
@@ -373,7 +374,7 @@ class _Rows:
 
     def _logits(self) -> None:
         unembed: Any = self.held.model.bridge.unembed.original_component
-        weight, bias, x = unembed.weight, getattr(unembed, "bias", None), self.held.run.values["unembed.hook_in"][0]
+        weight, bias, x = fetched(unembed, "weight"), fetched(unembed, "bias"), self.held.run.values["unembed.hook_in"][0]
         vectors = weight[self.ids] - weight.mean(0)
         for start in range(0, self.n_logits, self.batch):
             some = vectors[start : start + self.batch]
