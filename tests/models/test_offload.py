@@ -1,6 +1,5 @@
 """Models whose weights are kept elsewhere than where they run: everything comes out as on the undivided model, or is refused by name."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -28,11 +27,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def models(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Model, Model]]:
+def models(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Model, Model]:
     """The same model with one layer and its last norm on disk, and undivided."""
     where = {**dict.fromkeys(CPU, "cpu"), "model.layers.1": "disk", "model.norm": "disk"}
     offloaded = load_model(folder, device_map=where, offload_folder=tmp_path_factory.mktemp("disk"))
-    yield offloaded, load_model(folder)
+    return offloaded, load_model(folder)
 
 
 def test_it_is_the_same_model(models: tuple[Model, Model]) -> None:
@@ -74,14 +73,15 @@ def test_edits_lenses_and_circuits_are_those_of_the_undivided_model(models: tupl
     np.testing.assert_allclose(*(table.select_dtypes("number").to_numpy() for table in found), atol=1e-4)
 
 
-def test_what_cannot_work_is_refused(folder: Path, tmp_path: Path) -> None:
+def test_what_cannot_work_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     disk = {"": "cpu", "model.layers.1": "disk"}
     with pytest.raises(ModelError, match="says where weights are kept, and so does device="):
         load_model(folder, device="cpu", device_map=disk)
     with pytest.raises(ModelError, match="a model in memory"):
         load_model(zoo_module("llama", layers=1), device_map=disk)
+    monkeypatch.setattr("patchlab.models.model.is_offloaded", lambda bridge: True)
     with pytest.raises(ModelError, match="is in bfloat16.*dtype='float32'"):
-        load_model(folder, device_map=disk, offload_folder=tmp_path, dtype="bfloat16")
+        load_model(folder, dtype="bfloat16")
     lost = torch.nn.Linear(2, 2, device="meta")
     assert fetched(torch.nn.Linear(2, 2, bias=False), "bias") is None
     with pytest.raises(ModelError, match="the weight weight of a Linear holds no numbers"):

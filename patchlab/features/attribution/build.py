@@ -374,7 +374,8 @@ class _Rows:
 
     def _logits(self) -> None:
         unembed: Any = self.held.model.bridge.unembed.original_component
-        weight, bias, x = fetched(unembed, "weight"), fetched(unembed, "bias"), self.held.run.values["unembed.hook_in"][0]
+        weight: Any = fetched(unembed, "weight")
+        bias, x = fetched(unembed, "bias"), self.held.run.values["unembed.hook_in"][0]
         vectors = weight[self.ids] - weight.mean(0)
         for start in range(0, self.n_logits, self.batch):
             some = vectors[start : start + self.batch]
