@@ -103,7 +103,7 @@ def test_what_has_no_coefficient_is_refused():
     with pytest.raises(RuleError, match="constant, so no gradient reaches"):
         pl.coefficients(model, task, "q", rules="relp-ah")
     with pytest.raises(RuleError, match="cannot cover|does not cover"):
-        pl.coefficients(zoo_model("mixtral"), task, "z", rules="relp")
+        pl.coefficients(zoo_model("qwen3-next"), task, "resid_pre", rules="relp")
     with pytest.raises(SiteError, match="no position 'S2'"):
         pl.coefficients(model, task, "L1.z@S2")
     with pytest.raises(MethodError, match="vanishes at the clean"):

@@ -151,7 +151,7 @@ def test_what_cannot_be_fitted_is_refused():
     with pytest.raises(LensError, match="at least one"):
         lenses.fit_jacobian(model, [])
     with pytest.raises(RuleError, match="does not cover|cannot cover"):
-        lenses.fit_jacobian(zoo_model("mixtral"), rows(), rules="relp", skip_first=1, progress=False)
+        lenses.fit_jacobian(zoo_model("qwen3-next"), rows(), rules="relp", skip_first=1, progress=False)
     with pl.intervene(model, pl.Edit("L0.mlp_out", pl.sources.zero())), pytest.raises(InterventionError, match="outside of the block"):
         lenses.fit_jacobian(model, rows(), skip_first=1, progress=False)
 
