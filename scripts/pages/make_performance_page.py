@@ -21,6 +21,7 @@ _KEYS = {
     "results": ("model", "workload", "map", "asked"),
     "ideas": ("workload", "map", "idea"),
     "scaling": ("what", "value"),
+    "growth": ("what", "value", "work"),
     "precision": ("precision",),
     "bf16": ("model", "map"),
     "exact": ("model", "workload"),
@@ -286,6 +287,51 @@ def features_page(report: dict[str, Any]) -> str:
     )
 
 
+def scaling_page(report: dict[str, Any]) -> str:
+    """How cost grows with each size, and what a sweep over an 8B model takes by the plan."""
+    base, works = report["base"], list(dict.fromkeys(row["work"] for row in report["growth"]))
+    cells = {(row["what"], row["value"], row["work"]): row for row in report["growth"]}
+    sizes = list(dict.fromkeys((row["what"], row["value"], row["size"]) for row in report["growth"]))
+
+    def cell(what: str, value: int, work: str) -> str:
+        row = cells[what, value, work]
+        return f"{row['ratio']:.2f}× ({row['range'][0]:.2f} to {row['range'][1]:.2f})"
+
+    grown = [[what, f"{value} ({size:g}×)", *(cell(what, value, work) for work in works)] for what, value, size in sizes]
+    planned = [
+        [
+            row["task"],
+            row["tokens"],
+            f"{row['forwards']:,}",
+            f"{row['backwards']:,}",
+            f"{row['work'] * report['token_flops'] / report['speed'] / 3600:.2f}",
+        ]
+        for row in report["sweep"]
+    ]
+    scores = sum(row["scores"] for row in report["sweep"]) * report["token_flops"] / report["speed"] / 3600
+    return "\n".join(
+        [
+            "## How cost grows\n",
+            _machine(report) + "\n",
+            f"One size varied at a time around {base['layers']} layers, width {base['width']}, {base['length']} tokens, {base['pairs']} pairs "
+            f"(GPT-2 shape, S2): time over that of the base in the same round, the median of the rounds and in brackets smallest and largest. "
+            f"The machine did other work beside, and small settings are mostly fixed cost. *Two circuits*: the whole graph and the empty one, other "
+            f"edges on the other prompt; a circuit on a prompt takes {report['circuit']:.1f} plain forward passes at the base. GPUs: see below.\n",
+            table(["varied", "value", *works], grown) + "\n",
+            "### A sweep over an 8B model, on paper\n",
+            f"Circuits of edges by {len(report['methods'])} methods ({', '.join(f'`{name}`' for name in report['methods'])}) on "
+            f"{len(report['sweep'])} tasks of 100 pairs: edges are scored on half of them, circuits of MIB's ten sizes, five random ones of each and "
+            f"the smallest faithful one are measured on the rest. Passes (of batches of 10) are those of `patchlab sweep plan` on a model of "
+            f"Llama-3.1-8B's depth and heads with tiny width, times its {report['token_flops'] / 2e9:.1f} billion weights, at an assumed "
+            f"{report['speed'] / 1e12:g} "
+            f"TFLOP/s in bfloat16; a circuit is priced as measured above. Nothing of this was run on a GPU; attention, memory traffic and loading "
+            f"come on top.\n",
+            table(["task", "tokens", "forward passes", "backward passes", "GPU-hours"], planned) + "\n",
+            f"Together **{report['hours']:.1f} GPU-hours**, of which the scores take {scores:.2f}: the rest measures circuits.\n",
+        ]
+    )
+
+
 def gpu_page(report: dict[str, Any]) -> str:
     """Everything on a GPU; or that nobody has run it yet."""
     title = "## On a GPU\n"
@@ -354,6 +400,7 @@ PARTS: dict[str, Callable[[dict[str, Any]], str]] = {
     "edges": edges_page,
     "verified": verified_page,
     "features": features_page,
+    "scaling": scaling_page,
 }
 
 

@@ -170,3 +170,19 @@ def test_gpu(tmp_path: Any) -> None:
     code, again, said = gpu("--minutes", "30", "--models", "gemma-2-2b", "--dtypes", "bfloat16")
     assert again["results"] == json.loads(before)["results"]
     assert "linearised gemma" not in said
+
+
+@pytest.mark.slow
+def test_scaling() -> None:
+    """Ratios to the base of the same round, and a sweep whose passes are planned: both stand on the page."""
+    report = report_of("scaling.py")
+    assert {(row["what"], row["value"]) for row in report["growth"]} == {("layers", 3), ("pairs", 2)}
+    for row in report["growth"]:
+        assert row["range"][0] <= row["ratio"] <= row["range"][1]
+    (one,) = report["sweep"]
+    assert 0 < one["scores"] < one["work"]
+    assert one["backwards"] > 0
+    assert report["hours"] == pytest.approx(one["work"] * report["token_flops"] / report["speed"] / 3600)
+    page = page_maker().scaling_page(report)
+    assert f"Together **{report['hours']:.1f} GPU-hours**" in page
+    assert f"| ioi | {one['tokens']} | {one['forwards']:,} | {one['backwards']:,} |" in page
