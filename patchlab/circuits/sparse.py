@@ -128,7 +128,12 @@ class SparseCircuit:
         return self.nodes.positions
 
     def pruned(self) -> "SparseCircuit":
-        """Without edges from which no other edges lead on to the logits; they change nothing. What edges lead from needs none that leads to it."""
+        """Without edges from which no other edges lead on to the logits; they change nothing. What edges lead from needs none that leads to it.
+
+        Raises:
+            CircuitError: the listed edges are those outside.
+        """
+        self._check_inside()
         alive = {self.nodes.n_nodes}
         kept = np.zeros(len(self.source), dtype=bool)
         while True:
@@ -145,14 +150,30 @@ class SparseCircuit:
         return SparseCircuit(self.nodes, none, none, provenance=self.provenance | {"how": "no edges"})
 
     def without(self, edge: int) -> "SparseCircuit":
-        """The circuit without one of its edges, by its place among them."""
+        """The circuit without one of its edges, by its place among them.
+
+        Raises:
+            CircuitError: the listed edges are those outside.
+        """
         return self._taken(np.arange(len(self.source)) != edge)
 
     def without_node(self, node: int) -> "SparseCircuit":
-        """The circuit without the edges of one node."""
+        """The circuit without the edges of one node.
+
+        Raises:
+            CircuitError: the listed edges are those outside.
+        """
         return self._taken((self.source != node) & (self.target != node))
 
+    def _check_inside(self) -> None:
+        if self.all_but:
+            raise CircuitError(
+                f"the {self.n_edges:,} listed edges are those outside, so none can be taken out of the circuit: it would come in. Take edges "
+                f"out of its complement (~circuit), or list those that are in."
+            )
+
     def _taken(self, kept: Bool[np.ndarray, " edge"]) -> "SparseCircuit":
+        self._check_inside()
         scores = None if self.scores is None else self.scores[kept]
         return replace(self, source=self.source[kept], target=self.target[kept], scores=scores)
 

@@ -35,6 +35,12 @@ def test_edges_have_names_and_an_order() -> None:
     assert SparseCircuit.of(UNIVERSE[:1], "L0.H1.z@0->L2.H0.z@1").n_edges == 1
 
 
+def test_what_is_outside_is_not_taken_out_or_pruned_as_if_it_were_in() -> None:
+    for change in (SparseCircuit.pruned, lambda circuit: circuit.without(0), lambda circuit: circuit.without_node(0)):
+        with pytest.raises(CircuitError, match=r"listed edges are those outside.*of its complement \(~circuit\)"):
+            change(~made())
+
+
 @pytest.mark.parametrize("circuit", [made(), made(scored=False), ~made(), made().emptied()], ids=["scored", "plain", "complement", "empty"])
 def test_what_is_written_is_read_again(circuit: SparseCircuit, tmp_path: Path) -> None:
     write(circuit, tmp_path / "edges.json")

@@ -147,7 +147,7 @@ def evaluate(
 
     Raises:
         CircuitError: a circuit of another model, no circuit with edges or nodes, selection on the same examples, an ablation that does not fit,
-            circuits of edges and nodes together, or of nodes among unlike candidates.
+            circuits of edges and nodes together, or of nodes among unlike candidates; minimality of all but some edges between nodes.
 
     Example:
         >>> evaluate(model, top_n(scores, 100), held_out).faithfulness()  # doctest: +SKIP
@@ -180,7 +180,8 @@ def evaluate(
                 "sites. Leave them out (only(...) and from_layer(...) of the nodes take candidates out before edges are found)."
             )
         ready = prepared_sparse(sparse, model, task)
-        bare, selection = _apart(sparse, {name: one.n_edges for name, one in sparse.items()}, "edges", task, allow_overlap)
+        sizes = {name: 1 if one.all_but else one.n_edges for name, one in sparse.items()}  # what is all but some edges is not empty
+        bare, selection = _apart(sparse, sizes, "edges", task, allow_overlap)
         edges = SparseRunner.of(model, task, ready.universe, ablation or "mean_positional", **shared)
         none = next(iter(sparse.values())).emptied()
         return _evaluation(edges, sparse, none, bare, selection, completeness, minimality, n_boot, seed, progress, ready.about)

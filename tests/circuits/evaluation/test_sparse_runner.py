@@ -199,6 +199,11 @@ def test_minimality_of_edges_and_nodes_and_what_is_refused(model: Model) -> None
         rest = SparseCircuit.of(nodes.universe, [edge for edge in circuit.edges if edge != part])
         less = evaluate(model, rest, task, progress=False, completeness=False).faithfulness() if rest.n_edges else 0.0
         assert lost == pytest.approx(result.faithfulness() - less, abs=1e-9)
+    with pytest.raises(CircuitError, match="listed edges are those outside"):
+        evaluate(model, ~circuit, task, minimality="edge", allow_overlap=True, progress=False)
+    everything = evaluate(model, ~circuit.emptied(), task, allow_overlap=True, progress=False)
+    np.testing.assert_allclose(everything.metric["circuit"], everything.metric_full, atol=1e-9)
+    assert not any("has no edges" in note for note in everything.provenance["notes"]), "none is outside: it is the whole"
     assert len(evaluate(model, circuit, task, minimality="node", allow_overlap=True, progress=False).minimality) == circuit.n_nodes
     with pytest.raises(CircuitError, match="has edges between nodes of sites, and 'b' is of another kind"):
         evaluate(model, {"a": circuit, "b": nodes}, task, progress=False)
