@@ -17,6 +17,11 @@ from typer.testing import CliRunner
 DOCS = ROOT / "docs"
 NOT_RUN = {
     ("docs/howto/dictionaries.md", 'one = pl.load_dictionary("saes/blocks.3.hook_resid_post", model)'): "dictionaries of the hub",
+    ("docs/howto/mib.md", "import patchlab as pl"): "data sets of the hub: tests/tasks/test_mib.py reads files of their layout",
+    (
+        "docs/howto/mib.md",
+        'pl.circuits.write_submission({"ioi_gpt2": edges, "mcqa_qwen2.5": others}, "my-method")  # maps of scores: importances',
+    ): "maps of two of the track's models: tests/circuits/test_mib.py writes and checks folders",
     ("docs/howto/own.md", 'model = pl.load_model("gpt2", dtype="float32", device="cpu")'): "a hub model: tests have no network",
     ("docs/howto/sweeps.md", 'sweep = pl.sweeps.open("out")'): "tests/sweeps reads sweeps",
 }

@@ -241,7 +241,7 @@ class Features(_OfDictionaries):
         ((site, cell),) = cells
         at = dict(zip(site.axes, cell, strict=True))
         whole = reading(setting, runs, self.points(setting)[KINDS[site.kind].of], at["layer"])
-        rows = whole.row[_chosen(setting, runs, whole, [(site, at)])].cpu().numpy()
+        rows = whole.places[0][_chosen(setting, runs, whole, [(site, at)])]
         return Changed((KINDS[site.kind].of, at["layer"], at.get("pos")), np.isin(np.arange(len(runs.batch)), rows))
 
     def moves_of(self, setting: Setting, runs: Runs, name: str, layer: int, cells: Sequence[tuple[Site, dict[str, int]]]) -> list[Edit]:
