@@ -64,6 +64,10 @@ class SparseData:
 def _prepare_sparse(circuit: SparseCircuit, most: int | None = None, examples: Iterable[Examples] = ()) -> SparseData:
     if most is not None and most < 1:
         raise CircuitError(f"the number of edges to draw is {most}; draw at least 1.")
+    if circuit.all_but:
+        raise CircuitError(
+            "the circuit is all but the edges that it lists, too many to draw; draw its complement (~circuit), which has the listed ones."
+        )
     if not circuit.n_edges:
         raise CircuitError("the circuit has no edges, so there is nothing to draw; choose more.")
     table, n = circuit.table_of_nodes, circuit.nodes.n_nodes

@@ -71,6 +71,8 @@ def test_the_largest_are_drawn_first() -> None:
         _prepare_sparse(circuit(), 0)
     with pytest.raises(CircuitError, match="no edges, so there is nothing to draw"):
         pl.plots.circuit(circuit().emptied())
+    with pytest.raises(CircuitError, match="all but the edges that it lists"):
+        pl.plots.circuit(~circuit())
     with pytest.raises(CircuitError, match="examples= are shown of edges between nodes"):
         pl.plots.circuit(Circuit.of(Graph(1, 1, 4), ["input->m0"]), examples=examples())
 

@@ -203,18 +203,21 @@ def _at_tokens(
     return found | ~named[None, :, :, None]
 
 
+def meeting(axis: PositionAxis) -> str:
+    """The first example with two named positions at one token, and their names, in words; empty where there is none."""
+    for i, row in enumerate([] if axis.names is None else axis.index.tolist()):
+        if len(set(row)) < len(row):
+            return f"example {i} has {' and '.join(name for name, place in zip(axis.names or (), row, strict=True) if row.count(place) > 1)}"
+    return ""
+
+
 def check_places(axis: PositionAxis, way: NodeAblation) -> None:
     """Refuse positional means where two named positions meet at one token: it would have two means.
 
     Raises:
         CircuitError: an example where they do.
     """
-    if way.kind != "mean_positional" or way.at is None:
-        return
-    met = [i for i, row in enumerate(axis.index) if len(set(row.tolist())) < len(row)]
-    if met:
-        names = [name for name, place in zip(way.at, axis.index[met[0]].tolist(), strict=True) if axis.index[met[0]].tolist().count(place) > 1]
+    if way.kind == "mean_positional" and way.at is not None and (met := meeting(axis)):
         raise CircuitError(
-            f"example {met[0]} has {' and '.join(names)} at one token, which would have a mean of each. Score fewer positions "
-            f"(task.at_positions(...)), or use ablation='resample'."
+            f"{met} at one token, which would have a mean of each. Score fewer positions (task.at_positions(...)), or use ablation='resample'."
         )

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from patchlab.circuits.evaluation.node_ablations import NODE_ABLATIONS, CorruptedRun, Outside
+from patchlab.circuits.evaluation.node_ablations import NODE_ABLATIONS, CorruptedRun, Outside, meeting
 from patchlab.circuits.evaluation.node_runner import NodeRunner, Prepared, dictionary_of, prepared
 from patchlab.circuits.evaluation.runner import Measured, clean_program, record_of
 from patchlab.circuits.nodes import Candidates, NodeCircuit
@@ -227,9 +227,14 @@ def prepared_sparse(circuits: Mapping[str, SparseCircuit], model: Model, task: T
     """Their nodes, as :func:`patchlab.circuits.evaluation.node_runner.prepared` has them: checked against model, task and each other.
 
     Raises:
-        CircuitError: circuits that do not fit model and task, or among unlike candidates; features without the errors; dictionaries across layers.
+        CircuitError: circuits that do not fit model and task, or among unlike candidates; features without the errors; dictionaries across layers;
+            nodes at named positions two of which meet at one token.
     """
     ready = prepared({name: one.nodes for name, one in circuits.items()}, model, task)
+    if any("pos" in one.site.axes for one in ready.universe) and (met := meeting(task.position_axis())):
+        raise CircuitError(
+            f"{met} at one token, where one node would be computed from the parents of either. Score fewer positions (task.at_positions(...))."
+        )
     for one in ready.universe:
         accessor = model.arch.accessors[one.site.kind]
         for layer in one.layers if KINDS[one.site.kind].of else ():

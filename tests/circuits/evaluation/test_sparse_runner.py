@@ -1,6 +1,7 @@
 """Circuits of edges between nodes, against a model whose every node is computed from its kept parents, one node and one run at a time."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -165,6 +166,15 @@ def test_nodes_at_named_positions() -> None:
     np.testing.assert_allclose(measured(own, all_edges(nodes), task), expected.metric["circuit"], atol=1e-9)
     one_less = all_edges(nodes).without_node(0)
     assert one_less.n_edges < all_edges(nodes).n_edges
+
+
+def test_named_positions_that_meet_are_refused() -> None:
+    own, (first, second) = model_of("gpt2", DTYPE), mixed_task().pairs[:2]
+    task = gap_task(task=Task("met", (replace(first, positions=dict(first.positions) | {"A": first.positions["B"]}), second), mixed_task().metric))
+    universe = candidates(own.arch, ["z[layer,pos,head]"], task.position_axis())
+    nodes = NodeCircuit(universe, {one.name: one.cells(one.every()) for one in universe}, provenance={"positions": ["A", "B", "END"]})
+    with pytest.raises(CircuitError, match=r"example 0 has A and B at one token, where one node .* Score fewer positions"):
+        measured(own, all_edges(nodes), task, ablation="resample")
 
 
 def test_hand_arithmetic() -> None:
