@@ -72,7 +72,14 @@ def measure(repeats: int, varied: dict[str, tuple[int, ...]]) -> tuple[list[dict
             ratios = [one[what, value][work] / one["base", 0][work] for one in rounds]
             size = value / SETTING[what]
             rows.append(
-                {"what": what, "value": value, "work": work, "size": size, "ratio": common.median(ratios), "range": [min(ratios), max(ratios)]}
+                {
+                    "what": what,
+                    "value": value,
+                    "work": work,
+                    "size": size,
+                    "ratio": common.median(ratios),
+                    "range": [common.median([one]) for one in (min(ratios), max(ratios))],
+                }
             )
     circuit = common.median([one["base", 0]["two circuits"] / 2 / one["base", 0]["forward"] for one in rounds])
     return rows, circuit

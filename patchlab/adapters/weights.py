@@ -5,13 +5,14 @@ when the module itself is called, and only then.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 from torch import Tensor, nn
 
 from patchlab.errors import ModelError
 
 
-def fetched(module: nn.Module, name: str) -> Tensor | None:
+def fetched(module: Any, name: str) -> Tensor | None:
     """A weight of a module, wherever it is kept; None for a module without it.
 
     Raises:

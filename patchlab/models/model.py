@@ -234,7 +234,7 @@ def _device(bridge: TransformerBridge, name: str, dtype: torch.dtype) -> torch.d
     """The device that a model runs on; weights may be kept elsewhere, in the CPU's memory or on disk, as accelerate's ``device_map`` says.
 
     Raises:
-        ModelError: it runs on several devices, or keeps weights in half precision elsewhere.
+        ModelError: it runs on several devices, keeps weights in half precision elsewhere, or has weights that are nowhere.
     """
     if not is_offloaded(bridge):
         devices = {parameter.device for parameter in bridge.parameters()}
@@ -242,6 +242,12 @@ def _device(bridge: TransformerBridge, name: str, dtype: torch.dtype) -> torch.d
         hooks = [getattr(module, "_hf_hook", None) for module in bridge.modules()]
         devices = {torch.device(where) for hook in hooks if (where := getattr(hook, "execution_device", None)) is not None}
         devices |= {parameter.device for parameter in bridge.parameters()} - {torch.device("meta")}
+        for where, module in bridge.named_modules():
+            if any(parameter.is_meta for parameter in module.parameters(recurse=False)) and not hasattr(module, "_hf_hook"):
+                raise ModelError(
+                    f"{name} has weights that hold no numbers ({where} is on torch's meta device, and no hook of accelerate brings them). Load the "
+                    f"model with load_model(..., device_map=...), or whole on one device."
+                )
         if dtype in (torch.float16, torch.bfloat16):
             raise ModelError(
                 f"{name} keeps weights elsewhere (its device_map offloads them) and is in {str(dtype).removeprefix('torch.')}: the tests at load "
@@ -250,7 +256,7 @@ def _device(bridge: TransformerBridge, name: str, dtype: torch.dtype) -> torch.d
     if len(devices) != 1:
         raise ModelError(
             f"{name} runs on {', '.join(sorted(map(str, devices)))}; scores, edits and rules of several layers meet on one device. Load it on "
-            f"one (device='cuda:0'); what does not fit there can be kept in the CPU's memory or on disk (device_map='auto' on one visible GPU)."
+            f"one (device=...); what does not fit there can be kept in the CPU's memory or on disk (device_map='auto' on one visible GPU)."
         )
     return devices.pop()
 

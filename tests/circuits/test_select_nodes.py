@@ -121,7 +121,7 @@ def test_refuses_what_does_not_fit() -> None:
         top_n(scores, 1, direction="noising")
     with pytest.raises(CircuitError, match="at least 0 for importance 'abs'; got -1"):
         threshold(scores, -1.0)
-    with pytest.raises(CircuitError, match="greedy selection goes from edge to edge; these are scores of nodes"):
+    with pytest.raises(CircuitError, match="greedy selection goes from edge to edge of a model's graph; these are scores of nodes"):
         greedy(scores, 1)
 
 

@@ -291,7 +291,7 @@ def test_an_encoder_is_refused(tmp_path: Path) -> None:
         ("cuda", "device 'cuda' was asked for, but this machine .* has no CUDA. Use device='cpu'"),
         ("cuda:3", "device 'cuda:3' was asked for, but this machine .* has no CUDA"),
         ("mps", "device 'mps' was asked for, but it is not available here. Use device='cpu'"),
-        ("gpu", r"unknown device 'gpu'; give 'cpu', 'cuda', 'cuda:1' or 'mps' \(one device; a model spread over several is not supported\)"),
+        ("gpu", r"unknown device 'gpu'; give 'cpu', 'cuda', 'cuda:1' or 'mps' \(one device; device_map= keeps elsewhere what does not fit there\)"),
         ("auto", "unknown device 'auto'"),
         ("meta", "unknown device 'meta'"),
     ],
@@ -347,12 +347,12 @@ def test_other_dtypes_pass_the_self_test(name: str, dtype: str | torch.dtype, di
     assert model.run(TOKENS).logits.dtype == model.dtype
 
 
-def test_a_model_spread_over_devices_is_refused() -> None:
+def test_a_model_whose_weights_are_nowhere_is_refused() -> None:
     module = hf_module("gpt2")
     model = bridged(module, "gpt2")
     mlp = module.transformer.h[1].mlp
     mlp.to("meta")
-    with pytest.raises(ModelError, match="gpt2 is spread over cpu, meta; patchlab runs on one device for now"):
+    with pytest.raises(ModelError, match=r"gpt2 has weights that hold no numbers \(.*1.* is on torch's meta device.*device_map="):
         pl.wrap_bridge(model.bridge, "gpt2")
 
 

