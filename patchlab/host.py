@@ -14,6 +14,8 @@ def has_float64(device: torch.device) -> bool:
     """Whether a device computes in float64; found out by asking it for one number."""
     try:
         torch.zeros((), device=device).to(torch.float64)
+    except torch.OutOfMemoryError:
+        raise
     except (TypeError, RuntimeError):  # torch raises the one for Apple's GPUs, the other elsewhere
         return False
     return True

@@ -26,6 +26,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from patchlab.adapters import LinearPlace
+from patchlab.adapters.weights import is_offloaded
 from patchlab.engine import Program, run, session_of
 from patchlab.engine.program import row_numbers
 from patchlab.errors import InterventionError, ModelError, unknown
@@ -143,6 +144,10 @@ def edited(model: Model, edits: WeightEdit | Iterable[WeightEdit]) -> Generator[
         ModelError: another thread runs the model; or the weights are not what they were, because something else changed them.
     """
     chosen = [edits] if isinstance(edits, WeightEdit) else list(edits)
+    if is_offloaded(model.bridge):
+        raise InterventionError(
+            f"weights of {model.name} are kept elsewhere and fetched for each use (device_map), so an edit would be lost. Load it on one device."
+        )
     for edit in chosen:
         weight = weight_of(model, edit.place)
         if edit.change.shape != weight.shape:

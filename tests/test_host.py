@@ -93,6 +93,17 @@ def test_the_device_refuses_what_apples_does() -> None:
         assert device.waits == ["_local_scalar_dense", "cpu", "index by mask", "tolist"]
 
 
+def test_memory_that_runs_out_is_not_taken_for_a_device_without_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("out of memory")
+
+    has_float64.cache_clear()
+    with monkeypatch.context() as patched, pytest.raises(torch.OutOfMemoryError):
+        patched.setattr(torch, "zeros", full)
+        has_float64(torch.device("cpu"))
+    assert has_float64(torch.device("cpu"))
+
+
 def test_values_are_in_float64_wherever_they_come_from() -> None:
     values = torch.tensor([1.0, 1e-8, 3.0])
     assert has_float64(values.device)

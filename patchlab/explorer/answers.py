@@ -57,6 +57,7 @@ class Answers:
 
     def __init__(self, model: Model, task: Task, groups: Mapping[str, Maps], screen: Method) -> None:
         self.model, self.task, self.groups, self.screen = model, task, groups, screen
+        self._fingerprint = model.fingerprint
         self.exact: dict[tuple[str, str, int], np.ndarray] = {}
         """Exact effects per example, by direction, site and number of the cell: what the button has patched."""
         self._patchers: dict[tuple[Any, ...], Patcher] = {}
@@ -76,6 +77,13 @@ class Answers:
         """
         if not question or question[0] not in self._kinds:
             raise MethodError(unknown("question", question[0] if question else "", self._kinds))
+        if session_of(self.model).surrounding:
+            raise MethodError("the model has surrounding edits (pl.intervene), and the maps were made without; leave the block first.")
+        if self.model.fingerprint != self._fingerprint:
+            raise MethodError(
+                f"the weights of {self.model.name} are not those that the maps are of ({self.model.fingerprint}, not {self._fingerprint}); leave the "
+                f"block that edits them first, or explore maps of the model as it is now."
+            )
         before, self._tick = self._tick, tick or _nothing
         try:
             with session_of(self.model).running():
@@ -115,8 +123,6 @@ class Answers:
         """What patches cells of these sites; it keeps the unpatched runs where they fit into memory."""
         key = (direction, source, post_norm, sites)
         if key not in self._patchers:
-            if session_of(self.model).surrounding:
-                raise MethodError("the model has surrounding edits (pl.intervene), and the maps were made without; leave the block first.")
             exact = ActivationPatching(source=source, post_norm=post_norm)
             setting, batches, predicted = exact.prepared(self.model, self.task, parse_sites(list(sites)), direction=direction)
             self._patchers[key] = Patcher(exact, setting, batches, predicted, Meter(_Bar(lambda n: self._tick(n)), "cell"))
@@ -157,12 +163,13 @@ class Answers:
         lists: list[dict[str, Any]] = []
         for what, kind in made_of(self.model, site, at.get("layer")).items():
             axes = [axis for axis in KINDS[kind].axes if axis != "pos" or "pos" in at]
+            wanted = str(Site(kind, tuple(axes)))
             try:
-                scores = self._scored(direction, str(Site(kind, tuple(axes))))
+                scores = self._scored(direction, wanted)
             except PatchlabError as error:
                 lists.append({"what": what, "why": str(error)})
                 continue
-            lists.append({"what": what, "method": scores.provenance["method"], **_largest(scores, at)})
+            lists.append({"what": what, "method": scores.provenance["method"], **_largest(scores, wanted, at)})
         return {"lists": lists}
 
     def _scored(self, direction: str, site: str) -> ScoreMap:
@@ -187,9 +194,8 @@ class Answers:
         return self._parts[key]
 
 
-def _largest(scores: ScoreMap, at: Mapping[str, int]) -> dict[str, Any]:
-    """The entries with the largest mean effects at a layer and position, and the sum of all there."""
-    site = scores.sites[0]
+def _largest(scores: ScoreMap, site: str, at: Mapping[str, int]) -> dict[str, Any]:
+    """The entries of a site with the largest mean effects at a layer and position, and the sum of all there."""
     axes, cells = scores.axes(site), scores.cells(site)
     here = np.ones(len(cells), dtype=bool)
     for axis in ("layer", "pos"):

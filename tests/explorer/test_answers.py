@@ -6,6 +6,7 @@ import torch
 from families import mixed_task, model_of, scores_of, swap_task
 
 import patchlab as pl
+from patchlab import weight_edit
 from patchlab.errors import MethodError, PatchlabError, ScoreError, SiteError, TaskError
 from patchlab.explorer import explore
 from patchlab.methods import ActivationPatching
@@ -175,8 +176,28 @@ def test_what_was_worked_out_is_kept_also_when_the_next_is_stopped(model, monkey
 def test_nothing_is_patched_inside_an_intervention(model):
     task = swap_task()
     explored = explore(model, task, scores_of(pl.RelevancePatching(), model, task, "z"))
-    with pl.intervene(model, pl.Edit("L0.mlp_out", pl.sources.zero())), pytest.raises(MethodError, match="surrounding edits"):
-        explored.ask("exact", "denoising", "z", 5)
+    questions = [("exact", "denoising", "z", 5), ("attention", "a0.h0", 0, "clean"), ("parts", "denoising", "z", 5)]
+    explored.ask(*questions[0])  # what patches these cells is there already
+    for question in questions:
+        with pl.intervene(model, pl.Edit("L0.mlp_out", pl.sources.zero())), pytest.raises(MethodError, match="surrounding edits"):
+            explored.ask(*question)
+    edit = weight_edit.neuron_row(model, 0, 1, torch.ones(model.arch.d_model, dtype=model.dtype))
+    for question in questions:
+        with weight_edit.edited(model, edit), pytest.raises(MethodError, match=r"weights of .* are not those that the maps are of"):
+            explored.ask(*question)
+    assert (
+        explored.ask("exact", "denoising", "z", 6)["each"]
+        == explore(model, task, scores_of(pl.RelevancePatching(), model, task, "z")).ask("exact", "denoising", "z", 6)["each"]
+    )
+
+
+def test_neurons_are_those_of_the_map_also_where_it_has_other_sites(model):
+    task = swap_task()
+    maps = scores_of(pl.RelevancePatching(), model, task, ["mlp_out", "mlp_post[layer,pos,neuron]"])
+    alone = explore(model, task, scores_of(pl.RelevancePatching(), model, task, "mlp_out"))
+    (found,), (wanted,) = (one.ask("parts", "denoising", "mlp_out", 8)["lists"] for one in (explore(model, task, maps), alone))
+    assert found["count"] == wanted["count"] == model.arch.d_mlp
+    assert [row["label"] for row in found["rows"]] == [row["label"] for row in wanted["rows"]]
 
 
 @pytest.mark.parametrize(

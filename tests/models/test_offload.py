@@ -9,9 +9,9 @@ from families import swap_task
 from other_device import NAME, elsewhere
 
 import patchlab as pl
-from patchlab import lenses
+from patchlab import lenses, weight_edit
 from patchlab.adapters.weights import every_weight, fetched, is_offloaded
-from patchlab.errors import ModelError
+from patchlab.errors import InterventionError, ModelError
 from patchlab.methods import get_method
 from patchlab.models import Model, bridge_module, load_model, wrap_bridge
 from patchlab.testing.zoo import zoo_module
@@ -46,6 +46,13 @@ def test_it_is_the_same_model(models: tuple[Model, Model]) -> None:
         assert torch.equal(weight, expected), name
     for place, other in zip(offloaded.arch.places, whole.arch.places, strict=True):
         assert (place.name, place.problem) == (other.name, other.problem)
+
+
+def test_weights_that_are_fetched_are_not_edited(models: tuple[Model, Model]) -> None:
+    offloaded, whole = models
+    edit = weight_edit.neuron_row(whole, 1, 0, torch.ones(whole.arch.d_model))
+    with pytest.raises(InterventionError, match=r"kept elsewhere .* Load it on one device"), weight_edit.edited(offloaded, edit):
+        pass
 
 
 @pytest.mark.slow
