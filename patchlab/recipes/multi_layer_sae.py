@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 import patchlab as pl
-from patchlab.errors import DictionaryError
+from patchlab.errors import DictionaryError, TextError
 from patchlab.features import Dictionary, TopK
 from patchlab.host import precise
 from patchlab.layer_metrics import states_of
@@ -80,8 +80,12 @@ def multi_layer_sae(inputs: Inputs) -> Outcome:
         dictionary = pl.load_dictionaries(model.name, model, sites=["resid_post"], kind="multi_layer")[0]
         whose = "packaged"
     except (DictionaryError, IndexError):
-        rows = inputs.texts(256) if inputs.file is not None else pl.texts.sentences(model, 256, seed=inputs.seed + 1)
-        dictionary = trained(model, rows, inputs.seed)
+        every = pl.texts.sentences(model, 256, seed=inputs.seed + 1) if inputs.file is None else inputs.texts(48 + 256)
+        if inputs.file is not None and len(every) <= len(test):
+            raise TextError(
+                f"{inputs.file} has {len(test)} rows, all of them needed to test the autoencoder; give a file with more to train it on."
+            ) from None
+        dictionary = trained(model, every if inputs.file is None else every[len(test) :], inputs.seed)
         whose = "trained here"
     x = states(model, test)
     with torch.no_grad():
@@ -107,4 +111,4 @@ def multi_layer_sae(inputs: Inputs) -> Outcome:
         title=f"At how many layers latents of {model.name} are active",
         label="variance of the layer, layers²",
     )
-    return Outcome(numbers, bool(within < 0.75 * over), verdict, {"layers": figure})
+    return Outcome(numbers, bool(within < 0.75 * over and within < shuffled[1]), verdict, {"layers": figure})

@@ -6,9 +6,12 @@ import torch
 from families import model_of, swap_task
 
 import patchlab as pl
+from patchlab.errors import TextError
+from patchlab.recipes import multi_layer_sae
 from patchlab.recipes.das import as_dictionary
 from patchlab.recipes.mint import basis_step
 from patchlab.recipes.multi_layer_sae import layer_variance
+from patchlab.recipes.recipe import Inputs
 from patchlab.recipes.second_order import first_share
 
 
@@ -51,3 +54,24 @@ def test_the_share_of_one_direction():
     assert first_share(np.outer([1.0, 2, 3], [1.0, 1])) == pytest.approx(1)
     assert first_share(np.eye(4)) == pytest.approx(0.25)
     assert first_share(np.zeros((2, 2))) == 0
+
+
+def test_an_autoencoder_is_not_tested_on_rows_that_it_was_trained_on(demo_gpt2_4l, tmp_path, monkeypatch):
+    """Of a file the first rows are the test; a file without more is refused."""
+    lines = [demo_gpt2_4l.bridge.tokenizer.decode(row[1:]) for row in pl.texts.sentences(demo_gpt2_4l, 60, seed=3)]
+    (tmp_path / "text.txt").write_text("\n".join(lines * 20), encoding="utf-8")
+    (tmp_path / "short.txt").write_text(lines[0], encoding="utf-8")
+    seen = []
+
+    def trained(model, rows, seed):
+        seen.append(rows)
+        raise RuntimeError("trained")
+
+    monkeypatch.setattr(multi_layer_sae, "trained", trained)
+    inputs = Inputs(demo_gpt2_4l, file=tmp_path / "text.txt", scale=0.2)
+    with pytest.raises(RuntimeError, match="trained"):
+        multi_layer_sae.multi_layer_sae(inputs)
+    every, test = inputs.texts(48 + 256), inputs.texts(48)
+    assert [row.tolist() for row in seen[0]] == [row.tolist() for row in every][len(test) :]
+    with pytest.raises(TextError, match="give a file with more to train it on"):
+        multi_layer_sae.multi_layer_sae(Inputs(demo_gpt2_4l, file=tmp_path / "short.txt"))
